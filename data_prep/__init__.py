@@ -1,0 +1,1 @@
+"""Captions in a CSV become shards: checked, split by group, written as WebDataset tars."""

@@ -1,0 +1,27 @@
+"""A user's mistake ends in one sentence and exit code 2; anything else is our bug and keeps its traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """What was found, where, what is wanted, and what to do about it, in one sentence."""
+
+    exit_code = 2
+
+
+class NotFinite(UserError):
+    """Training or evaluation met a number that is not finite; nothing was overwritten."""
+
+    exit_code = 3
+
+
+def exit_on_user_error(main: Callable[[], None]) -> None:
+    """Run `main`; a UserError is printed (by the first rank alone) and becomes the exit code."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

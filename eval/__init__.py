@@ -1,0 +1,1 @@
+"""A model gets its numbers."""

@@ -1,0 +1,69 @@
+"""A model gets its numbers.
+
+  python -m eval retrieval runs/icons --data data/icons/shards --split val --json out.json
+  python -m eval retrieval ViT-L-14:laion2b_s32b_b82k --data data/icons/shards --split test
+
+MODEL is a run folder (its best checkpoint), NAME:PRETRAINED as open_clip knows them (ViT-B-32:none for random
+weights), hf-hub:ID or local-dir:PATH. Under torchrun the ranks share the work. Each command has --help.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from data_prep.errors import UserError, exit_on_user_error
+from data_prep.shards import Shards
+from eval.retrieval import evaluate, read_json, table, write_json
+from train.model import load
+from train.world import join_world, leave_world
+
+
+def retrieval(
+    model: Annotated[str, tyro.conf.Positional],
+    data: Path,
+    split: str = "val",
+    json: Path | None = None,
+    against: Path | None = None,
+    batch: int = 64,
+    workers: int = 2,
+    precision: Literal["bf16", "fp32"] = "fp32",
+) -> None:
+    """R@1, 5, 10, mean and median rank, image to text and text to image, by group and by instance.
+
+    Args:
+        model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder.
+        data: Folder of shards.
+        split: train, val or test.
+        json: File to write the result to.
+        against: A result of another model on the same data, to print beside this one.
+        batch: Images embedded at once.
+        workers: Processes that read images; 0 reads them in this one.
+        precision: Of the model; the features are compared in fp32 always.
+    """
+    shards = Shards(data, split)
+    other = read_json(against) if against else None
+    world = join_world()
+    clip = load(model)
+    clip.towers.bf16 = precision == "bf16"
+    clip.towers.to(world.device)
+    result = {"model": model, "data": f"{data}, {split}", **evaluate(clip, shards, world, batch, workers)}
+    if other and (other["n_images"], other["n_texts"]) != (result["n_images"], result["n_texts"]):
+        raise UserError(f"{against}: made on {other['n_images']} images, this is {result['n_images']}; compare results of the same data")
+    if world.is_first:
+        print(table(result, other))
+        if json:
+            write_json(json, result)
+    leave_world(world)
+
+
+def main() -> None:
+    if len(sys.argv) == 1:
+        print(__doc__.strip())
+        return
+    tyro.extras.subcommand_cli_from_dict({"retrieval": retrieval}, prog="python -m eval", description=__doc__)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

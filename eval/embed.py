@@ -1,0 +1,83 @@
+"""Images and captions of a split become features, each exactly once on any number of ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data_prep.progress import progress
+from data_prep.shards import Shards
+from eval.metrics import check_finite
+from train.loader import EvalImages, loader
+from train.model import Clip
+from train.world import World
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The captions of a split.
+
+    Attributes:
+        texts: the distinct captions, in order of appearance.
+        first: int64 [n_images], the text that is each image's first caption.
+        text_of, group_of: int64 [pairs], which text stands in which image's group; see eval.metrics.Relevance.
+    """
+
+    texts: list[str]
+    first: np.ndarray
+    text_of: np.ndarray
+    group_of: np.ndarray
+
+
+def read_captions(shards: Shards) -> Captions:
+    numbers: dict[str, int] = {}
+    first, text_of, group_of = [], [], []
+    for number, group in enumerate(shards.groups.tolist()):
+        texts = [numbers.setdefault(caption, len(numbers)) for caption in shards.captions(number)]
+        first.append(texts[0])
+        text_of += texts
+        group_of += [group] * len(texts)
+    return Captions(list(numbers), np.array(first), np.array(text_of), np.array(group_of))
+
+
+def embed(clip: Clip, shards: Shards, texts: list[str], batch: int, workers: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """image_features [n_images, d] and text_features [len(texts), d], fp32, L2-normed, all of them on every rank.
+
+    Batches are cut by number, not by rank, so a sample meets the same neighbours in any world.
+
+    Raises:
+        NotFinite: a feature is not finite; the first such sample is named.
+    """
+    clip.towers.eval()
+    mine = _batches(len(shards), batch)[world.rank :: world.world_size]
+    images = loader(EvalImages(shards, clip.eval_transform), mine, workers, world)
+    with torch.inference_mode():
+        image_features = _fill(len(shards), mine, images, clip.towers.image_features, world, "images")
+        mine = _batches(len(texts), batch)[world.rank :: world.world_size]
+        tokens = (clip.tokenizer([texts[number] for number in numbers]) for numbers in mine)
+        text_features = _fill(len(texts), mine, tokens, clip.towers.text_features, world, "texts")
+    check_finite(image_features, "image_features", lambda row: f"sample {shards.key(row)}")
+    check_finite(text_features, "text_features", lambda row: f"caption {texts[row]!r}")
+    return image_features, text_features
+
+
+def _batches(n: int, size: int) -> list[list[int]]:
+    return [list(range(start, min(start + size, n))) for start in range(0, n, size)]
+
+
+def _fill(n: int, numbers: list[list[int]], inputs, tower: Callable, world: World, what: str) -> torch.Tensor:
+    """Features of all ranks' batches, each written to its rows; the sum with the zeros of the other ranks is exact."""
+    rows = [
+        (part, tower(batch.to(world.device)))
+        for part, batch in zip(
+            numbers,
+            progress(inputs, total=len(numbers), desc=f"embedding {what}", unit="batch", leave=False, delay=1, disable=not world.is_first),
+            strict=True,
+        )
+    ]
+    width = world.max(torch.tensor([rows[0][1].shape[1] if rows else 0])).item()  # a rank may have no batch of its own
+    features = torch.zeros(n, int(width), device=world.device)
+    for part, values in rows:
+        features[part] = values
+    return world.sum(features)

@@ -1,0 +1,104 @@
+"""How well captions find their pictures, and pictures their captions: the same function in training and after."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_prep.atomic import atomic_file
+from data_prep.errors import UserError
+from data_prep.shards import Shards
+from eval.embed import embed, read_captions
+from eval.metrics import KS, Ranks, Relevance, chance, ranks, summarize
+from train.model import Clip
+from train.world import World
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+
+
+def evaluate(clip: Clip, shards: Shards, world: World, batch: int = 64, workers: int = 0) -> dict:
+    """Retrieval in both directions over one split.
+
+    Returns:
+        n_images, n_texts, and metrics: DIRECTION/R@1 and so on by group, mean/R@1 of both directions,
+        legacy_diagonal/DIRECTION/R@1 by instance (each image with its first caption), chance/DIRECTION/R@1.
+    """
+    captions = read_captions(shards)
+    image_features, text_features = embed(clip, shards, captions.texts, batch, workers, world)
+    relevance = Relevance(shards.groups, captions.text_of, captions.group_of)
+    by_group = ranks(image_features, text_features, relevance, world)
+    n_images, n_texts = len(image_features), len(text_features)
+    diagonal = text_features[torch.from_numpy(captions.first).to(text_features.device)]
+    by_instance = ranks(image_features, diagonal, Relevance.diagonal(n_images), world)
+    guesses = chance(relevance.texts_per_image, n_texts), chance(relevance.images_per_text, n_images)
+    metrics = {}
+    for direction, found, instance, guess in zip(DIRECTIONS, by_group, by_instance, guesses, strict=True):
+        metrics |= {f"{direction}/{name}": value for name, value in summarize(found).items()}
+        metrics |= {f"legacy_diagonal/{direction}/{name}": value for name, value in _legacy(instance).items()}
+        metrics |= {f"chance/{direction}/{name}": value for name, value in guess.items()}
+    metrics["mean/R@1"] = sum(metrics[f"{direction}/R@1"] for direction in DIRECTIONS) / 2
+    return {"n_images": n_images, "n_texts": n_texts, "metrics": metrics}
+
+
+def _legacy(found: Ranks) -> dict[str, float]:
+    """As model cards have it: open_clip rounds the median down."""
+    values = summarize(found)
+    return values | {"median_rank": float(np.floor(values["median_rank"]))}
+
+
+def table(result: dict, against: dict | None = None) -> str:
+    """The result for people: a row per metric; beside it chance, and another result on the same data if given."""
+    metrics = result["metrics"]
+    other = against["metrics"] if against else None
+    lines = [f"{result['n_images']} images, {result['n_texts']} distinct captions" + (f" ({result['data']})" if "data" in result else "")]
+    heads = ["", "chance", *([against["model"]] if against else []), result.get("model", "model")]
+    rows = []
+    for direction, gallery in zip(DIRECTIONS, ("n_texts", "n_images"), strict=True):
+        rows.append([f"{direction.replace('_', ' ')}, any of the group, among {result[gallery]}"])
+        for name in (*(f"R@{k}" for k in KS), "mean_rank", "median_rank"):
+            key = f"{direction}/{name}"
+            cells = [metrics.get(f"chance/{key}"), *([other[key]] if other else []), metrics[key]]
+            rows.append([f"  {name.replace('_', ' ')}", *(_cell(name, cell) for cell in cells)])
+        rows.append([f"{direction.replace('_', ' ')}, its own only (as on model cards)"])
+        for name in (*(f"R@{k}" for k in KS), "mean_rank"):
+            key = f"legacy_diagonal/{direction}/{name}"
+            rows.append([f"  {name.replace('_', ' ')}", "", *([_cell(name, other[key])] if other else []), _cell(name, metrics[key])])
+    widths = [14, *(max(9, len(head)) + 2 for head in heads[1:])]
+    lines.append(
+        "".join(head.ljust(width) if at == 0 else head.rjust(width) for at, (head, width) in enumerate(zip(heads, widths, strict=True)))
+    )
+    for row in rows:
+        lines.append(
+            row[0]
+            if len(row) == 1
+            else row[0].ljust(widths[0]) + "".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        )
+    ties = ", ".join(f"{metrics[f'{direction}/tied']:.1%} of {direction}" for direction in DIRECTIONS)
+    lines.append(f"queries tied with an irrelevant item, counted as misses: {ties}")
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.1f} %" if name.startswith("R@") else f"{value:.1f}"
+
+
+def write_json(path: Path, result: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """A result that write_json wrote."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a result ({error}); make one with: python -m eval retrieval MODEL --data SHARDS --json {path}"
+        ) from None
+    if not isinstance(result, dict) or not {"model", "metrics"} <= result.keys():
+        raise UserError(f"{path}: not a result of python -m eval retrieval --json")
+    return result

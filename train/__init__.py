@@ -1,0 +1,1 @@
+"""A recipe and shards become a run."""

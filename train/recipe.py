@@ -1,0 +1,170 @@
+"""A recipe is a file of flags: YAML keys and typed flags are the same names, checked by one parser.
+
+    train/recipes/demo.yaml  ->  --model demo-vit:none --optim.lr 1e-3 ...  +  what was typed  ->  Recipe
+
+What was typed comes last and wins. The merged recipe is written into the run, and is itself a recipe.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import yaml
+
+from data_prep.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with a linear warm-up and a cosine decay to zero."""
+
+    lr: float = 5e-6
+    """Peak learning rate. Fine-tuning wants 1e-6 to 3e-5; from random weights 1e-3."""
+    warmup: float = 0.05
+    """Fraction of the run in which the rate rises to its peak."""
+    weight_decay: float = 0.2
+    """On matrices alone: not on biases, norms, positional embeddings or logit_scale."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    clip: float = 1.0
+    """Largest norm of the gradient of the global batch."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    scale: tuple[float, float] = (0.9, 1.0)
+    """Part of the picture's area that a random crop keeps: least, most."""
+    color_jitter: tuple[float, float, float, float] = (0.2, 0.2, 0.1, 0.0)
+    """Strength in brightness, contrast, saturation, hue."""
+    color_jitter_prob: float = 0.7
+    """How often the jitter is applied; a coin of its own."""
+    gray_scale_prob: float = 0.2
+    """How often all color is removed; a coin of its own."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run. The defaults are those of the seed recipe, recipes/spectrum_icons.yaml."""
+
+    model: str
+    """NAME:PRETRAINED (ViT-L-14:laion2b_s32b_b82k; ViT-B-32:none for random weights), hf-hub:ID, local-dir:PATH, or a run."""
+    data: str
+    """Folder of shards, made by: python -m data_prep build."""
+    run: str
+    """Run folder to write; if it holds an unfinished run of this recipe, that is resumed."""
+    epochs: int = 40
+    batch: int = 384
+    """Pairs in one optimizer step, over all ranks and micro batches."""
+    micro_batch: int = 64
+    """Pairs that one GPU holds at once; smaller needs less memory and gives the same gradients."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast, with fp32 weights and loss."""
+    grad_checkpointing: bool = True
+    """Recompute activations in the backward pass: a third more time, far less memory."""
+    optim: Optim = field(default_factory=Optim)
+    augment: Augment = field(default_factory=Augment)
+    seed: int = 0
+    workers: int = 4
+    """Processes per rank that read and augment pictures; 0 does it in the training process."""
+    log_every_steps: int = 10
+    save_every_minutes: float = 15.0
+    """A checkpoint is written after each epoch, and when the last one is older than this."""
+    keep: int = 2
+    """Newest checkpoints to keep, beside the best one."""
+
+
+# What may differ between the parts of one run without changing a number in it.
+FREE_TO_CHANGE = ("run", "workers", "log_every_steps", "save_every_minutes", "keep")
+
+
+def parse(arguments: list[str]) -> Recipe:
+    """The recipe of a command line: `[RECIPE.yaml] [--flag value ...]`; tyro prints help and mistakes, and exits.
+
+    Raises:
+        UserError: no such recipe file, or a key in it that no recipe has.
+    """
+    flags = []
+    if arguments and not arguments[0].startswith("-"):
+        flags, arguments = flags_of(Path(arguments[0])), arguments[1:]
+    recipe = tyro.cli(
+        Recipe,
+        args=[*flags, *arguments],
+        prog="python -m train RECIPE.yaml",
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+    )
+    _check_values(recipe)
+    return recipe
+
+
+def flags_of(path: Path) -> list[str]:
+    """The YAML recipe at `path` as flags: {optim: {lr: 1e-5}} -> ["--optim.lr", "1e-5"]."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (FileNotFoundError, IsADirectoryError):
+        shipped = ", ".join(f"train/recipes/{recipe.name}" for recipe in sorted(RECIPES.glob("*.yaml")))
+        raise UserError(f"{path}: no such recipe file; the project has {shipped}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines, this is not")
+    return _flatten(values, Recipe, path, "")
+
+
+def _flatten(values: dict, schema: type, path: Path, prefix: str) -> list[str]:
+    types = typing.get_type_hints(schema)
+    flags = []
+    for key, value in values.items():
+        if key not in types:
+            near = difflib.get_close_matches(str(key), types, n=1)
+            hint = f"perhaps you meant '{prefix}{near[0]}'" if near else f"it can be {', '.join(types)}"
+            raise UserError(f"{path}: a recipe has no key '{prefix}{key}'; {hint}")
+        if dataclasses.is_dataclass(types[key]):
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{path}: '{prefix}{key}' holds keys of its own ({', '.join(typing.get_type_hints(types[key]))}), not {value!r}"
+                )
+            flags += _flatten(value, types[key], path, f"{prefix}{key}.")
+        else:
+            items = value if isinstance(value, list) else [value]
+            flags += [f"--{prefix}{key}", *map(str, items)]
+    return flags
+
+
+def _check_values(recipe: Recipe) -> None:
+    for name, value, least in (
+        ("epochs", recipe.epochs, 1),
+        ("batch", recipe.batch, 2),
+        ("micro_batch", recipe.micro_batch, 1),
+        ("workers", recipe.workers, 0),
+        ("log_every_steps", recipe.log_every_steps, 1),
+        ("keep", recipe.keep, 1),
+    ):
+        if value < least:
+            raise UserError(f"--{name} {value}: at least {least} is wanted")
+    if not 0 <= recipe.optim.warmup < 1:
+        raise UserError(f"--optim.warmup {recipe.optim.warmup}: a fraction of the run is wanted, 0.05 for a twentieth, below 1")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """The keys that change what a run computes, and differ: "optim.lr: 1e-05 before, 2e-05 now"."""
+    before, now = _leaves(dataclasses.asdict(old)), _leaves(dataclasses.asdict(new))
+    return [f"{key}: {before[key]} before, {now[key]} now" for key in now if key not in FREE_TO_CHANGE and before[key] != now[key]]
+
+
+def _leaves(values: dict, prefix: str = "") -> dict:
+    leaves = {}
+    for key, value in values.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves

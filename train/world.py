@@ -1,0 +1,80 @@
+"""The processes that train together: one without torchrun, else one per GPU (NCCL) or per process (gloo)."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    host_group: dist.ProcessGroup | None = None  # gloo: numbers that live on the CPU never wait for the GPU
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, features: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks in rank order, [b, d] -> [b * world_size, d]; gradients flow back to each row's owner."""
+        return features if self.world_size == 1 else _Gather.apply(features, self.rank, self.world_size)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp) -> torch.Tensor:
+        """The reduced values on every rank; in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, operation, group=self.host_group if tensor.device.type == "cpu" else None)
+        return tensor
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank: the same answer on all."""
+        return self.max(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(1))
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather whose gradient sums, for each row, what the losses of all ranks want of it."""
+
+    @staticmethod
+    def forward(ctx, features: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
+        ctx.rows = slice(rank * len(features), (rank + 1) * len(features))
+        gathered = features.new_empty(world_size * len(features), *features.shape[1:])
+        dist.all_gather_into_tensor(gathered, features.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[ctx.rows], None, None
+
+
+def join_world(timeout_minutes: float = 10) -> World:
+    """Join the processes that torchrun started; alone where it started none."""
+    cuda = torch.cuda.is_available()
+    if "WORLD_SIZE" not in os.environ:
+        return World(device=torch.device("cuda" if cuda else "cpu"))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
+    return World(dist.get_rank(), dist.get_world_size(), device, host_group)
+
+
+def leave_world(world: World) -> None:
+    if dist.is_initialized():
+        world.barrier()
+        dist.destroy_process_group()
