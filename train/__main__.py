@@ -64,9 +64,8 @@ def closing_words(run: Run) -> str:
         best = max(validations, key=lambda line: line["val/mean/R@1"])
         for direction in DIRECTIONS:
             key = f"val/{direction}/R@1"
-            words.append(
-                f"  {direction} R@1 on val: {100 * validations[0][key]:.1f} % before, {100 * best[key]:.1f} % at its best (pair {best['samples']})"
-            )
+            before, after = f"{100 * validations[0][key]:.1f} %", f"{100 * best[key]:.1f} %"
+            words.append(f"  {direction} R@1 on val: {before} before, {after} at its best, after {best['samples']} pairs")
     words.append(f"numbers: python -m eval retrieval {run.folder} --data {run.recipe.data} --split test")
     words.append(f"curves:  tensorboard --logdir {run.folder}")
     return "\n".join(words)

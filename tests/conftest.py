@@ -1,0 +1,90 @@
+"""What the tests share: drawn icons, their shards, and a tiny real CLIP in a folder; all made anew, nothing downloaded."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from data_prep.build import build
+from data_prep.icons import icons
+
+ROOT = Path(__file__).parent.parent
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def icon_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("icons") / "icons"
+    icons(folder, limit=240)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def icon_shards(icon_folder) -> Path:
+    """About 190 training icons in several shards, 25 for validation, 25 for the test."""
+    build_icons(icon_folder, icon_folder.parent / "shards")
+    return icon_folder.parent / "shards"
+
+
+def build_icons(icon_folder: Path, out: Path, **options) -> dict:
+    names = {"image_column": "file_path", "caption_column": "caption", "group_column": "group"}
+    return build(icon_folder / "icons.csv", out, **{**names, "images_per_shard": 40, "processes": 1, **options})
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """A MODEL: weights and config as open_clip publishes them, with a mean and std of their own."""
+    return f"local-dir:{save_tiny(tmp_path_factory.mktemp('tiny'))}"
+
+
+def save_tiny(folder: Path, **changes) -> Path:
+    torch.manual_seed(1)
+    config = {**TINY, **changes}
+    model = open_clip.model.CLIP(**config)
+    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.25, 0.2], "interpolation": "bicubic", "resize_mode": "shortest"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def png(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def command(*arguments, ranks: int = 0, **environment) -> list[str]:
+    """A command line of ours; under torchrun where `ranks` is given."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    return [sys.executable, *launcher, "-m", *map(str, arguments)]
+
+
+def environment(**more) -> dict:
+    """One thread, so that runs compare bit for bit; no network."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def call(*arguments, ranks: int = 0, expect: int = 0, cwd: Path = ROOT, **more) -> subprocess.CompletedProcess:
+    result = subprocess.run(command(*arguments, ranks=ranks), cwd=cwd, env=environment(**more), capture_output=True, text=True, check=False)
+    assert result.returncode == expect, f"{' '.join(map(str, arguments))}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def assert_mistake(result: subprocess.CompletedProcess, *words: str) -> None:
+    """A sentence with these words, and no traceback."""
+    assert "Traceback" not in result.stderr, result.stderr
+    for word in words:
+        assert word in result.stderr, (word, result.stderr)

@@ -1,0 +1,42 @@
+"""Run under torchrun by test_step: one gradient of the global batch, this rank holding its share; saved by the first rank."""
+
+import sys
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from train.loader import Batch
+from train.model import load
+from train.step import backward
+from train.world import join_world, leave_world
+
+
+def gradients(model: str, micro_batch: int, out: str) -> None:
+    world = join_world()
+    clip = load(model)
+    clip.towers.train()
+    towers = DistributedDataParallel(clip.towers) if world.world_size > 1 else clip.towers
+    whole = global_batch()
+    share = len(whole.images) // world.world_size
+    mine = Batch(*(tensor[world.rank * share :][:share] for tensor in whole))
+    saved = []
+    for samples in (0, 100):  # the second call meets DDP's rebuilt buckets
+        clip.towers.zero_grad()
+        loss = backward(towers, mine, micro_batch, world, seed=0, samples=samples)
+        loss = world.sum(loss.clone()) / world.world_size
+        saved.append({"loss": loss, **{name: parameter.grad.clone() for name, parameter in clip.towers.named_parameters()}})
+    if world.is_first:
+        torch.save(saved, out)
+    leave_world(world)
+
+
+def global_batch() -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(1, 49406, (16, 10), generator=generator)
+    tokens[:, 7] = 49407  # the end of a text, where the tower reads its feature
+    return Batch(images, tokens)
+
+
+if __name__ == "__main__":
+    gradients(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,79 @@
+"""Recipes are flags in a file: one parser, the last one wins, a saved one loads back equal."""
+
+import pytest
+import yaml
+from conftest import assert_mistake, call
+
+from data_prep.errors import UserError
+from train.recipe import RECIPES, Recipe, differences, flags_of, parse, to_yaml
+
+REQUIRED = ["--data", "d", "--run", "r"]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_its_merged_form_is_itself_a_recipe(path, tmp_path):
+    recipe = parse([str(path), *REQUIRED])
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    assert parse([str(tmp_path / "recipe.yaml")]) == recipe
+
+
+def test_the_seed_recipe_is_the_seeds():
+    recipe = parse([str(RECIPES / "spectrum_icons.yaml"), *REQUIRED])
+    assert (recipe.model, recipe.batch, recipe.micro_batch, recipe.epochs) == ("ViT-L-14:laion2b_s32b_b82k", 384, 64, 40)
+    assert (recipe.optim.lr, recipe.precision, recipe.grad_checkpointing) == (5e-6, "bf16", True)
+    augment = recipe.augment
+    assert (augment.color_jitter, augment.color_jitter_prob, augment.gray_scale_prob) == ((0.2, 0.2, 0.1, 0.0), 0.7, 0.2)
+    # The defaults are the seed's: whoever writes no recipe gets it.
+    assert recipe == Recipe(model="ViT-L-14:laion2b_s32b_b82k", data="d", run="r")
+
+
+def test_typed_flags_win_and_have_types(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: a:none\noptim: {lr: 1e-5}\naugment:\n  scale: [0.5, 1]\ngrad_checkpointing: false\n")
+    recipe = parse([str(tmp_path / "a.yaml"), *REQUIRED, "--optim.clip", "2", "--augment.color-jitter", "1", "2", "3", "0"])
+    assert (recipe.optim.lr, recipe.optim.clip, recipe.augment.scale) == (1e-5, 2.0, (0.5, 1.0))
+    assert recipe.augment.color_jitter == (1, 2, 3, 0)
+    assert recipe.grad_checkpointing is False
+    assert parse([str(tmp_path / "a.yaml"), *REQUIRED, "--optim.lr", "3e-5"]).optim.lr == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lrr: 1}", r"a\.yaml: a recipe has no key 'optim\.lrr'; perhaps you meant 'optim\.lr'"),
+        ("bach: 3", "perhaps you meant 'batch'"),
+        ("zzz: 3", "it can be model, data"),
+        ("optim: 3", "holds keys of its own"),
+        ("- a\n- b", "a list of `key: value` lines"),
+        ("a: [", "not readable as YAML"),
+    ],
+)
+def test_a_wrong_recipe_file_is_explained(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        flags_of(tmp_path / "a.yaml")
+
+
+def test_wrong_values_are_explained():
+    base = ["--model", "a:none", *REQUIRED]
+    with pytest.raises(UserError, match="fraction of the run"):
+        parse([*base, "--optim.warmup", "10000"])
+    with pytest.raises(UserError, match="--epochs 0"):
+        parse([*base, "--epochs", "0"])
+    with pytest.raises(UserError, match=r"the project has .*demo\.yaml"):
+        parse(["recipes/nodemo.yaml"])
+
+
+def test_mistakes_on_the_command_line_exit_2():
+    assert_mistake(call("train", "train/recipes/demo.yaml", *REQUIRED, "--optim.lrr", "1", expect=2), "--optim.lr")
+    assert_mistake(call("train", "train/recipes/demo.yaml", *REQUIRED, "--batch", "many", expect=2), "many")
+    assert_mistake(call("train", "train/recipes/demo.yaml", expect=2), "--data", "--run")
+
+
+def test_what_may_change_between_the_parts_of_a_run():
+    old = Recipe(model="a:none", data="d", run="r")
+    values = yaml.safe_load(to_yaml(old))
+    assert differences(old, old) == []
+    same = Recipe(**{**values, "run": "elsewhere", "workers": 0, "optim": old.optim, "augment": old.augment})
+    assert differences(old, same) == []
+    other = parse(["--model", "a:none", *REQUIRED, "--optim.lr", "1e-3"])
+    assert differences(old, other) == ["optim.lr: 5e-06 before, 0.001 now"]
