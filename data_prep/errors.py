@@ -9,6 +9,7 @@ class UserError(Exception):
     """What was found, where, what is wanted, and what to do about it, in one sentence."""
 
     exit_code = 2
+    shared = False  # True where every rank raises the same one; see train.world.World.together
 
 
 class NotFinite(UserError):
@@ -18,10 +19,13 @@ class NotFinite(UserError):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError is printed (by the first rank alone) and becomes the exit code."""
+    """Run `main`; a UserError is printed and becomes the exit code. One that all ranks share is printed once."""
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif not error.shared:
+            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

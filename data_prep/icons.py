@@ -32,12 +32,12 @@ RUDE = {"middle", "poop", "poo"}
 SIZES_PX = (24, 32, 48, 64, 96, 128)
 
 
-def icons(out: Path, limit: int = 6000, seed: int = 0, overwrite: bool = False) -> None:
+def icons(out: Path, limit: int = 0, seed: int = 0, overwrite: bool = False) -> None:
     """Draw UI icons as black-on-transparent PNGs, with icons.csv (file_path, caption, group, set).
 
     Args:
         out: Folder to write; it appears when everything is drawn.
-        limit: Icons to draw, whole groups first come; 0 draws all, about 15 thousand.
+        limit: Icons to draw, group after group; 0 draws all, about 15 thousand.
         seed: Another number takes other icons for the limit, and other sizes.
         overwrite: Replace `out` if it is there.
     """

@@ -15,7 +15,9 @@ import tyro
 
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.shards import Shards
-from eval.retrieval import evaluate, read_json, table, write_json
+from eval.embed import embed
+from eval.page import write_page
+from eval.retrieval import read_json, score, table, write_json
 from train.model import load
 from train.world import join_world, leave_world
 
@@ -26,6 +28,7 @@ def retrieval(
     split: str = "val",
     json: Path | None = None,
     against: Path | None = None,
+    page: Path | None = None,
     batch: int = 64,
     workers: int = 2,
     precision: Literal["bf16", "fp32"] = "fp32",
@@ -38,23 +41,26 @@ def retrieval(
         split: train, val or test.
         json: File to write the result to.
         against: A result of another model on the same data, to print beside this one.
+        page: HTML file to write: the table, and for some captions the pictures that they find.
         batch: Images embedded at once.
         workers: Processes that read images; 0 reads them in this one.
         precision: Of the model; the features are compared in fp32 always.
     """
-    shards = Shards(data, split)
-    other = read_json(against) if against else None
     world = join_world()
-    clip = load(model)
+    shards, clip, other = world.together(lambda: (Shards(data, split), load(model), read_json(against) if against else None))
+    if other and other["n_images"] != len(shards):
+        raise UserError(f"{against}: made on {other['n_images']} images, {data} has {len(shards)} in {split}; compare on the same data")
     clip.towers.bf16 = precision == "bf16"
     clip.towers.to(world.device)
-    result = {"model": model, "data": f"{data}, {split}", **evaluate(clip, shards, world, batch, workers)}
-    if other and (other["n_images"], other["n_texts"]) != (result["n_images"], result["n_texts"]):
-        raise UserError(f"{against}: made on {other['n_images']} images, this is {result['n_images']}; compare results of the same data")
+    embedded = embed(clip, shards, world, batch, workers)
+    result = {"model": model, "data": f"{data}, {split}", **score(embedded, shards.groups, world)}
     if world.is_first:
         print(table(result, other))
         if json:
             write_json(json, result)
+        if page:
+            write_page(page, embedded, shards, table(result, other))
+            print(f"pictures of what it finds: {page}")
     leave_world(world)
 
 

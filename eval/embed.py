@@ -41,14 +41,30 @@ def read_captions(shards: Shards) -> Captions:
     return Captions(list(numbers), np.array(first), np.array(text_of), np.array(group_of))
 
 
-def embed(clip: Clip, shards: Shards, texts: list[str], batch: int, workers: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
-    """image_features [n_images, d] and text_features [len(texts), d], fp32, L2-normed, all of them on every rank.
+@dataclass(frozen=True)
+class Embedded:
+    """A split as features: fp32, L2-normed, all of them on every rank.
+
+    Attributes:
+        image_features: [n_images, d], by sample number.
+        text_features: [n_texts, d], by number in `captions.texts`.
+    """
+
+    image_features: torch.Tensor
+    text_features: torch.Tensor
+    captions: Captions
+
+
+def embed(clip: Clip, shards: Shards, world: World, batch: int, workers: int) -> Embedded:
+    """The features of every image and every distinct caption of a split.
 
     Batches are cut by number, not by rank, so a sample meets the same neighbours in any world.
 
     Raises:
         NotFinite: a feature is not finite; the first such sample is named.
     """
+    captions = read_captions(shards)
+    texts = captions.texts
     clip.towers.eval()
     mine = _batches(len(shards), batch)[world.rank :: world.world_size]
     images = loader(EvalImages(shards, clip.eval_transform), mine, workers, world)
@@ -59,7 +75,7 @@ def embed(clip: Clip, shards: Shards, texts: list[str], batch: int, workers: int
         text_features = _fill(len(texts), mine, tokens, clip.towers.text_features, world, "texts")
     check_finite(image_features, "image_features", lambda row: f"sample {shards.key(row)}")
     check_finite(text_features, "text_features", lambda row: f"caption {texts[row]!r}")
-    return image_features, text_features
+    return Embedded(image_features, text_features, captions)
 
 
 def _batches(n: int, size: int) -> list[list[int]]:

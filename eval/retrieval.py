@@ -9,7 +9,7 @@ import torch
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.shards import Shards
-from eval.embed import embed, read_captions
+from eval.embed import Embedded, embed
 from eval.metrics import KS, Ranks, Relevance, chance, ranks, summarize
 from train.model import Clip
 from train.world import World
@@ -18,15 +18,22 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 def evaluate(clip: Clip, shards: Shards, world: World, batch: int = 64, workers: int = 0) -> dict:
-    """Retrieval in both directions over one split.
+    """Retrieval in both directions over one split; see score()."""
+    return score(embed(clip, shards, world, batch, workers), shards.groups, world)
+
+
+def score(embedded: Embedded, groups: np.ndarray, world: World) -> dict:
+    """Retrieval in both directions.
+
+    Args:
+        groups: int64 [n_images], the group of each image.
 
     Returns:
         n_images, n_texts, and metrics: DIRECTION/R@1 and so on by group, mean/R@1 of both directions,
         legacy_diagonal/DIRECTION/R@1 by instance (each image with its first caption), chance/DIRECTION/R@1.
     """
-    captions = read_captions(shards)
-    image_features, text_features = embed(clip, shards, captions.texts, batch, workers, world)
-    relevance = Relevance(shards.groups, captions.text_of, captions.group_of)
+    image_features, text_features, captions = embedded.image_features, embedded.text_features, embedded.captions
+    relevance = Relevance(groups, captions.text_of, captions.group_of)
     by_group = ranks(image_features, text_features, relevance, world)
     n_images, n_texts = len(image_features), len(text_features)
     diagonal = text_features[torch.from_numpy(captions.first).to(text_features.device)]

@@ -29,8 +29,8 @@ def main() -> None:
         print(__doc__.strip())
         return
     recipe = parse(sys.argv[1:])
-    validate = validator(recipe)
     world = join_world()
+    validate = world.together(lambda: validator(recipe))
     run = fit(recipe, world, validate)
     if world.is_first:
         print(closing_words(run))

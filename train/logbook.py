@@ -51,12 +51,12 @@ class Logbook:
         numbers |= {name: float(value) for name, value in values.items()}
         numbers |= {"time/pairs_per_s": self.pairs / self.step_s, "time/data_wait_share": self.data_s / self.step_s}
         self.write(samples, numbers)
-        self.bar.set_postfix_str(f"epoch {numbers['epoch']:.1f}, loss {loss:.3f}")
+        self.bar.set_postfix_str(f"epoch {numbers['epoch']:.1f}, loss {loss:.3f}", refresh=False)
         self.pairs, self.data_s, self.step_s = 0, 0.0, 0.0
 
     def write(self, samples: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to TensorBoard."""
-        if not self.first:
+        """One line of metrics.jsonl, and the same to TensorBoard; none where there are no values."""
+        if not self.first or not values:
             return
         self.file.write(json.dumps({"samples": samples, **values}) + "\n")
         self.file.flush()

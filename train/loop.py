@@ -40,13 +40,10 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
         UserError: the shards, the model or the run folder do not fit the recipe; nothing was trained or written.
         NotFinite: the gradient is not; it never reached the weights.
     """
-    run = Run(recipe, world)
+    run = world.together(lambda: Run(recipe, world))
     if run.is_finished:
         return run
-    pairs = Shards(recipe.data, "train")
-    check_batch(recipe, len(pairs), world)
-    pairs.verify(world.rank, world.world_size)
-    clip = load(recipe.model, seed=recipe.seed)
+    pairs, clip = world.together(lambda: prepare(recipe, world))
     clip.towers.bf16 = recipe.precision == "bf16"
     clip.towers.model.set_grad_checkpointing(recipe.grad_checkpointing)
     clip.towers.to(world.device)
@@ -101,6 +98,14 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             started = time.perf_counter()
     run.finish("finished" if samples == end else "stopped", samples)
     return run
+
+
+def prepare(recipe: Recipe, world: World) -> tuple[Shards, Clip]:
+    """The training pairs, their bytes verified (each rank its part), and the model as it was before training."""
+    pairs = Shards(recipe.data, "train")
+    check_batch(recipe, len(pairs), world)
+    pairs.verify(world.rank, world.world_size)
+    return pairs, load(recipe.model, seed=recipe.seed)
 
 
 def check_batch(recipe: Recipe, n_pairs: int, world: World) -> None:

@@ -1,11 +1,17 @@
 """The processes that train together: one without torchrun, else one per GPU (NCCL) or per process (gloo)."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from data_prep.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,28 @@ class World:
 
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
+
+    def together(self, prepare: Callable[[], T]) -> T:
+        """prepare() of each rank; where it ends in a UserError on any, that is raised on all, so that none waits for ever.
+
+        `prepare` must not talk to the other ranks.
+        """
+        if self.world_size == 1:
+            return prepare()
+        result, failure = None, None
+        try:
+            result = prepare()
+        except UserError as error:
+            failure = error
+        failures = [None] * self.world_size
+        dist.all_gather_object(failures, failure, group=self.host_group)
+        for rank, other in enumerate(failures):
+            if other is not None:
+                all_alike = all(str(failure) == str(other) for failure in failures)
+                shared = type(other)(str(other) if all_alike else f"on rank {rank}: {other}")
+                shared.shared = True
+                raise shared
+        return result
 
 
 class _Gather(torch.autograd.Function):

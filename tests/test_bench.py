@@ -1,0 +1,18 @@
+"""The harness runs and its line is JSON; what it measures is judged in benchmarks/, not here."""
+
+import json
+
+from conftest import assert_mistake, call
+
+
+def test_bench_prints_a_table_and_one_line_of_json(icon_shards):
+    result = call("train.bench", "train/recipes/demo.yaml", "--data", icon_shards, "--batch", 16, "--micro_batch", 8, "--workers", 1)
+    *table, line = result.stdout.strip().splitlines()
+    values = json.loads(line)
+    assert len(table) == len(values)
+    assert (values["batch"], values["micro_batch"]) == (16, 8)
+    for name in ("step_s", "pairs_per_s", "peak_memory_gb", "loader_samples_per_s"):
+        assert values[name] > 0
+    assert values["pairs_per_s"] * values["step_s"] == 16
+    too_large = call("train.bench", "train/recipes/demo.yaml", "--data", icon_shards, "--batch", 999, expect=2)
+    assert_mistake(too_large, "fewer than one batch")
