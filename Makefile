@@ -11,11 +11,11 @@ RUN := runs/demo
 env: .venv/installed
 
 .venv/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is wanted, this is %s; make PYTHON=python3.12" % sys.version.split()[0])'
-	$(PYTHON) -m venv .venv || { echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is wanted, this is %s; make PYTHON=python3.12" % sys.version.split()[0])'
+	@$(PYTHON) -m venv .venv || { echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "installing: about 5 GB, most of it CUDA libraries that come with torch; one to five minutes"
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $@
+	@touch $@
 
 $(DATA)/icons.csv: | .venv/installed
 	$(PY) -m data_prep icons --out $(DATA) --overwrite True

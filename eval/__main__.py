@@ -18,8 +18,8 @@ from data_prep.shards import Shards
 from eval.embed import embed
 from eval.page import write_page
 from eval.retrieval import read_json, score, table, write_json
-from train.model import load
-from train.world import join_world, leave_world
+from train.model import Clip, load
+from train.world import joined_world
 
 
 def retrieval(
@@ -46,22 +46,28 @@ def retrieval(
         workers: Processes that read images; 0 reads them in this one.
         precision: Of the model; the features are compared in fp32 always.
     """
-    world = join_world()
-    shards, clip, other = world.together(lambda: (Shards(data, split), load(model), read_json(against) if against else None))
+    with joined_world() as world:
+        shards, other, clip = world.together(lambda: prepare(model, data, split, against))
+        clip.towers.bf16 = precision == "bf16"
+        clip.towers.to(world.device)
+        embedded = embed(clip, shards, world, batch, workers)
+        result = {"model": model, "data": f"{data}, {split}", **score(embedded, shards.groups, world)}
+        if world.is_first:
+            print(table(result, other))
+            if json:
+                write_json(json, result)
+            if page:
+                write_page(page, embedded, shards, model, table(result, other))
+                print(f"pictures of what it finds: {page}")
+
+
+def prepare(model: str, data: Path, split: str, against: Path | None) -> tuple[Shards, dict | None, Clip]:
+    """The split, the result to compare with, and the model; the cheap ones first, so that a mistake costs no time."""
+    shards = Shards(data, split)
+    other = read_json(against) if against else None
     if other and other["n_images"] != len(shards):
         raise UserError(f"{against}: made on {other['n_images']} images, {data} has {len(shards)} in {split}; compare on the same data")
-    clip.towers.bf16 = precision == "bf16"
-    clip.towers.to(world.device)
-    embedded = embed(clip, shards, world, batch, workers)
-    result = {"model": model, "data": f"{data}, {split}", **score(embedded, shards.groups, world)}
-    if world.is_first:
-        print(table(result, other))
-        if json:
-            write_json(json, result)
-        if page:
-            write_page(page, embedded, shards, table(result, other))
-            print(f"pictures of what it finds: {page}")
-    leave_world(world)
+    return shards, other, load(model)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ QUERIES, SHOWN, THUMBNAIL_PX = 24, 8, 96
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What the model finds</title>
+<title>What {model} finds</title>
 <style>
  :root {{ color-scheme: light dark; }}
  body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }}
@@ -28,7 +28,7 @@ PAGE = """<!doctype html>
  .hit img {{ border: 3px solid #1a9850; }} .hit figcaption::before {{ content: "\\2713 "; color: #1a9850; }}
  figcaption {{ font-size: .75rem; opacity: .8; overflow-wrap: anywhere; }}
 </style>
-<h1>What the model finds</h1>
+<h1>What {model} finds</h1>
 <pre>{table}</pre>
 <p>{queries} of {n_texts} captions, drawn at random, each with the {shown} pictures that score highest among {n_images}.
 A green frame and a tick: the picture is in the caption's group.</p>
@@ -37,7 +37,7 @@ A green frame and a tick: the picture is in the caption's group.</p>
 """
 
 
-def write_page(path: Path, embedded: Embedded, shards: Shards, table: str) -> None:
+def write_page(path: Path, embedded: Embedded, shards: Shards, model: str, table: str) -> None:
     """Write the page; the same captions for every model on the same data, so that two pages compare."""
     texts, captions = embedded.captions.texts, embedded.captions
     chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:QUERIES].tolist()
@@ -53,7 +53,13 @@ def write_page(path: Path, embedded: Embedded, shards: Shards, table: str) -> No
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
-        values = {"table": html.escape(table), "rows": "\n".join(rows), "n_texts": len(texts), "n_images": len(shards)}
+        values = {
+            "model": html.escape(model),
+            "table": html.escape(table),
+            "rows": "\n".join(rows),
+            "n_texts": len(texts),
+            "n_images": len(shards),
+        }
         partial.write_text(PAGE.format(queries=len(chosen), shown=min(SHOWN, len(shards)), **values))
 
 

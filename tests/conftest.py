@@ -69,7 +69,7 @@ def png(image: Image.Image, format: str = "PNG", **options) -> bytes:
 def command(*arguments, ranks: int = 0, **environment) -> list[str]:
     """A command line of ours; under torchrun where `ranks` is given."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    return [sys.executable, *launcher, "-m", *map(str, arguments)]
+    return [sys.executable, *launcher, "-m", *(["--"] if ranks else []), *map(str, arguments)]
 
 
 def environment(**more) -> dict:

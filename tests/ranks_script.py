@@ -8,11 +8,17 @@ from torch.nn.parallel import DistributedDataParallel
 from train.loader import Batch
 from train.model import load
 from train.step import backward
-from train.world import join_world, leave_world
+from train.world import World, joined_world
 
 
 def gradients(model: str, micro_batch: int, out: str) -> None:
-    world = join_world()
+    with joined_world() as world:
+        saved = gradients_of_two_steps(model, micro_batch, world)
+        if world.is_first:
+            torch.save(saved, out)
+
+
+def gradients_of_two_steps(model: str, micro_batch: int, world: World) -> list[dict]:
     clip = load(model)
     clip.towers.train()
     towers = DistributedDataParallel(clip.towers) if world.world_size > 1 else clip.towers
@@ -25,9 +31,7 @@ def gradients(model: str, micro_batch: int, out: str) -> None:
         loss = backward(towers, mine, micro_batch, world, seed=0, samples=samples)
         loss = world.sum(loss.clone()) / world.world_size
         saved.append({"loss": loss, **{name: parameter.grad.clone() for name, parameter in clip.towers.named_parameters()}})
-    if world.is_first:
-        torch.save(saved, out)
-    leave_world(world)
+    return saved
 
 
 def global_batch() -> Batch:

@@ -7,9 +7,12 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
-from conftest import ROOT, assert_mistake, build_icons, call
+from conftest import assert_mistake, build_icons, call
 from PIL import Image
 
+import data_prep.__main__
+import eval.__main__
+import train.__main__
 from data_prep.build import build
 from data_prep.errors import UserError
 from data_prep.shards import Shards, sha256_of
@@ -110,8 +113,11 @@ def test_user_mistakes_are_sentences(icon_folder, icon_shards, tmp_path):
     assert_mistake(call("data_prep", "build", csv_file, *options, "caption", "--imagse", "x", expect=2), "--images")
 
 
-def test_help_that_teaches():
-    for room in ("data_prep", "train", "eval"):
-        assert f"python -m {room}" in call(room).stdout
-        assert "--help" in call(room).stdout
-    assert "--background" in call("data_prep", "build", "--help", cwd=ROOT).stdout
+def test_help_that_teaches(monkeypatch, capsys):
+    for room in (data_prep.__main__, train.__main__, eval.__main__):
+        monkeypatch.setattr("sys.argv", ["python -m"])
+        room.main()
+        words = capsys.readouterr().out
+        assert f"python -m {room.__package__}" in words
+        assert "--help" in words
+    assert "--background" in call("data_prep", "build", "--help").stdout

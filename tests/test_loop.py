@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from data_prep.errors import NotFinite, UserError
 from data_prep.shards import sha256_of
 from train.__main__ import validator
-from train.loop import fit
+from train.loop import check_batch, fit
 from train.recipe import Augment, Optim, Recipe
 from train.world import World
 
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tiny_model, ico
     with pytest.raises(UserError, match=r"\d+ training images are fewer than one batch of 5000; pass a smaller --batch"):
         fit(recipe(tiny_model, icon_shards, run, batch=5000), World(), no_validation)
     with pytest.raises(UserError, match="--batch 25 cannot be shared evenly by 2 ranks; pass --batch 24"):
-        fit(recipe(tiny_model, icon_shards, run, batch=25), World(0, 2), no_validation)
+        check_batch(recipe(tiny_model, icon_shards, run, batch=25), 100, World(0, 2))
     with pytest.raises(UserError, match="no model 'x'"):
         fit(recipe("x:none", icon_shards, run), World(), no_validation)
     assert not run.exists()
@@ -207,6 +208,18 @@ def test_mistakes_exit_2_under_torchrun_as_well(tiny_model, icon_shards, tmp_pat
     result = call(*arguments, ranks=2, expect=1)  # torchrun's own code
     assert result.stderr.count("fewer than one batch of 5000") == 1
     assert "exitcode  : 2" in result.stderr
+
+
+def test_what_one_rank_finds_ends_all_of_them(tiny_model, icon_shards, tmp_path):
+    """Each rank verifies its part of the shards: the second rank's is altered, and the first must not wait for ever."""
+    shards = shutil.copytree(icon_shards, tmp_path / "shards")
+    with open(shards / "train" / "train-000001.tar", "r+b") as file:
+        file.write(b"x")
+    arguments = flags(recipe(tiny_model, shards, tmp_path / "run"), tmp_path / "recipe.yaml")
+    result = call(*arguments, ranks=2, expect=1)
+    assert result.stderr.count("error: on rank 1: ") == 1
+    assert "train-000001.tar: altered since it was built" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny_model, icon_shards, tmp_path, monkeypatch):

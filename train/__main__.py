@@ -2,8 +2,9 @@
 
   python -m train train/recipes/demo.yaml --data data/icons/shards --run runs/icons
       one process; on one GPU if there is one
-  torchrun --nproc_per_node 2 -m train train/recipes/demo.yaml --data data/icons/shards --run runs/icons
+  torchrun --nproc_per_node 2 -m -- train train/recipes/demo.yaml --data data/icons/shards --run runs/icons
       one process per GPU, or two on the CPU; the same batches, the same loss
+      (the -- keeps torchrun from taking --run for its own --run-path)
 
 Any key of the recipe can be typed as a flag and then wins: --optim.lr 1e-5 --batch 128. All of them: --help.
 The same command again goes on with an unfinished run, from the very step of its last checkpoint.
@@ -21,7 +22,7 @@ from train.loop import Validate, fit
 from train.model import Clip
 from train.recipe import Recipe, parse
 from train.run import Run
-from train.world import World, join_world, leave_world
+from train.world import World, joined_world
 
 
 def main() -> None:
@@ -29,12 +30,11 @@ def main() -> None:
         print(__doc__.strip())
         return
     recipe = parse(sys.argv[1:])
-    world = join_world()
-    validate = world.together(lambda: validator(recipe))
-    run = fit(recipe, world, validate)
-    if world.is_first:
-        print(closing_words(run))
-    leave_world(world)
+    with joined_world() as world:
+        validate = world.together(lambda: validator(recipe))
+        run = fit(recipe, world, validate)
+        if world.is_first:
+            print(closing_words(run))
 
 
 def validator(recipe: Recipe) -> Validate:

@@ -27,9 +27,9 @@ from train.optim import build_optimizer
 from train.order import Order
 from train.recipe import Recipe, parse
 from train.step import backward
-from train.world import World, join_world
+from train.world import World
 
-STEPS, WARMUP_STEPS, LOADER_SECONDS = 5, 2, 10.0
+STEPS, WARMUP_STEPS, LOADER_SECONDS = 5, 2, 5.0
 
 
 def measure_step(recipe: Recipe, world: World) -> dict:
@@ -54,10 +54,8 @@ def measure_step(recipe: Recipe, world: World) -> dict:
     return {"step_s": seconds, "pairs_per_s": recipe.batch / seconds, "peak_memory_gb": _peak_memory_gb(world)}
 
 
-def measure_loader(recipe: Recipe, world: World) -> dict:
+def measure_loader(recipe: Recipe, shards: Shards, world: World) -> dict:
     """Samples that the recipe's workers deliver in a second when nobody trains."""
-    shards = Shards(recipe.data, "train")
-    check_batch(recipe, len(shards), world)
     clip = load(recipe.model, weights=False)
     data = TrainPairs(shards, Order(shards.shard_sizes, recipe.batch, recipe.seed), train_transform(clip.image_size, recipe.augment))
     batches = iter(train_loader(data, clip.tokenizer, 0, 1 << 40, world, recipe.workers))
@@ -91,14 +89,16 @@ def main() -> None:
     recipe = parse([*sys.argv[1:], "--run", "unused"])
     if "WORLD_SIZE" in os.environ:
         raise UserError("python -m train.bench measures one process; start it without torchrun")
-    world = join_world()
+    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    shards = Shards(recipe.data, "train")
+    check_batch(recipe, len(shards), world)
     result = {
         "model": recipe.model,
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         **{key: dataclasses.asdict(recipe)[key] for key in ("batch", "micro_batch", "precision", "grad_checkpointing", "workers")},
         **measure_step(recipe, world),
-        **measure_loader(recipe, world),
+        **measure_loader(recipe, shards, world),
     }
     for name, value in result.items():
         print(f"{name:22} {value:.3f}" if isinstance(value, float) else f"{name:22} {value}")

@@ -14,6 +14,8 @@ from data_prep.atomic import atomic_file
 from data_prep.progress import progress
 from train.world import World
 
+FOLLOWED = ("val/image_to_text/R@1", "val/text_to_image/R@1")
+
 
 class Logbook:
     """The log of one run, written by the first rank; every rank must call step()."""
@@ -54,9 +56,16 @@ class Logbook:
         self.bar.set_postfix_str(f"epoch {numbers['epoch']:.1f}, loss {loss:.3f}", refresh=False)
         self.pairs, self.data_s, self.step_s = 0, 0.0, 0.0
 
+    def validation(self, samples: int, values: dict[str, float]) -> None:
+        """Write what a validation found, if there was one, and say the part of it that people follow."""
+        if values:
+            self.write(samples, values)
+            recalls = ", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items() if name in FOLLOWED)
+            self.say(f"after {samples / self.samples_per_epoch:.0f} epochs: {recalls}")
+
     def write(self, samples: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to TensorBoard; none where there are no values."""
-        if not self.first or not values:
+        """One line of metrics.jsonl, and the same to TensorBoard."""
+        if not self.first:
             return
         self.file.write(json.dumps({"samples": samples, **values}) + "\n")
         self.file.flush()

@@ -59,8 +59,11 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     run.start()
 
     with Logbook(run.folder, samples, end, order.samples_per_epoch, recipe.log_every_steps, world) as log, Stop(run.stop_file) as stop:
-        if samples == 0:
-            log.write(samples, validate(clip, world))
+        log.say(f"{recipe.model} on {len(pairs)} images, {world.world_size} x {world.device.type}: {steps} steps of {recipe.batch} pairs")
+        if samples:
+            log.say(f"going on after {samples} pairs, from {run.checkpoint}")
+        else:
+            log.validation(samples, validate(clip, world))
         towers.train()
         started = time.perf_counter()
         for batch in batches:
@@ -88,7 +91,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             stopping, saving = world.any(stop.asked(), save_is_due)
             if epoch_ends or stopping or saving:
                 metrics = validate(clip, world) if epoch_ends else {}
-                log.write(samples, metrics)
+                log.validation(samples, metrics)
                 log.sync()
                 run.save(clip, optimizer, samples, metrics.get(SCORE))
                 saved_at = time.monotonic()

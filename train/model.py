@@ -5,6 +5,7 @@ All that knows open_clip's insides is here.
 
 import difflib
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
     wants_weights = weights and not name.endswith(":none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        logging.disable(logging.NOTSET if wants_weights else logging.WARNING)  # it warns of the random weights that were asked for
         try:
             model = open_clip.create_model(
                 identifier, pretrained, load_weights=weights, require_pretrained=wants_weights, pretrained_text=False, **options
@@ -142,6 +144,8 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
             tokenizer = open_clip.get_tokenizer(identifier)
         except (OSError, RuntimeError, ValueError, KeyError, HfHubHTTPError) as error:
             raise UserError(f"{name}: cannot be loaded: {' '.join(str(error).split())[:600]}; {_advice(name)}") from None
+        finally:
+            logging.disable(logging.NOTSET)
     if model_cfg is None:
         model_cfg = _config_of(identifier)["model_cfg"]
     preprocess = model.visual.preprocess_cfg

@@ -1,7 +1,8 @@
 """The processes that train together: one without torchrun, else one per GPU (NCCL) or per process (gloo)."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -88,21 +89,25 @@ class _Gather(torch.autograd.Function):
         return gradient[ctx.rows], None, None
 
 
-def join_world(timeout_minutes: float = 10) -> World:
-    """Join the processes that torchrun started; alone where it started none."""
+@contextmanager
+def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
+    """The processes that torchrun started; alone where it started none."""
     cuda = torch.cuda.is_available()
     if "WORLD_SIZE" not in os.environ:
-        return World(device=torch.device("cuda" if cuda else "cpu"))
+        yield World(device=torch.device("cuda" if cuda else "cpu"))
+        return
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
-    return World(dist.get_rank(), dist.get_world_size(), device, host_group)
-
-
-def leave_world(world: World) -> None:
-    if dist.is_initialized():
-        world.barrier()
-        dist.destroy_process_group()
+    world = World(dist.get_rank(), dist.get_world_size(), device, host_group)
+    try:
+        yield world
+    except UserError as error:
+        if error.shared:  # no rank is left inside a collective, where taking the group down would wait for it
+            dist.destroy_process_group()
+        raise
+    world.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,54 @@
+"""The README's commands run as they stand, on a small set; those that want GPUs or weights at least parse."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, call
+
+from train.recipe import parse
+
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+SMALLER = {
+    "data_prep icons": "--limit 240",
+    "data_prep build": "--images-per-shard 50",
+    "train": "--epochs 2 --batch 32 --micro_batch 32 --log_every_steps 1",
+    "eval retrieval": "--workers 0",
+}
+
+
+def commands(language: str) -> list[list[str]]:
+    lines = [line.split("  #")[0] for kind, text in BLOCKS for line in text.splitlines() if kind == language]
+    return [shlex.split(line) for line in lines if line.strip()]
+
+
+def test_the_walk_by_hand(tmp_path):
+    ran = []
+    for words in commands("bash"):
+        ranks = int(words[2]) if words[0] == "torchrun" else 0
+        start = ["torchrun", "--nproc_per_node", "2", "-m", "--"] if ranks else ["python", "-m"]
+        assert words[: len(start)] == start
+        arguments = [re.sub(r"^(data/|runs/|out\.)", rf"{tmp_path}/\1", word) for word in words[len(start) :]]
+        name = next(name for name in SMALLER if " ".join(arguments).startswith(name))
+        call(*arguments, *SMALLER[name].split(), ranks=ranks)
+        ran.append(name)
+    assert set(ran) == set(SMALLER)
+    assert (tmp_path / "out.json").is_file()
+    page = (tmp_path / "out.html").read_text()
+    assert page.count("<figure") >= 8
+    assert 'src="http' not in page
+
+
+def test_the_other_commands_parse():
+    for words in commands("sh"):
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        else:
+            assert words[:2] == ["torchrun", "--nproc_per_node"]
+            assert words[3:6] == ["-m", "--", "train"]
+            assert parse(words[6:]).model == "ViT-L-14:laion2b_s32b_b82k"
+
+
+@pytest.mark.parametrize("path", [path for path in re.findall(r"\]\((?!http|#)([^)]+)\)", (ROOT / "README.md").read_text())])
+def test_links_lead_somewhere(path):
+    assert (ROOT / path).is_file()
