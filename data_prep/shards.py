@@ -95,6 +95,7 @@ class Shards:
     Attributes:
         groups: int64 [n], the group number of each sample.
         shard_sizes: int64 [shards], samples in each shard, in the order in which samples are numbered.
+        fingerprint: sha256 that stands for the content of all splits, wherever the folder lies.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -104,6 +105,7 @@ class Shards:
             having = ", ".join(f"{name} ({entry['samples']})" for name, entry in self.manifest["splits"].items())
             raise UserError(f"{folder}: no samples in split {split!r}; it has {having}")
         self.entries = self.manifest["splits"][split]["shards"]
+        self.fingerprint = hashlib.sha256(json.dumps(self.manifest["splits"], sort_keys=True).encode()).hexdigest()
         self.shard_sizes = np.array([entry["samples"] for entry in self.entries])
         tables = [_read_index(self.folder / entry["file"], entry) for entry in self.entries]
         index = pd.concat(tables, ignore_index=True)

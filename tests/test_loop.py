@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_mistake, call, command, environment, save_tiny
+from conftest import ROOT, TINY, assert_mistake, build_icons, call, command, environment, save_tiny
 from safetensors.torch import load_file
 
 from data_prep.errors import NotFinite, UserError
 from data_prep.shards import sha256_of
 from train.__main__ import validator
 from train.loop import check_batch, fit
-from train.recipe import Augment, Optim, Recipe
+from train.recipe import Augment, Optim, Recipe, to_yaml
 from train.world import World
 
 
@@ -30,8 +30,6 @@ def recipe(model: str, data: Path, run: Path, **changes) -> Recipe:
 
 
 def flags(recipe: Recipe, file: Path) -> list[str]:
-    from train.recipe import to_yaml
-
     file.write_text(to_yaml(recipe))
     return ["train", str(file)]
 
@@ -202,6 +200,26 @@ def test_another_recipe_does_not_go_on_with_a_run(undisturbed, dropout_model, ic
         fit(recipe(dropout_model, icon_shards, undisturbed[0], epochs=9), World(), no_validation)
 
 
+def test_other_data_does_not_go_on_with_a_run_but_moved_data_does(tiny_model, icon_shards, icon_folder, tmp_path):
+    plan = {"model": tiny_model, "run": tmp_path / "run", "epochs": 1, "workers": 0}
+    fit(recipe(data=icon_shards, **plan), World(), no_validation)
+    (tmp_path / "run" / "status.json").unlink()
+    build_icons(icon_folder, tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"not the shards that .* began with"):
+        fit(recipe(data=tmp_path / "other", **plan), World(), no_validation)
+    moved = shutil.copytree(icon_shards, tmp_path / "moved")
+    assert fit(recipe(data=moved, micro_batch=24, **plan), World(), no_validation).is_finished
+
+
+def test_a_group_on_both_sides_of_the_split_is_refused(tiny_model, icon_shards, tmp_path):
+    shards = shutil.copytree(icon_shards, tmp_path / "shards")
+    manifest = json.loads((shards / "manifest.json").read_text())
+    manifest["splits"]["val"] = manifest["splits"]["train"]
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"\d+ groups are in train and in val"):
+        validator(recipe(tiny_model, shards, tmp_path / "run"))
+
+
 def test_mistakes_exit_2_under_torchrun_as_well(tiny_model, icon_shards, tmp_path):
     arguments = flags(recipe(tiny_model, icon_shards, tmp_path / "run", batch=5000), tmp_path / "recipe.yaml")
     assert_mistake(call(*arguments, expect=2), "error:", "fewer than one batch of 5000")
@@ -243,8 +261,6 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny_model, ico
 
 
 def test_shards_without_validation_train_and_keep_the_newest(tiny_model, icon_shards, icon_folder, tmp_path):
-    from conftest import build_icons
-
     build_icons(icon_folder, tmp_path / "shards", val=0.0)
     plan = recipe(tiny_model, tmp_path / "shards", tmp_path / "run", epochs=1, workers=0)
     run = fit(plan, World(), validator(plan))

@@ -73,7 +73,9 @@ def test_what_may_change_between_the_parts_of_a_run():
     old = Recipe(model="a:none", data="d", run="r")
     values = yaml.safe_load(to_yaml(old))
     assert differences(old, old) == []
-    same = Recipe(**{**values, "run": "elsewhere", "workers": 0, "optim": old.optim, "augment": old.augment})
+    same = Recipe(
+        **{**values, "run": "elsewhere", "data": "there", "workers": 0, "micro_batch": 8, "optim": old.optim, "augment": old.augment}
+    )
     assert differences(old, same) == []
     other = parse(["--model", "a:none", *REQUIRED, "--optim.lr", "1e-3"])
     assert differences(old, other) == ["optim.lr: 5e-06 before, 0.001 now"]

@@ -15,7 +15,9 @@ import json
 import sys
 from pathlib import Path
 
-from data_prep.errors import exit_on_user_error
+import numpy as np
+
+from data_prep.errors import UserError, exit_on_user_error
 from data_prep.shards import Shards, read_manifest
 from eval.retrieval import DIRECTIONS, evaluate
 from train.loop import Validate, fit
@@ -43,6 +45,8 @@ def validator(recipe: Recipe) -> Validate:
     if not splits.get("val", {}).get("samples"):
         return lambda clip, world: {}
     shards = Shards(recipe.data, "val")
+    if shared := np.intersect1d(shards.groups, Shards(recipe.data, "train").groups).size:
+        raise UserError(f"{recipe.data}: {shared} groups are in train and in val, so validation would flatter; build the shards again")
 
     def validate(clip: Clip, world: World) -> dict[str, float]:
         result = evaluate(clip, shards, world, batch=recipe.micro_batch, workers=recipe.workers)

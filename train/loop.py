@@ -43,7 +43,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     run = world.together(lambda: Run(recipe, world))
     if run.is_finished:
         return run
-    pairs, clip = world.together(lambda: prepare(recipe, world))
+    pairs, clip = world.together(lambda: prepare(recipe, run))
     clip.towers.bf16 = recipe.precision == "bf16"
     clip.towers.model.set_grad_checkpointing(recipe.grad_checkpointing)
     clip.towers.to(world.device)
@@ -56,7 +56,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     data = TrainPairs(pairs, order, train_transform(clip.image_size, recipe.augment))
     batches = train_loader(data, clip.tokenizer, run.samples, end, world, recipe.workers)
     samples, saved_at = run.samples, time.monotonic()
-    run.start()
+    run.start(pairs.fingerprint)
 
     with Logbook(run.folder, samples, end, order.samples_per_epoch, recipe.log_every_steps, world) as log, Stop(run.stop_file) as stop:
         log.say(f"{recipe.model} on {len(pairs)} images, {world.world_size} x {world.device.type}: {steps} steps of {recipe.batch} pairs")
@@ -103,11 +103,12 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     return run
 
 
-def prepare(recipe: Recipe, world: World) -> tuple[Shards, Clip]:
+def prepare(recipe: Recipe, run: Run) -> tuple[Shards, Clip]:
     """The training pairs, their bytes verified (each rank its part), and the model as it was before training."""
     pairs = Shards(recipe.data, "train")
-    check_batch(recipe, len(pairs), world)
-    pairs.verify(world.rank, world.world_size)
+    run.check_data(pairs.fingerprint)
+    check_batch(recipe, len(pairs), run.world)
+    pairs.verify(run.world.rank, run.world.world_size)
     return pairs, load(recipe.model, seed=recipe.seed)
 
 

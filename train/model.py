@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,7 @@ class Clip:
         (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.towers.model.state_dict().items()}
         save_file(weights, folder / WEIGHTS_FILE)
+        shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors writes for its user alone
         if hasattr(self.tokenizer, "save_pretrained"):  # a Hugging Face tokenizer has files of its own
             self.tokenizer.save_pretrained(folder)
 

@@ -80,8 +80,9 @@ class Recipe:
     """Newest checkpoints to keep, beside the best one."""
 
 
-# What may differ between the parts of one run without changing a number in it.
-FREE_TO_CHANGE = ("run", "workers", "log_every_steps", "save_every_minutes", "keep")
+# What may differ between the parts of one run: it changes no number, or by rounding alone (the last two). The place of
+# the data is free, its content is not; train.run compares that.
+FREE_TO_CHANGE = ("run", "data", "workers", "log_every_steps", "save_every_minutes", "keep", "micro_batch", "grad_checkpointing")
 
 
 def parse(arguments: list[str]) -> Recipe:

@@ -68,7 +68,13 @@ class Run:
     def stop_file(self) -> Path:
         return self.folder / "stop"
 
-    def start(self) -> None:
+    def check_data(self, fingerprint: str) -> None:
+        """Refuse to go on with other data than the run began with; see data_prep.shards.Shards.fingerprint."""
+        path = self.folder / "environment.json"
+        if self.checkpoint and json.loads(path.read_text())["data_fingerprint"] != fingerprint:
+            raise UserError(f"{self.recipe.data}: not the shards that {self.folder} began with; pass another --run, or the old --data")
+
+    def start(self, data_fingerprint: str) -> None:
         """Write what the run is, before its first step."""
         self.world.barrier()  # all ranks have looked at the folder as it was
         if self.world.is_first:
@@ -76,7 +82,7 @@ class Run:
             self.stop_file.unlink(missing_ok=True)
             if not self.samples:
                 with atomic_file(self.folder / "environment.json") as partial:
-                    partial.write_text(json.dumps(_environment(self.world), indent=1) + "\n")
+                    partial.write_text(json.dumps(_environment(self.world, data_fingerprint), indent=1) + "\n")
                 with atomic_file(self.folder / "recipe.yaml") as partial:
                     partial.write_text(to_yaml(self.recipe))
             self._write_status("running", self.samples)
@@ -144,11 +150,12 @@ class Run:
                 shutil.rmtree(old)
 
 
-def _environment(world: World) -> dict:
+def _environment(world: World, data_fingerprint: str) -> dict:
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
+        "data_fingerprint": data_fingerprint,
         "git_commit": git.stdout.strip() or None,
         "world_size": world.world_size,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
