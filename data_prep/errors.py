@@ -16,6 +16,7 @@ class NotFinite(UserError):
     """Training or evaluation met a number that is not finite; nothing was overwritten."""
 
     exit_code = 3
+    shared = True  # found in numbers that are gathered or reduced, so every rank finds it
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from eval.embed import embed
 from eval.page import write_page
 from eval.retrieval import read_json, score, table, write_json
 from train.model import Clip, load
-from train.world import joined_world
+from train.world import World, joined_world
 
 
 def retrieval(
@@ -47,7 +47,7 @@ def retrieval(
         precision: Of the model; the features are compared in fp32 always.
     """
     with joined_world() as world:
-        shards, other, clip = world.together(lambda: prepare(model, data, split, against))
+        shards, other, clip = world.together(lambda: prepare(model, data, split, against, world))
         clip.towers.bf16 = precision == "bf16"
         clip.towers.to(world.device)
         embedded = embed(clip, shards, world, batch, workers)
@@ -61,9 +61,10 @@ def retrieval(
                 print(f"pictures of what it finds: {page}")
 
 
-def prepare(model: str, data: Path, split: str, against: Path | None) -> tuple[Shards, dict | None, Clip]:
-    """The split, the result to compare with, and the model; the cheap ones first, so that a mistake costs no time."""
+def prepare(model: str, data: Path, split: str, against: Path | None, world: World) -> tuple[Shards, dict | None, Clip]:
+    """The split, verified, the result to compare with, and the model; the cheap ones first, so that a mistake costs no time."""
     shards = Shards(data, split)
+    shards.verify(world.rank, world.world_size)
     other = read_json(against) if against else None
     if other and other["n_images"] != len(shards):
         raise UserError(f"{against}: made on {other['n_images']} images, {data} has {len(shards)} in {split}; compare on the same data")

@@ -217,7 +217,7 @@ def test_a_group_on_both_sides_of_the_split_is_refused(tiny_model, icon_shards, 
     manifest["splits"]["val"] = manifest["splits"]["train"]
     (shards / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"\d+ groups are in train and in val"):
-        validator(recipe(tiny_model, shards, tmp_path / "run"))
+        validator(recipe(tiny_model, shards, tmp_path / "run"), World())
 
 
 def test_mistakes_exit_2_under_torchrun_as_well(tiny_model, icon_shards, tmp_path):
@@ -263,5 +263,5 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny_model, ico
 def test_shards_without_validation_train_and_keep_the_newest(tiny_model, icon_shards, icon_folder, tmp_path):
     build_icons(icon_folder, tmp_path / "shards", val=0.0)
     plan = recipe(tiny_model, tmp_path / "shards", tmp_path / "run", epochs=1, workers=0)
-    run = fit(plan, World(), validator(plan))
+    run = fit(plan, World(), validator(plan, World()))
     assert (run.folder / "checkpoints" / "best").readlink().name == newest(run.folder).name

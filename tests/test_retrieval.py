@@ -1,6 +1,7 @@
 """From shards to numbers: what is printed and written equals brute force over the very captions and groups."""
 
 import json
+import shutil
 
 import numpy as np
 import open_clip
@@ -115,6 +116,10 @@ def test_weights_that_are_not_finite_are_an_error_that_names_a_sample(gallery, t
 def test_mistakes_are_sentences(tiny_model, gallery, icon_shards, tmp_path):
     assert_mistake(call("eval", "retrieval", tmp_path, "--data", gallery, expect=2), "a MODEL is NAME:PRETRAINED")
     assert_mistake(call("eval", "retrieval", tiny_model, "--data", gallery, "--split", "dev", expect=2), "it has train")
+    altered = shutil.copytree(gallery, tmp_path / "altered")
+    with open(altered / "val" / "val-000000.tar", "r+b") as file:
+        file.write(b"x")
+    assert_mistake(call("eval", "retrieval", tiny_model, "--data", altered, expect=2), "val-000000.tar: altered since it was built")
     (tmp_path / "other.json").write_text('{"model": "x", "n_images": 3, "n_texts": 3, "metrics": {}}')
     options = ["--data", gallery, "--workers", 0, "--against", tmp_path / "other.json"]
     assert_mistake(call("eval", "retrieval", tiny_model, *options, expect=2), "made on 3 images")

@@ -33,18 +33,19 @@ def main() -> None:
         return
     recipe = parse(sys.argv[1:])
     with joined_world() as world:
-        validate = world.together(lambda: validator(recipe))
+        validate = world.together(lambda: validator(recipe, world))
         run = fit(recipe, world, validate)
         if world.is_first:
             print(closing_words(run))
 
 
-def validator(recipe: Recipe) -> Validate:
+def validator(recipe: Recipe, world: World) -> Validate:
     """Retrieval on the shards' val split, as metrics under val/; on shards without one, nothing."""
     splits = read_manifest(Path(recipe.data))["splits"]
     if not splits.get("val", {}).get("samples"):
         return lambda clip, world: {}
     shards = Shards(recipe.data, "val")
+    shards.verify(world.rank, world.world_size)
     if shared := np.intersect1d(shards.groups, Shards(recipe.data, "train").groups).size:
         raise UserError(f"{recipe.data}: {shared} groups are in train and in val, so validation would flatter; build the shards again")
 
