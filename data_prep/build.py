@@ -78,8 +78,7 @@ def build(
     pictures, rejects = pair(rows, images or csv.parent)
     pictures.sort(key=_key)  # keys are hashes, so this mixes the shards, and the same way every time
 
-    report = Counter()
-    reasons, fixes, groups = Counter(), Counter(), {split: set() for split in SPLITS}
+    fixes, groups = Counter(), {split: set() for split in SPLITS}
     with atomic_folder(out) as folder:
         writers = {split: _SplitWriter(folder / split, images_per_shard) for split in SPLITS}
         for picture, checked in zip(pictures, _checked(check_one, pictures, processes), strict=True):
@@ -88,33 +87,11 @@ def build(
                 continue
             split = split_of(picture.group, val, test, seed)
             writers[split].add(_sample(picture, checked), group_id(picture.group), checked.extension)
-            report.update(images=1, records=len(picture.rows))
             fixes.update(checked.fixes)
             groups[split].add(picture.group)
-        reasons.update(reject.reason for reject in rejects)
-        rejects.sort(key=lambda reject: reject.line)
-        assert report["records"] + len(rejects) == len(rows), (report["records"], len(rejects), len(rows))
-        if not report["records"]:
-            first = rejects[0]
-            raise UserError(
-                f"{csv}: none of its {len(rows)} rows can be used: "
-                + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
-                + f"; the first is line {first.line}, {first.image!r}: {first.reason}, {first.detail}".rstrip(", ")
-            )
         entries = {split: writer.close() for split, writer in writers.items()}
-        summary = {
-            "rows": len(rows),
-            "records": report["records"],
-            "rejects": len(rejects),
-            "reasons": dict(reasons.most_common()),
-            "images": report["images"],
-            "groups": sum(len(names) for names in groups.values()),
-            "fixes": dict(fixes.most_common()),
-            "splits": {
-                split: {"images": entry["samples"], "captions": entry["captions"], "groups": len(groups[split])}
-                for split, entry in entries.items()
-            },
-        }
+        rejects.sort(key=lambda reject: reject.line)
+        summary = _summarize(csv, len(rows), rejects, fixes, groups, entries)
         options = {
             "image_column": image_column,
             "caption_column": caption_column,
@@ -137,12 +114,39 @@ def build(
         }
         _write_json(folder / "manifest.json", manifest)
         _write_json(folder / "report.json", summary)
-        with open(folder / "rejects.csv", "w", newline="") as file:
+        with open(folder / "rejects.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv_module.writer(file)
             writer.writerow(["line", "path", "reason", "detail"])
             writer.writerows([reject.line, reject.image, reject.reason, reject.detail] for reject in rejects)
     _print_report(out, summary)
     return summary
+
+
+def _summarize(csv: Path, n_rows: int, rejects: list[Reject], fixes: Counter, groups: dict[str, set], entries: dict[str, dict]) -> dict:
+    """What report.json holds; a build that nothing came out of is refused, with the reasons."""
+    reasons = Counter(reject.reason for reject in rejects)
+    records = sum(entry["captions"] for entry in entries.values())
+    assert records + len(rejects) == n_rows, (records, len(rejects), n_rows)
+    if not records:
+        first = rejects[0]
+        raise UserError(
+            f"{csv}: none of its {n_rows} rows can be used: "
+            + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+            + f"; the first is line {first.line}, {first.image!r}: {first.reason}, {first.detail}".rstrip(", ")
+        )
+    return {
+        "rows": n_rows,
+        "records": records,
+        "rejects": len(rejects),
+        "reasons": dict(reasons.most_common()),
+        "images": sum(entry["samples"] for entry in entries.values()),
+        "groups": sum(len(names) for names in groups.values()),
+        "fixes": dict(fixes.most_common()),
+        "splits": {
+            split: {"images": entry["samples"], "captions": entry["captions"], "groups": len(groups[split])}
+            for split, entry in entries.items()
+        },
+    }
 
 
 def _check_file(picture: Picture, background: tuple[int, int, int], max_pixels: int) -> CheckedImage | BadImage:
@@ -211,7 +215,7 @@ class _SplitWriter:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _print_report(out: Path, report: dict) -> None:

@@ -171,7 +171,7 @@ class Shards:
 def read_manifest(folder: Path) -> dict:
     """The manifest of a folder that `python -m data_prep build` made."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no manifest.json, so not a folder of shards; make one with: python -m data_prep build") from None
     except ValueError as error:

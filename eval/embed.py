@@ -84,16 +84,10 @@ def _batches(n: int, size: int) -> list[list[int]]:
 
 def _fill(n: int, numbers: list[list[int]], inputs, tower: Callable, world: World, what: str) -> torch.Tensor:
     """Features of all ranks' batches, each written to its rows; the sum with the zeros of the other ranks is exact."""
-    rows = [
-        (part, tower(batch.to(world.device)))
-        for part, batch in zip(
-            numbers,
-            progress(inputs, total=len(numbers), desc=f"embedding {what}", unit="batch", leave=False, delay=1, disable=not world.is_first),
-            strict=True,
-        )
-    ]
-    width = world.max(torch.tensor([rows[0][1].shape[1] if rows else 0])).item()  # a rank may have no batch of its own
+    bar = progress(inputs, total=len(numbers), desc=f"embedding {what}", unit="batch", leave=False, delay=1, disable=not world.is_first)
+    parts = [tower(batch.to(world.device)) for batch in bar]
+    width = world.max(torch.tensor([parts[0].shape[1] if parts else 0])).item()  # a rank may have no batch of its own
     features = torch.zeros(n, int(width), device=world.device)
-    for part, values in rows:
-        features[part] = values
+    for rows, part in zip(numbers, parts, strict=True):
+        features[rows] = part
     return world.sum(features)

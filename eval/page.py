@@ -60,7 +60,7 @@ def write_page(path: Path, embedded: Embedded, shards: Shards, model: str, table
             "n_texts": len(texts),
             "n_images": len(shards),
         }
-        partial.write_text(PAGE.format(queries=len(chosen), shown=min(SHOWN, len(shards)), **values))
+        partial.write_text(PAGE.format(queries=len(chosen), shown=min(SHOWN, len(shards)), **values), encoding="utf-8")
 
 
 def _figure(shards: Shards, number: int, hit: bool) -> str:

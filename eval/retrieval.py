@@ -55,35 +55,25 @@ def _legacy(found: Ranks) -> dict[str, float]:
 
 
 def table(result: dict, against: dict | None = None) -> str:
-    """The result for people: a row per metric; beside it chance, and another result on the same data if given."""
-    metrics = result["metrics"]
-    other = against["metrics"] if against else None
-    lines = [f"{result['n_images']} images, {result['n_texts']} distinct captions" + (f" ({result['data']})" if "data" in result else "")]
-    heads = ["", "chance", *([against["model"]] if against else []), result.get("model", "model")]
-    rows = []
+    """A result of `python -m eval retrieval` for people; beside it chance, and another result on the same data if given."""
+    columns = [against, result] if against else [result]
+    widths = [14, 11, *(max(11, len(column["model"]) + 2) for column in columns)]
+
+    def line(*cells: str) -> str:
+        return cells[0].ljust(widths[0]) + "".join(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+
+    lines = [f"{result['n_images']} images, {result['n_texts']} distinct captions ({result['data']})"]
+    lines.append(line("", "chance", *(column["model"] for column in columns)))
     for direction, gallery in zip(DIRECTIONS, ("n_texts", "n_images"), strict=True):
-        rows.append([f"{direction.replace('_', ' ')}, any of the group, among {result[gallery]}"])
-        for name in (*(f"R@{k}" for k in KS), "mean_rank", "median_rank"):
-            key = f"{direction}/{name}"
-            cells = [metrics.get(f"chance/{key}"), *([other[key]] if other else []), metrics[key]]
-            rows.append([f"  {name.replace('_', ' ')}", *(_cell(name, cell) for cell in cells)])
-        rows.append([f"{direction.replace('_', ' ')}, its own only (as on model cards)"])
-        for name in (*(f"R@{k}" for k in KS), "mean_rank"):
-            key = f"legacy_diagonal/{direction}/{name}"
-            rows.append([f"  {name.replace('_', ' ')}", "", *([_cell(name, other[key])] if other else []), _cell(name, metrics[key])])
-    widths = [14, *(max(9, len(head)) + 2 for head in heads[1:])]
-    lines.append(
-        "".join(head.ljust(width) if at == 0 else head.rjust(width) for at, (head, width) in enumerate(zip(heads, widths, strict=True)))
-    )
-    for row in rows:
-        lines.append(
-            row[0]
-            if len(row) == 1
-            else row[0].ljust(widths[0]) + "".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        )
-    ties = ", ".join(f"{metrics[f'{direction}/tied']:.1%} of {direction}" for direction in DIRECTIONS)
-    lines.append(f"queries tied with an irrelevant item, counted as misses: {ties}")
-    return "\n".join(lines)
+        title = direction.replace("_", " ")
+        for prefix, kind in (("", f"any of the group, among {result[gallery]}"), ("legacy_diagonal/", "its own only, as on model cards")):
+            lines.append(f"{title}, {kind}")
+            for name in (*(f"R@{k}" for k in KS), "mean_rank", "median_rank"):
+                guess = "" if prefix else _cell(name, result["metrics"].get(f"chance/{direction}/{name}"))
+                values = (_cell(name, column["metrics"].get(f"{prefix}{direction}/{name}")) for column in columns)
+                lines.append(line(f"  {name.replace('_', ' ')}", guess, *values))
+    ties = " and ".join(f"{result['metrics'][f'{direction}/tied']:.1%} of {direction}" for direction in DIRECTIONS)
+    return "\n".join([*lines, f"queries tied with an irrelevant item, which counts against them: {ties}"])
 
 
 def _cell(name: str, value: float | None) -> str:

@@ -151,12 +151,15 @@ class Run:
 
 
 def _environment(world: World, data_fingerprint: str) -> dict:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    commit = None
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
     return {
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
         "data_fingerprint": data_fingerprint,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit,
         "world_size": world.world_size,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": torch.version.cuda,
