@@ -65,8 +65,8 @@ def closing_words(run: Run) -> str:
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     validations = [line for line in lines if "val/mean/R@1" in line]
     words = [f"{run.folder} is finished: {status['samples']} pairs; a new run wants a new --run"]
-    if validations:
-        best = max(validations, key=lambda line: line["val/mean/R@1"])
+    if len(validations) > 1:  # the first is of the weights before training, which are no checkpoint of this run
+        best = max(validations[1:], key=lambda line: line["val/mean/R@1"])
         for direction in DIRECTIONS:
             key = f"val/{direction}/R@1"
             before, after = f"{100 * validations[0][key]:.1f} %", f"{100 * best[key]:.1f} %"
