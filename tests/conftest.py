@@ -1,5 +1,6 @@
 """What the tests share: drawn icons, their shards, and a tiny real CLIP in a folder; all made anew, nothing downloaded."""
 
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data_prep.build import build
+from data_prep.errors import exit_on_user_error
 from data_prep.icons import icons
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +83,17 @@ def call(*arguments, ranks: int = 0, expect: int = 0, cwd: Path = ROOT, **more) 
     result = subprocess.run(command(*arguments, ranks=ranks), cwd=cwd, env=environment(**more), capture_output=True, text=True, check=False)
     assert result.returncode == expect, f"{' '.join(map(str, arguments))}: {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def call_here(main, *arguments, expect: int = 2) -> subprocess.CompletedProcess:
+    """The same in this process, for mistakes that are found at once: a start costs seconds."""
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr("sys.argv", ["python -m", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            exit_on_user_error(main)
+    assert ended.value.code == expect, errors.getvalue()
+    return subprocess.CompletedProcess(arguments, expect, "", errors.getvalue())
 
 
 def assert_mistake(result: subprocess.CompletedProcess, *words: str) -> None:

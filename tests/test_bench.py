@@ -2,7 +2,10 @@
 
 import json
 
-from conftest import assert_mistake, call
+import pytest
+from conftest import assert_mistake, call, call_here
+
+import train.bench
 
 
 def test_bench_prints_a_table_and_one_line_of_json(icon_shards):
@@ -13,6 +16,6 @@ def test_bench_prints_a_table_and_one_line_of_json(icon_shards):
     assert (values["batch"], values["micro_batch"]) == (16, 8)
     for name in ("step_s", "pairs_per_s", "peak_memory_gb", "loader_samples_per_s"):
         assert values[name] > 0
-    assert values["pairs_per_s"] * values["step_s"] == 16
-    too_large = call("train.bench", "train/recipes/demo.yaml", "--data", icon_shards, "--batch", 999, expect=2)
+    assert values["pairs_per_s"] * values["step_s"] == pytest.approx(16)
+    too_large = call_here(train.bench.main, "train/recipes/demo.yaml", "--data", icon_shards, "--batch", 999)
     assert_mistake(too_large, "fewer than one batch")

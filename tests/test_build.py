@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
-from conftest import assert_mistake, build_icons, call
+from conftest import assert_mistake, build_icons, call, call_here
 from PIL import Image
 
 import data_prep.__main__
@@ -110,7 +110,7 @@ def test_user_mistakes_are_sentences(icon_folder, icon_shards, tmp_path):
     assert list(tmp_path.iterdir()) == []  # nothing half-made is left
     options = ["--out", tmp_path / "a", "--image-column", "file_path", "--caption-column"]
     assert_mistake(call("data_prep", "build", csv_file, *options, "text", expect=2), "error:", "no column 'text'", "--caption-column")
-    assert_mistake(call("data_prep", "build", csv_file, *options, "caption", "--imagse", "x", expect=2), "--images")
+    assert_mistake(call_here(data_prep.__main__.main, "build", csv_file, *options, "caption", "--imagse", "x"), "--images")
 
 
 def test_help_that_teaches(monkeypatch, capsys):

@@ -2,9 +2,10 @@
 
 import pytest
 import yaml
-from conftest import assert_mistake, call
+from conftest import assert_mistake, call_here
 
 from data_prep.errors import UserError
+from train.__main__ import main
 from train.recipe import RECIPES, Recipe, differences, flags_of, parse, to_yaml
 
 REQUIRED = ["--data", "d", "--run", "r"]
@@ -64,9 +65,9 @@ def test_wrong_values_are_explained():
 
 
 def test_mistakes_on_the_command_line_exit_2():
-    assert_mistake(call("train", "train/recipes/demo.yaml", *REQUIRED, "--optim.lrr", "1", expect=2), "--optim.lr")
-    assert_mistake(call("train", "train/recipes/demo.yaml", *REQUIRED, "--batch", "many", expect=2), "many")
-    assert_mistake(call("train", "train/recipes/demo.yaml", expect=2), "--data", "--run")
+    assert_mistake(call_here(main, RECIPES / "demo.yaml", *REQUIRED, "--optim.lrr", "1"), "--optim.lr")
+    assert_mistake(call_here(main, RECIPES / "demo.yaml", *REQUIRED, "--batch", "many"), "many")
+    assert_mistake(call_here(main, RECIPES / "demo.yaml"), "--data", "--run")
 
 
 def test_what_may_change_between_the_parts_of_a_run():

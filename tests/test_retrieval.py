@@ -7,12 +7,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import assert_mistake, build_icons, call, save_tiny
+from conftest import assert_mistake, build_icons, call, call_here, save_tiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data_prep.build import build
 from data_prep.shards import Shards
+from eval.__main__ import main
 from eval.retrieval import evaluate
 from train.loader import decode
 from train.model import load
@@ -108,18 +109,18 @@ def test_weights_that_are_not_finite_are_an_error_that_names_a_sample(gallery, t
     save_tiny(tmp_path)
     weights = load_file(tmp_path / "open_clip_model.safetensors")
     save_file({**weights, "visual.proj": torch.full_like(weights["visual.proj"], torch.nan)}, tmp_path / "open_clip_model.safetensors")
-    result = call("eval", "retrieval", f"local-dir:{tmp_path}", "--data", gallery, "--workers", 0, expect=3)
+    result = call_here(main, "retrieval", f"local-dir:{tmp_path}", "--data", gallery, "--workers", 0, expect=3)
     first = Shards(gallery, "val").key(0)
     assert_mistake(result, "image_features are not finite", f"sample {first}")
 
 
 def test_mistakes_are_sentences(tiny_model, gallery, icon_shards, tmp_path):
-    assert_mistake(call("eval", "retrieval", tmp_path, "--data", gallery, expect=2), "a MODEL is NAME:PRETRAINED")
-    assert_mistake(call("eval", "retrieval", tiny_model, "--data", gallery, "--split", "dev", expect=2), "it has train")
+    assert_mistake(call_here(main, "retrieval", tmp_path, "--data", gallery), "a MODEL is NAME:PRETRAINED")
+    assert_mistake(call_here(main, "retrieval", tiny_model, "--data", gallery, "--split", "dev"), "it has train")
     altered = shutil.copytree(gallery, tmp_path / "altered")
     with open(altered / "val" / "val-000000.tar", "r+b") as file:
         file.write(b"x")
-    assert_mistake(call("eval", "retrieval", tiny_model, "--data", altered, expect=2), "val-000000.tar: altered since it was built")
+    assert_mistake(call_here(main, "retrieval", tiny_model, "--data", altered), "val-000000.tar: altered since it was built")
     (tmp_path / "other.json").write_text('{"model": "x", "n_images": 3, "n_texts": 3, "metrics": {}}')
     options = ["--data", gallery, "--workers", 0, "--against", tmp_path / "other.json"]
-    assert_mistake(call("eval", "retrieval", tiny_model, *options, expect=2), "made on 3 images")
+    assert_mistake(call_here(main, "retrieval", tiny_model, *options), "made on 3 images")
