@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_prep.errors import UserError
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -39,6 +41,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
+    """Refuse to write to a `path` that exists, unless it is to be overwritten and holds `mark`, so was made by us.
+
+    Raises:
+        UserError: it must stay as it is.
+    """
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists already; pass another --out, or --overwrite True to make it again")
+    if path.exists() and not (path / mark).is_file():
+        raise UserError(f"{path}: has no {mark}, so it was not made by this command, and is not deleted; pass another --out")
 
 
 def _sync(path: Path) -> None:

@@ -17,7 +17,7 @@ import PIL
 import tyro
 import webdataset
 
-from data_prep.atomic import atomic_folder
+from data_prep.atomic import atomic_folder, check_replaceable
 from data_prep.errors import UserError
 from data_prep.images import MAX_PIXELS, BadImage, CheckedImage, check, parse_color
 from data_prep.progress import progress
@@ -62,13 +62,12 @@ def build(
         images_per_shard: Images in one tar.
         max_pixels: Larger images are rejected, judged by their header.
         processes: Worker processes for the image checks; by default one per core.
-        overwrite: Replace `out` if it is there.
+        overwrite: Replace `out` if it is there and was made by this command.
 
     Returns:
         What report.json holds.
     """
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists already; pass another --out, or --overwrite True to build it again")
+    check_replaceable(out, "manifest.json", overwrite)
     if min(val, test) < 0 or val + test >= 1:
         raise UserError(f"--val {val} and --test {test}: fractions that leave something for train are wanted")
     if images_per_shard < 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.atomic import atomic_folder
+from data_prep.atomic import atomic_folder, check_replaceable
 from data_prep.errors import UserError
 from data_prep.progress import progress
 
@@ -39,10 +39,9 @@ def icons(out: Path, limit: int = 0, seed: int = 0, overwrite: bool = False) -> 
         out: Folder to write; it appears when everything is drawn.
         limit: Icons to draw, group after group; 0 draws all, about 15 thousand.
         seed: Another number takes other icons for the limit, and other sizes.
-        overwrite: Replace `out` if it is there.
+        overwrite: Replace `out`, and all in it, if it is there and was made by this command.
     """
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists already; pass another --out, or --overwrite True to draw it again")
+    check_replaceable(out, "icons.csv", overwrite)
     glyphs = _glyphs()
     glyphs.sort(key=lambda glyph: (_hash(seed, glyph.group), glyph.group, glyph.font, glyph.names))
     glyphs = glyphs[:limit] if limit else glyphs

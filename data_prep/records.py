@@ -57,14 +57,14 @@ def read_rows(
         # and shifts every column. Blank lines are kept because lines are counted below.
         cells = pd.read_csv(
             csv, sep=delimiter, encoding=encoding, dtype=str, header=None, keep_default_na=False, na_filter=False, skip_blank_lines=False
-        )
+        ).fillna("")  # what a short row lacks is empty, in every version of pandas
     except FileNotFoundError:
         raise UserError(f"{csv}: no such file; the first argument is the CSV of images and captions") from None
     except pd.errors.EmptyDataError:
         raise UserError(f"{csv}: the file is empty; a header and one row per caption are wanted") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{csv}: byte {error.start} is not {encoding}; pass --encoding, for example latin-1 or utf-16") from None
-    except (OSError, LookupError, UnicodeError, pd.errors.ParserError) as error:
+    except (OSError, LookupError, ValueError) as error:
         raise UserError(
             f"{csv}: cannot be read as a CSV ({str(error).strip()}); "
             "quote captions that hold the delimiter, and check --delimiter and --encoding"
@@ -76,6 +76,8 @@ def read_rows(
             f"{csv}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, names))}: "
             "pass --image-column, --caption-column, --group-column (and --delimiter if that looks like one column)"
         )
+    if repeated := [column for column in wanted if names.count(column) > 1]:
+        raise UserError(f"{csv}: the header has {', '.join(map(repr, repeated))} more than once; rename all but one")
     # A quoted cell may hold line breaks: a row starts where the rows before it end.
     height = 1 + sum(cells[column].str.count("\n") for column in cells.columns)
     line = 1 + height.cumsum() - height

@@ -172,7 +172,7 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a folder that `python -m data_prep build` made."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: no manifest.json, so not a folder of shards; make one with: python -m data_prep build") from None
     except ValueError as error:
         raise UserError(f"{folder / 'manifest.json'}: not readable as JSON ({error}); build the shards again") from None

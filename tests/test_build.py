@@ -15,6 +15,7 @@ import eval.__main__
 import train.__main__
 from data_prep.build import build
 from data_prep.errors import UserError
+from data_prep.icons import icons
 from data_prep.shards import Shards, sha256_of
 from data_prep.split import SPLITS, split_of
 
@@ -108,6 +109,12 @@ def test_user_mistakes_are_sentences(icon_folder, icon_shards, tmp_path):
     with pytest.raises(UserError, match="leave something for train"):
         build_icons(icon_folder, tmp_path / "a", val=0.6, test=0.4)
     assert list(tmp_path.iterdir()) == []  # nothing half-made is left
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").touch()
+    for make in (build_icons, lambda _, out, overwrite: icons(out, limit=3, overwrite=overwrite)):
+        with pytest.raises(UserError, match="not made by this command, and is not deleted"):
+            make(icon_folder, tmp_path / "letters", overwrite=True)
+    assert (tmp_path / "letters" / "a.txt").is_file()
     options = ["--out", tmp_path / "a", "--image-column", "file_path", "--caption-column"]
     assert_mistake(call("data_prep", "build", csv_file, *options, "text", expect=2), "error:", "no column 'text'", "--caption-column")
     assert_mistake(call_here(data_prep.__main__.main, "build", csv_file, *options, "caption", "--imagse", "x"), "--images")

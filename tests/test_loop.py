@@ -191,13 +191,30 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tiny_model, ico
     assert not run.exists()
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").touch()
-    with pytest.raises(UserError, match="not empty, and not a run"):
+    with pytest.raises(UserError, match="there already, and not a run"):
         fit(recipe(tiny_model, icon_shards, tmp_path / "letters"), World(), no_validation)
+    with pytest.raises(UserError, match="there already, and not a run"):
+        fit(recipe(tiny_model, icon_shards, tmp_path / "letters" / "a.txt"), World(), no_validation)
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        fit(recipe(tiny_model, tmp_path / "letters" / "a.txt", run), World(), no_validation)
 
 
 def test_another_recipe_does_not_go_on_with_a_run(undisturbed, dropout_model, icon_shards):
     with pytest.raises(UserError, match=r"epochs: 4 before, 9 now.*pass another --run"):
         fit(recipe(dropout_model, icon_shards, undisturbed[0], epochs=9), World(), no_validation)
+
+
+def test_a_kill_between_a_checkpoint_and_its_link_leaves_the_right_best(tiny_model, icon_shards, tmp_path):
+    scores = iter([0.1, 0.3, 0.2, 0.4])
+    plan = recipe(tiny_model, icon_shards, tmp_path / "run", epochs=3, workers=0, save_every_minutes=9)
+    run = fit(plan, World(), lambda clip, world: {"val/mean/R@1": next(scores)})
+    link = run.folder / "checkpoints" / "best"
+    assert link.readlink().name == newest(run.folder).name
+    link.unlink()
+    link.symlink_to("samples-000000000288")
+    (run.folder / "status.json").unlink()
+    fit(plan, World(), no_validation)
+    assert link.readlink().name == newest(run.folder).name
 
 
 def test_other_data_does_not_go_on_with_a_run_but_moved_data_does(tiny_model, icon_shards, icon_folder, tmp_path):

@@ -15,9 +15,16 @@ def write(tmp_path, text, encoding="utf-8"):
 
 
 def test_cells_are_text_and_lines_are_the_files(tmp_path):
-    path = write(tmp_path, 'file,caption\na.png,null\n\nb.png,"two\nlines"\nc.png,NA\n"d.png",\n007.png,1.50\n')
+    path = write(tmp_path, 'file,caption\na.png,null\n\nb.png,"two\nlines"\nc.png,NA\n"d.png",\n007.png,1.50\ne.png\n')
     rows = [(row.line, row.image, row.caption) for row in read_rows(path, "file", "caption")]
-    assert rows == [(2, "a.png", "null"), (4, "b.png", "two\nlines"), (6, "c.png", "NA"), (7, "d.png", ""), (8, "007.png", "1.50")]
+    assert rows == [
+        (2, "a.png", "null"),
+        (4, "b.png", "two\nlines"),
+        (6, "c.png", "NA"),
+        (7, "d.png", ""),
+        (8, "007.png", "1.50"),
+        (9, "e.png", ""),
+    ]
 
 
 def test_delimiter_encoding_and_byte_order_mark(tmp_path):
@@ -33,6 +40,7 @@ def test_delimiter_encoding_and_byte_order_mark(tmp_path):
     [
         ("", "empty"),
         ("file,caption\n", "no rows"),
+        ("file,caption,caption\na,b,c\n", "'caption' more than once"),
         ("file,text\na,b\n", "no column 'caption'; it has 'file', 'text'"),
         ("file,caption\na.png,a red, round brick\n", "line 2.*quote captions"),
         ('file,caption\na.png,"never closed\nb.png,b\n', "EOF inside string"),

@@ -37,7 +37,7 @@ class Run:
 
     Attributes:
         samples: pairs seen at the checkpoint to go on from, 0 for a new run.
-        best: the best validation score so far.
+        best, best_checkpoint: the best validation score so far, and the name of the checkpoint that has it.
     """
 
     def __init__(self, recipe: Recipe, world: World):
@@ -47,7 +47,7 @@ class Run:
             UserError: the folder holds a run of another recipe, or something else.
         """
         self.recipe, self.world, self.folder = recipe, world, Path(recipe.run)
-        self.samples, self.best = 0, float("-inf")
+        self.samples, self.best, self.best_checkpoint = 0, float("-inf"), ""
         self.checkpoint: Path | None = None
         if (self.folder / "recipe.yaml").is_file():
             old = parse([*flags_of(self.folder / "recipe.yaml"), "--run", recipe.run])
@@ -57,8 +57,8 @@ class Run:
                     f"or go on with that one: python -m train {self.folder / 'recipe.yaml'}"
                 )
             self._find_checkpoint()
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder}: not empty, and not a run; pass another --run")
+        elif self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
+            raise UserError(f"{self.folder}: there already, and not a run; pass another --run")
 
     @property
     def is_finished(self) -> bool:
@@ -85,6 +85,8 @@ class Run:
                     partial.write_text(json.dumps(_environment(self.world, data_fingerprint), indent=1) + "\n")
                 with atomic_file(self.folder / "recipe.yaml") as partial:
                     partial.write_text(to_yaml(self.recipe))
+            else:
+                self._link_best()  # a kill may have come between the checkpoint and its link
             self._write_status("running", self.samples)
         self.world.barrier()
 
@@ -110,7 +112,8 @@ class Run:
             except (OSError, ValueError, KeyError) as error:
                 damaged = [str(error)]
             if not damaged:
-                self.checkpoint, self.samples, self.best = path, state["samples"], state["best"]
+                self.checkpoint, self.samples = path, state["samples"]
+                self.best, self.best_checkpoint = state["best"], state["best_checkpoint"]
                 return
             if self.world.is_first:
                 print(f"warning: {path} is damaged ({', '.join(damaged)}); passing over it", file=sys.stderr)
@@ -132,22 +135,25 @@ class Run:
         path = self.folder / "checkpoints" / f"samples-{samples:012d}"
         is_best = score is not None and score > self.best
         self.best = score if is_best else self.best
+        if is_best or self.best == float("-inf"):  # before any validation, the newest is the best there is
+            self.best_checkpoint = path.name
         with atomic_folder(path) as folder:
             clip.save(folder)
             torch.save(optimizer.state_dict(), folder / "optimizer.pt")
             digests = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
-            state = {"samples": samples, "best": self.best, "score": score, "sha256": digests}
+            state = {"samples": samples, "score": score, "best": self.best, "best_checkpoint": self.best_checkpoint, "sha256": digests}
             (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-        best = path.with_name("best")
-        if is_best or self.best == float("-inf"):  # before any validation, the newest is the best there is
-            link = path.with_name(".best.partial")
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            os.replace(link, best)
-        checkpoints = sorted(path.parent.glob("samples-*"))
-        for old in checkpoints[: -self.recipe.keep]:
-            if old.name != best.readlink().name:
+        self._link_best()
+        for old in sorted(path.parent.glob("samples-*"))[: -self.recipe.keep]:
+            if old.name != self.best_checkpoint:
                 shutil.rmtree(old)
+
+    def _link_best(self) -> None:
+        """Point checkpoints/best to the best checkpoint; a link is replaced whole."""
+        link = self.folder / "checkpoints" / ".best.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.best_checkpoint)
+        os.replace(link, link.with_name("best"))
 
 
 def _environment(world: World, data_fingerprint: str) -> dict:
