@@ -7,16 +7,37 @@
       --image-column file_path --caption-column caption --group-column group
       checks every image, splits by group, writes train, val and test tars, and a report
 
-Each has --help. What was rejected, and why, stands in SHARDS/rejects.csv; the counts in SHARDS/report.json.
+  python -m data_prep index TARS --out DIR     checks WebDataset tars that are there already, for training in place
+  python -m data_prep merge SHARDS             after a build in several tasks: one manifest
+  python -m data_prep verify SHARDS            hashes every file again
+
+Each has --help. What was rejected, and why, stands in SHARDS/rejects.csv; a page to look at is SHARDS/report.html.
 """
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from data_prep.build import build
-from data_prep.errors import exit_on_user_error
+from data_prep.build import build, index, merge
+from data_prep.errors import UserError, exit_on_user_error
 from data_prep.icons import icons
+from data_prep.progress import progress
+from data_prep.shards import altered, read_manifest
+
+
+def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Hash every shard and index again, and compare with the manifest.
+
+    Args:
+        folder: Folder of shards.
+    """
+    entries = [entry for split in read_manifest(folder)["splits"].values() for entry in split["shards"]]
+    problems = [problem for entry in progress(entries, desc="verifying", unit="shard") for problem in altered(folder, entry)]
+    if problems:
+        raise UserError(f"{len(problems)} files are not what was built:\n" + "\n".join(problems))
+    print(f"{folder}: all {len(entries)} shards are as they were built")
 
 
 def main() -> None:
@@ -24,7 +45,10 @@ def main() -> None:
         print(__doc__.strip())
         return
     tyro.extras.subcommand_cli_from_dict(
-        {"icons": icons, "build": build}, prog="python -m data_prep", description=__doc__, config=(tyro.conf.FlagConversionOff,)
+        {"icons": icons, "build": build, "index": index, "merge": merge, "verify": verify},
+        prog="python -m data_prep",
+        description=__doc__,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
     )
 
 

@@ -15,9 +15,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -34,11 +34,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         for entry in [*partial.rglob("*"), partial]:
-            _sync(entry)
+            sync(entry)
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -55,7 +55,8 @@ def check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
         raise UserError(f"{path}: has no {mark}, so it was not made by this command, and is not deleted; pass another --out")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

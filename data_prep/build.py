@@ -1,230 +1,387 @@
-"""The pipeline from a CSV to shards.
+"""The pipeline: inputs become shards, in steps that survive a kill.
 
-read_rows -> pair -> check every image (in parallel) -> split by group -> shards, manifest, report
+OUT.partial/begun.json       what this build is of: inputs by hash, options, versions
+OUT.partial/part-*.sqlite    rows and checked images (records.py, scan.py), one per task
+OUT.partial/plan.sqlite      groups, splits and leaks over all parts (plan.py)
+OUT.partial/train/*.tar      shards, each whole or not there
+OUT/                         the same folder at the end, with manifest.json and the report, without the work files
 """
 
-import csv as csv_module
 import hashlib
 import json
-import multiprocessing
 import os
-from collections import Counter
-from functools import partial
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import PIL
+import simplejpeg
 import tyro
-import webdataset
 
-from data_prep.atomic import atomic_folder, check_replaceable
+from data_prep.atomic import atomic_file, check_replaceable, sync
 from data_prep.errors import UserError
-from data_prep.images import MAX_PIXELS, BadImage, CheckedImage, check, parse_color
+from data_prep.images import BadImage, Rules, parse_color
+from data_prep.inputs import digest, expand, is_url, kind_of
+from data_prep.plan import Image, Plan, Splitting, check_parts
 from data_prep.progress import progress
-from data_prep.records import Picture, Reject, pair, read_rows
-from data_prep.shards import FORMAT, Sample, sha256_of, write_shard
-from data_prep.split import SPLITS, group_id, split_of
+from data_prep.records import Part, Reading, load
+from data_prep.report import print_report, summarize, write_json, write_rejects, write_report
+from data_prep.scan import Checks, Source, check_root, in_order, place, read_local, scan
+from data_prep.shards import FORMAT, Member, sha256_of, shard_entry, write_index, write_shard
+from data_prep.split import SPLITS
+
+WORK = "begun.json"
+
+
+@dataclass(frozen=True)
+class Checking:
+    """What is let in, and what becomes of images that have to change."""
+
+    background: str = "white"
+    """Color put behind transparent images."""
+    max_pixels: int = Rules.max_pixels
+    """Larger images are rejected, judged by their header: decompression bombs."""
+    min_side_px: int = Rules.min_side_px
+    """Images with a shorter side are rejected."""
+    max_aspect: float = Rules.max_aspect
+    """Images whose longer side is more than this many times the shorter one are rejected."""
+    resize_px: int = 0
+    """Larger images are resized, so that the shorter side has this; 0 leaves them."""
+    encode: str = "png"
+    """What changed images are stored as: png, jpeg (quality 95) or webp (lossless, smaller and faster to read than png)."""
+    trust: bool = False
+    """Decode nothing: for files that were checked before. Only PNG, JPEG and WebP; equal files still share a group."""
+    max_rejects: float = 0.01
+    """More than this fraction of rejected rows ends the build."""
+
+    def checks(self, in_place: bool) -> Checks:
+        if self.encode not in ("png", "jpeg", "webp"):
+            raise UserError(f"--encode {self.encode}: png, jpeg or webp is wanted")
+        background = parse_color(self.background)
+        rules = Rules(background, self.max_pixels, self.min_side_px, self.max_aspect, self.resize_px, self.encode)
+        return Checks(rules, self.trust, in_place)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Who does it."""
+
+    processes: int = 0
+    """Worker processes; 0 is one per core."""
+    num_tasks: int = 0
+    """The work is cut in this many parts, one per task; then `merge`. In a Slurm array, its size by default."""
+    task: int = -1
+    """Which part this call does, from 0; in a Slurm array, its index by default."""
+
+    def settled(self) -> "Work":
+        """The same with what Slurm and the machine say filled in."""
+        count, at = os.environ.get("SLURM_ARRAY_TASK_COUNT"), int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
+        num_tasks, task = self.num_tasks, self.task
+        if not num_tasks and count:
+            last = int(os.environ.get("SLURM_ARRAY_TASK_MAX", int(count) - 1))
+            if last != int(count) - 1:
+                raise UserError(f"the array has {count} tasks but ends at {last}: --array=0-{int(count) - 1}, or --num-tasks, is wanted")
+            num_tasks = int(count)
+        num_tasks, task = num_tasks or 1, task if task >= 0 else at
+        if not 0 <= task < num_tasks:
+            raise UserError(f"--task {task} of --num-tasks {num_tasks}: a number from 0 to {num_tasks - 1} is wanted")
+        if self.num_tasks > 1 and self.task < 0 and "SLURM_ARRAY_TASK_ID" not in os.environ:
+            raise UserError(f"--num-tasks {num_tasks} without --task: which part is this?")
+        return Work(self.processes or len(os.sched_getaffinity(0)), num_tasks, task)
 
 
 def build(
-    csv: Annotated[Path, tyro.conf.Positional],
+    inputs: Annotated[list[str], tyro.conf.Positional],
     out: Path,
-    image_column: str,
-    caption_column: str,
-    group_column: str = "",
-    images: Path | None = None,
-    delimiter: str = ",",
-    encoding: str = "utf-8-sig",
-    background: str = "white",
-    val: float = 0.1,
-    test: float = 0.1,
-    seed: int = 0,
+    read: Reading = Reading(),  # noqa: B008 frozen
+    check: Checking = Checking(),
+    split: Splitting = Splitting(),  # noqa: B008
+    work: Work = Work(),
     images_per_shard: int = 1000,
-    max_pixels: int = MAX_PIXELS,
-    processes: int | None = None,
+    min_shards: int = 8,
     overwrite: bool = False,
-) -> dict:
-    """Check every image of a CSV and write train, val and test shards, with a manifest and a report.
+) -> dict | None:
+    """Check every image of the inputs and write train, val and test shards, with a manifest and a report.
+
+    A build that was killed goes on where it was when the same command is given again.
 
     Args:
-        csv: The CSV: one row per caption; rows with the same image are captions of one image.
+        inputs: CSV, TSV, JSONL or Parquet files, tars, or folders of images with .txt beside them; local, or URLs such as
+            hf://datasets/USER/NAME. One row per caption; rows with the same image are captions of one image.
         out: Folder to write; it appears when everything is whole.
-        image_column: Column of image paths.
-        caption_column: Column of captions.
-        group_column: Column that joins images that show the same thing; a group is never split over train and val.
-        images: Folder that image paths are relative to, and may not leave; by default the CSV's own.
-        delimiter: Between the cells of a row.
-        encoding: Of the CSV, as Python names it: utf-8, latin-1, utf-16.
-        background: Color put behind transparent images.
-        val: Fraction of groups for validation.
-        test: Fraction of groups for the final test.
-        seed: Another number makes another split.
-        images_per_shard: Images in one tar.
-        max_pixels: Larger images are rejected, judged by their header.
-        processes: Worker processes for the image checks; by default one per core.
-        overwrite: Replace `out` if it is there and was made by this command.
+        images_per_shard: Images in one tar, about.
+        min_shards: Tars of a split, at least: as many as readers, where another program wants one for each.
+        overwrite: Replace `out`, and drop what an earlier build left unfinished, if they were made by this command.
+
+    Returns:
+        What report.json holds; None where other tasks have to end first.
+    """
+    if images_per_shard < 1 or min_shards < 1:
+        raise UserError(f"--images-per-shard {images_per_shard}, --min-shards {min_shards}: at least 1 is wanted")
+    writing = {"images_per_shard": images_per_shard, "min_shards": min_shards}
+    return _run("build", inputs, out, read, check, split, work, writing, overwrite)
+
+
+def index(
+    tars: Annotated[list[str], tyro.conf.Positional],
+    out: Path,
+    read: Reading = Reading(),  # noqa: B008 frozen
+    check: Checking = Checking(),
+    split: Splitting = Splitting(),  # noqa: B008
+    work: Work = Work(),
+    overwrite: bool = False,
+) -> dict | None:
+    """Check WebDataset tars that are there already, and index them so that training reads them where they lie.
+
+    Nothing is copied or changed: images that would have to be put right are rejected, as are other bad ones. Splits are
+    made of groups as in build, so train, val and test may be in one tar; the index knows which sample is whose.
+
+    Args:
+        tars: Tars of img2dataset, webdataset, open_clip or others: an image and a .txt or .json of one name follow each other.
+        out: Folder for the index and the report; it appears when everything is whole.
+        overwrite: Replace `out`, and drop what an earlier call left unfinished, if they were made by this command.
+
+    Returns:
+        What report.json holds; None where other tasks have to end first.
+    """
+    for tar in tars:
+        if is_url(tar) or not tar.endswith(".tar"):
+            raise UserError(f"{tar}: only local, uncompressed .tar files are read in place; build copies from others")
+    return _run("index", [os.path.abspath(tar) for tar in tars], out, read, check, split, work, {}, overwrite)
+
+
+def _run(command, inputs, out, read, check, split, work, writing, overwrite) -> dict | None:
+    check_replaceable(out, "manifest.json", overwrite)
+    if min(split.val, split.test) < 0 or split.val + split.test >= 1:
+        raise UserError(f"--val {split.val} and --test {split.test}: fractions that leave something for train are wanted")
+    work, checks = work.settled(), check.checks(in_place=command == "index")
+    inputs = expand([str(source) for source in inputs])
+    read = replace(read, images=read.images or _images_of(inputs))
+    check_root(read.images)
+    folder = out.with_name(f"{out.name}.partial")
+    begun = {
+        "command": command,
+        "format": FORMAT,
+        "inputs": {source: digest(source) for source in inputs},
+        "read": asdict(read),
+        "check": {name: value for name, value in asdict(check).items() if name != "max_rejects"},
+        "split": asdict(split),
+        "write": writing,
+        "num_tasks": work.num_tasks,
+        "versions": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__},
+    }
+    _begin(folder, begun, overwrite)
+    part = Part(folder, work.task, work.num_tasks)
+    try:
+        load(part, inputs, read)
+        scan(part, inputs, read.images, checks, work.processes)
+    finally:
+        part.close()
+    if work.num_tasks > 1:
+        print(f"task {work.task} of {work.num_tasks} is done; when all are: python -m data_prep merge {out}")
+        return None
+    return merge(out, check.max_rejects, work.processes, overwrite)
+
+
+def _images_of(inputs: list[str]) -> str:
+    """The folder that image paths are relative to where nobody said."""
+    folders = {source if kind_of(source) == "folder" else source.rpartition("/")[0] or "." for source in inputs}
+    if len(folders) > 1 and any(kind_of(source) in ("csv", "jsonl", "folder") for source in inputs):
+        raise UserError(f"the inputs lie in several folders, {', '.join(sorted(folders)[:3])}; pass --images, where image paths begin")
+    return sorted(folders)[0]
+
+
+def _begin(folder: Path, begun: dict, overwrite: bool) -> None:
+    """Make the folder of an unfinished build, or find it as it was left.
+
+    Raises:
+        UserError: it was begun with something else.
+    """
+    file = folder / WORK
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [_change(name, before.get(name), begun[name]) for name in begun if before.get(name) != begun[name]]
+        if not changed:
+            print(f"going on with {folder}")
+            return
+        said = f"{folder}: begun with another {'; '.join(changed)}"
+        if begun["num_tasks"] > 1:
+            raise UserError(f"{said}. All tasks want the same command; delete the folder to start again")
+        if not overwrite:
+            raise UserError(f"{said}. Give the command as it was to go on, or --overwrite True to start again")
+        print(f"{said}; starting again")
+        shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: has no {WORK}, so it was not made by this command, and is not written to; move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, begun)
+
+
+def _change(name: str, before, now) -> str:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"{name} ({before}, now {now})"
+    return ", ".join(f"{key} ({before.get(key)}, now {now.get(key)})" for key in {**before, **now} if before.get(key) != now.get(key))
+
+
+def merge(
+    out: Annotated[Path, tyro.conf.Positional], max_rejects: float = Checking.max_rejects, processes: int = 0, overwrite: bool = False
+) -> dict:
+    """Make shards of what the tasks of a build have checked, with one manifest and one report.
+
+    Args:
+        out: The folder that the tasks were given.
+        max_rejects: More than this fraction of rejected rows ends the build.
+        processes: Worker processes; 0 is one per core.
+        overwrite: Replace `out` if it is there.
 
     Returns:
         What report.json holds.
     """
+    folder = out.with_name(f"{out.name}.partial")
+    if not (folder / WORK).is_file():
+        raise UserError(f"{folder}: no unfinished build; begin one with: python -m data_prep build ... --out {out} --num-tasks N --task I")
     check_replaceable(out, "manifest.json", overwrite)
-    if min(val, test) < 0 or val + test >= 1:
-        raise UserError(f"--val {val} and --test {test}: fractions that leave something for train are wanted")
-    if images_per_shard < 1:
-        raise UserError(f"--images-per-shard {images_per_shard}: at least 1 is wanted")
-    check_one = partial(_check_file, background=parse_color(background), max_pixels=max_pixels)
-    rows = read_rows(csv, image_column, caption_column, group_column, delimiter, encoding)
-    pictures, rejects = pair(rows, images or csv.parent)
-    pictures.sort(key=_key)  # keys are hashes, so this mixes the shards, and the same way every time
-
-    fixes, groups = Counter(), {split: set() for split in SPLITS}
-    with atomic_folder(out) as folder:
-        writers = {split: _SplitWriter(folder / split, images_per_shard) for split in SPLITS}
-        for picture, checked in zip(pictures, _checked(check_one, pictures, processes), strict=True):
-            if isinstance(checked, BadImage):
-                rejects += [Reject(row.line, row.image, checked.reason, checked.detail) for row in picture.rows]
-                continue
-            split = split_of(picture.group, val, test, seed)
-            writers[split].add(_sample(picture, checked), group_id(picture.group), checked.extension)
-            fixes.update(checked.fixes)
-            groups[split].add(picture.group)
-        entries = {split: writer.close() for split, writer in writers.items()}
-        rejects.sort(key=lambda reject: reject.line)
-        summary = _summarize(csv, len(rows), rejects, fixes, groups, entries)
-        options = {
-            "image_column": image_column,
-            "caption_column": caption_column,
-            "group_column": group_column,
-            "delimiter": delimiter,
-            "encoding": encoding,
-            "background": background,
-            "val": val,
-            "test": test,
-            "seed": seed,
-            "images_per_shard": images_per_shard,
-            "max_pixels": max_pixels,
-        }
-        manifest = {
-            "format": FORMAT,
-            "input_sha256": sha256_of(csv),
-            "options": options,
-            "versions": {"pillow": PIL.__version__, "webdataset": webdataset.__version__},
-            "splits": entries,
-        }
-        _write_json(folder / "manifest.json", manifest)
-        _write_json(folder / "report.json", summary)
-        with open(folder / "rejects.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv_module.writer(file)
-            writer.writerow(["line", "path", "reason", "detail"])
-            writer.writerows([reject.line, reject.image, reject.reason, reject.detail] for reject in rejects)
-    _print_report(out, summary)
+    begun = json.loads((folder / WORK).read_text(encoding="utf-8"))
+    check_parts(folder, begun["num_tasks"])
+    parts = [Part(folder, number, begun["num_tasks"], read_only=True) for number in range(begun["num_tasks"])]
+    plan = Plan(folder, parts, Splitting(**begun["split"]))
+    summary = summarize(plan)
+    _check_rejects(folder, begun, plan, summary, max_rejects)
+    processes = processes or len(os.sched_getaffinity(0))
+    in_place = begun["command"] == "index"
+    splits = _index_in_place(folder, out, plan, begun) if in_place else _write_shards(folder, plan, begun, processes)
+    write_report(folder, plan, summary, begun)
+    manifest = {**begun, "splits": splits}
+    write_json(folder / "manifest.json", manifest)
+    for part in parts:
+        part.close()
+    plan.close()
+    for file in [*folder.glob("part-*"), *folder.glob("plan.sqlite*"), folder / "looks.bin", folder / WORK]:
+        file.unlink(missing_ok=True)
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(folder, out)
+    sync(out.parent)
+    print_report(out, summary)
     return summary
 
 
-def _summarize(csv: Path, n_rows: int, rejects: list[Reject], fixes: Counter, groups: dict[str, set], entries: dict[str, dict]) -> dict:
-    """What report.json holds; a build that nothing came out of is refused, with the reasons."""
-    reasons = Counter(reject.reason for reject in rejects)
-    records = sum(entry["captions"] for entry in entries.values())
-    assert records + len(rejects) == n_rows, (records, len(rejects), n_rows)
-    if not records:
-        first = rejects[0]
-        raise UserError(
-            f"{csv}: none of its {n_rows} rows can be used: "
-            + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
-            + f"; the first is line {first.line}, {first.image!r}: {first.reason}, {first.detail}".rstrip(", ")
-        )
-    return {
-        "rows": n_rows,
-        "records": records,
-        "rejects": len(rejects),
-        "reasons": dict(reasons.most_common()),
-        "images": sum(entry["samples"] for entry in entries.values()),
-        "groups": sum(len(names) for names in groups.values()),
-        "fixes": dict(fixes.most_common()),
-        "splits": {
-            split: {"images": entry["samples"], "captions": entry["captions"], "groups": len(groups[split])}
-            for split, entry in entries.items()
-        },
-    }
-
-
-def _check_file(picture: Picture, background: tuple[int, int, int], max_pixels: int) -> CheckedImage | BadImage:
-    try:
-        return check(picture.path.read_bytes(), background, max_pixels)
-    except BadImage as bad:
-        return bad
-    except OSError as error:
-        return BadImage("unreadable file", os.strerror(error.errno or 0))
-
-
-def _checked(check_one, pictures: list[Picture], processes: int | None):
-    """check_one of each picture, in order, whatever the number of processes."""
-    processes = processes or os.cpu_count() or 1
-    bar = partial(progress, total=len(pictures), desc="checking images", unit="image")
-    if processes == 1:
-        yield from bar(map(check_one, pictures))
+def _check_rejects(folder: Path, begun: dict, plan: Plan, summary: dict, max_rejects: float) -> None:
+    if summary["rejects"] <= max_rejects * summary["rows"] and summary["records"]:
         return
-    with multiprocessing.Pool(processes) as pool:
-        yield from bar(pool.imap(check_one, pictures, chunksize=16))
+    write_rejects(folder / "rejects.csv", plan, list(begun["inputs"]))
+    table = "".join(f"\n  {count:8} x {reason}" for reason, count in summary["reasons"].items())
+    first = next(plan.rejects())
+    share = f"{summary['rejects']} of {summary['rows']} rows cannot be used ({summary['rejects'] / summary['rows']:.1%})"
+    raise UserError(
+        f"{share}, more than --max-rejects {max_rejects:g} allows:{table}\n"
+        f"the first is line {first[1]}, {first[2]!r}: {', '.join(filter(None, first[3:]))}; all are in {folder / 'rejects.csv'}. "
+        + ("Put the input right, or raise --max-rejects to leave them out" if summary["records"] else "Put the input right")
+    )
 
 
-def _key(picture: Picture) -> str:
-    return hashlib.blake2b(picture.rows[0].image.encode(), digest_size=8).hexdigest()
+def _write_shards(folder: Path, plan: Plan, begun: dict, processes: int) -> dict:
+    """Write every shard that is not there yet; the manifest's `splits`."""
+    counts, shards, captions, inputs = plan.n_images, {}, dict.fromkeys(SPLITS, 0), list(begun["inputs"])
+    for split in SPLITS:
+        (folder / split).mkdir(exist_ok=True)
+        for left in (folder / split).glob(".*.partial"):
+            left.unlink()
+        wanted = max(-(-counts[split] // begun["write"]["images_per_shard"]), min(begun["write"]["min_shards"], counts[split]))
+        shards[split] = [folder / split / f"{split}-{number:06d}.tar" for number in range(wanted)]
+
+    def jobs():
+        pending: dict[str, list] = {split: [] for split in SPLITS}
+        seen, written = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+        for image in plan.images():
+            split = image.split
+            captions[split] += len(image.captions)
+            seen[split] += 1
+            pending[split].append(_sample(image, place(plan.parts[image.part], inputs, begun["read"]["images"], image)))
+            if seen[split] * len(shards[split]) >= counts[split] * (written[split] + 1):
+                path = shards[split][written[split]]
+                if not is_written(path):
+                    yield path, [(path, pending[split])]
+                pending[split], written[split] = [], written[split] + 1
+        assert not any(pending.values()), {split: len(samples) for split, samples in pending.items()}
+
+    def is_written(path: Path) -> bool:
+        return path.exists() and path.with_suffix(".index.tsv").exists()
+
+    paths = [path for split in SPLITS for path in shards[split]]
+    left = sum(not is_written(path) for path in paths)
+    for _ in progress(in_order(_write_all, jobs(), processes, None), total=left, desc="writing shards", unit="shard"):
+        pass
+    entries = {path: shard_entry(path) for path in paths}
+    splits = {}
+    for split in SPLITS:
+        found = [entries[path] for path in shards[split]]
+        splits[split] = {"samples": counts[split], "captions": captions[split], "shards": found}
+        assert sum(entry["samples"] for entry in found) == counts[split], (split, found)
+        # open_clip_train reads this beside the tars, and counts samples by it.
+        write_json(folder / split / "sizes.json", {path.name: entries[path]["samples"] for path in shards[split]})
+    return splits
 
 
-def _sample(picture: Picture, checked: CheckedImage) -> Sample:
+def _sample(image: Image, source: Source) -> tuple[Source, bytes, Member]:
     meta = {
-        "key": _key(picture),
-        "image": picture.rows[0].image,
-        "captions": picture.captions,
-        "group": picture.group,
-        "width": checked.width,
-        "height": checked.height,
-        "sha256": hashlib.sha256(checked.data).hexdigest(),
+        "key": image.key,
+        "image": image.image,
+        "captions": image.captions,
+        "group": image.group_name,
+        "width": image.width,
+        "height": image.height,
+        "sha256": image.sha256.hex(),
     }
-    return Sample(meta["key"], checked.data, picture.captions, meta)
+    if image.columns:
+        meta["columns"] = json.loads(image.columns)
+    return source, image.sha256, Member(image.key, b"", image.extension, image.captions, meta, image.group)
 
 
-class _SplitWriter:
-    """Collects the samples of one split and writes a shard whenever one is full."""
-
-    def __init__(self, folder: Path, images_per_shard: int):
-        self.folder, self.images_per_shard = folder, images_per_shard
-        self.pending: list[tuple[Sample, int, str]] = []
-        self.shards: list[dict] = []
-        self.captions = 0
-        folder.mkdir()
-
-    def add(self, sample: Sample, group: int, extension: str) -> None:
-        self.pending.append((sample, group, extension))
-        self.captions += len(sample.captions)
-        if len(self.pending) == self.images_per_shard:
-            self._flush()
-
-    def _flush(self) -> None:
-        samples, groups, extensions = zip(*self.pending, strict=True)
-        path = self.folder / f"{self.folder.name}-{len(self.shards):06d}.tar"
-        self.shards.append(write_shard(path, samples, groups, extensions))
-        self.pending.clear()
-
-    def close(self) -> dict:
-        if self.pending:
-            self._flush()
-        return {"samples": sum(shard["samples"] for shard in self.shards), "captions": self.captions, "shards": self.shards}
+def _write_all(jobs: list[tuple[Path, list]]) -> list[Path]:
+    for path, samples in jobs:
+        write_shard(path, (member._replace(image=_read_again(source, sha256)) for source, sha256, member in samples))
+    return [path for path, _ in jobs]
 
 
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def _read_again(source: Source, sha256: bytes) -> bytes:
+    data = read_local(source)
+    if isinstance(data, BadImage) or hashlib.sha256(data).digest() != sha256:
+        what = data.reason if isinstance(data, BadImage) else "its bytes are others"
+        raise UserError(f"{source.root}: {source.name} changed after it was checked ({what}); start again with --overwrite True")
+    return data
 
 
-def _print_report(out: Path, report: dict) -> None:
-    print(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects")
-    for reason, count in report["reasons"].items():
-        print(f"  rejected: {count} x {reason} (each is listed in {out / 'rejects.csv'})")
-    for fix, count in report["fixes"].items():
-        print(f"  put right: {count} x {fix}")
-    for split, counts in report["splits"].items():
-        print(f"  {split:5} {counts['images']} images, {counts['captions']} captions, {counts['groups']} groups")
-        if not counts["images"]:
-            print(f"        no group fell into {split}: there are few groups; a larger --{split} or another --seed helps")
-    print(f"shards and report.json are in {out}")
+def _index_in_place(folder: Path, out: Path, plan: Plan, begun: dict) -> dict:
+    """Per split and tar an index of where its images are, and a file of what KEY.json is in shards of our own."""
+    tars = list(begun["inputs"])
+    names = [f"{at:06d}-{Path(tar).stem}" for at, tar in enumerate(tars)]
+    splits = {split: {"samples": plan.n_images[split], "captions": 0, "shards": []} for split in SPLITS}
+    for split in SPLITS:
+        (folder / split).mkdir(exist_ok=True)
+        for at, tar in enumerate(tars):
+            json_file, rows = folder / split / f"{names[at]}.jsonl", []
+            with atomic_file(json_file) as partial_file, open(partial_file, "wb") as file:
+                for image in plan.images(held=at, split=split):
+                    meta = json.dumps(_sample(image, None)[2].meta, sort_keys=True, ensure_ascii=False).encode()
+                    rows.append([image.key, image.group, image.at, image.size, file.tell(), len(meta), 0, 0])
+                    file.write(meta + b"\n")
+                    splits[split]["captions"] += len(image.captions)
+            if not rows:
+                json_file.unlink()
+                continue
+            index = folder / split / f"{names[at]}.index.tsv"
+            write_index(index, rows)
+            entry = {
+                "file": os.path.relpath(tar, out),
+                "index": f"{split}/{index.name}",
+                "json": f"{split}/{json_file.name}",
+                "samples": len(rows),
+                "bytes": os.path.getsize(tar),
+                "sha256": begun["inputs"][tar],
+                "index_sha256": sha256_of(index),
+                "json_sha256": sha256_of(json_file),
+            }
+            splits[split]["shards"].append(entry)
+    return splits

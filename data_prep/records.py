@@ -1,133 +1,287 @@
-"""Rows of a CSV become records or rejects, and none is lost: records + rejects = rows.
+"""Rows joined by image, on disk, so that memory does not grow with them: one part of the work, safe at every moment.
 
-CSV row (line, image, caption, group) --+--> Picture: one image, the rows that caption it
-                                        +--> Reject: the line, and a named reason
+  part-00003-of-00008.sqlite   rows      what was read, of the images that fall into this part, by a hash of their paths
+                      pictures  what the checks made of each image, in the order of their keys
+                      rejects   rows that cannot be used, each with its line and a named reason
+  part-00003-of-00008.bytes    images that cannot be read again from a file: fetched, held by an input, or put right
+
+records + rejects = rows, in every part and so in the whole.
 """
 
+import hashlib
+import html
+import json
 import os
-from collections import defaultdict
+import sqlite3
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-
-import pandas as pd
+from urllib.parse import unquote
 
 from data_prep.errors import UserError
+from data_prep.inputs import COMPRESSED, Columns, is_url, read
+from data_prep.progress import progress
 
-
-@dataclass(frozen=True)
-class Row:
-    line: int  # in the file, 1-based, counting the header and line breaks inside quotes
-    image: str
-    caption: str
-    group: str
-
-
-@dataclass(frozen=True)
-class Reject:
-    line: int
-    image: str
-    reason: str
-    detail: str = ""
+SCHEMA = """
+CREATE TABLE rows (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, key TEXT, image TEXT, caption TEXT,
+                   grp TEXT, split TEXT, columns TEXT, held INTEGER, at INTEGER, size INTEGER);
+CREATE TABLE pictures (key TEXT PRIMARY KEY, ordinal INTEGER, image TEXT, captions TEXT, groups TEXT, split TEXT, columns TEXT,
+                       extension TEXT, width INTEGER, height INTEGER, sha256 BLOB, pixels BLOB, look BLOB, fixes TEXT,
+                       held INTEGER, at INTEGER, size INTEGER) WITHOUT ROWID;
+CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, image TEXT, reason TEXT, detail TEXT);
+CREATE TABLE cut (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, tokens INTEGER, caption TEXT);
+CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+"""
+SPOOLED = -1
+SPLIT_NAMES = {"train": "train", "val": "val", "test": "test", "training": "train", "validation": "val", "valid": "val", "dev": "val"}
 
 
 @dataclass
 class Picture:
-    """One image file and the rows that caption it, in the order of the CSV."""
+    """One image and the rows that caption it, in the order of the input."""
 
-    path: Path
-    group: str
-    rows: list[Row] = field(default_factory=list)
+    key: str  # 16 hexadecimal digits, from the image's name: safe in a tar, the same in every build
+    image: str
+    rows: list[tuple] = field(default_factory=list)  # (ordinal, input, line, caption, group, split, columns)
+    held: int | None = None  # None: a file of its own; SPOOLED: in the part's .bytes; else the number of the input that holds it
+    at: int | None = None
+    size: int | None = None
+
+
+class Part:
+    """One part's files; only one process at a time writes to them.
+
+    Raises:
+        UserError: another process has them open.
+    """
+
+    def __init__(self, folder: Path, number: int, parts: int, read_only: bool = False):
+        self.number, self.parts = number, parts
+        self.path = self.path_of(folder, number, parts)
+        self.spool_path = self.path.with_suffix(".bytes")
+        self.db = sqlite3.connect(f"file:{self.path}?mode={'ro' if read_only else 'rwc'}", uri=True, isolation_level=None)
+        if read_only:
+            return
+        try:
+            self.db.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA synchronous = NORMAL; BEGIN IMMEDIATE; COMMIT;")
+        except sqlite3.OperationalError as error:
+            raise UserError(f"{self.path}: in use by another process ({error}); let it end, or end it") from None
+        if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            self.db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+
+    @staticmethod
+    def path_of(folder: Path, number: int, parts: int) -> Path:
+        return folder / f"part-{number:05d}-of-{parts:05d}.sqlite"
+
+    @cached_property
+    def spool(self):
+        return open(self.spool_path, "ab")
+
+    def get(self, name: str) -> str:
+        found = self.db.execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
+        return found[0] if found else ""
+
+    def set(self, **values) -> None:
+        self.db.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", [(name, str(value)) for name, value in values.items()])
+
+    def store(self, data: bytes) -> tuple[int, int, int]:
+        """Where `data` stands from now on: held, at, size."""
+        at = self.spool.tell()
+        self.spool.write(data)
+        return SPOOLED, at, len(data)
+
+    def commit(self) -> None:
+        """Make what was done since BEGIN last; bytes first, because the tables point to them."""
+        if "spool" in self.__dict__:
+            self.spool.flush()
+            os.fsync(self.spool.fileno())
+        self.db.execute("COMMIT")
+
+    def reject(self, rows: Iterable[tuple], reason: str, detail: str = "") -> None:
+        """List rows (ordinal, input, line, image) with a reason."""
+        self.db.executemany("INSERT INTO rejects VALUES (?, ?, ?, ?, ?, ?)", [(*row, reason, detail) for row in rows])
+
+    def close(self) -> None:
+        if "spool" in self.__dict__:
+            self.spool.close()
+        self.db.close()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the inputs are read; with the inputs themselves, this decides what the rows are."""
+
+    image_column: str = "image"
+    """Column of image paths, of URLs, or (in Parquet) of the images themselves."""
+    caption_column: str = "caption"
+    """Column of captions; in Parquet and JSONL it may hold lists."""
+    group_column: str = ""
+    """Column that joins images that show the same thing; a group is never split over train and val."""
+    split_column: str = ""
+    """Column that says train, val or test, where that is settled already."""
+    images: str = ""
+    """Folder or URL that image paths are relative to, and may not leave; by default the input's own folder."""
+    delimiter: str = ""
+    """Between the cells of a CSV's row; by default a comma, in .tsv files a tab."""
+    encoding: str = "utf-8-sig"
+    """Of CSV and JSONL, as Python names it: utf-8, latin-1, utf-16."""
+    context_length: int = 77
+    """Tokens that the model to be trained can read; captions that will be cut are counted. 0 does not look."""
 
     @property
-    def captions(self) -> list[str]:
-        return [row.caption for row in self.rows]
+    def columns(self) -> Columns:
+        return Columns(self.image_column, self.caption_column, self.group_column, self.split_column)
 
 
-def read_rows(
-    csv: Path, image_column: str, caption_column: str, group_column: str = "", delimiter: str = ",", encoding: str = "utf-8-sig"
-) -> list[Row]:
-    """The rows of `csv`, cells as text ("null" and "NA" are words, an empty cell is "").
+def load(part: Part, inputs: list[str], reading: Reading) -> None:
+    """Read all inputs and keep the rows of this part, in one transaction: after a kill it starts again.
 
     Raises:
-        UserError: the file is missing, cannot be decoded or parsed, lacks a column, or has no rows.
+        UserError: an input cannot be read; see data_prep.inputs.read.
     """
-    wanted = [column for column in (image_column, caption_column, group_column) if column]
-    try:
-        # The header is read as a row: else pandas takes a first row with one cell too many for one with an index,
-        # and shifts every column. Blank lines are kept because lines are counted below.
-        cells = pd.read_csv(
-            csv, sep=delimiter, encoding=encoding, dtype=str, header=None, keep_default_na=False, na_filter=False, skip_blank_lines=False
-        ).fillna("")  # what a short row lacks is empty, in every version of pandas
-    except FileNotFoundError:
-        raise UserError(f"{csv}: no such file; the first argument is the CSV of images and captions") from None
-    except pd.errors.EmptyDataError:
-        raise UserError(f"{csv}: the file is empty; a header and one row per caption are wanted") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{csv}: byte {error.start} is not {encoding}; pass --encoding, for example latin-1 or utf-16") from None
-    except (OSError, LookupError, ValueError) as error:
-        raise UserError(
-            f"{csv}: cannot be read as a CSV ({str(error).strip()}); "
-            "quote captions that hold the delimiter, and check --delimiter and --encoding"
-        ) from None
-    names = cells.iloc[0].tolist()
-    missing = [column for column in wanted if column not in names]
-    if missing:
-        raise UserError(
-            f"{csv}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, names))}: "
-            "pass --image-column, --caption-column, --group-column (and --delimiter if that looks like one column)"
-        )
-    if repeated := [column for column in wanted if names.count(column) > 1]:
-        raise UserError(f"{csv}: the header has {', '.join(map(repr, repeated))} more than once; rename all but one")
-    # A quoted cell may hold line breaks: a row starts where the rows before it end.
-    height = 1 + sum(cells[column].str.count("\n") for column in cells.columns)
-    line = 1 + height.cumsum() - height
-    table = cells.set_axis(names, axis=1)
-    groups = table[group_column] if group_column else [""] * len(table)
-    columns = zip(line.tolist(), table[image_column], table[caption_column], groups, (cells == "").all(axis=1), strict=True)
-    rows = [Row(line, image, caption, group) for line, image, caption, group, blank in columns if not blank][1:]
-    if not rows:
-        raise UserError(f"{csv}: a header and no rows; one row per caption is wanted")
-    return rows
+    if part.get("loaded"):
+        return
+    part.spool_path.unlink(missing_ok=True)
+    part.db.execute("BEGIN")
+    bar = progress(desc="reading rows", unit="row", delay=2)
+    labels = [os.path.basename(source.rstrip("/")) for source in inputs]
+    if len(set(labels)) < len(labels):
+        labels = [f"{at}/{label}" for at, label in enumerate(labels)]
+    names, cuts, kept, ordinal, stored = _Names(reading.images), _Cuts(reading.context_length), [], 0, None
+    for at, source in enumerate(inputs):
+        for row in read(source, reading.columns, reading.delimiter, reading.encoding, labels[at]):
+            ordinal += 1
+            if ordinal % 10_000 == 0:
+                bar.update(10_000)
+                kept = _keep(part, kept)
+            name, problem = (row.image, row.problem) if row.problem or row.data is not None else names.inside(row.image)
+            caption = " ".join(row.caption.split())
+            problem = problem or (("empty caption", "") if not caption else None)
+            split = SPLIT_NAMES.get(row.split.lower()) if row.split else ""
+            if split is None and not problem:
+                problem = ("unknown split", f"{row.split!r}; train, val or test is wanted")
+            key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest() if name else f"{ordinal:016x}"
+            if part.parts > 1 and int(key, 16) * part.parts >> 64 != part.number:
+                continue
+            if problem:
+                shown = (row.image or name).encode("utf-8", "replace").decode()
+                part.reject([(ordinal, at, row.line, shown)], *problem)
+                continue
+            place = (None, None, None)
+            if row.data is not None:
+                if stored is None or stored[0] != key:  # rows of one image follow each other
+                    in_place = row.at is not None and not is_url(source) and not source.endswith(COMPRESSED)
+                    stored = (key, (at, row.at, len(row.data)) if in_place else part.store(row.data))
+                place = stored[1]
+            if tokens := cuts.tokens(caption):
+                part.db.execute("INSERT INTO cut VALUES (?, ?, ?, ?, ?)", (ordinal, at, row.line, tokens, caption))
+            kept.append((ordinal, at, row.line, key, name, caption, row.group, split, row.columns, *place))
+    _keep(part, kept)
+    bar.close()
+    if not ordinal:
+        raise UserError(f"{', '.join(inputs)}: no rows; a header and one row per caption are wanted")
+    part.db.execute("CREATE INDEX rows_by_key ON rows (key, ordinal)")
+    part.set(loaded=1, total_rows=ordinal)
+    part.commit()
 
 
-def pair(rows: list[Row], images: Path) -> tuple[list[Picture], list[Reject]]:
-    """Rows joined by image file, and the rows that cannot be used.
+def _keep(part: Part, rows: list[tuple]) -> list[tuple]:
+    part.db.executemany(f"INSERT INTO rows VALUES ({', '.join('?' * 12)})", rows)
+    return []
 
-    A path is relative to the folder `images` (or absolute); one that leaves that folder, also by way of a
-    symbolic link, is refused. A row without a group is a group of its own image.
 
-    Raises:
-        UserError: `images` is not a folder.
-    """
-    if not images.is_dir():
-        raise UserError(f"{images}: no such folder; pass --images, the folder that the image paths are relative to")
-    root = os.path.realpath(images)
-    pictures: dict[str, Picture] = {}
-    seen: dict[str, set[str]] = defaultdict(set)
-    rejects: list[Reject] = []
-    for row in rows:
-        caption = " ".join(row.caption.split())
-        name = row.image.strip()
+class _Names:
+    """Image paths as names relative to a root that they may not leave; judged by their text alone."""
+
+    def __init__(self, root: str):
+        self.root = root
+        self.is_url = is_url(root)
+        self.real = root if self.is_url else os.path.realpath(root)
+
+    def inside(self, image: str) -> tuple[str, tuple[str, str] | None]:
+        """The name of an image below the root, and a problem or None."""
+        name = image.strip()
         if not name or "\0" in name:
-            rejects.append(Reject(row.line, row.image, "no image path"))
-            continue
-        if not caption:
-            rejects.append(Reject(row.line, row.image, "empty caption"))
-            continue
-        path = os.path.realpath(os.path.join(root, name))
-        inside = os.path.relpath(path, root)
-        if inside.split(os.sep)[0] == os.pardir:
-            rejects.append(Reject(row.line, row.image, "outside of the images folder", f"not under {images}; see --images"))
-            continue
-        if not os.path.isfile(path):
-            rejects.append(Reject(row.line, row.image, "missing file", f"no such file under {images}; see --images"))
-            continue
-        picture = pictures.setdefault(inside, Picture(Path(path), row.group or f"image:{inside}"))
-        if row.group and row.group != picture.group:
-            rejects.append(Reject(row.line, row.image, "conflicting group", f"{row.group!r} here, {picture.group!r} before"))
-        elif caption in seen[inside]:
-            rejects.append(Reject(row.line, row.image, "duplicate row", "the same image and caption stand above"))
+            return "", ("no image path", "")
+        if is_url(name):
+            if name.startswith("file://"):
+                name = name.removeprefix("file://")
+            elif not self.is_url or not name.startswith(self.root):
+                return name, ("outside of the images folder", f"not under {self.root}; pass --images, for example https://")
+            else:
+                name = name[len(self.root) :]
+                if self.root.endswith("://"):
+                    return name, None
+        if self.is_url:
+            name = name.lstrip("/")
+            leaves = ".." in unquote(name).split("/")
         else:
-            seen[inside].add(caption)
-            picture.rows.append(Row(row.line, inside, caption, picture.group))
-    return [picture for picture in pictures.values() if picture.rows], rejects
+            if name.startswith("/"):
+                name = os.path.relpath(name, self.real if name.startswith(self.real) else os.path.abspath(self.root))
+            elif "." in name.split("/") or ".." in name or "//" in name:
+                name = os.path.normpath(name)
+            leaves = name == ".." or name.startswith("../")
+        return name, ("outside of the images folder", f"not under {self.root}; see --images") if leaves else None
+
+
+class _Cuts:
+    """Counts tokens where a caption may be too long for the model; most are too short to have to."""
+
+    def __init__(self, context_length: int):
+        self.context_length = context_length
+
+    @cached_property
+    def _tokenizer(self):
+        from open_clip.tokenizer import SimpleTokenizer  # here, because it brings torch, and few captions want it
+
+        return SimpleTokenizer()
+
+    def tokens(self, caption: str) -> int:
+        """The caption's tokens with both ends, where they are more than the context length; else 0."""
+        # A token stands for one byte or more. What is cleaned before (ftfy, lower case) can only lengthen other scripts.
+        most = len(caption) if caption.isascii() else 3 * len(html.unescape(caption).encode())
+        if not self.context_length or most + 2 <= self.context_length:
+            return 0
+        tokens = len(self._tokenizer.encode(caption)) + 2
+        return tokens if tokens > self.context_length else 0
+
+
+def pictures(part: Part) -> Iterator[Picture]:
+    """The images of a part that are not checked yet, in the order of their keys; rows that cannot be joined are rejected."""
+    (last,) = part.db.execute("SELECT value FROM state WHERE name = 'last_key'").fetchone() or ("",)
+    cursor = part.db.cursor().execute(
+        "SELECT key, image, held, at, size, ordinal, input, line, caption, grp, split, columns FROM rows "
+        "WHERE key > ? ORDER BY key, ordinal",
+        (last,),
+    )
+    for key, found in groupby(cursor, itemgetter(0)):
+        rows = list(found)
+        assert len({row[1] for row in rows}) == 1, f"one key for {sorted({row[1] for row in rows})}"
+        yield Picture(key, rows[0][1], [row[5:] for row in rows], *rows[0][2:5])
+
+
+def join(part: Part, picture: Picture) -> dict | None:
+    """What the rows of one image say together; rows that add nothing or contradict become rejects. None if none is left."""
+    captions, groups, split = {}, {}, ""
+    for ordinal, at, line, caption, group, row_split, _ in picture.rows:
+        if split and row_split and split != row_split:
+            part.reject([(ordinal, at, line, picture.image)], "conflicting splits", f"{row_split} here, {split} before")
+        elif caption in captions:
+            part.reject([(ordinal, at, line, picture.image)], "duplicate row", "the same image and caption stand above")
+        else:
+            captions[caption] = None
+            split = split or row_split
+        if group:
+            groups[group] = None
+    return {
+        "key": picture.key,
+        "ordinal": picture.rows[0][0],
+        "image": picture.image,
+        "captions": json.dumps(list(captions), ensure_ascii=False),
+        "groups": json.dumps(list(groups), ensure_ascii=False) if groups else "",
+        "split": split,
+        "columns": picture.rows[0][6],
+    }

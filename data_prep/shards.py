@@ -12,20 +12,21 @@ import csv
 import hashlib
 import json
 import os
-import tarfile
+import struct
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
-import webdataset
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.progress import progress
 
-FORMAT = 1
+FORMAT = 2
+_TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8s1s100s8s247x")
 INDEX_COLUMNS = ["key", "group", "image_offset", "image_size", "json_offset", "json_size", "txt_offset", "txt_size"]
 
 
@@ -37,48 +38,66 @@ class Sample:
     meta: dict  # KEY.json as it stands in the tar
 
 
-def write_shard(path: Path, samples: list[Sample], groups: list[int], extensions: list[str]) -> dict:
-    """Write one tar and its index; the same samples give the same bytes on any day by any user.
+class Member(NamedTuple):
+    """One sample to be written."""
 
-    Returns:
-        The shard's entry in the manifest: file, samples, bytes, sha256, index_sha256.
+    key: str
+    image: bytes
+    extension: str
+    captions: list[str]
+    meta: dict
+    group: int
+
+
+def write_shard(path: Path, members: Iterable[Member]) -> None:
+    """Write one tar and its index; the same members give the same bytes on any day by any user."""
+    places = []
+    with atomic_file(path) as partial, open(partial, "wb") as file:
+        for member in members:
+            meta = json.dumps(member.meta, sort_keys=True, ensure_ascii=False).encode()
+            row = [member.key, member.group]
+            for extension, data in ((member.extension, member.image), ("json", meta), ("txt", member.captions[0].encode())):
+                header = _tar_header(f"{member.key}.{extension}", len(data))
+                row += [file.tell() + len(header), len(data)]
+                file.write(header + data + bytes(-len(data) % 512))
+            places.append(row)
+        file.write(bytes(1024))
+    write_index(path.with_suffix(".index.tsv"), places)
+
+
+def write_index(path: Path, places: list[list]) -> None:
+    """Write rows of INDEX_COLUMNS."""
+    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        file.write("\t".join(INDEX_COLUMNS) + "\n")
+        file.writelines("\t".join(map(str, row)) + "\n" for row in places)
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """The header block of a plain file (POSIX.1-1988, ustar): mode 444, owner 0, time 0.
+
+    Written here because tarfile takes as long for one as all our other work on an icon, and webdataset's
+    writer brings torch; tests read the result back with both, and with GNU tar.
     """
-    with atomic_file(path) as partial:
-        with open(partial, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-            for sample, extension in zip(samples, extensions, strict=True):
-                tar.write(
-                    {
-                        "__key__": sample.key,
-                        extension: sample.image,
-                        "json": json.dumps(sample.meta, sort_keys=True, ensure_ascii=False).encode(),
-                        "txt": sample.captions[0].encode(),
-                    }
-                )
-        rows = _index(partial, {sample.key: group for sample, group in zip(samples, groups, strict=True)})
+    assert len(name) <= 100, name
+    assert size < 8**11, size
+    fields = (name.encode(), b"0000444", b"0000000", b"0000000", b"%011o" % size, b"00000000000", b" " * 8, b"0", b"", b"ustar\x0000")
+    block = _TAR_FIELDS.pack(*fields)
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def shard_entry(path: Path) -> dict:
+    """A written shard's entry in the manifest."""
     index = path.with_suffix(".index.tsv")
-    with atomic_file(index) as partial, open(partial, "w", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(INDEX_COLUMNS)
-        writer.writerows(rows)
+    with open(index, "rb") as file:
+        samples = sum(1 for _ in file) - 1
     return {
         "file": f"{path.parent.name}/{path.name}",
-        "samples": len(samples),
+        "index": f"{path.parent.name}/{index.name}",
+        "samples": samples,
         "bytes": path.stat().st_size,
         "sha256": sha256_of(path),
         "index_sha256": sha256_of(index),
     }
-
-
-def _index(tar: Path, groups: dict[str, int]) -> list[list]:
-    """One row of INDEX_COLUMNS per sample, read back from the tar's own headers."""
-    places: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(tar) as archive:
-        for member in archive:
-            key, _, extension = member.name.partition(".")
-            kind = extension if extension in ("json", "txt") else "image"
-            places.setdefault(key, {})[kind] = (member.offset_data, member.size)
-    assert places.keys() == groups.keys(), (len(places), len(groups))
-    return [[key, groups[key], *place["image"], *place["json"], *place["txt"]] for key, place in places.items()]
 
 
 def sha256_of(path: Path) -> str:
@@ -107,13 +126,12 @@ class Shards:
         self.entries = self.manifest["splits"][split]["shards"]
         self.fingerprint = hashlib.sha256(json.dumps(self.manifest["splits"], sort_keys=True).encode()).hexdigest()
         self.shard_sizes = np.array([entry["samples"] for entry in self.entries])
-        tables = [_read_index(self.folder / entry["file"], entry) for entry in self.entries]
-        index = pd.concat(tables, ignore_index=True)
+        keys, numbers = zip(*(_read_index(self.folder, entry) for entry in self.entries), strict=True)
         self._ends = np.cumsum(self.shard_sizes)
-        self._keys = index["key"].to_numpy(dtype="U")
-        self.groups = index["group"].to_numpy()
-        self._places = index[INDEX_COLUMNS[2:6]].to_numpy()
-        self._files: dict[int, int] = {}
+        self._keys = np.concatenate(keys)
+        self.groups = np.concatenate([table[:, 0] for table in numbers])
+        self._places = np.concatenate([table[:, 1:5] for table in numbers])
+        self._files: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -127,23 +145,23 @@ class Shards:
     def read(self, number: int) -> Sample:
         """Sample `number`: its image and captions."""
         image_offset, image_size, json_offset, json_size = self._places[number].tolist()
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        meta = json.loads(self._bytes(shard, json_offset, json_size))
-        return Sample(self.key(number), self._bytes(shard, image_offset, image_size), meta["captions"], meta)
+        entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
+        meta = json.loads(self._bytes(entry.get("json", entry["file"]), json_offset, json_size))
+        return Sample(self.key(number), self._bytes(entry["file"], image_offset, image_size), meta["captions"], meta)
 
     def captions(self, number: int) -> list[str]:
         """The captions of sample `number`, without reading its image."""
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        return json.loads(self._bytes(shard, *self._places[number, 2:].tolist()))["captions"]
+        entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
+        return json.loads(self._bytes(entry.get("json", entry["file"]), *self._places[number, 2:].tolist()))["captions"]
 
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        if shard not in self._files:
+    def _bytes(self, file: str, offset: int, size: int) -> bytes:
+        if file not in self._files:
             if len(self._files) >= 64:  # far below any limit on open files
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.folder / self.entries[shard]["file"], os.O_RDONLY)
-        data = os.pread(self._files[shard], size, offset)
+            self._files[file] = os.open(self.folder / file, os.O_RDONLY)
+        data = os.pread(self._files[file], size, offset)
         if len(data) != size:
-            raise UserError(f"{self.folder / self.entries[shard]['file']}: ends before byte {offset + size}; build the shards again")
+            raise UserError(f"{self.folder / file}: ends before byte {offset + size}; build the shards again")
         return data
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
@@ -159,13 +177,23 @@ class Shards:
                 pass
 
     def _verify_one(self, entry: dict) -> None:
-        path = self.folder / entry["file"]
-        for file, expected in ((path, entry["sha256"]), (path.with_suffix(".index.tsv"), entry["index_sha256"])):
-            if sha256_of(file) != expected:
-                raise UserError(
-                    f"{file}: altered since it was built (its sha256 is not the one in {self.folder / 'manifest.json'}); "
-                    "build the shards again, or restore the file"
-                )
+        for problem in altered(self.folder, entry):
+            raise UserError(problem)
+
+
+def altered(folder: Path, entry: dict) -> Iterator[str]:
+    """Sentences on the files of one shard that are not what was built."""
+    for name, expected in ((entry["file"], "sha256"), (entry["index"], "index_sha256"), (entry.get("json"), "json_sha256")):
+        if name is None:
+            continue
+        path = folder / name
+        if not path.is_file():
+            yield f"{path}: missing, but listed in the manifest; restore it or build the shards again"
+        elif sha256_of(path) != entry[expected]:
+            yield (
+                f"{path}: altered since it was built (its sha256 is not the one in {folder / 'manifest.json'}); "
+                "build the shards again, or restore the file"
+            )
 
 
 def read_manifest(folder: Path) -> dict:
@@ -181,8 +209,11 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _read_index(tar: Path, entry: dict) -> pd.DataFrame:
-    path = tar.with_suffix(".index.tsv")
+def _read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Keys [n], and int64 [n, 7]: the other INDEX_COLUMNS."""
+    import pandas as pd  # here, because building does without, and it takes a quarter of a second
+
+    tar, path = folder / entry["file"], folder / entry["index"]
     if not tar.is_file() or not path.is_file():
         raise UserError(f"{tar if path.is_file() else path}: missing, but listed in the manifest; restore it or build the shards again")
     types = {"key": str} | dict.fromkeys(INDEX_COLUMNS[1:], np.int64)
@@ -192,4 +223,4 @@ def _read_index(tar: Path, entry: dict) -> pd.DataFrame:
         raise UserError(f"{path}: not readable ({error}); build the shards again") from None
     if list(table.columns) != INDEX_COLUMNS or len(table) != entry["samples"]:
         raise UserError(f"{path}: {len(table)} rows where the manifest has {entry['samples']}; build the shards again")
-    return table
+    return table["key"].to_numpy(dtype="U"), table[INDEX_COLUMNS[1:]].to_numpy()

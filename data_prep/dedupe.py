@@ -1,0 +1,145 @@
+"""Images that show the same thing share a group, and look-alikes across splits are found.
+
+Two images share a group if they share a link: the group column, equal pixels, an equal caption or, on request, a base
+name; and so do all that are joined over others. Memory: four bytes per row of input; links are sorted on disk.
+"""
+
+import os
+import re
+import sqlite3
+import struct
+import unicodedata
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+MAX_SHARERS = 50  # a caption or base name of more images than this says "icon", not "the same icon"
+GROUP, PIXELS, CAPTION, NAME = range(4)
+LIMITED = {CAPTION: "captions", NAME: "names"}
+STYLES = {"filled", "fill", "outline", "outlined", "solid", "regular", "line", "thin", "light", "bold", "duotone", "sharp", "rounded"}
+
+LEAK_BITS = 7  # of 256: up to this many may differ between two images that are called near-identical
+BANDS = 8  # 7 differing bits cannot touch all of 8 bands, so near-identical images agree in one
+RARE = 200  # images that agree in a band, at most, to be compared one by one
+SLICE = 2_000_000
+
+
+def normal_caption(caption: str) -> str:
+    """A caption without case, typographic variants, and punctuation at its ends."""
+    return " ".join(unicodedata.normalize("NFKC", caption).casefold().split()).strip(" .,;:!?\"'")
+
+
+def base_name(image: str) -> str:
+    """An image's name without size, number and style: ArrowRight18.png and ArrowRight_24_N.svg.png -> "arrow right".
+
+    Empty where nothing that names a thing is left, as in 000123.jpg.
+    """
+    stem = os.path.basename(image).split(".")[0]
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_]+|\d+(?:px|x)?", stem)
+    words = [word.lower() for word in words]
+    while len(words) > 1 and (words[-1] in STYLES or len(words[-1]) == 1 or words[-1][0].isdigit() or words[-1] == "px"):
+        words.pop()
+    return " ".join(words) if words and not words[0][0].isdigit() else ""
+
+
+def links(image: str, groups: Iterable[str], captions: Iterable[str], pixels: bytes, by_name: bool) -> set[int]:
+    """Numbers (63 bits; the kind in the lowest two) that this image has in common with those it belongs to."""
+    found = [(GROUP, group) for group in groups] + [(CAPTION, text) for caption in captions if (text := normal_caption(caption))]
+    if by_name and (name := base_name(image)):
+        found.append((NAME, name))
+    hashes = {xxhash.xxh3_64_intdigest(f"{kind} {text}".encode()) >> 3 << 2 | kind for kind, text in found}
+    if pixels:
+        hashes.add(xxhash.xxh3_64_intdigest(pixels) >> 3 << 2 | PIXELS)
+    return hashes
+
+
+class Groups:
+    """Rows joined into groups (union-find); a group is known by its first row, so rows that are added later rename nothing."""
+
+    def __init__(self, rows: int):
+        self._parent = array("i", range(rows + 1))
+
+    def first(self, row: int) -> int:
+        parent = self._parent
+        while parent[row] != row:
+            parent[row] = row = parent[parent[row]]
+        return row
+
+    def join(self, a: int, b: int) -> None:
+        a, b = self.first(a), self.first(b)
+        if a != b:
+            self._parent[max(a, b)] = min(a, b)
+
+
+def unite(db: sqlite3.Connection, rows: int, without: set[int]) -> tuple[Groups, dict[str, int]]:
+    """Groups from the table `links` (link, ordinal); and how many captions and names were shared by too many to mean the same."""
+    groups, common = Groups(rows), dict.fromkeys(LIMITED.values(), 0)
+    cursor = db.cursor().execute("SELECT link, ordinal FROM links ORDER BY link, ordinal")
+    for link, found in groupby(cursor, itemgetter(0)):
+        members = [ordinal for _, ordinal in found if ordinal not in without]
+        if len(members) < 2:
+            continue
+        if link & 3 in LIMITED and len(members) > MAX_SHARERS:
+            common[LIMITED[link & 3]] += 1
+            continue
+        for member in members[1:]:
+            groups.join(members[0], member)
+    return groups, common
+
+
+class Looks:
+    """The 256-bit looks of all images, in a file; finds near-identical ones that are in different splits."""
+
+    DTYPE = np.dtype([("look", "u1", (4, BANDS)), ("ordinal", "<i4"), ("split", "u1")])
+
+    def __init__(self, path: Path):
+        self.path, self._pending = path, []
+        path.unlink(missing_ok=True)
+
+    def add(self, look: bytes, ordinal: int, split: int) -> None:
+        self._pending.append(look + struct.pack("<iB", ordinal, split))
+        if len(self._pending) == 100_000:
+            self._flush()
+
+    def _flush(self) -> None:
+        with open(self.path, "ab") as file:
+            file.write(b"".join(self._pending))
+        self._pending.clear()
+
+    def leaks(self) -> Iterator[tuple[int, int, int]]:
+        """(ordinal, ordinal, differing bits): near-identical images, the first of an earlier split (train, val, test)."""
+        if self._pending:
+            self._flush()
+        if not self.path.exists():
+            return
+        table = np.memmap(self.path, self.DTYPE, "r")
+        looks = table["look"]
+        slices = 1 + len(table) // SLICE
+        for band in range(BANDS):
+            for part in range(slices):
+                values = np.ascontiguousarray(looks[:, :, band]).view("<u4").ravel()
+                chosen = np.flatnonzero(values % slices == part) if slices > 1 else np.arange(len(values))
+                yield from self._pairs(table, looks, chosen[np.argsort(values[chosen], kind="stable")], values, band)
+
+    @staticmethod
+    def _pairs(table, looks, order, values, band) -> Iterator[tuple[int, int, int]]:
+        ordered = values[order]
+        starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else np.zeros(0, int)
+        ends = np.r_[starts[1:], len(ordered)]
+        splits = table["split"][order]
+        changes = np.r_[0, np.cumsum(splits[1:] != splits[:-1])] if len(splits) else splits
+        worth = (ends - starts >= 2) & (ends - starts <= RARE) & (changes[ends - 1] != changes[starts])
+        for start, end in zip(starts[worth], ends[worth], strict=True):
+            members = order[start:end]
+            bits = looks[members].reshape(len(members), -1)
+            a, b = np.nonzero(table["split"][members][:, None] < table["split"][members][None, :])
+            differing = np.bitwise_count(bits[a] ^ bits[b]).sum(1)
+            agree = (bits[a].reshape(-1, 4, BANDS) == bits[b].reshape(-1, 4, BANDS)).all(1).argmax(1)
+            # A pair that agrees in several bands is told in the first of them.
+            for at in np.flatnonzero((differing <= LEAK_BITS) & (agree == band)):
+                yield int(table["ordinal"][members[a[at]]]), int(table["ordinal"][members[b[at]]]), int(differing[at])

@@ -1,0 +1,446 @@
+"""Inputs of any kind become rows, one at a time: nothing here grows with the input.
+
+captions.csv, .tsv   --+
+rows.jsonl             |
+table.parquet          +--> Row(line, image or its bytes, one caption, group, split, the other columns)
+folder of images, .txt |         or Row(line, ..., problem): a named reason why it cannot be used
+shard.tar            --+
+
+Each may be local or a URL that fsspec knows (s3://, gs://, https://, hf://datasets/USER/NAME), and compressed.
+"""
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+
+from data_prep.errors import UserError
+
+IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+class Row(NamedTuple):
+    line: int  # in the file, 1-based, counting the header and line breaks inside quotes; else the number of the row
+    image: str  # a path or URL; where `data` holds the image, a name for it
+    caption: str
+    group: str = ""
+    split: str = ""
+    columns: str = ""  # the columns that have no other use, as JSON
+    data: bytes | None = None  # where the input holds the image itself
+    at: int | None = None  # and the byte of the input where it stands as it is
+    problem: tuple[str, str] | None = None  # reason and detail, where the row cannot be used
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column is what; tars and folders have none."""
+
+    image: str = "image"
+    caption: str = "caption"
+    group: str = ""
+    split: str = ""
+
+
+def kind_of(source: str) -> str:
+    """ "csv", "jsonl", "parquet", "tar" or "folder".
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if is_url(source):
+        name = source
+    else:
+        if os.path.isdir(source):
+            return "folder"
+        if not os.path.exists(source):
+            raise UserError(f"{source}: no such file; the first arguments are CSV, Parquet, JSONL or tar files, or folders of images")
+        name = os.path.basename(source)
+    while name.endswith(COMPRESSED):
+        name = name.rsplit(".", 1)[0]
+    kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "tar"}
+    return kinds.get(os.path.splitext(name)[1].lower(), "csv")
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def expand(sources: list[str]) -> list[str]:
+    """The inputs with patterns of remote files filled in, and data sets of the hub pinned to a commit."""
+    found = []
+    for source in sources:
+        if source.startswith("hf://datasets/"):
+            found += _hub_files(source)
+        elif is_url(source) and "*" in source:
+            protocol = source.split("://")[0]
+            found += [f"{protocol}://{path.split('://')[-1]}" for path in sorted(remote(source).glob(source))]
+        else:
+            found.append(source)
+    if not found:
+        raise UserError(f"{', '.join(sources)}: no file fits this pattern")
+    return found
+
+
+def _hub_files(source: str) -> list[str]:
+    """Parquet files of a data set on the Hugging Face hub, with `@COMMIT` in their names."""
+    from huggingface_hub import HfFileSystem  # here, because it takes half a second
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files = HfFileSystem()
+    try:
+        place = files.resolve_path(source)
+        commit = files._api.repo_info(place.repo_id, repo_type="dataset", revision=place.revision).sha
+        root = f"datasets/{place.repo_id}@{commit}/{place.path_in_repo}".rstrip("/")
+        paths = [root] if root.endswith(".parquet") else sorted(files.glob(root if "*" in root else f"{root}/**.parquet"))
+    except (FileNotFoundError, HfHubHTTPError) as error:
+        raise UserError(f"{source}: {str(error).strip()}; check the name, and log in for a private one: hf auth login") from None
+    if not paths:
+        raise UserError(f"{source}: holds no Parquet file; the hub converts most data sets on the branch refs/convert/parquet")
+    return [f"hf://{path}" for path in paths]
+
+
+def remote(url: str) -> fsspec.AbstractFileSystem:
+    """The file system of a URL.
+
+    Raises:
+        UserError: its protocol is unknown, or wants a package that is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(url)[0]
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {error}") from None
+
+
+def digest(source: str) -> str:
+    """sha256 of an input; of a remote one, of what its server says of it; of a folder, of its listing and texts."""
+    if is_url(source):
+        return f"{remote(source).ukey(source)}"
+    if os.path.isdir(source):
+        sha = hashlib.sha256()
+        for path in _walk(source):
+            stat = os.stat(path)
+            sha.update(repr((os.path.relpath(path, source), stat.st_size)).encode())
+            if path.endswith(".txt"):
+                sha.update(Path(path).read_bytes())
+        return sha.hexdigest()
+    sha = hashlib.sha256()
+    with open(source, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def read(source: str, columns: Columns, delimiter: str = "", encoding: str = "utf-8-sig", label: str = "") -> Iterator[Row]:
+    """The rows of one input, in its order; an image with several captions gives several rows of the same line.
+
+    An image that the input holds itself is named after `label`, by default the input's own name.
+
+    Raises:
+        UserError: the input cannot be read or parsed, lacks a column, or is in another encoding.
+    """
+    kind, label = kind_of(source), label or os.path.basename(source)
+    if kind == "folder":
+        yield from _folder(source)
+        return
+    if kind in ("csv", "jsonl"):  # bytes that are not the encoding are said with their line; the rest needs no opening
+        text = _text(source, encoding)
+        cells = _csv(source, text, columns, delimiter, encoding) if kind == "csv" else _jsonl(source, text)
+        for line, row in cells:
+            yield from _rows(line, row, columns, f"{label}#{line}")
+        return
+    try:
+        with fsspec.open(source, "rb", compression="infer") as file:
+            if kind == "tar":
+                yield from _tar(label, file, columns)
+            else:
+                for line, row in _parquet(source, file, columns):
+                    yield from _rows(line, row, columns, f"{label}#{line}")
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise UserError(f"{source}: cannot be read ({str(error).strip()})") from None
+
+
+def _rows(line: int, row: dict | str, columns: Columns, name: str) -> Iterator[Row]:
+    """The Rows of one line; `row` is a string where the line could not be parsed."""
+    if isinstance(row, str):
+        yield Row(line, "", "", problem=("malformed row", row))
+        return
+    image, data = row.get(columns.image), None
+    if isinstance(image, dict):  # as image data sets on the Hugging Face hub are stored
+        image, data = image.get("path"), image.get("bytes")
+        image = name if data is not None else image
+    elif isinstance(image, bytes):
+        image, data = name, image
+    captions = row.get(columns.caption)
+    others = {key: value for key, value in row.items() if key not in (columns.image, columns.caption, columns.group, columns.split)}
+    others = {key: value for key, value in others.items() if value not in (None, "") and not isinstance(value, (bytes, dict))}
+    texts = [
+        _word(image),
+        _word(row.get(columns.group)) if columns.group else "",
+        _word(row.get(columns.split)) if columns.split else "",
+        json.dumps(others, ensure_ascii=False, sort_keys=True, default=str) if others else "",
+    ]
+    for caption in captions if isinstance(captions, list) and captions else [captions]:
+        found = Row(line, texts[0], _word(caption), *texts[1:], data)
+        yield _checked(found)
+
+
+def _checked(row: Row) -> Row:
+    """Bytes that were not UTF-8 were read as lone surrogates: they are named, and never reach a shard."""
+    for cell in (row.image, row.caption, row.group, row.columns):
+        if not cell.isascii():
+            try:
+                cell.encode()
+            except UnicodeEncodeError as error:
+                byte = cell[error.start].encode("utf-8", "surrogateescape")
+                before = cell[max(0, error.start - 20) : error.start]
+                return row._replace(problem=("bad UTF-8", f"byte {byte!r} after {before!r}; see --encoding"))
+    return row
+
+
+def _word(value) -> str:
+    return value if isinstance(value, str) else "" if value is None or isinstance(value, list) else str(value)
+
+
+# CSV and JSONL
+
+
+def _text(source: str, encoding: str) -> io.TextIOWrapper:
+    try:
+        codecs.lookup(encoding)
+        file = fsspec.open(source, "rb", compression="infer").open()
+    except (OSError, LookupError, ValueError, ImportError) as error:
+        raise UserError(f"{source}: cannot be read ({error})") from None
+    # utf-8 is read past single bad bytes, and their rows are rejected; in other encodings one bad byte shifts the rest.
+    lenient = codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
+    return io.TextIOWrapper(file, encoding, errors="surrogateescape" if lenient else "strict", newline="")
+
+
+def _csv(source: str, text: io.TextIOWrapper, columns: Columns, delimiter: str, encoding: str) -> Iterator[tuple[int, dict | str]]:
+    delimiter = {"\\t": "\t", "tab": "\t", "": "\t" if ".tsv" in os.path.basename(source).lower() else ","}.get(delimiter, delimiter)
+    line, header = 1, None
+    try:
+        with text:
+            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            for cells in reader:
+                start, line = line, reader.line_num + 1
+                if header is None:
+                    header = _header(source, cells, columns, encoding)
+                elif len(cells) > len(header):
+                    yield start, f"{len(cells)} cells where the header has {len(header)}; quote captions that hold the delimiter"
+                elif any(cells):
+                    yield start, dict(zip(header, cells, strict=False))
+    except (UnicodeError, csv.Error, TypeError, OSError, EOFError) as error:
+        if isinstance(error, UnicodeError):
+            line, byte = _locate(source, encoding)
+            raise UserError(f"{source}:{line}: byte {byte} of the file is not {encoding}; pass --encoding, for example latin-1") from None
+        if isinstance(error, TypeError):  # csv's own complaint about a delimiter
+            raise UserError(f"--delimiter {delimiter!r}: {error}") from None
+        raise UserError(
+            f"{source}:{line}: cannot be read as a CSV from here on ({error}); quote captions that hold the delimiter, "
+            "double the quotes inside of them, and check --delimiter and --encoding"
+        ) from None
+    if header is None:
+        raise UserError(f"{source}: the file is empty; a header and one row per caption are wanted")
+
+
+def _header(source: str, cells: list[str], columns: Columns, encoding: str) -> list[str]:
+    if any(not name.isprintable() or "\udc80" <= max(name, default="") <= "\udcff" for name in cells):
+        raise UserError(f"{source}:1: the header is not {encoding}; pass --encoding, for example utf-16 or latin-1")
+    wanted = [column for column in (columns.image, columns.caption, columns.group, columns.split) if column]
+    if missing := [column for column in wanted if column not in cells]:
+        raise UserError(
+            f"{source}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, cells))}: "
+            "pass --image-column, --caption-column, --group-column (and --delimiter if that looks like one column)"
+        )
+    if repeated := [column for column in wanted if cells.count(column) > 1]:
+        raise UserError(f"{source}: the header has {', '.join(map(repr, repeated))} more than once; rename all but one")
+    return cells
+
+
+def _locate(source: str, encoding: str) -> tuple[int, int]:
+    """Line (1-based) and byte (0-based) of the first byte that is not `encoding`."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line, byte = 1, 0
+    with fsspec.open(source, "rb", compression="infer") as file:
+        while chunk := file.read(1 << 16):
+            before = decoder.getstate()
+            try:
+                line += decoder.decode(chunk).count("\n")
+            except UnicodeError:
+                decoder.setstate(before)
+                for at in range(len(chunk)):
+                    try:
+                        line += decoder.decode(chunk[at : at + 1]).count("\n")
+                    except UnicodeError:
+                        return line, byte + at
+            byte += len(chunk)
+    return line, byte  # it ends inside of a character
+
+
+def _jsonl(source: str, text: io.TextIOWrapper) -> Iterator[tuple[int, dict | str]]:
+    with text:
+        for number, line in enumerate(text, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                yield number, f"not JSON: {error}"
+                continue
+            yield number, row if isinstance(row, dict) else "a JSON object is wanted on each line"
+
+
+# Parquet
+
+
+def _parquet(source: str, file, columns: Columns) -> Iterator[tuple[int, dict]]:
+    import pyarrow  # here, because most inputs do without
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        _header(source, table.schema_arrow.names, columns, "utf-8")
+        number = 0
+        for batch in table.iter_batches(batch_size=64):  # images may be inside
+            cells = {name: _cells(batch.column(name)) for name in batch.schema.names}
+            for at in range(batch.num_rows):
+                number += 1
+                yield number, {name: values[at] for name, values in cells.items()}
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{source}: cannot be read as Parquet ({error})") from None
+
+
+def _cells(column) -> list:
+    import pyarrow
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # Parquet files may hold text that is none
+        if not pyarrow.types.is_string(column.type) and not pyarrow.types.is_large_string(column.type):
+            raise
+        values = column.cast(pyarrow.binary()).to_pylist()
+        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in values]
+
+
+# Folders and tars
+
+
+def _walk(folder: str) -> Iterator[str]:
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (os.path.join(place, name) for name in sorted(names))
+
+
+def _folder(source: str) -> Iterator[Row]:
+    """Every image below the folder; each line of the .txt beside it is a caption."""
+    line = 0
+    for path in _walk(source):
+        stem, extension = os.path.splitext(path)
+        if extension.lower() not in IMAGE_EXTENSIONS:
+            continue
+        line += 1
+        image = os.path.relpath(path, source)
+        try:
+            captions = Path(stem + ".txt").read_bytes().decode("utf-8-sig", "surrogateescape").splitlines()
+        except FileNotFoundError:
+            yield Row(line, image, "", problem=("no caption file", f"{os.path.basename(stem)}.txt is not beside it"))
+            continue
+        for caption in [text for text in captions if text.strip()] or [""]:
+            yield _checked(Row(line, image, caption))
+
+
+def _tar(label: str, file, columns: Columns) -> Iterator[Row]:
+    """Every sample of a WebDataset tar: neighbors with one name are a sample. Nothing is extracted."""
+    for number, sample in enumerate(tar_samples(file), 1):
+        name = f"{label}/{sample.key}"
+        if sample.problem:
+            yield Row(number, name, "", problem=sample.problem)
+            continue
+        data, at = sample.members[sample.image_extensions[0]]
+        for caption in tar_captions(sample, columns) or [""]:
+            yield _checked(Row(number, name, caption, columns=tar_columns(sample), data=data, at=at))
+
+
+@dataclass
+class TarSample:
+    """Members of a tar that share a name: extension -> (bytes, offset in the tar)."""
+
+    key: str
+    members: dict[str, tuple[bytes, int]]
+    problem: tuple[str, str] | None = None
+
+    @property
+    def image_extensions(self) -> list[str]:
+        return [extension for extension in self.members if f".{extension}" in IMAGE_EXTENSIONS]
+
+
+def tar_samples(file) -> Iterator[TarSample]:
+    """Samples of a WebDataset tar, in order; what cannot be one has its problem named. Nothing is extracted."""
+    seen, sample = set(), None
+    with tarfile.open(fileobj=file, mode="r|") as archive:
+        for member in archive:
+            if member.isdir():
+                continue
+            key, extension = os.path.splitext(member.name)
+            if sample and sample.key != key:
+                yield _whole(sample, seen)
+                sample = None
+            sample = sample or TarSample(key, {})
+            extension = extension[1:].lower()
+            if key.startswith("/") or ".." in key.replace("\\", "/").split("/"):
+                sample.problem = ("path outside of the tar", member.name)
+            elif not member.isfile():
+                sample.problem = ("not a regular file", f"{member.name} is a link or a device")
+            elif extension in sample.members:
+                sample.problem = ("repeated member", member.name)
+            else:
+                sample.members[extension] = (archive.extractfile(member).read(), member.offset_data)
+    if sample:
+        yield _whole(sample, seen)
+
+
+def _whole(sample: TarSample, seen: set[str]) -> TarSample:
+    if sample.key in seen:
+        sample.problem = ("members not adjacent", "its name stood before, with other members between")
+    elif not sample.problem and len(sample.image_extensions) != 1:
+        reason = "several images in a sample" if sample.image_extensions else "no image in the sample"
+        sample.problem = (reason, "it has " + ", ".join(sample.members))
+    seen.add(sample.key)
+    return sample
+
+
+def tar_captions(sample: TarSample, columns: Columns) -> list[str]:
+    """The captions of a sample: of our own .json, else its .txt, else the caption column of its .json (as img2dataset writes)."""
+    meta = _tar_json(sample)
+    if isinstance(meta.get("captions"), list):
+        return [_word(caption) for caption in meta["captions"]]
+    if "txt" in sample.members:
+        return [sample.members["txt"][0].decode("utf-8", "surrogateescape")]
+    return [_word(meta.get(columns.caption or "caption"))]
+
+
+def tar_columns(sample: TarSample) -> str:
+    """What else the sample's .json says, as JSON."""
+    known = {"caption", "captions", "key", "image", "sha256", "width", "height", "group", "columns"}
+    meta = {key: value for key, value in _tar_json(sample).items() if key not in known and isinstance(value, (str, int, float))}
+    return json.dumps(meta, ensure_ascii=False, sort_keys=True) if meta else ""
+
+
+def _tar_json(sample: TarSample) -> dict:
+    if "json" not in sample.members:
+        return {}
+    try:
+        meta = json.loads(sample.members["json"][0])
+    except ValueError:
+        return {}
+    return meta if isinstance(meta, dict) else {}

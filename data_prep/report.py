@@ -1,0 +1,100 @@
+"""What a build made of its rows: report.json to count by, rejects.csv and leaks.csv to look up, report.html to look at."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.atomic import atomic_file
+from data_prep.plan import Plan
+from data_prep.report_page import write_page
+from data_prep.split import SPLITS
+
+SIDES_PX = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+def summarize(plan: Plan) -> dict:
+    """What report.json holds."""
+    reasons: Counter = Counter(reason for _, _, _, reason, _ in plan.rejects())
+    fixes, extensions, sides, lengths = Counter(), Counter(), Counter(), Counter()
+    images, captions = Counter(), Counter()
+    members = np.zeros(plan.rows + 1, np.int32)
+    split_of_group = np.zeros(plan.rows + 1, np.uint8)
+    for image in plan.images():
+        images[image.split] += 1
+        captions[image.split] += len(image.captions)
+        members[image.group] += 1
+        split_of_group[image.group] = SPLITS.index(image.split)
+        extensions[image.extension] += 1
+        if image.width:
+            sides[max(side for side in SIDES_PX if side <= max(8, min(image.width, image.height)))] += 1
+        for caption in image.captions:
+            lengths[10 * (len(caption) // 10)] += 1
+        if image.fixes:
+            fixes.update(image.fixes.split("\n"))
+    groups = Counter(SPLITS[code] for code in split_of_group[members > 0])
+    records, rejects = sum(captions.values()), sum(reasons.values())
+    assert records + rejects == plan.rows, (records, rejects, plan.rows)
+    (cut,) = np.sum([part.db.execute("SELECT count(*) FROM cut").fetchone() for part in plan.parts], axis=0)
+    return {
+        "rows": plan.rows,
+        "records": records,
+        "rejects": rejects,
+        "reasons": dict(reasons.most_common()),
+        "images": sum(images.values()),
+        "groups": sum(groups.values()),
+        "fixes": dict(fixes.most_common()),
+        "splits": {split: {"images": images[split], "captions": captions[split], "groups": groups[split]} for split in SPLITS},
+        "captions_cut": int(cut),
+        "shared_by_too_many": plan.common,
+        "leaks": len(plan.leaks()),
+        "extensions": dict(extensions.most_common()),
+        "shorter_side_px": {str(side): sides[side] for side in sorted(sides)},
+        "caption_characters": {str(length): lengths[length] for length in sorted(lengths)},
+        "group_images": {str(size): int(count) for size, count in zip(*np.unique(members[members > 0], return_counts=True), strict=True)},
+    }
+
+
+def write_report(folder: Path, plan: Plan, summary: dict, begun: dict) -> None:
+    """Write report.json, rejects.csv, leaks.csv and report.html."""
+    write_json(folder / "report.json", summary)
+    write_rejects(folder / "rejects.csv", plan, list(begun["inputs"]))
+    with atomic_file(folder / "leaks.csv") as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "split", "near_identical_image", "its_split", "differing_bits_of_256"])
+        for a, b, bits in plan.leaks():
+            writer.writerow([plan.image_of(a)[2], plan.split_of(a), plan.image_of(b)[2], plan.split_of(b), bits])
+    write_page(folder / "report.html", plan, summary, begun)
+
+
+def write_rejects(path: Path, plan: Plan, inputs: list[str]) -> None:
+    """Write every reject with its line, path, reason and detail, and the input that the line is of."""
+    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["line", "path", "reason", "detail", "input"])
+        writer.writerows([line, image, reason, detail, inputs[at]] for at, line, image, reason, detail in plan.rejects())
+
+
+def write_json(path: Path, value: dict) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def print_report(out: Path, report: dict) -> None:
+    """The report in a few lines, with what to open next."""
+    print(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects")
+    for reason, count in report["reasons"].items():
+        print(f"  rejected: {count} x {reason}")
+    for fix, count in report["fixes"].items():
+        print(f"  put right: {count} x {fix}")
+    if report["captions_cut"]:
+        print(f"  {report['captions_cut']} captions are longer than the model can read, and will be cut")
+    for split, counts in report["splits"].items():
+        print(f"  {split:5} {counts['images']} images, {counts['captions']} captions, {counts['groups']} groups")
+        if not counts["images"]:
+            print(f"        no group fell into {split}: there are few groups; a larger --{split} or another --seed helps")
+    if report["leaks"]:
+        print(f"  {report['leaks']} pairs of near-identical images are in different splits: {out / 'leaks.csv'}; see --drop-leaks")
+    print(f"look at {out / 'report.html'}" + (f"; each reject is in {out / 'rejects.csv'}" if report["rejects"] else ""))
