@@ -7,7 +7,6 @@ OUT.partial/train/*.tar      shards, each whole or not there
 OUT/                         the same folder at the end, with manifest.json and the report, without the work files
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,17 +18,16 @@ import PIL
 import simplejpeg
 import tyro
 
-from data_prep.atomic import atomic_file, check_replaceable, sync
+from data_prep.atomic import check_replaceable, sync
 from data_prep.errors import UserError
-from data_prep.images import BadImage, Rules, parse_color
+from data_prep.images import Rules, parse_color
 from data_prep.inputs import digest, expand, is_url, kind_of
-from data_prep.plan import Image, Plan, Splitting, check_parts
-from data_prep.progress import progress
+from data_prep.plan import Plan, Splitting, check_parts
 from data_prep.records import Part, Reading, load
 from data_prep.report import print_report, summarize, write_json, write_rejects, write_report
-from data_prep.scan import Checks, Source, check_root, in_order, place, read_local, scan
-from data_prep.shards import FORMAT, Member, sha256_of, shard_entry, write_index, write_shard
-from data_prep.split import SPLITS
+from data_prep.scan import Checks, check_root, scan
+from data_prep.shards import FORMAT
+from data_prep.write import index_in_place, write_shards
 
 WORK = "begun.json"
 
@@ -159,7 +157,7 @@ def _run(command, inputs, out, read, check, split, work, writing, overwrite) -> 
     inputs = expand([str(source) for source in inputs])
     read = replace(read, images=read.images or _images_of(inputs))
     check_root(read.images)
-    folder = out.with_name(f"{out.name}.partial")
+    folder = partial_of(out)
     begun = {
         "command": command,
         "format": FORMAT,
@@ -172,12 +170,13 @@ def _run(command, inputs, out, read, check, split, work, writing, overwrite) -> 
         "versions": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__},
     }
     _begin(folder, begun, overwrite)
-    part = Part(folder, work.task, work.num_tasks)
-    try:
-        load(part, inputs, read)
-        scan(part, inputs, read.images, checks, work.processes)
-    finally:
-        part.close()
+    if not (folder / "manifest.json").exists():
+        part = Part(folder, work.task, work.num_tasks)
+        try:
+            load(part, inputs, read)
+            scan(part, inputs, read.images, checks, work.processes)
+        finally:
+            part.close()
     if work.num_tasks > 1:
         print(f"task {work.task} of {work.num_tasks} is done; when all are: python -m data_prep merge {out}")
         return None
@@ -199,11 +198,12 @@ def _begin(folder: Path, begun: dict, overwrite: bool) -> None:
         UserError: it was begun with something else.
     """
     file = folder / WORK
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+    if found := next((name for name in (file, folder / "manifest.json") if name.is_file()), None):
+        before = json.loads(found.read_text(encoding="utf-8"))  # the manifest begins with the same
         changed = [_change(name, before.get(name), begun[name]) for name in begun if before.get(name) != begun[name]]
         if not changed:
             print(f"going on with {folder}")
+            write_json(file, begun)
             return
         said = f"{folder}: begun with another {'; '.join(changed)}"
         if begun["num_tasks"] > 1:
@@ -212,7 +212,7 @@ def _begin(folder: Path, begun: dict, overwrite: bool) -> None:
             raise UserError(f"{said}. Give the command as it was to go on, or --overwrite True to start again")
         print(f"{said}; starting again")
         shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):  # another task may be beginning
         raise UserError(f"{folder}: has no {WORK}, so it was not made by this command, and is not written to; move it away")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, begun)
@@ -238,33 +238,43 @@ def merge(
     Returns:
         What report.json holds.
     """
-    folder = out.with_name(f"{out.name}.partial")
+    folder = partial_of(out)
     if not (folder / WORK).is_file():
         raise UserError(f"{folder}: no unfinished build; begin one with: python -m data_prep build ... --out {out} --num-tasks N --task I")
     check_replaceable(out, "manifest.json", overwrite)
+    if not (folder / "manifest.json").exists():  # else it was killed after the last step but one
+        _assemble(folder, out, max_rejects, processes or len(os.sched_getaffinity(0)))
+    for file in [*folder.glob("part-*"), *folder.glob("plan.sqlite*"), *folder.rglob(".*.partial"), folder / "looks.bin", folder / WORK]:
+        file.unlink(missing_ok=True)
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(folder, out)
+    sync(out.parent)
+    summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    print_report(out, summary)
+    return summary
+
+
+def partial_of(out: Path) -> Path:
+    """The folder of an unfinished build."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def _assemble(folder: Path, out: Path, max_rejects: float, processes: int) -> None:
+    """From checked parts to everything but the folder's name; the manifest comes last."""
     begun = json.loads((folder / WORK).read_text(encoding="utf-8"))
     check_parts(folder, begun["num_tasks"])
     parts = [Part(folder, number, begun["num_tasks"], read_only=True) for number in range(begun["num_tasks"])]
     plan = Plan(folder, parts, Splitting(**begun["split"]))
     summary = summarize(plan)
     _check_rejects(folder, begun, plan, summary, max_rejects)
-    processes = processes or len(os.sched_getaffinity(0))
     in_place = begun["command"] == "index"
-    splits = _index_in_place(folder, out, plan, begun) if in_place else _write_shards(folder, plan, begun, processes)
+    splits = index_in_place(folder, out, plan, begun) if in_place else write_shards(folder, plan, begun, processes)
     write_report(folder, plan, summary, begun)
-    manifest = {**begun, "splits": splits}
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", {**begun, "splits": splits})
+    plan.close()
     for part in parts:
         part.close()
-    plan.close()
-    for file in [*folder.glob("part-*"), *folder.glob("plan.sqlite*"), folder / "looks.bin", folder / WORK]:
-        file.unlink(missing_ok=True)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(folder, out)
-    sync(out.parent)
-    print_report(out, summary)
-    return summary
 
 
 def _check_rejects(folder: Path, begun: dict, plan: Plan, summary: dict, max_rejects: float) -> None:
@@ -279,109 +289,3 @@ def _check_rejects(folder: Path, begun: dict, plan: Plan, summary: dict, max_rej
         f"the first is line {first[1]}, {first[2]!r}: {', '.join(filter(None, first[3:]))}; all are in {folder / 'rejects.csv'}. "
         + ("Put the input right, or raise --max-rejects to leave them out" if summary["records"] else "Put the input right")
     )
-
-
-def _write_shards(folder: Path, plan: Plan, begun: dict, processes: int) -> dict:
-    """Write every shard that is not there yet; the manifest's `splits`."""
-    counts, shards, captions, inputs = plan.n_images, {}, dict.fromkeys(SPLITS, 0), list(begun["inputs"])
-    for split in SPLITS:
-        (folder / split).mkdir(exist_ok=True)
-        for left in (folder / split).glob(".*.partial"):
-            left.unlink()
-        wanted = max(-(-counts[split] // begun["write"]["images_per_shard"]), min(begun["write"]["min_shards"], counts[split]))
-        shards[split] = [folder / split / f"{split}-{number:06d}.tar" for number in range(wanted)]
-
-    def jobs():
-        pending: dict[str, list] = {split: [] for split in SPLITS}
-        seen, written = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-        for image in plan.images():
-            split = image.split
-            captions[split] += len(image.captions)
-            seen[split] += 1
-            pending[split].append(_sample(image, place(plan.parts[image.part], inputs, begun["read"]["images"], image)))
-            if seen[split] * len(shards[split]) >= counts[split] * (written[split] + 1):
-                path = shards[split][written[split]]
-                if not is_written(path):
-                    yield path, [(path, pending[split])]
-                pending[split], written[split] = [], written[split] + 1
-        assert not any(pending.values()), {split: len(samples) for split, samples in pending.items()}
-
-    def is_written(path: Path) -> bool:
-        return path.exists() and path.with_suffix(".index.tsv").exists()
-
-    paths = [path for split in SPLITS for path in shards[split]]
-    left = sum(not is_written(path) for path in paths)
-    for _ in progress(in_order(_write_all, jobs(), processes, None), total=left, desc="writing shards", unit="shard"):
-        pass
-    entries = {path: shard_entry(path) for path in paths}
-    splits = {}
-    for split in SPLITS:
-        found = [entries[path] for path in shards[split]]
-        splits[split] = {"samples": counts[split], "captions": captions[split], "shards": found}
-        assert sum(entry["samples"] for entry in found) == counts[split], (split, found)
-        # open_clip_train reads this beside the tars, and counts samples by it.
-        write_json(folder / split / "sizes.json", {path.name: entries[path]["samples"] for path in shards[split]})
-    return splits
-
-
-def _sample(image: Image, source: Source) -> tuple[Source, bytes, Member]:
-    meta = {
-        "key": image.key,
-        "image": image.image,
-        "captions": image.captions,
-        "group": image.group_name,
-        "width": image.width,
-        "height": image.height,
-        "sha256": image.sha256.hex(),
-    }
-    if image.columns:
-        meta["columns"] = json.loads(image.columns)
-    return source, image.sha256, Member(image.key, b"", image.extension, image.captions, meta, image.group)
-
-
-def _write_all(jobs: list[tuple[Path, list]]) -> list[Path]:
-    for path, samples in jobs:
-        write_shard(path, (member._replace(image=_read_again(source, sha256)) for source, sha256, member in samples))
-    return [path for path, _ in jobs]
-
-
-def _read_again(source: Source, sha256: bytes) -> bytes:
-    data = read_local(source)
-    if isinstance(data, BadImage) or hashlib.sha256(data).digest() != sha256:
-        what = data.reason if isinstance(data, BadImage) else "its bytes are others"
-        raise UserError(f"{source.root}: {source.name} changed after it was checked ({what}); start again with --overwrite True")
-    return data
-
-
-def _index_in_place(folder: Path, out: Path, plan: Plan, begun: dict) -> dict:
-    """Per split and tar an index of where its images are, and a file of what KEY.json is in shards of our own."""
-    tars = list(begun["inputs"])
-    names = [f"{at:06d}-{Path(tar).stem}" for at, tar in enumerate(tars)]
-    splits = {split: {"samples": plan.n_images[split], "captions": 0, "shards": []} for split in SPLITS}
-    for split in SPLITS:
-        (folder / split).mkdir(exist_ok=True)
-        for at, tar in enumerate(tars):
-            json_file, rows = folder / split / f"{names[at]}.jsonl", []
-            with atomic_file(json_file) as partial_file, open(partial_file, "wb") as file:
-                for image in plan.images(held=at, split=split):
-                    meta = json.dumps(_sample(image, None)[2].meta, sort_keys=True, ensure_ascii=False).encode()
-                    rows.append([image.key, image.group, image.at, image.size, file.tell(), len(meta), 0, 0])
-                    file.write(meta + b"\n")
-                    splits[split]["captions"] += len(image.captions)
-            if not rows:
-                json_file.unlink()
-                continue
-            index = folder / split / f"{names[at]}.index.tsv"
-            write_index(index, rows)
-            entry = {
-                "file": os.path.relpath(tar, out),
-                "index": f"{split}/{index.name}",
-                "json": f"{split}/{json_file.name}",
-                "samples": len(rows),
-                "bytes": os.path.getsize(tar),
-                "sha256": begun["inputs"][tar],
-                "index_sha256": sha256_of(index),
-                "json_sha256": sha256_of(json_file),
-            }
-            splits[split]["shards"].append(entry)
-    return splits

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import fsspec
 
 from data_prep.errors import UserError
+from data_prep.tars import tar_samples
 
 IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -201,9 +202,10 @@ def _checked(row: Row) -> Row:
             try:
                 cell.encode()
             except UnicodeEncodeError as error:
-                byte = cell[error.start].encode("utf-8", "surrogateescape")
+                lone = ord(cell[error.start])
+                what = f"byte {bytes([lone - 0xDC00])!r}" if 0xDC80 <= lone <= 0xDCFF else f"half a character, U+{lone:04X},"
                 before = cell[max(0, error.start - 20) : error.start]
-                return row._replace(problem=("bad UTF-8", f"byte {byte!r} after {before!r}; see --encoding"))
+                return row._replace(problem=("bad UTF-8", f"{what} after {before!r}; see --encoding"))
     return row
 
 
@@ -281,8 +283,8 @@ def _locate(source: str, encoding: str) -> tuple[int, int]:
                 for at in range(len(chunk)):
                     try:
                         line += decoder.decode(chunk[at : at + 1]).count("\n")
-                    except UnicodeError:
-                        return line, byte + at
+                    except UnicodeDecodeError as error:  # of the bytes that the decoder held back, and this one
+                        return line, byte + at + 1 - len(error.object) + error.start
             byte += len(chunk)
     return line, byte  # it ends inside of a character
 
@@ -312,7 +314,8 @@ def _parquet(source: str, file, columns: Columns) -> Iterator[tuple[int, dict]]:
         _header(source, table.schema_arrow.names, columns, "utf-8")
         number = 0
         for batch in table.iter_batches(batch_size=64):  # images may be inside
-            cells = {name: _cells(batch.column(name)) for name in batch.schema.names}
+            # What pandas adds for its index says nothing about the image.
+            cells = {name: _cells(batch.column(name)) for name in batch.schema.names if not name.startswith("__index_level_")}
             for at in range(batch.num_rows):
                 number += 1
                 yield number, {name: values[at] for name, values in cells.items()}
@@ -332,7 +335,7 @@ def _cells(column) -> list:
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in values]
 
 
-# Folders and tars
+# Folders
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -359,88 +362,14 @@ def _folder(source: str) -> Iterator[Row]:
             yield _checked(Row(line, image, caption))
 
 
+# Tars
+
+
 def _tar(label: str, file, columns: Columns) -> Iterator[Row]:
-    """Every sample of a WebDataset tar: neighbors with one name are a sample. Nothing is extracted."""
-    for number, sample in enumerate(tar_samples(file), 1):
+    for number, sample in enumerate(tar_samples(file, IMAGE_EXTENSIONS), 1):
         name = f"{label}/{sample.key}"
         if sample.problem:
             yield Row(number, name, "", problem=sample.problem)
             continue
-        data, at = sample.members[sample.image_extensions[0]]
-        for caption in tar_captions(sample, columns) or [""]:
-            yield _checked(Row(number, name, caption, columns=tar_columns(sample), data=data, at=at))
-
-
-@dataclass
-class TarSample:
-    """Members of a tar that share a name: extension -> (bytes, offset in the tar)."""
-
-    key: str
-    members: dict[str, tuple[bytes, int]]
-    problem: tuple[str, str] | None = None
-
-    @property
-    def image_extensions(self) -> list[str]:
-        return [extension for extension in self.members if f".{extension}" in IMAGE_EXTENSIONS]
-
-
-def tar_samples(file) -> Iterator[TarSample]:
-    """Samples of a WebDataset tar, in order; what cannot be one has its problem named. Nothing is extracted."""
-    seen, sample = set(), None
-    with tarfile.open(fileobj=file, mode="r|") as archive:
-        for member in archive:
-            if member.isdir():
-                continue
-            key, extension = os.path.splitext(member.name)
-            if sample and sample.key != key:
-                yield _whole(sample, seen)
-                sample = None
-            sample = sample or TarSample(key, {})
-            extension = extension[1:].lower()
-            if key.startswith("/") or ".." in key.replace("\\", "/").split("/"):
-                sample.problem = ("path outside of the tar", member.name)
-            elif not member.isfile():
-                sample.problem = ("not a regular file", f"{member.name} is a link or a device")
-            elif extension in sample.members:
-                sample.problem = ("repeated member", member.name)
-            else:
-                sample.members[extension] = (archive.extractfile(member).read(), member.offset_data)
-    if sample:
-        yield _whole(sample, seen)
-
-
-def _whole(sample: TarSample, seen: set[str]) -> TarSample:
-    if sample.key in seen:
-        sample.problem = ("members not adjacent", "its name stood before, with other members between")
-    elif not sample.problem and len(sample.image_extensions) != 1:
-        reason = "several images in a sample" if sample.image_extensions else "no image in the sample"
-        sample.problem = (reason, "it has " + ", ".join(sample.members))
-    seen.add(sample.key)
-    return sample
-
-
-def tar_captions(sample: TarSample, columns: Columns) -> list[str]:
-    """The captions of a sample: of our own .json, else its .txt, else the caption column of its .json (as img2dataset writes)."""
-    meta = _tar_json(sample)
-    if isinstance(meta.get("captions"), list):
-        return [_word(caption) for caption in meta["captions"]]
-    if "txt" in sample.members:
-        return [sample.members["txt"][0].decode("utf-8", "surrogateescape")]
-    return [_word(meta.get(columns.caption or "caption"))]
-
-
-def tar_columns(sample: TarSample) -> str:
-    """What else the sample's .json says, as JSON."""
-    known = {"caption", "captions", "key", "image", "sha256", "width", "height", "group", "columns"}
-    meta = {key: value for key, value in _tar_json(sample).items() if key not in known and isinstance(value, (str, int, float))}
-    return json.dumps(meta, ensure_ascii=False, sort_keys=True) if meta else ""
-
-
-def _tar_json(sample: TarSample) -> dict:
-    if "json" not in sample.members:
-        return {}
-    try:
-        meta = json.loads(sample.members["json"][0])
-    except ValueError:
-        return {}
-    return meta if isinstance(meta, dict) else {}
+        for caption in sample.captions(columns.caption) or [""]:
+            yield _checked(Row(number, name, caption, columns=sample.columns(), data=sample.image, at=sample.image_at))

@@ -62,7 +62,7 @@ class Part:
         self.number, self.parts = number, parts
         self.path = self.path_of(folder, number, parts)
         self.spool_path = self.path.with_suffix(".bytes")
-        self.db = sqlite3.connect(f"file:{self.path}?mode={'ro' if read_only else 'rwc'}", uri=True, isolation_level=None)
+        self.db = sqlite3.connect(f"file:{self.path}?mode={'ro' if read_only else 'rwc'}", uri=True, isolation_level=None, timeout=1)
         if read_only:
             return
         try:
@@ -163,7 +163,7 @@ def load(part: Part, inputs: list[str], reading: Reading) -> None:
             split = SPLIT_NAMES.get(row.split.lower()) if row.split else ""
             if split is None and not problem:
                 problem = ("unknown split", f"{row.split!r}; train, val or test is wanted")
-            key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest() if name else f"{ordinal:016x}"
+            key = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest() if name else f"{ordinal:016x}"
             if part.parts > 1 and int(key, 16) * part.parts >> 64 != part.number:
                 continue
             if problem:

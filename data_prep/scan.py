@@ -6,6 +6,7 @@ pictures -> chunks -> workers: read (file, URL, or the part's .bytes), check -> 
 import errno
 import os
 import stat
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -152,7 +153,7 @@ def in_order(work: Callable, jobs: Iterable[tuple], processes: int, crashed) -> 
             yield tag, work(items)
         return
     jobs, waiting = iter(jobs), deque()
-    pool = ProcessPoolExecutor(processes)
+    pool = _pool(processes)
     try:
         while True:
             while len(waiting) < 3 * processes and (job := next(jobs, None)):
@@ -165,11 +166,26 @@ def in_order(work: Callable, jobs: Iterable[tuple], processes: int, crashed) -> 
             except BrokenProcessPool:
                 pool.shutdown()
                 result = [one for item in items for one in _alone(work, item, crashed)]
-                pool = ProcessPoolExecutor(processes)
+                pool = _pool(processes)
                 waiting = deque((*job[:2], _submit(pool, work, job[1])) for job in waiting)
             yield tag, result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, initializer=_die_with, initargs=(os.getpid(),))
+
+
+def _die_with(parent: int) -> None:
+    """End this worker when its parent is gone: one that was killed could not tell us, and we would wait for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _submit(pool: ProcessPoolExecutor, work: Callable, items: list) -> Future:
@@ -182,7 +198,7 @@ def _submit(pool: ProcessPoolExecutor, work: Callable, items: list) -> Future:
 
 
 def _alone(work: Callable, item, crashed) -> list:
-    with ProcessPoolExecutor(1) as pool:
+    with _pool(1) as pool:
         try:
             return pool.submit(work, [item]).result()
         except BrokenProcessPool:

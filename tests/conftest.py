@@ -8,15 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data_prep.build import build
+from data_prep.build import Checking, Reading, Splitting, Work, build
 from data_prep.errors import exit_on_user_error
 from data_prep.icons import icons
+from data_prep.shards import sha256_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,9 +43,15 @@ def icon_shards(icon_folder) -> Path:
     return icon_folder.parent / "shards"
 
 
-def build_icons(icon_folder: Path, out: Path, **options) -> dict:
-    names = {"image_column": "file_path", "caption_column": "caption", "group_column": "group"}
-    return build(icon_folder / "icons.csv", out, **{**names, "images_per_shard": 40, "processes": 1, **options})
+ICONS = Reading(image_column="file_path", caption_column="caption", group_column="group")
+
+
+def build_icons(icon_folder: Path, out: Path, processes: int = 1, **options) -> dict:
+    """Shards of the drawn icons; options are those of Splitting, Checking and build."""
+    split = Splitting(**{name: options.pop(name) for name in list(options) if name in Splitting.__dataclass_fields__})
+    check = Checking(**{name: options.pop(name) for name in list(options) if name in Checking.__dataclass_fields__})
+    options = {"images_per_shard": 40, "min_shards": 1, **options}
+    return build([str(icon_folder / "icons.csv")], out, ICONS, check, split, Work(processes), **options)
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +68,22 @@ def save_tiny(folder: Path, **changes) -> Path:
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return folder
+
+
+def noise_images(folder: Path, n: int, groups: int = 0, mode: str = "RGB") -> Path:
+    """0.png, 1.png, ... of noise, and pairs.csv (image, caption, group) with a caption of its own for each."""
+    rng = np.random.default_rng(0)
+    lines = ["image,caption,group"]
+    for number in range(n):
+        Image.fromarray(rng.integers(0, 256, (12, 16, len(mode)), dtype=np.uint8)).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,caption {number},{f'g{number % groups}' if groups else ''}")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return folder / "pairs.csv"
+
+
+def tars(folder: Path) -> dict[str, str]:
+    """The sha256 of every tar in a folder."""
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*.tar"))}
 
 
 def png(image: Image.Image, format: str = "PNG", **options) -> bytes:

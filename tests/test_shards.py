@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from data_prep.__main__ import verify
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 
@@ -30,6 +31,18 @@ def test_an_altered_shard_is_named(shards_copy, file):
     with pytest.raises(UserError, match=rf"{file}: altered since it was built"):
         Shards(shards_copy, "train").verify()
     Shards(shards_copy, "val").verify()
+
+
+def test_the_command_names_every_file_that_is_not_what_was_built(shards_copy, capsys):
+    verify(shards_copy)
+    assert "all" in capsys.readouterr().out
+    (shards_copy / "train" / "train-000001.tar").unlink()
+    with open(shards_copy / "val" / "val-000000.index.tsv", "a") as file:
+        file.write("x")
+    with pytest.raises(
+        UserError, match=r"2 files are not what was built:\n.*train-000001\.tar: missing(.|\n)*val-000000\.index\.tsv: altered"
+    ):
+        verify(shards_copy)
 
 
 def test_ranks_share_the_hashing(shards_copy):

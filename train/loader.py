@@ -50,7 +50,7 @@ class EvalImages(Dataset):
 
 
 def decode(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=("PNG", "JPEG")).convert("RGB")
+    return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")).convert("RGB")
 
 
 class RankPositions:

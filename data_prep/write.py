@@ -1,0 +1,122 @@
+"""A plan becomes shards, or an index of tars that are there already; what a killed build has written is kept."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from data_prep.atomic import atomic_file
+from data_prep.errors import UserError
+from data_prep.images import BadImage
+from data_prep.plan import Image, Plan
+from data_prep.progress import progress
+from data_prep.report import write_json
+from data_prep.scan import Source, in_order, place, read_local
+from data_prep.shards import Member, sha256_of, shard_entry, write_index, write_shard
+from data_prep.split import SPLITS
+
+
+def write_shards(folder: Path, plan: Plan, begun: dict, processes: int) -> dict:
+    """Write every shard that is not there yet; the manifest's `splits`."""
+    counts, shards, captions, inputs = plan.n_images, {}, dict.fromkeys(SPLITS, 0), list(begun["inputs"])
+    for split in SPLITS:
+        (folder / split).mkdir(exist_ok=True)
+        for left in (folder / split).glob(".*.partial"):
+            left.unlink()
+        wanted = max(-(-counts[split] // begun["write"]["images_per_shard"]), min(begun["write"]["min_shards"], counts[split]))
+        shards[split] = [folder / split / f"{split}-{number:06d}.tar" for number in range(wanted)]
+
+    def jobs():
+        pending: dict[str, list] = {split: [] for split in SPLITS}
+        seen, written = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+        for image in plan.images():
+            split = image.split
+            captions[split] += len(image.captions)
+            seen[split] += 1
+            pending[split].append(_sample(image, place(plan.parts[image.part], inputs, begun["read"]["images"], image)))
+            if seen[split] * len(shards[split]) >= counts[split] * (written[split] + 1):
+                path = shards[split][written[split]]
+                if not is_written(path):
+                    yield path, [(path, pending[split])]
+                pending[split], written[split] = [], written[split] + 1
+        assert not any(pending.values()), {split: len(samples) for split, samples in pending.items()}
+
+    def is_written(path: Path) -> bool:
+        return path.exists() and path.with_suffix(".index.tsv").exists()
+
+    paths = [path for split in SPLITS for path in shards[split]]
+    left = sum(not is_written(path) for path in paths)
+    for _ in progress(in_order(_write_all, jobs(), processes, None), total=left, desc="writing shards", unit="shard"):
+        pass
+    entries = {path: shard_entry(path) for path in paths}
+    splits = {}
+    for split in SPLITS:
+        found = [entries[path] for path in shards[split]]
+        splits[split] = {"samples": counts[split], "captions": captions[split], "shards": found}
+        assert sum(entry["samples"] for entry in found) == counts[split], (split, found)
+        # open_clip_train reads this beside the tars, and counts samples by it.
+        write_json(folder / split / "sizes.json", {path.name: entries[path]["samples"] for path in shards[split]})
+    return splits
+
+
+def _sample(image: Image, source: Source) -> tuple[Source, bytes, Member]:
+    meta = {
+        "key": image.key,
+        "image": image.image,
+        "captions": image.captions,
+        "group": image.group_name,
+        "width": image.width,
+        "height": image.height,
+        "sha256": image.sha256.hex(),
+    }
+    if image.columns:
+        meta["columns"] = json.loads(image.columns)
+    return source, image.sha256, Member(image.key, b"", image.extension, image.captions, meta, image.group)
+
+
+def _write_all(jobs: list[tuple[Path, list]]) -> list[Path]:
+    for path, samples in jobs:
+        write_shard(path, (member._replace(image=_read_again(source, sha256)) for source, sha256, member in samples))
+    return [path for path, _ in jobs]
+
+
+def _read_again(source: Source, sha256: bytes) -> bytes:
+    data = read_local(source)
+    if isinstance(data, BadImage) or hashlib.sha256(data).digest() != sha256:
+        what = data.reason if isinstance(data, BadImage) else "its bytes are others"
+        raise UserError(f"{source.root}: {source.name} changed after it was checked ({what}); start again with --overwrite True")
+    return data
+
+
+def index_in_place(folder: Path, out: Path, plan: Plan, begun: dict) -> dict:
+    """Per split and tar an index of where its images are, and a file of what KEY.json is in shards of our own."""
+    tars = list(begun["inputs"])
+    names = [f"{at:06d}-{Path(tar).stem}" for at, tar in enumerate(tars)]
+    splits = {split: {"samples": plan.n_images[split], "captions": 0, "shards": []} for split in SPLITS}
+    for split in SPLITS:
+        (folder / split).mkdir(exist_ok=True)
+        for at, tar in enumerate(tars):
+            json_file, rows = folder / split / f"{names[at]}.jsonl", []
+            with atomic_file(json_file) as partial_file, open(partial_file, "wb") as file:
+                for image in plan.images(held=at, split=split):
+                    meta = json.dumps(_sample(image, None)[2].meta, sort_keys=True, ensure_ascii=False).encode()
+                    rows.append([image.key, image.group, image.at, image.size, file.tell(), len(meta), 0, 0])
+                    file.write(meta + b"\n")
+                    splits[split]["captions"] += len(image.captions)
+            if not rows:
+                json_file.unlink()
+                continue
+            index = folder / split / f"{names[at]}.index.tsv"
+            write_index(index, rows)
+            entry = {
+                "file": os.path.relpath(tar, out),
+                "index": f"{split}/{index.name}",
+                "json": f"{split}/{json_file.name}",
+                "samples": len(rows),
+                "bytes": os.path.getsize(tar),
+                "sha256": begun["inputs"][tar],
+                "index_sha256": sha256_of(index),
+                "json_sha256": sha256_of(json_file),
+            }
+            splits[split]["shards"].append(entry)
+    return splits
