@@ -265,7 +265,7 @@ def _assemble(folder: Path, out: Path, max_rejects: float, processes: int) -> No
     begun = json.loads((folder / WORK).read_text(encoding="utf-8"))
     check_parts(folder, begun["num_tasks"])
     parts = [Part(folder, number, begun["num_tasks"], read_only=True) for number in range(begun["num_tasks"])]
-    plan = Plan(folder, parts, Splitting(**begun["split"]))
+    plan = Plan(folder, parts, Splitting(**begun["split"]), list(begun["inputs"]), begun["read"]["images"])
     summary = summarize(plan)
     _check_rejects(folder, begun, plan, summary, max_rejects)
     in_place = begun["command"] == "index"

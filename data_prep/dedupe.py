@@ -23,7 +23,8 @@ GROUP, PIXELS, CAPTION, NAME = range(4)
 LIMITED = {CAPTION: "captions", NAME: "names"}
 STYLES = {"filled", "fill", "outline", "outlined", "solid", "regular", "line", "thin", "light", "bold", "duotone", "sharp", "rounded"}
 
-LEAK_BITS = 7  # of 256: up to this many may differ between two images that are called near-identical
+LEAK_BITS = 7  # of 256: up to this many may differ between the looks of two images that are then compared by their pixels
+LEAK_DIFFERENCE = 0.05  # of images.difference: up to this, two images are called near-identical
 BANDS = 8  # 7 differing bits cannot touch all of 8 bands, so near-identical images agree in one
 RARE = 200  # images that agree in a band, at most, to be compared one by one
 SLICE = 2_000_000
@@ -93,7 +94,7 @@ def unite(db: sqlite3.Connection, rows: int, without: set[int]) -> tuple[Groups,
 
 
 class Looks:
-    """The 256-bit looks of all images, in a file; finds near-identical ones that are in different splits."""
+    """The 256-bit looks of all images, in a file; finds the candidates for near-identical ones in different splits."""
 
     DTYPE = np.dtype([("look", "u1", (4, BANDS)), ("ordinal", "<i4"), ("split", "u1")])
 
@@ -112,7 +113,7 @@ class Looks:
         self._pending.clear()
 
     def leaks(self) -> Iterator[tuple[int, int, int]]:
-        """(ordinal, ordinal, differing bits): near-identical images, the first of an earlier split (train, val, test)."""
+        """(ordinal, ordinal, differing bits): images of like looks, the first of an earlier split (train, val, test)."""
         if self._pending:
             self._flush()
         if not self.path.exists():

@@ -1,6 +1,5 @@
 """One image file becomes verified, upright, opaque RGB; what cannot be is refused with a named reason."""
 
-import hashlib
 import io
 import struct
 import warnings
@@ -48,7 +47,7 @@ class CheckedImage:
     extension: str  # "png", "jpg" or "webp"
     width: int  # pixels, after EXIF orientation and resizing; 0 where nothing was decoded
     height: int
-    sha256: bytes  # of the bytes that go into the shard
+    content: bytes  # xxh3 of the bytes that go into the shard
     pixels: bytes  # equal for equal pixels, however they were stored
     look: bytes  # 256 bits, few of which differ between near-identical images; empty where nothing was decoded
     fixes: tuple[str, ...]  # what had to be put right, for the report
@@ -101,8 +100,8 @@ def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:
         stored = data
     digest = xxhash.xxh3_128(struct.pack("<II", width, height))
     digest.update(np.ascontiguousarray(pixels).data)
-    sha256 = hashlib.sha256(stored).digest()
-    return CheckedImage(extension, width, height, sha256, digest.digest(), look, tuple(fixes), stored if changed else None)
+    content = xxhash.xxh3_128_digest(stored)
+    return CheckedImage(extension, width, height, content, digest.digest(), look, tuple(fixes), stored if changed else None)
 
 
 def trust(data: bytes) -> CheckedImage:
@@ -119,8 +118,8 @@ def trust(data: bytes) -> CheckedImage:
         extension = "webp"
     else:
         raise BadImage("not PNG, JPEG or WebP" if data else "empty file", "and --trust converts nothing" if data else "")
-    sha256 = hashlib.sha256(data).digest()
-    return CheckedImage(extension, 0, 0, sha256, sha256[:16], b"", (), None)
+    content = xxhash.xxh3_128_digest(data)
+    return CheckedImage(extension, 0, 0, content, content, b"", (), None)
 
 
 def _check_size(width: int, height: int, rules: Rules) -> None:
@@ -185,8 +184,8 @@ def _open(data: bytes, rules: Rules) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise BadImage("empty file" if not data else "not an image") from None
-    except Image.DecompressionBombError as error:
-        raise BadImage("too many pixels", str(error)) from None
+    except Image.DecompressionBombError:
+        raise BadImage("too many pixels", "see --max-pixels") from None
     _check_size(*image.size, rules)
     return image
 
@@ -241,14 +240,25 @@ def _encode(pixels: np.ndarray, encode: str) -> tuple[str, bytes]:
 
 
 def _look(pixels: np.ndarray) -> bytes | None:
-    """256 bits: in a gray thumbnail, whether each cell is brighter than its right neighbor (dHash). None if one color.
+    """256 bits: in a thumbnail, whether each cell is brighter than its right neighbor (dHash). None if one color.
 
-    Every other row and column of large images is enough for it.
+    It finds candidates for near-identical images, and has to be quick: green alone, and of large images not every pixel.
     """
     step = max(1, min(pixels.shape[:2]) // 64)
-    thumbnail = Image.fromarray(np.ascontiguousarray(pixels[::step, ::step])).convert("L").resize((LOOK_PX + 1, LOOK_PX), Image.BOX)
-    cells = np.asarray(thumbnail, dtype=np.int16)
+    sampled = np.ascontiguousarray(pixels[::step, ::step, 1])
+    cells = np.asarray(Image.fromarray(sampled).resize((LOOK_PX + 1, LOOK_PX), Image.BOX), dtype=np.int16)
     if cells.min() == cells.max() and (pixels == pixels[0, 0]).all():
         return None
-    # A difference of two gray levels is noise of the encoder.
-    return np.packbits(cells[:, :-1] > cells[:, 1:] + 2).tobytes()
+    return np.packbits(cells[:, :-1] > cells[:, 1:] + 2).tobytes()  # a difference of two levels is noise of the encoder
+
+
+def small(data: bytes) -> np.ndarray:
+    """float32 [32, 32, 3]: a checked image, shrunk."""
+    image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS)).convert("RGB")
+    return np.asarray(image.resize((32, 32), Image.BOX), dtype=np.float32)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """How much two `small` images differ, as a share of what there is to see in them: 0 is equal, 1 unrelated."""
+    seen = sum(float(((each - each.mean((0, 1))) ** 2).sum()) for each in (a, b))
+    return float(((a - b) ** 2).sum()) / max(seen, 1e-9)

@@ -94,15 +94,15 @@ def expand(sources: list[str]) -> list[str]:
 
 def _hub_files(source: str) -> list[str]:
     """Parquet files of a data set on the Hugging Face hub, with `@COMMIT` in their names."""
-    from huggingface_hub import HfFileSystem  # here, because it takes half a second
+    from huggingface_hub import HfApi, HfFileSystem  # here, because they take half a second
     from huggingface_hub.errors import HfHubHTTPError
 
     files = HfFileSystem()
     try:
         place = files.resolve_path(source)
-        commit = files._api.repo_info(place.repo_id, repo_type="dataset", revision=place.revision).sha
+        commit = HfApi().repo_info(place.repo_id, repo_type="dataset", revision=place.revision).sha
         root = f"datasets/{place.repo_id}@{commit}/{place.path_in_repo}".rstrip("/")
-        paths = [root] if root.endswith(".parquet") else sorted(files.glob(root if "*" in root else f"{root}/**.parquet"))
+        paths = [root] if root.endswith(".parquet") else sorted(files.glob(root if "*" in root else f"{root}/**/*.parquet"))
     except (FileNotFoundError, HfHubHTTPError) as error:
         raise UserError(f"{source}: {str(error).strip()}; check the name, and log in for a private one: hf auth login") from None
     if not paths:

@@ -6,13 +6,18 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.dedupe import LEAK_BITS, Looks, links, unite
+import numpy as np
+
+from data_prep.dedupe import LEAK_DIFFERENCE, Looks, links, unite
 from data_prep.errors import UserError
+from data_prep.images import BadImage, difference, small
 from data_prep.progress import progress
-from data_prep.records import Part
+from data_prep.records import Part, Picture
+from data_prep.scan import Source, place, read_local
 from data_prep.split import SPLITS, split_of
 
 SCHEMA = """
@@ -20,7 +25,7 @@ DROP TABLE IF EXISTS links; DROP TABLE IF EXISTS rejects; DROP TABLE IF EXISTS k
 CREATE TABLE links (link INTEGER, ordinal INTEGER);
 CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, image TEXT, reason TEXT, detail TEXT);
 CREATE TABLE kept (key TEXT PRIMARY KEY, split INTEGER) WITHOUT ROWID;
-CREATE TABLE leaks (a INTEGER, b INTEGER, bits INTEGER);
+CREATE TABLE leaks (a INTEGER, b INTEGER, difference REAL);
 """
 
 
@@ -39,7 +44,7 @@ class Splitting:
     keep_splits: str = ""
     """A folder of shards, built before: its images stay in their splits, and what would join two of them is rejected."""
     drop_leaks: bool = False
-    """Leave out of train (and val) what is near-identical to an image of val or test; else it is only listed."""
+    """Leave out of train (and val) what is near-identical to an image of a later split; else it is only listed."""
 
 
 class Image(NamedTuple):
@@ -54,7 +59,7 @@ class Image(NamedTuple):
     extension: str
     width: int
     height: int
-    sha256: bytes
+    content: bytes
     fixes: str
     held: int | None
     at: int | None
@@ -73,8 +78,9 @@ class Plan:
         n_images: images of each split.
     """
 
-    def __init__(self, folder: Path, parts: list[Part], splitting: Splitting):
-        self.parts, self.splitting = parts, splitting
+    def __init__(self, folder: Path, parts: list[Part], splitting: Splitting, inputs: list[str], root: str):
+        self.parts, self.splitting, self.inputs, self.root = parts, splitting, inputs, root
+        self._small = lru_cache(20_000)(self._shrunk)
         self.rows = int(parts[0].get("total_rows"))
         self.db = sqlite3.connect(folder / "plan.sqlite", isolation_level=None)
         self.db.executescript(f"PRAGMA synchronous = OFF; PRAGMA journal_mode = OFF; {SCHEMA}")
@@ -84,7 +90,7 @@ class Plan:
         self.groups, self.common = unite(self.db, self.rows, self._without)
         self._split()
         self._find_leaks(folder)
-        self.n_images = Counter(image.split for image in progress(self.images(), desc="planning", unit="image", delay=5))
+        self.n_images = Counter(self.split_of(ordinal) for (ordinal,) in self._each("ordinal") if ordinal not in self._without)
 
     def _each(self, columns: str, where: str = "") -> Iterator[tuple]:
         """Rows of the table `pictures` of every part, in the order of keys."""
@@ -167,28 +173,35 @@ class Plan:
             if look and ordinal not in self._without:
                 looks.add(look, ordinal, self._codes[self.groups.first(ordinal)])
         self.db.execute("BEGIN")
-        self.db.executemany("INSERT INTO leaks VALUES (?, ?, ?)", looks.leaks())
+        for a, b, _ in progress(looks.leaks(), desc="comparing look-alikes", unit="pair", delay=2):
+            if (found := difference(self._small(a), self._small(b))) <= LEAK_DIFFERENCE:
+                self.db.execute("INSERT INTO leaks VALUES (?, ?, ?)", (a, b, found))
         self.db.execute("COMMIT")
+        self._small.cache_clear()
         if self.splitting.drop_leaks:
-            detail = f"at most {LEAK_BITS} of 256 bits differ from an image of a later split"
             for (ordinal,) in self.db.execute("SELECT DISTINCT a FROM leaks").fetchall():
-                self._reject(ordinal, "near-identical to held-out", detail)
+                self._reject(ordinal, "near-identical to held-out", "its twin is in a later split; see leaks.csv")
+
+    def _shrunk(self, ordinal: int) -> np.ndarray:
+        part, key, _ = self.image_of(ordinal)
+        image = Picture(key, *part.db.execute("SELECT image, held, at, size FROM pictures WHERE key = ?", (key,)).fetchone())
+        data = read_local(self.place(part, image))
+        return np.zeros((32, 32, 3), np.float32) if isinstance(data, BadImage) else small(data)
 
     def close(self) -> None:
         self.db.close()
 
-    def images(self, held: int | None = None, split: str = "") -> Iterator[Image]:
-        """Every image that is in, in the order of keys; on request only those that one input holds, or of one split."""
-        columns = "key, ordinal, image, captions, columns, extension, width, height, sha256, fixes, held, at, size, groups"
-        query = f"SELECT {columns} FROM pictures {'' if held is None else f'WHERE held = {held:d}'} ORDER BY key"
+    def images(self, held: int | None = None) -> Iterator[Image]:
+        """Every image that is in, in the order of keys; on request only those that one input holds."""
+        columns = "key, ordinal, image, captions, columns, extension, width, height, content, fixes, held, at, size, groups"
+        query = f"SELECT {columns} FROM pictures {'' if held is None else f'WHERE held >= 0 AND held = {held:d}'} ORDER BY key"
         for part in self.parts:
             for key, ordinal, image, captions, *rest, groups in part.db.cursor().execute(query):
                 if ordinal in self._without:
                     continue
                 first = self.groups.first(ordinal)
-                goes_to = SPLITS[self._codes[first] - 1]
-                if split in ("", goes_to):
-                    yield Image(part.number, key, ordinal, image, json.loads(captions), *rest, first, _group_name(image, groups), goes_to)
+                split = SPLITS[self._codes[first] - 1]
+                yield Image(part.number, key, ordinal, image, json.loads(captions), *rest, first, _group_name(image, groups), split)
 
     def image_of(self, ordinal: int) -> tuple[Part, str, str]:
         """Part, key and image of the image whose first row is `ordinal`."""
@@ -197,13 +210,17 @@ class Plan:
                 return part, *found
         raise AssertionError(ordinal)
 
+    def place(self, part: Part, image) -> Source:
+        """Where the bytes of an image are."""
+        return place(part, self.inputs, self.root, image)
+
     def split_of(self, ordinal: int) -> str:
         """The split of the image whose first row is `ordinal`."""
         return SPLITS[self._codes[self.groups.first(ordinal)] - 1]
 
-    def leaks(self, most: int = -1) -> list[tuple[int, int, int]]:
-        """(ordinal, ordinal, differing bits) of near-identical images in different splits, the most alike first."""
-        return self.db.execute("SELECT a, b, bits FROM leaks ORDER BY bits, a, b LIMIT ?", (most,)).fetchall()
+    def leaks(self, most: int = -1) -> list[tuple[int, int, float]]:
+        """(ordinal, ordinal, difference) of near-identical images in different splits, the most alike first."""
+        return self.db.execute("SELECT a, b, difference FROM leaks ORDER BY difference, a, b LIMIT ?", (most,)).fetchall()
 
     def rejects(self) -> Iterator[tuple]:
         """(input, line, image, reason, detail) of every row that is not in, in the order of the input."""

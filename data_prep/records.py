@@ -29,8 +29,9 @@ SCHEMA = """
 CREATE TABLE rows (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, key TEXT, image TEXT, caption TEXT,
                    grp TEXT, split TEXT, columns TEXT, held INTEGER, at INTEGER, size INTEGER);
 CREATE TABLE pictures (key TEXT PRIMARY KEY, ordinal INTEGER, image TEXT, captions TEXT, groups TEXT, split TEXT, columns TEXT,
-                       extension TEXT, width INTEGER, height INTEGER, sha256 BLOB, pixels BLOB, look BLOB, fixes TEXT,
+                       extension TEXT, width INTEGER, height INTEGER, content BLOB, pixels BLOB, look BLOB, fixes TEXT,
                        held INTEGER, at INTEGER, size INTEGER) WITHOUT ROWID;
+CREATE INDEX pictures_of_inputs ON pictures (held, key) WHERE held >= 0;
 CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, image TEXT, reason TEXT, detail TEXT);
 CREATE TABLE cut (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, tokens INTEGER, caption TEXT);
 CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -45,10 +46,10 @@ class Picture:
 
     key: str  # 16 hexadecimal digits, from the image's name: safe in a tar, the same in every build
     image: str
-    rows: list[tuple] = field(default_factory=list)  # (ordinal, input, line, caption, group, split, columns)
     held: int | None = None  # None: a file of its own; SPOOLED: in the part's .bytes; else the number of the input that holds it
     at: int | None = None
     size: int | None = None
+    rows: list[tuple] = field(default_factory=list)  # (ordinal, input, line, caption, group, split, columns)
 
 
 class Part:
@@ -257,10 +258,10 @@ def pictures(part: Part) -> Iterator[Picture]:
         "WHERE key > ? ORDER BY key, ordinal",
         (last,),
     )
-    for key, found in groupby(cursor, itemgetter(0)):
+    for _, found in groupby(cursor, itemgetter(0)):
         rows = list(found)
         assert len({row[1] for row in rows}) == 1, f"one key for {sorted({row[1] for row in rows})}"
-        yield Picture(key, rows[0][1], [row[5:] for row in rows], *rows[0][2:5])
+        yield Picture(*rows[0][:5], [row[5:] for row in rows])
 
 
 def join(part: Part, picture: Picture) -> dict | None:

@@ -37,7 +37,9 @@ def summarize(plan: Plan) -> dict:
     groups = Counter(SPLITS[code] for code in split_of_group[members > 0])
     records, rejects = sum(captions.values()), sum(reasons.values())
     assert records + rejects == plan.rows, (records, rejects, plan.rows)
-    (cut,) = np.sum([part.db.execute("SELECT count(*) FROM cut").fetchone() for part in plan.parts], axis=0)
+    unread = {ordinal for (ordinal,) in plan.db.execute("SELECT ordinal FROM rejects")}
+    query = "SELECT ordinal FROM cut WHERE ordinal NOT IN (SELECT ordinal FROM rejects)"
+    cut = sum(ordinal not in unread for part in plan.parts for (ordinal,) in part.db.execute(query))
     return {
         "rows": plan.rows,
         "records": records,
@@ -47,7 +49,7 @@ def summarize(plan: Plan) -> dict:
         "groups": sum(groups.values()),
         "fixes": dict(fixes.most_common()),
         "splits": {split: {"images": images[split], "captions": captions[split], "groups": groups[split]} for split in SPLITS},
-        "captions_cut": int(cut),
+        "captions_cut": cut,
         "shared_by_too_many": plan.common,
         "leaks": len(plan.leaks()),
         "extensions": dict(extensions.most_common()),
@@ -63,9 +65,9 @@ def write_report(folder: Path, plan: Plan, summary: dict, begun: dict) -> None:
     write_rejects(folder / "rejects.csv", plan, list(begun["inputs"]))
     with atomic_file(folder / "leaks.csv") as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "split", "near_identical_image", "its_split", "differing_bits_of_256"])
-        for a, b, bits in plan.leaks():
-            writer.writerow([plan.image_of(a)[2], plan.split_of(a), plan.image_of(b)[2], plan.split_of(b), bits])
+        writer.writerow(["image", "split", "near_identical_image", "its_split", "difference"])
+        for a, b, difference in plan.leaks():
+            writer.writerow([plan.image_of(a)[2], plan.split_of(a), plan.image_of(b)[2], plan.split_of(b), f"{difference:.4f}"])
     write_page(folder / "report.html", plan, summary, begun)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from data_prep.errors import UserError
 from data_prep.images import BadImage, CheckedImage, Rules, check, trust
@@ -28,8 +29,7 @@ COMMIT_EVERY_S = 2.0
 MAX_BYTES = 1 << 30
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where an image's bytes are: a name below `root`, or `size` bytes at `at` of the file `root`."""
 
     root: str
@@ -133,7 +133,7 @@ def _keep(part: Part, picture: Picture, result: CheckedImage | BadImage) -> None
             result.extension,
             result.width,
             result.height,
-            result.sha256,
+            result.content,
             result.pixels,
             result.look,
             "\n".join(result.fixes),
@@ -262,24 +262,22 @@ def read_local(source: Source) -> bytes | BadImage:
 def _open_below(root: str, name: str) -> int | None:
     """A descriptor of root/name, or None where a symbolic link leads out of `root`."""
     folder, _, base = name.rpartition("/")
-    path = os.path.join(_real(os.path.join(root, folder)), base)
+    real_folder, is_below = _folder(root, folder)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe does not make us wait
     try:
-        return os.open(path, flags | os.O_NOFOLLOW) if _is_below(path, root) else None
+        return os.open(real_folder + base, flags | os.O_NOFOLLOW) if is_below else None
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EMLINK):
             raise
-    path = os.path.realpath(path)
-    return os.open(path, flags) if _is_below(path, root) else None
+    path = os.path.realpath(real_folder + base)
+    return os.open(path, flags) if path.startswith(_folder(root, "")[0]) else None
 
 
-def _is_below(path: str, root: str) -> bool:
-    return path.startswith(os.path.join(_real(root), ""))
-
-
-@lru_cache(1024)
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
+@lru_cache(4096)
+def _folder(root: str, folder: str) -> tuple[str, bool]:
+    """root/folder without symbolic links, with a slash at its end; and whether it is in `root`."""
+    path = os.path.join(os.path.realpath(os.path.join(root, folder)), "")
+    return path, path.startswith(os.path.join(os.path.realpath(root), ""))
 
 
 @lru_cache(16)

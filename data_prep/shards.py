@@ -49,20 +49,48 @@ class Member(NamedTuple):
     group: int
 
 
-def write_shard(path: Path, members: Iterable[Member]) -> None:
-    """Write one tar and its index; the same members give the same bytes on any day by any user."""
-    places = []
+def write_shard(path: Path, members: Iterable[Member]) -> dict:
+    """Write one tar and its index; the same members give the same bytes on any day by any user.
+
+    Returns:
+        The shard's entry in the manifest.
+    """
+    places, sha256, end = [], hashlib.sha256(), 0
     with atomic_file(path) as partial, open(partial, "wb") as file:
         for member in members:
             meta = json.dumps(member.meta, sort_keys=True, ensure_ascii=False).encode()
             row = [member.key, member.group]
             for extension, data in ((member.extension, member.image), ("json", meta), ("txt", member.captions[0].encode())):
-                header = _tar_header(f"{member.key}.{extension}", len(data))
-                row += [file.tell() + len(header), len(data)]
-                file.write(header + data + bytes(-len(data) % 512))
+                row += [end + 512, len(data)]
+                block = b"".join((_tar_header(f"{member.key}.{extension}", len(data)), data, bytes(-len(data) % 512)))
+                file.write(block)
+                sha256.update(block)
+                end += len(block)
             places.append(row)
         file.write(bytes(1024))
-    write_index(path.with_suffix(".index.tsv"), places)
+        sha256.update(bytes(1024))
+    index = path.with_suffix(".index.tsv")
+    write_index(index, places)
+    return _entry(path, index, len(places), sha256.hexdigest())
+
+
+def shard_entry(path: Path) -> dict:
+    """The entry in the manifest of a shard that was written before."""
+    index = path.with_suffix(".index.tsv")
+    with open(index, "rb") as file:
+        samples = sum(1 for _ in file) - 1
+    return _entry(path, index, samples, sha256_of(path))
+
+
+def _entry(path: Path, index: Path, samples: int, sha256: str) -> dict:
+    return {
+        "file": f"{path.parent.name}/{path.name}",
+        "index": f"{path.parent.name}/{index.name}",
+        "samples": samples,
+        "bytes": path.stat().st_size,
+        "sha256": sha256,
+        "index_sha256": sha256_of(index),
+    }
 
 
 def write_index(path: Path, places: list[list]) -> None:
@@ -83,21 +111,6 @@ def _tar_header(name: str, size: int) -> bytes:
     fields = (name.encode(), b"0000444", b"0000000", b"0000000", b"%011o" % size, b"00000000000", b" " * 8, b"0", b"", b"ustar\x0000")
     block = _TAR_FIELDS.pack(*fields)
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-
-
-def shard_entry(path: Path) -> dict:
-    """A written shard's entry in the manifest."""
-    index = path.with_suffix(".index.tsv")
-    with open(index, "rb") as file:
-        samples = sum(1 for _ in file) - 1
-    return {
-        "file": f"{path.parent.name}/{path.name}",
-        "index": f"{path.parent.name}/{index.name}",
-        "samples": samples,
-        "bytes": path.stat().st_size,
-        "sha256": sha256_of(path),
-        "index_sha256": sha256_of(index),
-    }
 
 
 def sha256_of(path: Path) -> str:

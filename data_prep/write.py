@@ -5,20 +5,22 @@ import json
 import os
 from pathlib import Path
 
+import xxhash
+
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.plan import Image, Plan
 from data_prep.progress import progress
 from data_prep.report import write_json
-from data_prep.scan import Source, in_order, place, read_local
+from data_prep.scan import Source, in_order, read_local
 from data_prep.shards import Member, sha256_of, shard_entry, write_index, write_shard
 from data_prep.split import SPLITS
 
 
 def write_shards(folder: Path, plan: Plan, begun: dict, processes: int) -> dict:
     """Write every shard that is not there yet; the manifest's `splits`."""
-    counts, shards, captions, inputs = plan.n_images, {}, dict.fromkeys(SPLITS, 0), list(begun["inputs"])
+    counts, shards, captions = plan.n_images, {}, dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
         (folder / split).mkdir(exist_ok=True)
         for left in (folder / split).glob(".*.partial"):
@@ -33,7 +35,7 @@ def write_shards(folder: Path, plan: Plan, begun: dict, processes: int) -> dict:
             split = image.split
             captions[split] += len(image.captions)
             seen[split] += 1
-            pending[split].append(_sample(image, place(plan.parts[image.part], inputs, begun["read"]["images"], image)))
+            pending[split].append(_sample(image, plan.place(plan.parts[image.part], image)))
             if seen[split] * len(shards[split]) >= counts[split] * (written[split] + 1):
                 path = shards[split][written[split]]
                 if not is_written(path):
@@ -46,9 +48,8 @@ def write_shards(folder: Path, plan: Plan, begun: dict, processes: int) -> dict:
 
     paths = [path for split in SPLITS for path in shards[split]]
     left = sum(not is_written(path) for path in paths)
-    for _ in progress(in_order(_write_all, jobs(), processes, None), total=left, desc="writing shards", unit="shard"):
-        pass
-    entries = {path: shard_entry(path) for path in paths}
+    entries = dict(progress(in_order(_write_all, jobs(), processes, None), total=left, desc="writing shards", unit="shard"))
+    entries = {path: entries[path][0] if path in entries else shard_entry(path) for path in paths}
     splits = {}
     for split in SPLITS:
         found = [entries[path] for path in shards[split]]
@@ -59,7 +60,7 @@ def write_shards(folder: Path, plan: Plan, begun: dict, processes: int) -> dict:
     return splits
 
 
-def _sample(image: Image, source: Source) -> tuple[Source, bytes, Member]:
+def _sample(image: Image, source: Source | None) -> tuple[Source | None, bytes, Member]:
     meta = {
         "key": image.key,
         "image": image.image,
@@ -67,56 +68,59 @@ def _sample(image: Image, source: Source) -> tuple[Source, bytes, Member]:
         "group": image.group_name,
         "width": image.width,
         "height": image.height,
-        "sha256": image.sha256.hex(),
     }
     if image.columns:
         meta["columns"] = json.loads(image.columns)
-    return source, image.sha256, Member(image.key, b"", image.extension, image.captions, meta, image.group)
+    return source, image.content, Member(image.key, b"", image.extension, image.captions, meta, image.group)
 
 
-def _write_all(jobs: list[tuple[Path, list]]) -> list[Path]:
-    for path, samples in jobs:
-        write_shard(path, (member._replace(image=_read_again(source, sha256)) for source, sha256, member in samples))
-    return [path for path, _ in jobs]
+def _write_all(jobs: list[tuple[Path, list]]) -> list[dict]:
+    return [write_shard(path, (_whole(*sample) for sample in samples)) for path, samples in jobs]
 
 
-def _read_again(source: Source, sha256: bytes) -> bytes:
+def _whole(source: Source, content: bytes, member: Member) -> Member:
+    """The member with its image, which must be what was checked."""
     data = read_local(source)
-    if isinstance(data, BadImage) or hashlib.sha256(data).digest() != sha256:
+    if isinstance(data, BadImage) or xxhash.xxh3_128_digest(data) != content:
         what = data.reason if isinstance(data, BadImage) else "its bytes are others"
         raise UserError(f"{source.root}: {source.name} changed after it was checked ({what}); start again with --overwrite True")
-    return data
+    member.meta["sha256"] = hashlib.sha256(data).hexdigest()
+    return member._replace(image=data)
 
 
 def index_in_place(folder: Path, out: Path, plan: Plan, begun: dict) -> dict:
     """Per split and tar an index of where its images are, and a file of what KEY.json is in shards of our own."""
     tars = list(begun["inputs"])
-    names = [f"{at:06d}-{Path(tar).stem}" for at, tar in enumerate(tars)]
     splits = {split: {"samples": plan.n_images[split], "captions": 0, "shards": []} for split in SPLITS}
     for split in SPLITS:
         (folder / split).mkdir(exist_ok=True)
-        for at, tar in enumerate(tars):
-            json_file, rows = folder / split / f"{names[at]}.jsonl", []
-            with atomic_file(json_file) as partial_file, open(partial_file, "wb") as file:
-                for image in plan.images(held=at, split=split):
-                    meta = json.dumps(_sample(image, None)[2].meta, sort_keys=True, ensure_ascii=False).encode()
-                    rows.append([image.key, image.group, image.at, image.size, file.tell(), len(meta), 0, 0])
-                    file.write(meta + b"\n")
-                    splits[split]["captions"] += len(image.captions)
-            if not rows:
-                json_file.unlink()
-                continue
-            index = folder / split / f"{names[at]}.index.tsv"
-            write_index(index, rows)
-            entry = {
-                "file": os.path.relpath(tar, out),
-                "index": f"{split}/{index.name}",
-                "json": f"{split}/{json_file.name}",
-                "samples": len(rows),
-                "bytes": os.path.getsize(tar),
-                "sha256": begun["inputs"][tar],
-                "index_sha256": sha256_of(index),
-                "json_sha256": sha256_of(json_file),
-            }
-            splits[split]["shards"].append(entry)
+    for at, tar in enumerate(progress(tars, desc="writing indexes", unit="tar", delay=2)):
+        rows, metas = {split: [] for split in SPLITS}, {split: bytearray() for split in SPLITS}
+        for image in plan.images(held=at):
+            meta = json.dumps(_sample(image, None)[2].meta, sort_keys=True, ensure_ascii=False).encode()
+            rows[image.split].append([image.key, image.group, image.at, image.size, len(metas[image.split]), len(meta), 0, 0])
+            metas[image.split] += meta + b"\n"
+            splits[image.split]["captions"] += len(image.captions)
+        for split in SPLITS:
+            if rows[split]:
+                path = folder / split / f"{at:06d}-{Path(tar).stem}"
+                splits[split]["shards"].append(_write_index(path, rows[split], metas[split], tar, out, begun))
     return splits
+
+
+def _write_index(path: Path, rows: list[list], metas: bytes, tar: str, out: Path, begun: dict) -> dict:
+    """The manifest's entry of one tar's samples in one split."""
+    index, json_file = path.with_name(f"{path.name}.index.tsv"), path.with_name(f"{path.name}.jsonl")
+    write_index(index, rows)
+    with atomic_file(json_file) as partial:
+        partial.write_bytes(metas)
+    return {
+        "file": os.path.relpath(tar, out),
+        "index": f"{path.parent.name}/{index.name}",
+        "json": f"{path.parent.name}/{json_file.name}",
+        "samples": len(rows),
+        "bytes": os.path.getsize(tar),
+        "sha256": begun["inputs"][tar],
+        "index_sha256": sha256_of(index),
+        "json_sha256": sha256_of(json_file),
+    }

@@ -2,6 +2,8 @@
 
   python -m eval retrieval runs/icons --data data/icons/shards --split val --json out.json
   python -m eval retrieval ViT-L-14:laion2b_s32b_b82k --data data/icons/shards --split test
+  python -m eval leaks ViT-B-32:laion2b_s34b_b79k --data data/icons/shards --csv leaks.csv
+      lists images of val and test that have a twin in train, as this model sees them
 
 MODEL is a run folder (its best checkpoint), NAME:PRETRAINED as open_clip knows them (ViT-B-32:none for random
 weights), hf-hub:ID or local-dir:PATH. Under torchrun the ranks share the work. Each command has --help.
@@ -14,8 +16,10 @@ from typing import Annotated, Literal
 import tyro
 
 from data_prep.errors import UserError, exit_on_user_error
-from data_prep.shards import Shards
-from eval.embed import embed
+from data_prep.shards import Shards, read_manifest
+from eval.embed import embed, embed_images
+from eval.leaks import leaks as leaks_of
+from eval.leaks import nearest, write_leaks
 from eval.page import write_page
 from eval.retrieval import read_json, score, table, write_json
 from train.model import Clip, load
@@ -61,6 +65,42 @@ def retrieval(
                 print(f"pictures of what it finds: {page}")
 
 
+def leaks(
+    model: Annotated[str, tyro.conf.Positional],
+    data: Path,
+    csv: Path,
+    threshold: float = 0.97,
+    batch: int = 64,
+    workers: int = 2,
+) -> None:
+    """Lists images of val and test whose nearest training image, by a model's image features, is nearly the same.
+
+    An audit: nothing is changed. To look at it is to know whether the groups are right; data_prep's own audit compares
+    pixels, and misses what was drawn again.
+
+    Args:
+        model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder; better one that was not trained on this data.
+        data: Folder of shards.
+        csv: File to write the pairs to, the most similar first.
+        threshold: Cosine of image features from which on a pair is listed; it depends on the model.
+        batch: Images embedded at once.
+        workers: Processes that read images; 0 reads them in this one.
+    """
+    with joined_world() as world:
+        train, _, clip = world.together(lambda: prepare(model, data, "train", None, world))
+        clip.towers.to(world.device)
+        train_features, rows, counts = embed_images(clip, train, world, batch, workers), [], {}
+        for split in ("val", "test"):
+            if read_manifest(data)["splits"][split]["samples"]:
+                shards = Shards(data, split)
+                cosines, numbers = nearest(embed_images(clip, shards, world, batch, workers), train_features)
+                rows += leaks_of(shards, train, cosines, numbers, threshold)
+                counts[split] = f"{int((cosines >= threshold).sum())} of {len(shards)} images of {split}"
+        if world.is_first:
+            write_leaks(csv, sorted(rows, key=lambda row: -float(row[3])))
+            print(f"{', '.join(counts.values())} have a training image with a cosine of {threshold} or more: {csv}")
+
+
 def prepare(model: str, data: Path, split: str, against: Path | None, world: World) -> tuple[Shards, dict | None, Clip]:
     """The split, verified, the result to compare with, and the model; the cheap ones first, so that a mistake costs no time."""
     shards = Shards(data, split)
@@ -75,7 +115,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         print(__doc__.strip())
         return
-    tyro.extras.subcommand_cli_from_dict({"retrieval": retrieval}, prog="python -m eval", description=__doc__)
+    tyro.extras.subcommand_cli_from_dict({"retrieval": retrieval, "leaks": leaks}, prog="python -m eval", description=__doc__)
 
 
 if __name__ == "__main__":

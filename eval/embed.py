@@ -65,17 +65,28 @@ def embed(clip: Clip, shards: Shards, world: World, batch: int, workers: int) ->
     """
     captions = read_captions(shards)
     texts = captions.texts
+    image_features = embed_images(clip, shards, world, batch, workers)
+    with torch.inference_mode():
+        mine = _batches(len(texts), batch)[world.rank :: world.world_size]
+        tokens = (clip.tokenizer([texts[number] for number in numbers]) for numbers in mine)
+        text_features = _fill(len(texts), mine, tokens, clip.towers.text_features, world, "texts")
+    check_finite(text_features, "text_features", lambda row: f"caption {texts[row]!r}")
+    return Embedded(image_features, text_features, captions)
+
+
+def embed_images(clip: Clip, shards: Shards, world: World, batch: int, workers: int) -> torch.Tensor:
+    """image_features [n_images, d] of a split: fp32, L2-normed, all of them on every rank.
+
+    Raises:
+        NotFinite: a feature is not finite; the first such sample is named.
+    """
     clip.towers.eval()
     mine = _batches(len(shards), batch)[world.rank :: world.world_size]
     images = loader(EvalImages(shards, clip.eval_transform), mine, workers, world)
     with torch.inference_mode():
         image_features = _fill(len(shards), mine, images, clip.towers.image_features, world, "images")
-        mine = _batches(len(texts), batch)[world.rank :: world.world_size]
-        tokens = (clip.tokenizer([texts[number] for number in numbers]) for numbers in mine)
-        text_features = _fill(len(texts), mine, tokens, clip.towers.text_features, world, "texts")
     check_finite(image_features, "image_features", lambda row: f"sample {shards.key(row)}")
-    check_finite(text_features, "text_features", lambda row: f"caption {texts[row]!r}")
-    return Embedded(image_features, text_features, captions)
+    return image_features
 
 
 def _batches(n: int, size: int) -> list[list[int]]:

@@ -1,6 +1,5 @@
 """What a model would see: the pixels, after every way in which a picture can be stored."""
 
-import hashlib
 import io
 import struct
 import zlib
@@ -79,8 +78,7 @@ def test_what_needs_no_change_keeps_its_bytes():
         data = png(noise(), format, **options)
         checked = check(data)
         assert (checked.data, checked.extension, checked.fixes) == (None, extension, ())
-        assert checked.sha256 == hashlib.sha256(data).digest()
-        assert (trust(data).extension, trust(data).sha256) == (extension, checked.sha256)
+        assert (trust(data).extension, trust(data).content) == (extension, checked.content)
 
 
 @pytest.mark.parametrize(("mode", "format"), [("L", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("L", "JPEG"), ("RGB", "BMP"), ("P", "GIF")])
@@ -93,7 +91,7 @@ def test_everything_else_becomes_rgb(mode, format, encode, stored):
     assert pixels(checked.data).shape == (16, 24, 3)
     original = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(pixels(checked.data) - original).max() <= (0 if encode != "jpeg" else 12)
-    assert hashlib.sha256(checked.data).digest() == checked.sha256
+    assert trust(checked.data).content == checked.content
 
 
 def test_equal_pixels_are_equal_however_they_are_stored():

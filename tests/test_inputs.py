@@ -5,13 +5,15 @@ import gzip
 import http.server
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import threading
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import noise_images, png, tars
+from conftest import ROOT, environment, noise_images, png, tars
 from PIL import Image
 
 from data_prep.build import Checking, Reading, Work, build
@@ -143,9 +145,9 @@ def test_every_format_gives_the_same_shards(tmp_path):
     assert all(other == made[0] for other in made)
 
 
-def hub_parquet(path, n=12):
+def hub_parquet(path, n=12, seed=1):
     """As image data sets on the Hugging Face hub are stored: a struct of bytes and path, and captions in a list."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     images = [png(Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))) for _ in range(n)]
     rows = {"image": [{"bytes": data, "path": f"{at}.png"} for at, data in enumerate(images)]}
     pd.DataFrame({**rows, "text": [[f"picture {at}", f"image {at}"] for at in range(n)], "label": range(n)}).to_parquet(path)
@@ -159,6 +161,22 @@ def test_parquet_with_images_inside(tmp_path):
     assert pictures(tmp_path / "out") == expected
     sample = Shards(tmp_path / "out", "train").read(0)
     assert sample.captions == [f"{word} {sample.meta['columns']['label']}" for word in ("picture", "image")]
+
+
+def test_a_data_set_of_the_hub_is_read_at_a_pinned_revision(tmp_path):
+    (tmp_path / "data").mkdir()
+    expected = hub_parquet(tmp_path / "data" / "train-00000-of-00002.parquet")
+    hub_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", seed=2)
+    script = [sys.executable, ROOT / "tests" / "hub_dataset.py", tmp_path]
+    result = subprocess.run(script, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout.splitlines()[-1])
+    assert (said["report"]["rows"], said["report"]["images"]) == (48, 24)
+    pinned = "hf://datasets/me/icons@c0ffee0000000000000000000000000000000000/data"
+    assert said["inputs"] == [f"{pinned}/train-0000{number}-of-00002.parquet" for number in range(2)]
+    assert said["one"] == said["inputs"][:1]
+    assert "hf://datasets/me/nothing: " in said["missing"]
+    assert expected.items() < pictures(tmp_path / "out").items()
 
 
 def test_bad_rows_of_jsonl_and_parquet(tmp_path):

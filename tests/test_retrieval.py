@@ -11,7 +11,7 @@ from conftest import assert_mistake, build_icons, call, call_here, save_tiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_prep.build import build
+from data_prep.build import Reading, Splitting, Work, build
 from data_prep.shards import Shards
 from eval.__main__ import main
 from eval.retrieval import evaluate
@@ -96,7 +96,8 @@ def test_a_black_icon_on_transparency_reaches_the_model_black_on_white(tmp_path)
     image.paste((0, 0, 0, 255), (0, 0, 8, 16))
     image.save(tmp_path / "a.png")
     (tmp_path / "a.csv").write_text("file,caption\na.png,half\n")
-    build(tmp_path / "a.csv", tmp_path / "shards", "file", "caption", val=0.0, test=0.0, processes=1)
+    split = Splitting(val=0.0, test=0.0)
+    build([str(tmp_path / "a.csv")], tmp_path / "shards", Reading("file"), split=split, work=Work(1))
     (tmp_path / "model").mkdir()
     clip = load(f"local-dir:{save_tiny(tmp_path / 'model')}")
     pixels = clip.preprocess(decode(Shards(tmp_path / "shards", "train").read(0).image))
