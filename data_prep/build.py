@@ -86,7 +86,7 @@ class Work:
             raise UserError(f"--task {task} of --num-tasks {num_tasks}: a number from 0 to {num_tasks - 1} is wanted")
         if self.num_tasks > 1 and self.task < 0 and "SLURM_ARRAY_TASK_ID" not in os.environ:
             raise UserError(f"--num-tasks {num_tasks} without --task: which part is this?")
-        return Work(self.processes or len(os.sched_getaffinity(0)), num_tasks, task)
+        return Work(self.processes or cores(), num_tasks, task)
 
 
 def build(
@@ -183,6 +183,11 @@ def _run(command, inputs, out, read, check, split, work, writing, overwrite) -> 
     return merge(out, check.max_rejects, work.processes, overwrite)
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _images_of(inputs: list[str]) -> str:
     """The folder that image paths are relative to where nobody said."""
     folders = {source if kind_of(source) == "folder" else source.rpartition("/")[0] or "." for source in inputs}
@@ -243,7 +248,7 @@ def merge(
         raise UserError(f"{folder}: no unfinished build; begin one with: python -m data_prep build ... --out {out} --num-tasks N --task I")
     check_replaceable(out, "manifest.json", overwrite)
     if not (folder / "manifest.json").exists():  # else it was killed after the last step but one
-        _assemble(folder, out, max_rejects, processes or len(os.sched_getaffinity(0)))
+        _assemble(folder, out, max_rejects, processes or cores())
     for file in [*folder.glob("part-*"), *folder.glob("plan.sqlite*"), *folder.rglob(".*.partial"), folder / "looks.bin", folder / WORK]:
         file.unlink(missing_ok=True)
     if out.exists():
@@ -251,7 +256,7 @@ def merge(
     os.replace(folder, out)
     sync(out.parent)
     summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    print_report(out, summary)
+    print_report(out, summary, json.loads((out / "manifest.json").read_text(encoding="utf-8"))["split"])
     return summary
 
 

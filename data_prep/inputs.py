@@ -123,21 +123,27 @@ def remote(url: str) -> fsspec.AbstractFileSystem:
 
 
 def digest(source: str) -> str:
-    """sha256 of an input; of a remote one, of what its server says of it; of a folder, of its listing and texts."""
-    if is_url(source):
-        return f"{remote(source).ukey(source)}"
-    if os.path.isdir(source):
-        sha = hashlib.sha256()
-        for path in _walk(source):
-            stat = os.stat(path)
-            sha.update(repr((os.path.relpath(path, source), stat.st_size)).encode())
-            if path.endswith(".txt"):
-                sha.update(Path(path).read_bytes())
-        return sha.hexdigest()
+    """sha256 of an input; of a remote one, of what its server says of it; of a folder, of its listing and texts.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     sha = hashlib.sha256()
-    with open(source, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
+    try:
+        if is_url(source):
+            info = remote(source).info(source)
+            sha.update(json.dumps({name: info[name] for name in sorted(info)}, default=str).encode())
+        elif os.path.isdir(source):
+            for path in _walk(source):
+                sha.update(repr((os.path.relpath(path, source), os.stat(path).st_size)).encode())
+                if path.endswith(".txt"):
+                    sha.update(Path(path).read_bytes())
+        else:
+            with open(source, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    sha.update(chunk)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({str(error).strip() or type(error).__name__})") from None
     return sha.hexdigest()
 
 

@@ -84,7 +84,7 @@ def write_json(path: Path, value: dict) -> None:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def print_report(out: Path, report: dict) -> None:
+def print_report(out: Path, report: dict, splitting: dict) -> None:
     """The report in a few lines, with what to open next."""
     print(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects")
     for reason, count in report["reasons"].items():
@@ -95,8 +95,9 @@ def print_report(out: Path, report: dict) -> None:
         print(f"  {report['captions_cut']} captions are longer than the model can read, and will be cut")
     for split, counts in report["splits"].items():
         print(f"  {split:5} {counts['images']} images, {counts['captions']} captions, {counts['groups']} groups")
-        if not counts["images"]:
+        if not counts["images"] and splitting.get(split, 1):
             print(f"        no group fell into {split}: there are few groups; a larger --{split} or another --seed helps")
     if report["leaks"]:
-        print(f"  {report['leaks']} pairs of near-identical images are in different splits: {out / 'leaks.csv'}; see --drop-leaks")
+        what = "the earlier one is left out" if splitting["drop_leaks"] else "--drop-leaks True would leave one out"
+        print(f"  {report['leaks']} pairs of near-identical images were in different splits, listed in {out / 'leaks.csv'}; {what}")
     print(f"look at {out / 'report.html'}" + (f"; each reject is in {out / 'rejects.csv'}" if report["rejects"] else ""))

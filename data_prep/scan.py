@@ -5,6 +5,7 @@ pictures -> chunks -> workers: read (file, URL, or the part's .bytes), check -> 
 
 import errno
 import os
+import signal
 import stat
 import threading
 import time
@@ -185,6 +186,7 @@ def _die_with(parent: int) -> None:
             time.sleep(1)
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -322,6 +322,8 @@ def test_remote_images_and_inputs(served, tmp_path):
         assert sum(len(captions) for captions in found.values()) == 13
     write(tmp_path, f"image,caption\n{url}/5.png,anywhere\n", name="any.csv")
     assert build([str(tmp_path / "any.csv")], tmp_path / "any", Reading(images="http://"), work=Work(1))["images"] == 1
+    with pytest.raises(UserError, match=r"nothing\.csv: cannot be read"):
+        build([f"{url}/nothing.csv"], tmp_path / "nothing", work=Work(1))
     with pytest.raises(UserError, match=r"s3fs"):
         build([str(tmp_path / "any.csv")], tmp_path / "s3", Reading(images="s3://bucket/folder"), work=Work(1))
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT, environment, noise_images, tars
+from conftest import ROOT, command, environment, noise_images, tars
 
 from data_prep.build import Checking, Reading, Work, build
 
@@ -53,6 +53,19 @@ def test_thirty_kills_change_nothing(tmp_path):
         splits = [json.loads((folder / "manifest.json").read_text())["splits"] for folder in (out, tmp_path / "whole")]
         assert splits[0] == splits[1]
     assert resumed > 0
+
+
+def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
+    path = noise_images(tmp_path, 3000)
+    arguments = command("data_prep", "build", path, "--out", tmp_path / "out", "--processes", 2)
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=-1, stderr=-1, text=True)
+    while not list(tmp_path.glob("out.partial/part*")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "the same command goes on from here" in errors
+    assert "Traceback" not in errors
 
 
 def test_orphaned_workers_end(tmp_path):

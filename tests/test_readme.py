@@ -1,11 +1,13 @@
 """The README's commands run as they stand, on a small set; those that want GPUs or weights at least parse."""
 
+import functools
 import re
 import shlex
 
 import pytest
 from conftest import ROOT, call
 
+import data_prep.__main__
 from train.recipe import parse
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -39,14 +41,27 @@ def test_the_walk_by_hand(tmp_path):
     assert 'src="http' not in page
 
 
-def test_the_other_commands_parse():
+def test_the_other_commands_parse(monkeypatch):
+    called = []
+    for name in ("build", "index", "merge", "verify"):
+        command = getattr(data_prep.__main__, name)
+        monkeypatch.setattr(data_prep.__main__, name, functools.wraps(command)(lambda *_, name=name, **given: called.append((name, given))))
     for words in commands("sh"):
+        if words[0] == "sbatch":
+            words = shlex.split(words[words.index("--wrap") + 1])
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-        else:
+        elif words[0] == "torchrun":
             assert words[:2] == ["torchrun", "--nproc_per_node"]
             assert words[3:6] == ["-m", "--", "train"]
             assert parse(words[6:]).model == "ViT-L-14:laion2b_s32b_b82k"
+        else:
+            assert words[:3] == ["python", "-m", "data_prep"]
+            monkeypatch.setattr("sys.argv", words[2:])
+            data_prep.__main__.main()
+    assert [name for name, _ in called] == ["build", "build", "build", "index", "build", "merge"]
+    assert called[1][1]["read"].images == "https://host/pictures/"
+    assert called[0][1]["inputs"] == ["pairs.csv"]
 
 
 @pytest.mark.parametrize("path", [path for path in re.findall(r"\]\((?!http|#)([^)]+)\)", (ROOT / "README.md").read_text())])
