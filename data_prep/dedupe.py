@@ -10,7 +10,7 @@ import sqlite3
 import struct
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -94,9 +94,12 @@ def unite(db: sqlite3.Connection, rows: int, without: set[int]) -> tuple[Groups,
 
 
 class Looks:
-    """The 256-bit looks of all images, in a file; finds the candidates for near-identical ones in different splits."""
+    """The 256-bit looks of all images, in a file; finds the candidates for near-identical ones in different splits.
 
-    DTYPE = np.dtype([("look", "u1", (4, BANDS)), ("ordinal", "<i4"), ("split", "u1")])
+    Memory: five bytes per image, and what one slice of the images takes.
+    """
+
+    RECORD = np.dtype([("look", "u1", (4, BANDS)), ("ordinal", "<i4"), ("split", "u1")])
 
     def __init__(self, path: Path):
         self.path, self._pending = path, []
@@ -104,7 +107,7 @@ class Looks:
 
     def add(self, look: bytes, ordinal: int, split: int) -> None:
         self._pending.append(look + struct.pack("<iB", ordinal, split))
-        if len(self._pending) == 100_000:
+        if len(self._pending) == 10_000:
             self._flush()
 
     def _flush(self) -> None:
@@ -112,35 +115,46 @@ class Looks:
             file.write(b"".join(self._pending))
         self._pending.clear()
 
-    def leaks(self) -> Iterator[tuple[int, int, int]]:
+    def candidates(self) -> Iterator[tuple[int, int, int]]:
         """(ordinal, ordinal, differing bits): images of like looks, the first of an earlier split (train, val, test)."""
-        if self._pending:
-            self._flush()
-        if not self.path.exists():
-            return
-        table = np.memmap(self.path, self.DTYPE, "r")
-        looks = table["look"]
-        slices = 1 + len(table) // SLICE
+        self._flush()
+        splits = self._column(lambda records: records["split"])
+        slices = 1 + len(splits) // SLICE
         for band in range(BANDS):
+            values = self._column(lambda records: np.ascontiguousarray(records["look"][:, :, band]).view("<u4").ravel())  # noqa: B023
             for part in range(slices):
-                values = np.ascontiguousarray(looks[:, :, band]).view("<u4").ravel()
                 chosen = np.flatnonzero(values % slices == part) if slices > 1 else np.arange(len(values))
-                yield from self._pairs(table, looks, chosen[np.argsort(values[chosen], kind="stable")], values, band)
+                order = chosen[np.argsort(values[chosen], kind="stable")]
+                for members in _mixed_runs(values[order], splits[order], order):
+                    yield from self._pairs(members, band)
 
-    @staticmethod
-    def _pairs(table, looks, order, values, band) -> Iterator[tuple[int, int, int]]:
-        ordered = values[order]
-        starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else np.zeros(0, int)
-        ends = np.r_[starts[1:], len(ordered)]
-        splits = table["split"][order]
-        changes = np.r_[0, np.cumsum(splits[1:] != splits[:-1])] if len(splits) else splits
-        worth = (ends - starts >= 2) & (ends - starts <= RARE) & (changes[ends - 1] != changes[starts])
-        for start, end in zip(starts[worth], ends[worth], strict=True):
-            members = order[start:end]
-            bits = looks[members].reshape(len(members), -1)
-            a, b = np.nonzero(table["split"][members][:, None] < table["split"][members][None, :])
-            differing = np.bitwise_count(bits[a] ^ bits[b]).sum(1)
-            agree = (bits[a].reshape(-1, 4, BANDS) == bits[b].reshape(-1, 4, BANDS)).all(1).argmax(1)
-            # A pair that agrees in several bands is told in the first of them.
-            for at in np.flatnonzero((differing <= LEAK_BITS) & (agree == band)):
-                yield int(table["ordinal"][members[a[at]]]), int(table["ordinal"][members[b[at]]]), int(differing[at])
+    def _column(self, of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """One column of all records; read in blocks, because a mapped file would count as memory."""
+        found = []
+        with open(self.path, "rb") as file:
+            while len(records := np.fromfile(file, self.RECORD, 100_000)):
+                found.append(of(records).copy())
+        return np.concatenate(found) if found else np.zeros(0, "u4")
+
+    def _pairs(self, members: np.ndarray, band: int) -> Iterator[tuple[int, int, int]]:
+        with open(self.path, "rb") as file:
+            data = b"".join(os.pread(file.fileno(), self.RECORD.itemsize, int(member) * self.RECORD.itemsize) for member in members)
+        records = np.frombuffer(data, self.RECORD)
+        bits = records["look"]
+        a, b = np.nonzero(records["split"][:, None] < records["split"][None, :])
+        differing = np.bitwise_count(bits[a] ^ bits[b]).sum((1, 2))
+        first = (bits[a] == bits[b]).all(1).argmax(1)  # a pair that agrees in several bands is told in the first of them
+        for at in np.flatnonzero((differing <= LEAK_BITS) & (first == band)):
+            yield int(records["ordinal"][a[at]]), int(records["ordinal"][b[at]]), int(differing[at])
+
+
+def _mixed_runs(values: np.ndarray, splits: np.ndarray, numbers: np.ndarray) -> Iterator[np.ndarray]:
+    """The numbers of each run of equal (sorted) values that is of several splits, and not of too many."""
+    if not len(values):
+        return
+    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
+    ends = np.r_[starts[1:], len(values)]
+    changes = np.r_[0, np.cumsum(splits[1:] != splits[:-1])]
+    worth = (ends - starts >= 2) & (ends - starts <= RARE) & (changes[ends - 1] != changes[starts])
+    for start, end in zip(starts[worth], ends[worth], strict=True):
+        yield numbers[start:end]

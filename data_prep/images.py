@@ -253,12 +253,13 @@ def _look(pixels: np.ndarray) -> bytes | None:
 
 
 def small(data: bytes) -> np.ndarray:
-    """float32 [32, 32, 3]: a checked image, shrunk."""
+    """uint8 [32, 32, 3]: a checked image, shrunk."""
     image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS)).convert("RGB")
-    return np.asarray(image.resize((32, 32), Image.BOX), dtype=np.float32)
+    return np.asarray(image.resize((32, 32), Image.BOX))
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
     """How much two `small` images differ, as a share of what there is to see in them: 0 is equal, 1 unrelated."""
+    a, b = a.astype(np.float32), b.astype(np.float32)
     seen = sum(float(((each - each.mean((0, 1))) ** 2).sum()) for each in (a, b))
     return float(((a - b) ** 2).sum()) / max(seen, 1e-9)

@@ -18,10 +18,10 @@ from data_prep.images import BadImage, difference, small
 from data_prep.progress import progress
 from data_prep.records import Part, Picture
 from data_prep.scan import Source, place, read_local
+from data_prep.shards import Shards, read_manifest
 from data_prep.split import SPLITS, split_of
 
 SCHEMA = """
-DROP TABLE IF EXISTS links; DROP TABLE IF EXISTS rejects; DROP TABLE IF EXISTS kept; DROP TABLE IF EXISTS leaks;
 CREATE TABLE links (link INTEGER, ordinal INTEGER);
 CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, image TEXT, reason TEXT, detail TEXT);
 CREATE TABLE kept (key TEXT PRIMARY KEY, split INTEGER) WITHOUT ROWID;
@@ -80,8 +80,9 @@ class Plan:
 
     def __init__(self, folder: Path, parts: list[Part], splitting: Splitting, inputs: list[str], root: str):
         self.parts, self.splitting, self.inputs, self.root = parts, splitting, inputs, root
-        self._small = lru_cache(20_000)(self._shrunk)
+        self._small = lru_cache(4096)(self._shrunk)  # 12 MB
         self.rows = int(parts[0].get("total_rows"))
+        (folder / "plan.sqlite").unlink(missing_ok=True)  # without a journal, one that was killed may be damaged
         self.db = sqlite3.connect(folder / "plan.sqlite", isolation_level=None)
         self.db.executescript(f"PRAGMA synchronous = OFF; PRAGMA journal_mode = OFF; {SCHEMA}")
         self._without: set[int] = set()
@@ -102,7 +103,7 @@ class Plan:
         rows = (
             (link, ordinal)
             for ordinal, image, groups, captions, pixels in self._each("ordinal, image, groups, captions, pixels")
-            for link in links(image, json.loads(groups) if groups else (), json.loads(captions), pixels, self.splitting.group_by_name)
+            for link in links(image, json.loads(groups) if groups else (), captions.split("\n"), pixels, self.splitting.group_by_name)
         )
         self.db.executemany("INSERT INTO links VALUES (?, ?)", rows)
         self.db.execute("COMMIT")
@@ -110,8 +111,6 @@ class Plan:
     def _keep_splits(self) -> None:
         if not self.splitting.keep_splits:
             return
-        from data_prep.shards import Shards, read_manifest
-
         old = Path(self.splitting.keep_splits)
         for code, split in enumerate(SPLITS, 1):
             if read_manifest(old)["splits"][split]["samples"]:
@@ -128,7 +127,7 @@ class Plan:
 
     def _split(self) -> None:
         """Give each group a split: the given one, else by hash; images that would join two given splits are rejected."""
-        for only_given in (False, True):
+        for attempt in range(3):
             codes, mixed = bytearray(self.rows + 1), set()
             for ordinal, code in self._fixed():
                 first = self.groups.first(ordinal)
@@ -137,7 +136,8 @@ class Plan:
                 codes[first] = codes[first] or code
             if not mixed:
                 break
-            self._reject_mixed(mixed, codes, only_given)
+            assert attempt < 2, len(mixed)
+            self._reject_mixed(mixed, only_given=attempt == 1)
             self.groups, self.common = unite(self.db, self.rows, self._without)
         for ordinal, image, groups in self._each("ordinal, image, groups"):
             if self.groups.first(ordinal) == ordinal and not codes[ordinal]:
@@ -145,16 +145,17 @@ class Plan:
                 codes[ordinal] = 1 + SPLITS.index(split)
         self._codes = codes
 
-    def _reject_mixed(self, mixed: set[int], codes: bytearray, only_given: bool) -> None:
-        """First the images without a given split, which may be all that joins the others; then those of the later split."""
-        given = dict((ordinal, code) for ordinal, code in self._fixed() if self.groups.first(ordinal) in mixed)
-        for (ordinal,) in list(self._each("ordinal")):
+    def _reject_mixed(self, mixed: set[int], only_given: bool) -> None:
+        """First the images without a given split, which may be all that joins the others; then those that differ from the first row."""
+        given = {ordinal: code for ordinal, code in self._fixed() if self.groups.first(ordinal) in mixed}
+        wins = {self.groups.first(ordinal): given[ordinal] for ordinal in sorted(given, reverse=True)}
+        for (ordinal,) in self._each("ordinal"):
             first = self.groups.first(ordinal)
             if first in mixed and ordinal not in self._without:
                 if not only_given and ordinal not in given:
                     self._reject(ordinal, "joins two splits", "it shares a group, pixels or a caption with images of both")
-                elif only_given and given.get(ordinal, codes[first]) != codes[first]:
-                    self._reject(ordinal, "conflicting splits", f"its group is in {SPLITS[codes[first] - 1]}")
+                elif only_given and given[ordinal] != wins[first]:
+                    self._reject(ordinal, "conflicting splits", f"its group is in {SPLITS[wins[first] - 1]}")
 
     def _reject(self, ordinal: int, reason: str, detail: str) -> None:
         """Reject all rows of the image whose first row is `ordinal`."""
@@ -163,7 +164,9 @@ class Plan:
             found = part.db.execute("SELECT key FROM rows WHERE ordinal = ?", (ordinal,)).fetchone()
             if found:
                 rows = part.db.execute(
-                    "SELECT ordinal, input, line, image FROM rows WHERE key = ? AND ordinal NOT IN (SELECT ordinal FROM rejects)", found
+                    "SELECT ordinal, input, line, image FROM rows WHERE key = ? "
+                    "AND NOT EXISTS (SELECT 1 FROM rejects WHERE rejects.ordinal = rows.ordinal)",
+                    found,
                 )
                 self.db.executemany("INSERT INTO rejects VALUES (?, ?, ?, ?, ?, ?)", [(*row, reason, detail) for row in rows])
 
@@ -173,7 +176,7 @@ class Plan:
             if look and ordinal not in self._without:
                 looks.add(look, ordinal, self._codes[self.groups.first(ordinal)])
         self.db.execute("BEGIN")
-        for a, b, _ in progress(looks.leaks(), desc="comparing look-alikes", unit="pair", delay=2):
+        for a, b, _ in progress(looks.candidates(), desc="comparing look-alikes", unit="pair", delay=2):
             if (found := difference(self._small(a), self._small(b))) <= LEAK_DIFFERENCE:
                 self.db.execute("INSERT INTO leaks VALUES (?, ?, ?)", (a, b, found))
         self.db.execute("COMMIT")
@@ -186,7 +189,7 @@ class Plan:
         part, key, _ = self.image_of(ordinal)
         image = Picture(key, *part.db.execute("SELECT image, held, at, size FROM pictures WHERE key = ?", (key,)).fetchone())
         data = read_local(self.place(part, image))
-        return np.zeros((32, 32, 3), np.float32) if isinstance(data, BadImage) else small(data)
+        return np.zeros((32, 32, 3), np.uint8) if isinstance(data, BadImage) else small(data)
 
     def close(self) -> None:
         self.db.close()
@@ -201,7 +204,7 @@ class Plan:
                     continue
                 first = self.groups.first(ordinal)
                 split = SPLITS[self._codes[first] - 1]
-                yield Image(part.number, key, ordinal, image, json.loads(captions), *rest, first, _group_name(image, groups), split)
+                yield Image(part.number, key, ordinal, image, captions.split("\n"), *rest, first, _group_name(image, groups), split)
 
     def image_of(self, ordinal: int) -> tuple[Part, str, str]:
         """Part, key and image of the image whose first row is `ordinal`."""

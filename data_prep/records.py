@@ -168,8 +168,7 @@ def load(part: Part, inputs: list[str], reading: Reading) -> None:
             if part.parts > 1 and int(key, 16) * part.parts >> 64 != part.number:
                 continue
             if problem:
-                shown = (row.image or name).encode("utf-8", "replace").decode()
-                part.reject([(ordinal, at, row.line, shown)], *problem)
+                part.reject([(ordinal, at, row.line, _storable(row.image or name))], *map(_storable, problem))
                 continue
             place = (None, None, None)
             if row.data is not None:
@@ -189,6 +188,10 @@ def load(part: Part, inputs: list[str], reading: Reading) -> None:
     part.commit()
 
 
+def _storable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
 def _keep(part: Part, rows: list[tuple]) -> list[tuple]:
     part.db.executemany(f"INSERT INTO rows VALUES ({', '.join('?' * 12)})", rows)
     return []
@@ -198,8 +201,8 @@ class _Names:
     """Image paths as names relative to a root that they may not leave; judged by their text alone."""
 
     def __init__(self, root: str):
-        self.root = root
         self.is_url = is_url(root)
+        self.root = root if not self.is_url or root.endswith("/") else f"{root}/"
         self.real = root if self.is_url else os.path.realpath(root)
 
     def inside(self, image: str) -> tuple[str, tuple[str, str] | None]:
@@ -221,7 +224,7 @@ class _Names:
             leaves = ".." in unquote(name).split("/")
         else:
             if name.startswith("/"):
-                name = os.path.relpath(name, self.real if name.startswith(self.real) else os.path.abspath(self.root))
+                name = os.path.relpath(name, self.real if name.startswith(os.path.join(self.real, "")) else os.path.abspath(self.root))
             elif "." in name.split("/") or ".." in name or "//" in name:
                 name = os.path.normpath(name)
             leaves = name == ".." or name.startswith("../")
@@ -281,7 +284,7 @@ def join(part: Part, picture: Picture) -> dict | None:
         "key": picture.key,
         "ordinal": picture.rows[0][0],
         "image": picture.image,
-        "captions": json.dumps(list(captions), ensure_ascii=False),
+        "captions": "\n".join(captions),  # a caption holds no line break
         "groups": json.dumps(list(groups), ensure_ascii=False) if groups else "",
         "split": split,
         "columns": picture.rows[0][6],

@@ -21,12 +21,10 @@ def summarize(plan: Plan) -> dict:
     fixes, extensions, sides, lengths = Counter(), Counter(), Counter(), Counter()
     images, captions = Counter(), Counter()
     members = np.zeros(plan.rows + 1, np.int32)
-    split_of_group = np.zeros(plan.rows + 1, np.uint8)
     for image in plan.images():
         images[image.split] += 1
         captions[image.split] += len(image.captions)
         members[image.group] += 1
-        split_of_group[image.group] = SPLITS.index(image.split)
         extensions[image.extension] += 1
         if image.width:
             sides[max(side for side in SIDES_PX if side <= max(8, min(image.width, image.height)))] += 1
@@ -34,7 +32,7 @@ def summarize(plan: Plan) -> dict:
             lengths[10 * (len(caption) // 10)] += 1
         if image.fixes:
             fixes.update(image.fixes.split("\n"))
-    groups = Counter(SPLITS[code] for code in split_of_group[members > 0])
+    groups = Counter(plan.split_of(first) for first in np.flatnonzero(members).tolist())
     records, rejects = sum(captions.values()), sum(reasons.values())
     assert records + rejects == plan.rows, (records, rejects, plan.rows)
     unread = {ordinal for (ordinal,) in plan.db.execute("SELECT ordinal FROM rejects")}
@@ -55,7 +53,7 @@ def summarize(plan: Plan) -> dict:
         "extensions": dict(extensions.most_common()),
         "shorter_side_px": {str(side): sides[side] for side in sorted(sides)},
         "caption_characters": {str(length): lengths[length] for length in sorted(lengths)},
-        "group_images": {str(size): int(count) for size, count in zip(*np.unique(members[members > 0], return_counts=True), strict=True)},
+        "group_images": {str(size): int(count) for size, count in enumerate(np.bincount(members)) if size and count},
     }
 
 

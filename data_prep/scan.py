@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,6 +28,7 @@ from data_prep.records import SPOOLED, Part, Picture, join, pictures
 CHUNK = 64
 COMMIT_EVERY_S = 2.0
 MAX_BYTES = 1 << 30
+FETCHES, TRIES = 16, 3
 
 
 class Source(NamedTuple):
@@ -207,31 +208,29 @@ def _alone(work: Callable, item, crashed) -> list:
             return [crashed]
 
 
-def read_all(sources: list[Source]) -> list[bytes | BadImage]:
+def read_all(sources: list[Source]) -> Iterator[bytes | BadImage]:
     """The bytes of each source, or why they cannot be had; remote ones are fetched together."""
-    urls = [source.url for source in sources if source.is_remote]
+    urls = list(dict.fromkeys(source.url for source in sources if source.is_remote))
     fetched = _fetch(urls) if urls else {}
-    return [fetched[source.url] if source.is_remote else read_local(source) for source in sources]
+    return (fetched[source.url] if source.is_remote else read_local(source) for source in sources)
 
 
-def _fetch(urls: list[str], tries: int = 3) -> dict[str, bytes | BadImage]:
+def _fetch(urls: list[str]) -> dict[str, bytes | BadImage]:
     files = remote(urls[0])
     found: dict[str, bytes | BadImage] = {}
-    for attempt in range(tries):
-        wanted = [url for url in urls if url not in found]
-        if not wanted:
-            break
-        time.sleep(attempt)  # a server that was busy is given a second, then two
-        answers = files.cat(wanted, on_error="return")
-        names = {files._strip_protocol(url): url for url in wanted}
-        for name, answer in answers.items():
-            url = names.get(name, name)
-            if isinstance(answer, bytes):
-                found[url] = answer
-            elif isinstance(answer, FileNotFoundError):
-                found[url] = BadImage("missing file", url)
-            elif attempt == tries - 1:
-                found[url] = BadImage("unreadable file", f"{url}: {type(answer).__name__}: {answer}")
+    with ThreadPoolExecutor(FETCHES) as pool:
+        for attempt in range(TRIES):
+            time.sleep(attempt)  # a server that was busy is given a second, then two
+            for url, answer in [(url, pool.submit(files.cat_file, url)) for url in urls if url not in found]:
+                error = answer.exception()
+                if error is None:
+                    found[url] = answer.result()
+                elif isinstance(error, FileNotFoundError):
+                    found[url] = BadImage("missing file", url)
+                elif attempt == TRIES - 1:
+                    found[url] = BadImage("unreadable file", f"{url}: {type(error).__name__}: {error}")
+            if len(found) == len(urls):
+                break
     return found
 
 

@@ -27,6 +27,8 @@ from data_prep.progress import progress
 
 FORMAT = 2
 _TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8s1s100s8s247x")
+_REST_OF_SUM = sum(b"00004440000000000000000000000000        0ustar\x0000")  # all but name and size
+as_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 INDEX_COLUMNS = ["key", "group", "image_offset", "image_size", "json_offset", "json_size", "txt_offset", "txt_size"]
 
 
@@ -58,7 +60,7 @@ def write_shard(path: Path, members: Iterable[Member]) -> dict:
     places, sha256, end = [], hashlib.sha256(), 0
     with atomic_file(path) as partial, open(partial, "wb") as file:
         for member in members:
-            meta = json.dumps(member.meta, sort_keys=True, ensure_ascii=False).encode()
+            meta = as_json(member.meta).encode()
             row = [member.key, member.group]
             for extension, data in ((member.extension, member.image), ("json", meta), ("txt", member.captions[0].encode())):
                 row += [end + 512, len(data)]
@@ -108,9 +110,9 @@ def _tar_header(name: str, size: int) -> bytes:
     """
     assert len(name) <= 100, name
     assert size < 8**11, size
-    fields = (name.encode(), b"0000444", b"0000000", b"0000000", b"%011o" % size, b"00000000000", b" " * 8, b"0", b"", b"ustar\x0000")
-    block = _TAR_FIELDS.pack(*fields)
-    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+    said, octal = name.encode(), b"%011o" % size
+    checksum = b"%06o\0 " % (_REST_OF_SUM + sum(said) + sum(octal))
+    return _TAR_FIELDS.pack(said, b"0000444", b"0000000", b"0000000", octal, b"00000000000", checksum, b"0", b"", b"ustar\x0000")
 
 
 def sha256_of(path: Path) -> str:

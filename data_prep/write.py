@@ -14,7 +14,7 @@ from data_prep.plan import Image, Plan
 from data_prep.progress import progress
 from data_prep.report import write_json
 from data_prep.scan import Source, in_order, read_local
-from data_prep.shards import Member, sha256_of, shard_entry, write_index, write_shard
+from data_prep.shards import Member, as_json, sha256_of, shard_entry, write_index, write_shard
 from data_prep.split import SPLITS
 
 
@@ -97,7 +97,7 @@ def index_in_place(folder: Path, out: Path, plan: Plan, begun: dict) -> dict:
     for at, tar in enumerate(progress(tars, desc="writing indexes", unit="tar", delay=2)):
         rows, metas = {split: [] for split in SPLITS}, {split: bytearray() for split in SPLITS}
         for image in plan.images(held=at):
-            meta = json.dumps(_sample(image, None)[2].meta, sort_keys=True, ensure_ascii=False).encode()
+            meta = as_json(_sample(image, None)[2].meta).encode()
             rows[image.split].append([image.key, image.group, image.at, image.size, len(metas[image.split]), len(meta), 0, 0])
             metas[image.split] += meta + b"\n"
             splits[image.split]["captions"] += len(image.captions)

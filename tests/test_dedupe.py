@@ -80,7 +80,7 @@ def test_groups_equal_brute_force():
     assert united(images)[0] == {frozenset(np.flatnonzero(row) + 1) for row in related}
 
 
-def test_leaks_equal_brute_force(tmp_path, monkeypatch):
+def test_candidates_equal_brute_force(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     looks = rng.integers(0, 256, (60, 32), dtype=np.uint8)
     looks = looks[rng.integers(0, 60, 400)]
@@ -100,9 +100,32 @@ def test_leaks_equal_brute_force(tmp_path, monkeypatch):
         table = Looks(tmp_path / "looks")
         for number in range(400):
             table.add(np.packbits(bits[number]).tobytes(), number, int(splits[number]))
-        found = list(table.leaks())
+        found = list(table.candidates())
         assert len(found) == len(set(found))
         assert set(found) == expected
+
+
+def test_a_given_split_wins_and_what_contradicts_it_is_named(tmp_path):
+    """A split column: groups follow their members; images of one group with two given splits: the first row's wins."""
+    rng = np.random.default_rng(0)
+    lines = ["image,caption,group,split"]
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(png(Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))))
+    given = ["test", "", "val", "dev", "train", "Test", "train", "val", "", "train"]
+    lines += [f"{number}.png,c{number},g{number // 2},{split}" for number, split in enumerate(given * 2)]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    read = Reading(group_column="group", split_column="split")
+    report = build([str(tmp_path / "a.csv")], tmp_path / "out", read, Checking(max_rejects=1), work=Work(1))
+    found = {}
+    for name in SPLITS:
+        shards = Shards(tmp_path / "out", name)
+        found |= {int(shards.read(number).meta["image"][:-4]): name for number in range(len(shards))}
+    assert report["reasons"] == {"conflicting splits": 4}
+    for start in (0, 10):
+        expected = {0: "test", 1: "test", 2: "val", 3: "val", 4: "train", 6: "train", 8: "train", 9: "train"}
+        assert {number: split for number, split in found.items() if start <= number < start + 10} == {
+            start + number: split for number, split in expected.items()
+        }
 
 
 def test_leaks_are_listed_or_dropped(tmp_path):

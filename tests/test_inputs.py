@@ -254,6 +254,7 @@ def test_tars_of_others_are_an_input_and_refused_where_they_lie(tmp_path):
         ("/etc/evil.txt", b"absolute"),
         ("link.png", "/etc/passwd"),
         ("link.txt", b"a link"),
+        ("caf\udce9/../x.png", members[0][1]),
         ("text.txt", b"no image"),
         ("000000000.cls", b"1"),  # back again: not adjacent
         ("Cancel_20.5.png", members[3][1]),
@@ -263,13 +264,13 @@ def test_tars_of_others_are_an_input_and_refused_where_they_lie(tmp_path):
     path = tar_of(tmp_path / "00000.tar", members)
     report = build([path], tmp_path / "out", check=Checking(max_rejects=0.9), work=Work(1))
     assert report["reasons"] == {
-        "path outside of the tar": 2,
+        "path outside of the tar": 3,
         "not a regular file": 1,
         "no image in the sample": 1,
         "members not adjacent": 1,
         "empty caption": 1,
     }
-    assert report["rows"] == report["records"] + 6 == 15
+    assert report["rows"] == report["records"] + 7 == 16
     assert "../../escape" in (tmp_path / "out" / "rejects.csv").read_text()
     assert not (tmp_path / "escape.png").exists()
     found = pictures(tmp_path / "out")
@@ -310,13 +311,16 @@ def test_remote_images_and_inputs(served, tmp_path):
     (folder / "3.png").rename(folder / "busy.png")
     text = path.read_text().replace("3.png", "busy.png")
     build([str(write(folder, text, name="local.csv"))], tmp_path / "local", work=Work(1))
-    rows = text + f"{url}/5.png,absolute,\nnone.png,x,\n../secret.png,x,\n%2e%2e/secret.png,x,\nhttp://example.invalid/a.png,x,\n"
+    rows = (
+        text
+        + f"{url}/5.png,absolute,\nnone.png,x,\n../secret.png,x,\n%2e%2e/secret.png,x,\nhttp://example.invalid/a.png,x,\n{url}.invalid/a.png,x,\n"
+    )
     for name, images, processes in (("a", url, 1), ("b", url + "/", 2)):
         write(folder, rows, name="remote.csv")
         check = Checking(max_rejects=0.9)
         report = build([f"{url}/remote.csv"], tmp_path / name, Reading(images=images), check, work=Work(processes))
-        assert report["reasons"] == {"outside of the images folder": 3, "missing file": 1}
-        assert (report["rows"], report["images"]) == (17, 12)
+        assert report["reasons"] == {"outside of the images folder": 4, "missing file": 1}
+        assert (report["rows"], report["images"]) == (18, 12)
         found, expected = pictures(tmp_path / name), pictures(tmp_path / "local")
         assert found.keys() == expected.keys()
         assert sum(len(captions) for captions in found.values()) == 13
