@@ -11,7 +11,7 @@ import struct
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
@@ -25,9 +25,10 @@ STYLES = {"filled", "fill", "outline", "outlined", "solid", "regular", "line", "
 
 LEAK_BITS = 7  # of 256: up to this many may differ between the looks of two images that are then compared by their pixels
 LEAK_DIFFERENCE = 0.05  # of images.difference: up to this, two images are called near-identical
+LEAK_EDGE = 16  # of 255; and the mean colors of their upper edges
 BANDS = 8  # 7 differing bits cannot touch all of 8 bands, so near-identical images agree in one
 RARE = 200  # images that agree in a band, at most, to be compared one by one
-SLICE = 2_000_000
+SLICE = 500_000  # images whose looks are sorted at once
 
 
 def normal_caption(caption: str) -> str:
@@ -82,24 +83,26 @@ def unite(db: sqlite3.Connection, rows: int, without: set[int]) -> tuple[Groups,
     groups, common = Groups(rows), dict.fromkeys(LIMITED.values(), 0)
     cursor = db.cursor().execute("SELECT link, ordinal FROM links ORDER BY link, ordinal")
     for link, found in groupby(cursor, itemgetter(0)):
-        members = [ordinal for _, ordinal in found if ordinal not in without]
-        if len(members) < 2:
-            continue
-        if link & 3 in LIMITED and len(members) > MAX_SHARERS:
-            common[LIMITED[link & 3]] += 1
-            continue
-        for member in members[1:]:
-            groups.join(members[0], member)
+        members = (ordinal for _, ordinal in found if ordinal not in without)
+        if link & 3 in LIMITED:
+            members = list(islice(members, MAX_SHARERS + 1))
+            if len(members) > MAX_SHARERS:
+                common[LIMITED[link & 3]] += 1
+                continue
+            members = iter(members)
+        first = next(members, 0)
+        for member in members:
+            groups.join(first, member)
     return groups, common
 
 
 class Looks:
-    """The 256-bit looks of all images, in a file; finds the candidates for near-identical ones in different splits.
+    """The looks of all images, in a file; finds the candidates for near-identical ones in different splits.
 
     Memory: five bytes per image, and what one slice of the images takes.
     """
 
-    RECORD = np.dtype([("look", "u1", (4, BANDS)), ("ordinal", "<i4"), ("split", "u1")])
+    RECORD = np.dtype([("look", "u1", (4, BANDS)), ("edge", "u1", 3), ("ordinal", "<i4"), ("split", "u1")])
 
     def __init__(self, path: Path):
         self.path, self._pending = path, []
@@ -123,10 +126,11 @@ class Looks:
         for band in range(BANDS):
             values = self._column(lambda records: np.ascontiguousarray(records["look"][:, :, band]).view("<u4").ravel())  # noqa: B023
             for part in range(slices):
-                chosen = np.flatnonzero(values % slices == part) if slices > 1 else np.arange(len(values))
+                chosen = np.flatnonzero(values % slices == part)
                 order = chosen[np.argsort(values[chosen], kind="stable")]
-                for members in _mixed_runs(values[order], splits[order], order):
-                    yield from self._pairs(members, band)
+                for members in _runs(values[order], order):
+                    if (splits[members] != splits[members[0]]).any():
+                        yield from self._pairs(members, band)
 
     def _column(self, of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """One column of all records; read in blocks, because a mapped file would count as memory."""
@@ -144,17 +148,16 @@ class Looks:
         a, b = np.nonzero(records["split"][:, None] < records["split"][None, :])
         differing = np.bitwise_count(bits[a] ^ bits[b]).sum((1, 2))
         first = (bits[a] == bits[b]).all(1).argmax(1)  # a pair that agrees in several bands is told in the first of them
-        for at in np.flatnonzero((differing <= LEAK_BITS) & (first == band)):
+        edges = records["edge"].astype(np.int16)
+        near = np.abs(edges[a] - edges[b]).max(1, initial=0) <= LEAK_EDGE
+        for at in np.flatnonzero((differing <= LEAK_BITS) & (first == band) & near):
             yield int(records["ordinal"][a[at]]), int(records["ordinal"][b[at]]), int(differing[at])
 
 
-def _mixed_runs(values: np.ndarray, splits: np.ndarray, numbers: np.ndarray) -> Iterator[np.ndarray]:
-    """The numbers of each run of equal (sorted) values that is of several splits, and not of too many."""
-    if not len(values):
-        return
-    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
-    ends = np.r_[starts[1:], len(values)]
-    changes = np.r_[0, np.cumsum(splits[1:] != splits[:-1])]
-    worth = (ends - starts >= 2) & (ends - starts <= RARE) & (changes[ends - 1] != changes[starts])
-    for start, end in zip(starts[worth], ends[worth], strict=True):
-        yield numbers[start:end]
+def _runs(values: np.ndarray, numbers: np.ndarray) -> Iterator[np.ndarray]:
+    """The numbers of each run of equal (sorted) values, where it is not of one or of too many."""
+    same = np.flatnonzero(values[1:] == values[:-1])  # few: this is what keeps the arrays below small
+    breaks = np.flatnonzero(np.diff(same) != 1)
+    for start, end in zip(np.r_[0, breaks + 1], np.r_[breaks, len(same) - 1], strict=True):
+        if len(same) and end - start + 2 <= RARE:
+            yield numbers[same[start] : same[end] + 2]

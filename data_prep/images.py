@@ -49,7 +49,7 @@ class CheckedImage:
     height: int
     content: bytes  # xxh3 of the bytes that go into the shard
     pixels: bytes  # equal for equal pixels, however they were stored
-    look: bytes  # 256 bits, few of which differ between near-identical images; empty where nothing was decoded
+    look: bytes  # 256 bits and a color, that differ little between near-identical images; empty where nothing was decoded
     fixes: tuple[str, ...]  # what had to be put right, for the report
     data: bytes | None  # the new file where something had to change, else None
 
@@ -240,16 +240,19 @@ def _encode(pixels: np.ndarray, encode: str) -> tuple[str, bytes]:
 
 
 def _look(pixels: np.ndarray) -> bytes | None:
-    """256 bits: in a thumbnail, whether each cell is brighter than its right neighbor (dHash). None if one color.
+    """256 bits: in a thumbnail, whether each cell is brighter than its right neighbor (dHash); and the upper edge's mean color.
 
     It finds candidates for near-identical images, and has to be quick: green alone, and of large images not every pixel.
+    None if the image is of one color.
     """
     step = max(1, min(pixels.shape[:2]) // 64)
     sampled = np.ascontiguousarray(pixels[::step, ::step, 1])
     cells = np.asarray(Image.fromarray(sampled).resize((LOOK_PX + 1, LOOK_PX), Image.BOX), dtype=np.int16)
     if cells.min() == cells.max() and (pixels == pixels[0, 0]).all():
         return None
-    return np.packbits(cells[:, :-1] > cells[:, 1:] + 2).tobytes()  # a difference of two levels is noise of the encoder
+    edge = pixels[0].sum(0) // pixels.shape[1]
+    # A difference of two levels is noise of the encoder.
+    return np.packbits(cells[:, :-1] > cells[:, 1:] + 2).tobytes() + bytes(edge.tolist())
 
 
 def small(data: bytes) -> np.ndarray:

@@ -177,7 +177,8 @@ class Plan:
                 looks.add(look, ordinal, self._codes[self.groups.first(ordinal)])
         self.db.execute("BEGIN")
         for a, b, _ in progress(looks.candidates(), desc="comparing look-alikes", unit="pair", delay=2):
-            if (found := difference(self._small(a), self._small(b))) <= LEAK_DIFFERENCE:
+            one, other = self._small(a), self._small(b)
+            if one is not None and other is not None and (found := difference(one, other)) <= LEAK_DIFFERENCE:
                 self.db.execute("INSERT INTO leaks VALUES (?, ?, ?)", (a, b, found))
         self.db.execute("COMMIT")
         self._small.cache_clear()
@@ -185,11 +186,11 @@ class Plan:
             for (ordinal,) in self.db.execute("SELECT DISTINCT a FROM leaks").fetchall():
                 self._reject(ordinal, "near-identical to held-out", "its twin is in a later split; see leaks.csv")
 
-    def _shrunk(self, ordinal: int) -> np.ndarray:
+    def _shrunk(self, ordinal: int) -> np.ndarray | None:
         part, key, _ = self.image_of(ordinal)
         image = Picture(key, *part.db.execute("SELECT image, held, at, size FROM pictures WHERE key = ?", (key,)).fetchone())
         data = read_local(self.place(part, image))
-        return np.zeros((32, 32, 3), np.uint8) if isinstance(data, BadImage) else small(data)
+        return None if isinstance(data, BadImage) else small(data)  # gone by now: the writer will name it
 
     def close(self) -> None:
         self.db.close()

@@ -19,3 +19,16 @@ def test_bench_prints_a_table_and_one_line_of_json(icon_shards):
     assert values["pairs_per_s"] * values["step_s"] == pytest.approx(16)
     too_large = call_here(train.bench.main, "train/recipes/demo.yaml", "--data", icon_shards, "--batch", 999)
     assert_mistake(too_large, "fewer than one batch")
+
+
+def test_the_harnesses_of_data_prep_run(tmp_path):
+    result = call("benchmarks.planner", "--rows", 2000, "--folder", tmp_path)
+    assert [line.split("|")[3].strip() for line in result.stdout.splitlines()[2:]] == [
+        "imports alone",
+        "reading rows",
+        "keeping made-up results",
+        "plan, images, report",
+    ]
+    options = ["--icons", 20, "--photos", 4, "--folder", tmp_path, "--only"]
+    for only in ("ours", "GNU tar"):
+        assert f"| {only}" in call("benchmarks.data_prep", *options, only).stdout

@@ -8,7 +8,7 @@ from conftest import png
 from PIL import Image
 
 from data_prep.build import Checking, Reading, Splitting, Work, build
-from data_prep.dedupe import LEAK_BITS, Looks, base_name, links, normal_caption, unite
+from data_prep.dedupe import LEAK_BITS, LEAK_EDGE, Looks, base_name, links, normal_caption, unite
 from data_prep.shards import Shards
 from data_prep.split import SPLITS
 
@@ -87,19 +87,19 @@ def test_candidates_equal_brute_force(tmp_path, monkeypatch):
     bits = np.unpackbits(looks, axis=1)
     for row in bits:
         row[rng.integers(0, 256, rng.integers(0, 7))] ^= 1
-    splits = rng.integers(1, 4, 400)
+    splits, edges = rng.integers(1, 4, 400), rng.choice([10, 20, 30], (400, 3))
     expected = set()
     for a in range(400):
         for b in range(400):
             differing = int((bits[a] != bits[b]).sum())
-            if splits[a] < splits[b] and differing <= LEAK_BITS:
+            if splits[a] < splits[b] and differing <= LEAK_BITS and np.abs(edges[a] - edges[b]).max() <= LEAK_EDGE:
                 expected.add((a, b, differing))
-    assert len(expected) > 200
+    assert len(expected) > 100
     for size in (2_000_000, 100):
         monkeypatch.setattr("data_prep.dedupe.SLICE", size)
         table = Looks(tmp_path / "looks")
         for number in range(400):
-            table.add(np.packbits(bits[number]).tobytes(), number, int(splits[number]))
+            table.add(np.packbits(bits[number]).tobytes() + bytes(edges[number].tolist()), number, int(splits[number]))
         found = list(table.candidates())
         assert len(found) == len(set(found))
         assert set(found) == expected
