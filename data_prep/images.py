@@ -4,6 +4,8 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +83,8 @@ def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:
         if plain is not None:
             pixels, extension, fixes, changed = plain, "png" if data.startswith(PNG_SIGNATURE) else "jpg", [], False
         else:
-            pixels, extension, fixes, changed = _any(data, rules)
+            with _quiet():
+                pixels, extension, fixes, changed = _any(data, rules)
     except DAMAGE as error:
         raise BadImage("damaged image", str(error)) from None
     if rules.resize_px and min(pixels.shape[:2]) > rules.resize_px:
@@ -172,16 +175,26 @@ def _plain_jpeg(data: bytes, rules: Rules) -> np.ndarray | None:
     except ValueError as error:
         reason = "truncated image" if "premature end" in str(error).lower() else "damaged image"
         raise BadImage(reason, str(error)) from None
-    if colorspace != "RGB" or (b"Exif" in data[:65536] and _open(data, rules).getexif().get(0x0112, 1) != 1):
+    if colorspace != "RGB":
         return None
+    if b"Exif" in data[:65536]:
+        with _quiet():
+            if _open(data, rules).getexif().get(0x0112, 1) != 1:
+                return None
     return pixels
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings: damage is ours to name, and max_pixels decides what a bomb is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _open(data: bytes, rules: Rules) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise BadImage("empty file" if not data else "not an image") from None
     except Image.DecompressionBombError:
