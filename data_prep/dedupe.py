@@ -121,24 +121,25 @@ class Looks:
     def candidates(self) -> Iterator[tuple[int, int, int]]:
         """(ordinal, ordinal, differing bits): images of like looks, the first of an earlier split (train, val, test)."""
         self._flush()
-        splits = self._column(lambda records: records["split"])
+        splits = self._column(np.dtype("u1"), lambda records: records["split"])
         slices = 1 + len(splits) // SLICE
         for band in range(BANDS):
-            values = self._column(lambda records: np.ascontiguousarray(records["look"][:, :, band]).view("<u4").ravel())  # noqa: B023
+            values = self._column(np.dtype("<u4"), lambda records: np.ascontiguousarray(records["look"][:, :, band]).view("<u4").ravel())  # noqa: B023
             for part in range(slices):
-                chosen = np.flatnonzero(values % slices == part)
+                chosen = np.flatnonzero(values.view("u1")[::4] % slices == part).astype(np.int32)
                 order = chosen[np.argsort(values[chosen], kind="stable")]
                 for members in _runs(values[order], order):
                     if (splits[members] != splits[members[0]]).any():
                         yield from self._pairs(members, band)
 
-    def _column(self, of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def _column(self, dtype: np.dtype, of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """One column of all records; read in blocks, because a mapped file would count as memory."""
-        found = []
+        column, at = np.empty(self.path.stat().st_size // self.RECORD.itemsize, dtype), 0
         with open(self.path, "rb") as file:
-            while len(records := np.fromfile(file, self.RECORD, 100_000)):
-                found.append(of(records).copy())
-        return np.concatenate(found) if found else np.zeros(0, "u4")
+            while len(records := np.fromfile(file, self.RECORD, 50_000)):
+                column[at : at + len(records)] = of(records)
+                at += len(records)
+        return column
 
     def _pairs(self, members: np.ndarray, band: int) -> Iterator[tuple[int, int, int]]:
         with open(self.path, "rb") as file:

@@ -222,6 +222,11 @@ class Plan:
         """The split of the image whose first row is `ordinal`."""
         return SPLITS[self._codes[self.groups.first(ordinal)] - 1]
 
+    @property
+    def codes(self) -> np.ndarray:
+        """uint8 [rows + 1], by the first row of a group: 1 + the number of its split in SPLITS."""
+        return np.frombuffer(self._codes, np.uint8)
+
     def leaks(self, most: int = -1) -> list[tuple[int, int, float]]:
         """(ordinal, ordinal, difference) of near-identical images in different splits, the most alike first."""
         return self.db.execute("SELECT a, b, difference FROM leaks ORDER BY difference, a, b LIMIT ?", (most,)).fetchall()

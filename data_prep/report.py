@@ -32,7 +32,8 @@ def summarize(plan: Plan) -> dict:
             lengths[10 * (len(caption) // 10)] += 1
         if image.fixes:
             fixes.update(image.fixes.split("\n"))
-    groups = Counter(plan.split_of(first) for first in np.flatnonzero(members).tolist())
+    of_groups = np.bincount(plan.codes[members > 0], minlength=1 + len(SPLITS))
+    groups = {split: int(of_groups[1 + at]) for at, split in enumerate(SPLITS)}
     records, rejects = sum(captions.values()), sum(reasons.values())
     assert records + rejects == plan.rows, (records, rejects, plan.rows)
     unread = {ordinal for (ordinal,) in plan.db.execute("SELECT ordinal FROM rejects")}
