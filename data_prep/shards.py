@@ -164,10 +164,14 @@ class Shards:
         meta = json.loads(self._bytes(entry.get("json", entry["file"]), json_offset, json_size))
         return Sample(self.key(number), self._bytes(entry["file"], image_offset, image_size), meta["captions"], meta)
 
+    def meta(self, number: int) -> dict:
+        """KEY.json of sample `number`, without reading its image."""
+        entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
+        return json.loads(self._bytes(entry.get("json", entry["file"]), *self._places[number, 2:].tolist()))
+
     def captions(self, number: int) -> list[str]:
         """The captions of sample `number`, without reading its image."""
-        entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
-        return json.loads(self._bytes(entry.get("json", entry["file"]), *self._places[number, 2:].tolist()))["captions"]
+        return self.meta(number)["captions"]
 
     def _bytes(self, file: str, offset: int, size: int) -> bytes:
         if file not in self._files:

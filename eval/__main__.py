@@ -21,7 +21,7 @@ from eval.embed import embed, embed_images
 from eval.leaks import leaks as leaks_of
 from eval.leaks import nearest, write_leaks
 from eval.page import write_page
-from eval.retrieval import read_json, score, table, write_json
+from eval.retrieval import Queries, differences, examine, queries_file, read_json, table, write_json
 from train.model import Clip, load
 from train.world import World, joined_world
 
@@ -37,14 +37,14 @@ def retrieval(
     workers: int = 2,
     precision: Literal["bf16", "fp32"] = "fp32",
 ) -> None:
-    """R@1, 5, 10, mean and median rank, image to text and text to image, by group and by instance.
+    """R@1, 5, 10, ranks, MRR, mAP and nDCG@10 with 95 % intervals: image to text, text to image, image to image.
 
     Args:
         model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder.
         data: Folder of shards.
         split: train, val or test.
         json: File to write the result to.
-        against: A result of another model on the same data, to print beside this one.
+        against: A result of another model on the same data, to print beside this one, with paired differences.
         page: HTML file to write: the table, and for some captions the pictures that they find.
         batch: Images embedded at once.
         workers: Processes that read images; 0 reads them in this one.
@@ -55,11 +55,16 @@ def retrieval(
         clip.towers.bf16 = precision == "bf16"
         clip.towers.to(world.device)
         embedded = embed(clip, shards, world, batch, workers)
-        result = {"model": model, "data": f"{data}, {split}", **score(embedded, shards.groups, world)}
+        found, queries = examine(embedded, shards.groups, world)
+        names = {"weights_sha256": clip.fingerprint(), "data": f"{data}, {split}", "data_sha256": shards.fingerprint}
+        result = {"model": model, **names, **found}
         if world.is_first:
+            if against and queries_file(against).is_file():
+                result["differences"] = differences(Queries.load(queries_file(against)), queries)
             print(table(result, other))
             if json:
                 write_json(json, result)
+                queries.save(queries_file(json))
             if page:
                 write_page(page, embedded, shards, model, table(result, other))
                 print(f"pictures of what it finds: {page}")
@@ -106,8 +111,9 @@ def prepare(model: str, data: Path, split: str, against: Path | None, world: Wor
     shards = Shards(data, split)
     shards.verify(world.rank, world.world_size)
     other = read_json(against) if against else None
-    if other and other["n_images"] != len(shards):
-        raise UserError(f"{against}: made on {other['n_images']} images, {data} has {len(shards)} in {split}; compare on the same data")
+    if other and (other["n_images"], other.get("data_sha256")) != (len(shards), shards.fingerprint):
+        made = f"{other.get('data')}, {other['n_images']} images"
+        raise UserError(f"{against}: made on other data ({made}) than {data}, {split}; compare on the same data")
     return shards, other, load(model)
 
 

@@ -1,8 +1,8 @@
 """Retrieval metrics from features, by counting: no matrix of all images by all texts is ever held.
 
 The definition: text queries are the distinct captions. What is relevant to a query is every member of its group; a
-query's rank is 1 + the number of irrelevant items that score at least as high as its best relevant one. R@k is the
-share of queries with a rank of k or better.
+query's rank is 1 + the number of irrelevant items above its best relevant one, where items whose scores are within
+TIE stand in any order with equal chance. R@k is the share of queries with a rank of k or better: the hit rate.
 
     scores tile [rows, texts] = image_features[rows] @ text_features.T      one fp32 product for both directions
 """
@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from data_prep.errors import NotFinite
+from eval.measures import KS, expected_hit, expected_rank, expected_reciprocal_rank
 from train.world import World
 
 # The same product differs by up to 5e-7 between tile shapes; scores closer than this are tied.
 TIE = 1e-6
-KS = (1, 5, 10)
+TILE = 8_000_000  # scores held at once: 32 MB
 
 
 class Relevance:
@@ -46,6 +47,11 @@ class Relevance:
         """The instance definition of model cards: text i belongs to image i, and to no other."""
         return cls(np.arange(n), np.arange(n), np.arange(n))
 
+    def all_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 images and texts of every relevant pair, sorted by image."""
+        rows, columns = self.pairs(0, self.n_images)
+        return rows.numpy(), columns.numpy()
+
     def pairs(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 rows (from 0 at `start`) and columns of the relevant entries in the tile of images start to stop."""
         counts = self.texts_per_image[start:stop]
@@ -57,23 +63,34 @@ class Relevance:
 
 @dataclass(frozen=True)
 class Ranks:
-    """1-based ranks of one direction, int64 [queries]: with ties counted against the query, and for it."""
+    """Counts of one direction, int64 [queries]; see eval.measures for what becomes of them."""
 
-    pessimistic: np.ndarray
-    optimistic: np.ndarray
+    above: np.ndarray  # irrelevant items clearly above the best relevant one
+    tied: np.ndarray  # irrelevant items tied with it
+    matching: np.ndarray  # relevant items tied with it, itself included
+
+    @property
+    def pessimistic(self) -> np.ndarray:
+        """1-based ranks with ties counted against the query."""
+        return 1 + self.above + self.tied
+
+    @property
+    def optimistic(self) -> np.ndarray:
+        """1-based ranks with ties counted for the query."""
+        return 1 + self.above
 
 
 def ranks(
-    image_features: torch.Tensor, text_features: torch.Tensor, relevance: Relevance, world: World | None = None, tile: int = 1024
+    image_features: torch.Tensor, text_features: torch.Tensor, relevance: Relevance, world: World | None = None, tile: int = 0
 ) -> tuple[Ranks, Ranks]:
     """Ranks image_to_text and text_to_image.
 
     Args:
         image_features: fp32 [n_images, d], L2-normed, all of them on every rank; texts likewise.
         world: its ranks share the tiles, and all get the result.
-        tile: images scored at once.
+        tile: images scored at once; 0 is as many as keep memory small.
     """
-    world = world or World()
+    world, tile = world or World(), tile or max(1, TILE // len(text_features))
     n_images, n_texts = len(image_features), len(text_features)
     assert (n_images, n_texts) == (relevance.n_images, relevance.n_texts), (n_images, n_texts, relevance.n_images, relevance.n_texts)
     tiles = [(start, min(start + tile, n_images)) for start in range(0, n_images, tile)][world.rank :: world.world_size]
@@ -92,9 +109,9 @@ def ranks(
     world.max(best_of_image)
     world.max(best_of_text)
 
-    # Counts of irrelevant items at or above, and clearly above, each query's best.
-    image_counts = torch.zeros(2, n_images, dtype=torch.int64, device=device)
-    text_counts = torch.zeros(2, n_texts, dtype=torch.int64, device=device)
+    # Counts of irrelevant items at or above, and clearly above, each query's best; and of relevant ones at it.
+    image_counts = torch.zeros(3, n_images, dtype=torch.int64, device=device)
+    text_counts = torch.zeros(3, n_texts, dtype=torch.int64, device=device)
     for start, stop in tiles:
         scores = image_features[start:stop] @ text_features.T
         row, column = (index.to(device) for index in relevance.pairs(start, stop))
@@ -102,22 +119,96 @@ def ranks(
         for which, tie in enumerate((-TIE, TIE)):
             image_bar, text_bar = best_of_image[start:stop] + tie, best_of_text + tie
             image_counts[which, start:stop] = (scores >= image_bar[:, None]).sum(1)
-            image_counts[which, start:stop].index_add_(0, row, -(relevant >= image_bar[row]).long())
+            image_counts[which, start:stop].index_add_(0, row, -(matches_image := (relevant >= image_bar[row]).long()))
             text_counts[which] += (scores >= text_bar).sum(0)
-            text_counts[which].index_add_(0, column, -(relevant >= text_bar[column]).long())
-    pessimistic_image, optimistic_image = (world.sum(image_counts) + 1).cpu().numpy()
-    pessimistic_text, optimistic_text = (world.sum(text_counts) + 1).cpu().numpy()
-    return Ranks(pessimistic_image, optimistic_image), Ranks(pessimistic_text, optimistic_text)
+            text_counts[which].index_add_(0, column, -(matches_text := (relevant >= text_bar[column]).long()))
+            if not which:
+                image_counts[2, start:stop].index_add_(0, row, matches_image)
+                text_counts[2].index_add_(0, column, matches_text)
+    return _ranks(world.sum(image_counts)), _ranks(world.sum(text_counts))
+
+
+def _ranks(counts: torch.Tensor) -> Ranks:
+    at_or_above, above, matching = counts.cpu().numpy()
+    return Ranks(above, at_or_above - above, np.maximum(matching, 1))
+
+
+def positions(
+    queries: torch.Tensor,
+    gallery: torch.Tensor,
+    query_of: np.ndarray,
+    item_of: np.ndarray,
+    world: World | None = None,
+    without_self: bool = False,
+    tile: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where every relevant item of every query stands: what eval.measures.set_measures wants.
+
+    Args:
+        queries: fp32 [queries, d], L2-normed, all of them on every rank; the gallery [items, d] likewise.
+        query_of, item_of: int64 [pairs], sorted by query: the relevant items.
+        without_self: queries and gallery are the same, and nothing counts as its own neighbor.
+
+    Returns:
+        int64 [pairs] each: items more than TIE above the relevant one, and items within TIE of it, itself included.
+    """
+    world, tile = world or World(), tile or max(1, TILE // len(gallery))
+    counts = torch.zeros(2, len(query_of), dtype=torch.int64, device=queries.device)
+    relevant = np.bincount(query_of, minlength=len(queries))
+    starts = np.cumsum(relevant) - relevant
+    for start in range(0, len(queries), tile)[world.rank :: world.world_size]:
+        stop = min(start + tile, len(queries))
+        scores = queries[start:stop] @ gallery.T
+        if without_self:
+            scores[torch.arange(stop - start), torch.arange(start, stop)] = -torch.inf
+        for nth in range(relevant[start:stop].max(initial=0)):  # the nth relevant item of each query that has as many
+            rows = np.flatnonzero(relevant[start:stop] > nth)
+            pairs = starts[start + rows] + nth
+            at = torch.from_numpy(rows).to(scores.device)
+            some = scores if len(rows) == len(scores) else scores[at]
+            bar = scores[at, torch.from_numpy(item_of[pairs]).to(scores.device)][:, None]
+            above, at_or_above = (some > bar + TIE).sum(1), (some >= bar - TIE).sum(1)
+            counts[:, torch.from_numpy(pairs).to(counts.device)] = torch.stack([above, at_or_above - above])
+    above, tied = world.sum(counts).cpu().numpy()
+    return above, tied
+
+
+def first_of(above: np.ndarray, tied: np.ndarray, query_of: np.ndarray, n_queries: int) -> Ranks:
+    """The Ranks of each query, from the `positions` of all its relevant items."""
+    best = np.full(n_queries, np.iinfo(np.int64).max)
+    np.minimum.at(best, query_of, above)
+    at_best = above == best[query_of]
+    matching = np.bincount(query_of[at_best], minlength=n_queries)
+    items = np.zeros(n_queries, np.int64)
+    np.maximum.at(items, query_of[at_best], tied[at_best])
+    assert matching.min() > 0, "a query without a relevant item"
+    return Ranks(best, np.maximum(items - matching, 0), matching)
+
+
+def query_values(found: Ranks) -> dict[str, np.ndarray]:
+    """What each query scores, float [queries] each: R@1, R@5, R@10, rank, reciprocal_rank, with ties in expectation."""
+    counts = found.above, found.tied, found.matching
+    return {
+        **{f"R@{k}": expected_hit(*counts, k) for k in KS},
+        "rank": expected_rank(*counts),
+        "reciprocal_rank": expected_reciprocal_rank(*counts),
+    }
 
 
 def summarize(found: Ranks) -> dict[str, float]:
-    """R@k as fractions, mean and median rank, ties counted against the model; and the share of queries that tie."""
-    rank = found.pessimistic
+    """R@k as fractions, mean and median rank and MRR, ties in expectation.
+
+    `tied` is the share of queries that tie with an irrelevant item; `R@1_gap` is how much R@1 would fall if ties went
+    against the model, plus what it would rise if they went for it.
+    """
+    values = query_values(found)
     return {
-        **{f"R@{k}": float((rank <= k).mean()) for k in KS},
-        "mean_rank": float(rank.mean()),
-        "median_rank": float(np.median(rank)),
-        "tied": float((found.pessimistic != found.optimistic).mean()),
+        **{f"R@{k}": float(values[f"R@{k}"].mean()) for k in KS},
+        "mean_rank": float(values["rank"].mean()),
+        "median_rank": float(np.median(values["rank"])),
+        "MRR": float(values["reciprocal_rank"].mean()),
+        "tied": float((found.tied > 0).mean()),
+        "R@1_gap": float((found.optimistic == 1).mean() - (found.pessimistic == 1).mean()),
     }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data_prep.errors import NotFinite
+from eval.measures import ceiling
 from eval.metrics import TIE, Relevance, chance, check_finite, ranks, summarize
 
 
@@ -59,12 +60,14 @@ def test_a_hand_made_matrix():
     # Texts 0 and 1 are captions in the group of images 0 and 1; 2 and 3 are two captions of image 2.
     relevance = Relevance(np.array([7, 7, 5]), np.array([0, 1, 2, 3]), np.array([7, 7, 5, 5]))
     image_to_text, text_to_image = ranks(scores, torch.eye(4), relevance)
+    assert image_to_text.matching.tolist() == [1, 1, 1]
     assert image_to_text.pessimistic.tolist() == [2, 1, 2]  # 0: tied with text 2; 2: its best, text 3, ties with text 0
     assert image_to_text.optimistic.tolist() == [1, 1, 1]
     assert text_to_image.pessimistic.tolist() == [1, 1, 2, 1]
     values = summarize(image_to_text)
-    assert (values["R@1"], values["R@5"], values["mean_rank"], values["median_rank"]) == (1 / 3, 1.0, 5 / 3, 2.0)
-    assert values["tied"] == 2 / 3
+    # Two of three tie with one wrong item: half of the time it comes first.
+    assert (values["R@1"], values["R@5"], values["mean_rank"], values["median_rank"]) == (2 / 3, 1.0, 4 / 3, 1.5)
+    assert (values["MRR"], values["tied"], values["R@1_gap"]) == (pytest.approx((1 + 0.75 + 0.75) / 3), 2 / 3, pytest.approx(2 / 3))
 
 
 def test_legacy_diagonal_agrees_with_open_clip():
@@ -81,11 +84,14 @@ def test_legacy_diagonal_agrees_with_open_clip():
             assert ours[name] == pytest.approx(theirs[f"{direction}_{name}"])
 
 
-def test_a_collapsed_model_scores_nothing_and_look_alikes_cost_the_instance_definition_alone():
+def test_a_collapsed_model_scores_chance_and_look_alikes_cost_the_instance_definition_alone():
     n, mates = 40, 4
     same = torch.ones(n, 3) / 3**0.5
     found, _ = ranks(same, same, Relevance.diagonal(n))
-    assert summarize(found) == {"R@1": 0, "R@5": 0, "R@10": 0, "mean_rank": n, "median_rank": n, "tied": 1}
+    values, guess = summarize(found), chance(np.ones(n, int), n)
+    for name in ("R@1", "R@5", "R@10", "mean_rank"):
+        assert values[name] == pytest.approx(guess[name])
+    assert (values["tied"], values["R@1_gap"]) == (1, 1)
     groups = np.repeat(np.arange(n // mates), mates)
     perfect = torch.eye(n // mates)[groups]
     by_group, _ = ranks(perfect, perfect, Relevance(groups, np.arange(n), groups))
@@ -93,6 +99,30 @@ def test_a_collapsed_model_scores_nothing_and_look_alikes_cost_the_instance_defi
     by_instance, _ = ranks(perfect, perfect, Relevance.diagonal(n))
     assert by_instance.pessimistic.tolist() == [mates] * n
     assert by_instance.optimistic.tolist() == [1] * n
+    assert summarize(by_instance)["R@1"] == pytest.approx(1 / mates) == ceiling(np.full(n, mates))
+
+
+def test_adding_a_constant_scaling_and_permuting_change_nothing():
+    image_features, text_features, relevance, _ = case(5, None)
+    expected = ranks(image_features, text_features, relevance)
+    order = np.random.default_rng(0).permutation(len(image_features))
+    groups_of = [relevance.pairs(image, image + 1)[1] for image in range(relevance.n_images)]
+    image_of = np.concatenate([np.full(len(texts), at) for at, texts in enumerate(groups_of)])
+    same = Relevance(np.arange(relevance.n_images), torch.cat(groups_of).numpy(), image_of)  # each image a group of its own
+    moved = Relevance(order, torch.cat(groups_of).numpy(), image_of)
+    shifted = (
+        torch.cat([image_features, torch.ones(len(image_features), 1)], 1),
+        torch.cat([text_features, torch.ones(len(text_features), 1)], 1),
+    )
+    for images, texts, which, places in (
+        (image_features, text_features, same, slice(None)),
+        (*shifted, same, slice(None)),  # every score one higher
+        (image_features * 4, text_features, same, slice(None)),
+        (image_features[order], text_features, moved, order),
+    ):
+        found = ranks(images, texts, which)
+        np.testing.assert_array_equal(found[0].pessimistic, expected[0].pessimistic[places])
+        np.testing.assert_array_equal(found[1].pessimistic, expected[1].pessimistic)
 
 
 def test_chance_is_the_mean_over_all_orders_of_the_gallery():

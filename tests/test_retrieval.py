@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from data_prep.build import Reading, Splitting, Work, build
 from data_prep.shards import Shards
 from eval.__main__ import main
-from eval.retrieval import evaluate
+from eval.embed import embed
+from eval.retrieval import Queries, differences, evaluate, examine
 from train.loader import decode
 from train.model import load
 from train.world import World
@@ -46,7 +47,9 @@ def by_hand(model_name: str, shards: Shards) -> dict[str, float]:
     diagonal = scores[:, first]
 
     def rank(row, yes):
-        return 1 + sum(score >= row[yes].max() - 1e-6 for score in row[~yes])
+        best = row[yes].max()
+        tied, matching = ((np.abs(row[which] - best) <= 1e-6).sum() for which in (~yes, yes))
+        return 1 + (row[~yes] > best + 1e-6).sum() + tied / (matching + 1)
 
     eye = np.eye(len(samples), dtype=bool)
     return {
@@ -63,10 +66,38 @@ def test_the_numbers_are_those_of_brute_force(tiny_model, gallery):
     result = evaluate(load(tiny_model), shards, World(), batch=13)
     for name, expected in by_hand(tiny_model, shards).items():
         for k in (1, 5, 10):
-            assert result["metrics"][f"{name}/R@{k}"] == np.mean(np.array(expected) <= k), name
+            ties = np.array(expected) % 1 != 0
+            assert abs(result["metrics"][f"{name}/R@{k}"] - np.mean(np.array(expected) <= k)) <= ties.mean(), name
         assert result["metrics"][f"{name}/mean_rank"] == pytest.approx(np.mean(expected))
     assert result["n_images"] == len(shards)
     assert result["metrics"]["chance/text_to_image/R@1"] < 0.1
+
+
+def test_what_the_examination_adds_is_that_of_brute_force(tiny_model, gallery):
+    shards = Shards(gallery, "val")
+    embedded = embed(load(tiny_model), shards, World(), 16, 0)
+    result, queries = examine(embedded, shards.groups, World())
+    metrics = result["metrics"]
+    assert metrics.items() >= evaluate(load(tiny_model), shards, World()).get("metrics").items()
+    scores = (embedded.image_features.double() @ embedded.image_features.double().T).numpy()
+    np.fill_diagonal(scores, -np.inf)
+    precisions, ranks = [], []
+    for number, group in enumerate(shards.groups):
+        mates = np.flatnonzero((shards.groups == group) & (np.arange(len(shards)) != number))
+        if len(mates):
+            places = np.sort([1 + (scores[number] > scores[number, mate]).sum() for mate in mates])
+            precisions.append(np.mean(np.arange(1, len(places) + 1) / places))
+            ranks.append(places[0])
+    assert metrics["image_to_image/mAP"] == pytest.approx(np.mean(precisions), abs=2e-3)
+    assert metrics["image_to_image/mean_rank"] == pytest.approx(np.mean(ranks), abs=0.1)
+    assert len(queries.values["image_to_image/rank"]) == len(ranks)
+    for direction in ("image_to_text", "text_to_image"):
+        for k in (1, 5, 10):
+            assert queries.values[f"{direction}/R@{k}"].mean() == pytest.approx(metrics[f"{direction}/R@{k}"])
+        assert metrics[f"{direction}/mAP"] <= metrics[f"{direction}/MRR"] + 1e-9
+    _, sizes = np.unique(shards.groups, return_counts=True)
+    assert metrics["legacy_diagonal/ceiling_R@1"] == pytest.approx(len(sizes) / len(shards))
+    assert all(value[:3] == [0, 0, 0] and value[3] == 1 for value in differences(queries, queries).values())
 
 
 def test_any_number_of_ranks_and_workers_gives_the_same_json(tiny_model, gallery, tmp_path):
@@ -79,7 +110,12 @@ def test_any_number_of_ranks_and_workers_gives_the_same_json(tiny_model, gallery
         assert "chance" in printed
         assert f"{results[-1]['n_images']} images, {results[-1]['n_texts']} distinct captions" in printed
     assert results[0] == results[1]
-    assert results[0].keys() == {"model", "data", "n_images", "n_texts", "metrics"}
+    assert results[0].keys() == {"model", "weights_sha256", "data", "data_sha256", "n_images", "n_texts", "metrics", "intervals"}
+    for name, (low, high) in results[0]["intervals"].items():
+        assert low <= results[0]["metrics"][name] <= high, name
+    arrays = [Queries.load(tmp_path / f"{ranks}.queries.npz") for ranks in (0, 2)]
+    first, second = ({name: each.tolist() for name, each in one.values.items()} for one in arrays)
+    assert first == second
     assert results[0]["model"] == tiny_model
     for direction in ("image_to_text", "text_to_image"):
         for name in ("R@1", "R@5", "R@10", "mean_rank", "median_rank"):
@@ -88,6 +124,8 @@ def test_any_number_of_ranks_and_workers_gives_the_same_json(tiny_model, gallery
         assert 0 < results[0]["metrics"][f"chance/{direction}/R@1"] < 1
     against = call("eval", "retrieval", "demo-vit:none", "--data", gallery, "--split", "val", "--against", tmp_path / "0.json").stdout
     assert tiny_model in against
+    assert "image_to_text/R@1: " in against
+    assert "p = " in against
 
 
 def test_a_black_icon_on_transparency_reaches_the_model_black_on_white(tmp_path):
@@ -124,4 +162,4 @@ def test_mistakes_are_sentences(tiny_model, gallery, icon_shards, tmp_path):
     assert_mistake(call_here(main, "retrieval", tiny_model, "--data", altered), "val-000000.tar: altered since it was built")
     (tmp_path / "other.json").write_text('{"model": "x", "n_images": 3, "n_texts": 3, "metrics": {}}')
     options = ["--data", gallery, "--workers", 0, "--against", tmp_path / "other.json"]
-    assert_mistake(call_here(main, "retrieval", tiny_model, *options), "made on 3 images")
+    assert_mistake(call_here(main, "retrieval", tiny_model, *options), "made on other data (None, 3 images)")

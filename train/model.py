@@ -4,6 +4,7 @@ All that knows open_clip's insides is here.
 """
 
 import difflib
+import hashlib
 import json
 import logging
 import math
@@ -103,6 +104,14 @@ class Clip:
     def image_size(self) -> tuple[int, int]:
         size = self.towers.model.visual.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
+
+    def fingerprint(self) -> str:
+        """sha256 of the weights: what a result is of, whatever its file was called."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.towers.model.state_dict().items()):
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.dim() else repr(tensor.item()).encode())
+        return sha.hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write a folder that open_clip loads as `local-dir:FOLDER`."""
