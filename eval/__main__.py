@@ -21,6 +21,7 @@ from eval.embed import embed, embed_images
 from eval.leaks import leaks as leaks_of
 from eval.leaks import nearest, write_leaks
 from eval.page import write_page
+from eval.queries import read_queries, slices, text_features
 from eval.retrieval import Queries, differences, examine, queries_file, read_json, table, write_json
 from train.model import Clip, load
 from train.world import World, joined_world
@@ -33,6 +34,8 @@ def retrieval(
     json: Path | None = None,
     against: Path | None = None,
     page: Path | None = None,
+    queries: Path | None = None,
+    slice: str = "",
     batch: int = 64,
     workers: int = 2,
     precision: Literal["bf16", "fp32"] = "fp32",
@@ -45,6 +48,8 @@ def retrieval(
         split: train, val or test.
         json: File to write the result to.
         against: A result of another model on the same data, to print beside this one, with paired differences.
+        queries: JSONL of sentences that are no captions, each with the images it should find: {"text": ..., "keys": [...]}.
+        slice: Column of the data_prep input; R@1 is printed for each of its values.
         page: HTML file to write: the table, and for some captions the pictures that they find.
         batch: Images embedded at once.
         workers: Processes that read images; 0 reads them in this one.
@@ -55,16 +60,22 @@ def retrieval(
         clip.towers.bf16 = precision == "bf16"
         clip.towers.to(world.device)
         embedded = embed(clip, shards, world, batch, workers)
-        found, queries = examine(embedded, shards.groups, world)
+        asked = None
+        if queries:
+            texts, *pairs = read_queries(queries, shards)
+            asked = (text_features(clip, texts, batch, world.device), *pairs)
+        found, each = examine(embedded, shards.groups, world, asked)
+        if slice:
+            found["slices"] = slices(each.values, embedded, shards, slice)
         names = {"weights_sha256": clip.fingerprint(), "data": f"{data}, {split}", "data_sha256": shards.fingerprint}
         result = {"model": model, **names, **found}
         if world.is_first:
             if against and queries_file(against).is_file():
-                result["differences"] = differences(Queries.load(queries_file(against)), queries)
+                result["differences"] = differences(Queries.load(queries_file(against)), each)
             print(table(result, other))
             if json:
                 write_json(json, result)
-                queries.save(queries_file(json))
+                each.save(queries_file(json))
             if page:
                 write_page(page, embedded, shards, model, table(result, other))
                 print(f"pictures of what it finds: {page}")

@@ -22,23 +22,30 @@ class Captions:
         texts: the distinct captions, in order of appearance.
         first: int64 [n_images], the text that is each image's first caption.
         text_of, group_of: int64 [pairs], which text stands in which image's group; see eval.metrics.Relevance.
+        image_of: int64 [pairs], the image that the text is a caption of.
     """
 
     texts: list[str]
     first: np.ndarray
     text_of: np.ndarray
     group_of: np.ndarray
+    image_of: np.ndarray
+
+    def first_image(self) -> np.ndarray:
+        """int64 [texts], the first image that has each text as a caption."""
+        return self.image_of[np.unique(self.text_of, return_index=True)[1]]
 
 
 def read_captions(shards: Shards) -> Captions:
     numbers: dict[str, int] = {}
-    first, text_of, group_of = [], [], []
+    first, text_of, group_of, image_of = [], [], [], []
     for number, group in enumerate(shards.groups.tolist()):
         texts = [numbers.setdefault(caption, len(numbers)) for caption in shards.captions(number)]
         first.append(texts[0])
         text_of += texts
         group_of += [group] * len(texts)
-    return Captions(list(numbers), np.array(first), np.array(text_of), np.array(group_of))
+        image_of += [number] * len(texts)
+    return Captions(list(numbers), np.array(first), np.array(text_of), np.array(group_of), np.array(image_of))
 
 
 @dataclass(frozen=True)

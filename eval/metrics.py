@@ -18,7 +18,7 @@ from train.world import World
 
 # The same product differs by up to 5e-7 between tile shapes; scores closer than this are tied.
 TIE = 1e-6
-TILE = 8_000_000  # scores held at once: 32 MB
+TILE = 4_000_000  # scores held at once: 16 MB
 
 
 class Relevance:
@@ -90,7 +90,7 @@ def ranks(
         world: its ranks share the tiles, and all get the result.
         tile: images scored at once; 0 is as many as keep memory small.
     """
-    world, tile = world or World(), tile or max(1, TILE // len(text_features))
+    world, tile = world or World(), tile or _rows(len(text_features))
     n_images, n_texts = len(image_features), len(text_features)
     assert (n_images, n_texts) == (relevance.n_images, relevance.n_texts), (n_images, n_texts, relevance.n_images, relevance.n_texts)
     tiles = [(start, min(start + tile, n_images)) for start in range(0, n_images, tile)][world.rank :: world.world_size]
@@ -101,7 +101,7 @@ def ranks(
     best_of_text = torch.full([n_texts], -torch.inf, device=device)
     for start, stop in tiles:
         rows, columns = (index.to(device) for index in relevance.pairs(start, stop))
-        for part in torch.arange(len(rows), device=device).split(1 << 16):
+        for part in torch.arange(len(rows), device=device).split(1 << 10):
             row, column = rows[part] + start, columns[part]
             score = (image_features[row] * text_features[column]).sum(1)
             best_of_image.scatter_reduce_(0, row, score, "amax")
@@ -118,14 +118,29 @@ def ranks(
         relevant = scores[row, column]
         for which, tie in enumerate((-TIE, TIE)):
             image_bar, text_bar = best_of_image[start:stop] + tie, best_of_text + tie
-            image_counts[which, start:stop] = (scores >= image_bar[:, None]).sum(1)
+            image_counts[which, start:stop] = _at_least(scores, image_bar[:, None], 1)
             image_counts[which, start:stop].index_add_(0, row, -(matches_image := (relevant >= image_bar[row]).long()))
-            text_counts[which] += (scores >= text_bar).sum(0)
+            text_counts[which] += _at_least(scores, text_bar, 0)
             text_counts[which].index_add_(0, column, -(matches_text := (relevant >= text_bar[column]).long()))
             if not which:
                 image_counts[2, start:stop].index_add_(0, row, matches_image)
                 text_counts[2].index_add_(0, column, matches_text)
     return _ranks(world.sum(image_counts)), _ranks(world.sum(text_counts))
+
+
+def _rows(columns: int) -> int:
+    """Rows of a tile; few enough to be counted in 16 bits."""
+    return min(max(1, TILE // columns), 1 << 15)
+
+
+def _at_least(scores: torch.Tensor, bar: torch.Tensor, dim: int) -> torch.Tensor:
+    """How many scores reach their bar, along `dim`: int64. On the CPU by numpy, whose counting takes a tenth of torch's."""
+    if scores.device.type != "cpu":
+        return (scores >= bar).sum(dim)
+    reached = scores.numpy() >= bar.numpy()
+    if dim == 1:
+        return torch.tensor([np.count_nonzero(row) for row in reached], dtype=torch.int64)
+    return torch.from_numpy(reached.sum(0, dtype=np.uint16 if len(reached) < 1 << 16 else np.int64).astype(np.int64))
 
 
 def _ranks(counts: torch.Tensor) -> Ranks:
@@ -152,7 +167,7 @@ def positions(
     Returns:
         int64 [pairs] each: items more than TIE above the relevant one, and items within TIE of it, itself included.
     """
-    world, tile = world or World(), tile or max(1, TILE // len(gallery))
+    world, tile = world or World(), tile or _rows(len(gallery))
     counts = torch.zeros(2, len(query_of), dtype=torch.int64, device=queries.device)
     relevant = np.bincount(query_of, minlength=len(queries))
     starts = np.cumsum(relevant) - relevant
@@ -167,7 +182,7 @@ def positions(
             at = torch.from_numpy(rows).to(scores.device)
             some = scores if len(rows) == len(scores) else scores[at]
             bar = scores[at, torch.from_numpy(item_of[pairs]).to(scores.device)][:, None]
-            above, at_or_above = (some > bar + TIE).sum(1), (some >= bar - TIE).sum(1)
+            above, at_or_above = _at_least(some, torch.nextafter(bar + TIE, bar + 1), 1), _at_least(some, bar - TIE, 1)
             counts[:, torch.from_numpy(pairs).to(counts.device)] = torch.stack([above, at_or_above - above])
     above, tied = world.sum(counts).cpu().numpy()
     return above, tied

@@ -81,8 +81,15 @@ class Queries:
             return cls({name: stored[name] for name in stored.files if not name.startswith("groups/")}, groups)
 
 
-def examine(embedded: Embedded, groups: np.ndarray, world: World) -> tuple[dict, Queries]:
+Unseen = tuple[torch.Tensor, np.ndarray, np.ndarray]
+
+
+def examine(embedded: Embedded, groups: np.ndarray, world: World, unseen: Unseen | None = None) -> tuple[dict, Queries]:
     """All that score() says, and more: mAP, nDCG@10, recall@k, image_to_image, the ceiling of instance figures, 95 % intervals.
+
+    Args:
+        groups: int64 [n_images], the group of each image.
+        unseen: text_features of further queries, and int64 queries and images of their relevant pairs, sorted by query.
 
     Returns:
         The result of score() with more metrics and `intervals`, "DIRECTION/NAME" -> [low, high]; and what each query scores.
@@ -106,6 +113,11 @@ def examine(embedded: Embedded, groups: np.ndarray, world: World) -> tuple[dict,
         _direction(queries, "image_to_image", groups[asked], found, query_of)
         guess = chance(np.bincount(query_of), len(images) - 1)
         result["metrics"] |= {f"chance/image_to_image/{name}": value for name, value in guess.items()}
+    if unseen:
+        found = positions(unseen[0], images, unseen[1], unseen[2], world)
+        _direction(queries, "queries_to_image", groups[unseen[2]][np.unique(unseen[1], return_index=True)[1]], found, unseen[1])
+        guess = chance(np.bincount(unseen[1]), len(images))
+        result["metrics"] |= {f"chance/queries_to_image/{name}": value for name, value in guess.items()}
     intervals = {}
     for name, values in queries.values.items():
         direction, _, measure = name.partition("/")
@@ -161,6 +173,7 @@ def table(result: dict, against: dict | None = None) -> str:
     lines = [f"{result['n_images']} images, {result['n_texts']} distinct captions ({result['data']}); in brackets: 95 % intervals"]
     lines.append(line("", "chance", *(column["model"] for column in columns)))
     galleries = {"image_to_text": result["n_texts"], "text_to_image": result["n_images"], "image_to_image": result["n_images"] - 1}
+    galleries["queries_to_image"] = result["n_images"]
     for direction, gallery in galleries.items():
         title = direction.replace("_", " ")
         for prefix, kind in (("", f"any of the group, among {gallery}"), ("legacy_diagonal/", "its own only, as on model cards")):
@@ -176,6 +189,9 @@ def table(result: dict, against: dict | None = None) -> str:
         lines.append(f"of its own only, a perfect model would reach R@1 {limit:.1%}: the others of a group look as right")
     gaps = " and ".join(f"{result['metrics'][f'{direction}/R@1_gap']:.1%} of {direction}" for direction in DIRECTIONS)
     lines.append(f"ties are counted in expectation; R@1 would move by at most this, if all went one way: {gaps}")
+    for value, found in result.get("slices", {}).items():
+        cells = (f"{name} {100 * found[name]:.1f} %" for name in ("image_to_text/R@1", "text_to_image/R@1") if name in found)
+        lines.append(f"  {value}: {found['n_images']} images, {', '.join(cells)}")
     for name, (value, low, high, p) in result.get("differences", {}).items():
         scale, unit = (100, " points") if "/R@" in name else (1, "")
         lines.append(f"{name}: {scale * value:+.2f}{unit} [{scale * low:+.2f}, {scale * high:+.2f}], p = {p:.3g}")
