@@ -17,6 +17,9 @@ import tyro
 
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.shards import Shards, read_manifest
+from eval.degrade import curves
+from eval.degrade import svg as degraded_svg
+from eval.degrade import table as degraded_table
 from eval.embed import embed, embed_images
 from eval.leaks import leaks as leaks_of
 from eval.leaks import nearest, write_leaks
@@ -36,6 +39,7 @@ def retrieval(
     page: Path | None = None,
     queries: Path | None = None,
     slice: str = "",
+    degrade: bool = False,
     batch: int = 64,
     workers: int = 2,
     precision: Literal["bf16", "fp32"] = "fp32",
@@ -50,6 +54,7 @@ def retrieval(
         against: A result of another model on the same data, to print beside this one, with paired differences.
         queries: JSONL of sentences that are no captions, each with the images it should find: {"text": ..., "keys": [...]}.
         slice: Column of the data_prep input; R@1 is printed for each of its values.
+        degrade: Ask with images that were shrunk, blurred and cut off as well; nine times the work.
         page: HTML file to write: the table, and for some captions the pictures that they find.
         batch: Images embedded at once.
         workers: Processes that read images; 0 reads them in this one.
@@ -69,15 +74,20 @@ def retrieval(
             found["slices"] = slices(each.values, embedded, shards, slice)
         names = {"weights_sha256": clip.fingerprint(), "data": f"{data}, {split}", "data_sha256": shards.fingerprint}
         result = {"model": model, **names, **found}
+        if degrade:
+            result["degraded"] = curves(clip, shards, embedded, world, batch, workers)
         if world.is_first:
             if against and queries_file(against).is_file():
                 result["differences"] = differences(Queries.load(queries_file(against)), each)
             print(table(result, other))
+            if degrade:
+                print(degraded_table(result["degraded"], result["metrics"]["image_to_text/R@1"]))
             if json:
                 write_json(json, result)
                 each.save(queries_file(json))
             if page:
-                write_page(page, embedded, shards, model, table(result, other))
+                drawing = degraded_svg(result["degraded"], result["metrics"]["image_to_text/R@1"]) if degrade else ""
+                write_page(page, embedded, shards, model, table(result, other), drawing)
                 print(f"pictures of what it finds: {page}")
 
 

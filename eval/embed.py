@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
+from torchvision.transforms import Compose
 
 from data_prep.progress import progress
 from data_prep.shards import Shards
@@ -81,15 +83,20 @@ def embed(clip: Clip, shards: Shards, world: World, batch: int, workers: int) ->
     return Embedded(image_features, text_features, captions)
 
 
-def embed_images(clip: Clip, shards: Shards, world: World, batch: int, workers: int) -> torch.Tensor:
+def embed_images(
+    clip: Clip, shards: Shards, world: World, batch: int, workers: int, change: Callable[[Image.Image], Image.Image] | None = None
+) -> torch.Tensor:
     """image_features [n_images, d] of a split: fp32, L2-normed, all of them on every rank.
+
+    Args:
+        change: what is done to each picture first.
 
     Raises:
         NotFinite: a feature is not finite; the first such sample is named.
     """
     clip.towers.eval()
     mine = _batches(len(shards), batch)[world.rank :: world.world_size]
-    images = loader(EvalImages(shards, clip.eval_transform), mine, workers, world)
+    images = loader(EvalImages(shards, Compose([change, clip.eval_transform]) if change else clip.eval_transform), mine, workers, world)
     with torch.inference_mode():
         image_features = _fill(len(shards), mine, images, clip.towers.image_features, world, "images")
     check_finite(image_features, "image_features", lambda row: f"sample {shards.key(row)}")

@@ -22,6 +22,7 @@ PAGE = """<!doctype html>
  body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }}
  pre {{ overflow-x: auto; padding: .8rem 1rem; border: 1px solid #8885; border-radius: .5rem; }}
  h2 {{ font-size: 1rem; margin: 1.6rem 0 .5rem; }} h2 small {{ font-weight: normal; opacity: .7; }}
+  svg {{ max-width: 40rem; display: block; }}
  .row {{ display: flex; flex-wrap: wrap; gap: .5rem; }}
  figure {{ margin: 0; width: 7rem; }}
  img {{ width: 6.4rem; height: 6.4rem; object-fit: contain; background: #fff; border: 3px solid #8884; border-radius: .5rem; }}
@@ -30,6 +31,7 @@ PAGE = """<!doctype html>
 </style>
 <h1>What {model} finds</h1>
 <pre>{table}</pre>
+{drawing}
 <p>{queries} of {n_texts} captions, drawn at random, each with the {shown} pictures that score highest among {n_images}.
 A green frame and a tick: the picture is in the caption's group.</p>
 {rows}
@@ -37,7 +39,7 @@ A green frame and a tick: the picture is in the caption's group.</p>
 """
 
 
-def write_page(path: Path, embedded: Embedded, shards: Shards, model: str, table: str) -> None:
+def write_page(path: Path, embedded: Embedded, shards: Shards, model: str, table: str, drawing: str = "") -> None:
     """Write the page; the same captions for every model on the same data, so that two pages compare."""
     texts, captions = embedded.captions.texts, embedded.captions
     chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:QUERIES].tolist()
@@ -56,6 +58,7 @@ def write_page(path: Path, embedded: Embedded, shards: Shards, model: str, table
         values = {
             "model": html.escape(model),
             "table": html.escape(table),
+            "drawing": drawing,
             "rows": "\n".join(rows),
             "n_texts": len(texts),
             "n_images": len(shards),
