@@ -1,7 +1,15 @@
 """A model gets its numbers.
 
   python -m eval retrieval runs/icons --data data/icons/shards --split val --json out.json
-  python -m eval retrieval ViT-L-14:laion2b_s32b_b82k --data data/icons/shards --split test
+      finds texts by images, images by texts and images by images: R@1, 5, 10, ranks, MRR, mAP, nDCG, with intervals
+  python -m eval zeroshot runs/icons ViT-B-32:laion2b_s34b_b79k --data pictures/ --templates icons
+      classifies pictures by sentences on their classes; with --show IMAGE --captions ... one picture, looked at closely
+  python -m eval probe runs/icons --data pictures/ --save head/
+      trains a linear head and a small network on the frozen features
+  python -m eval confusion runs/icons demo-vit:none --data data/icons/shards --page out.html
+      asks each image for its caption among others, shows heatmaps, and captions that steal images
+  python -m eval probes runs/icons --data data/icons/shards
+      counting, binding, relations and swapped words, on drawings that are made on the spot
   python -m eval leaks ViT-B-32:laion2b_s34b_b79k --data data/icons/shards --csv leaks.csv
       lists images of val and test that have a twin in train, as this model sees them
 
@@ -17,15 +25,19 @@ import tyro
 
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.shards import Shards, read_manifest
+from eval.confusion import confusion
 from eval.degrade import curves
 from eval.degrade import svg as degraded_svg
 from eval.degrade import table as degraded_table
-from eval.embed import embed, embed_images
+from eval.embed import embed, embed_images, embed_texts
 from eval.leaks import leaks as leaks_of
 from eval.leaks import nearest, write_leaks
 from eval.page import write_page
-from eval.queries import read_queries, slices, text_features
+from eval.probe import probe
+from eval.probes import probes
+from eval.queries import read_queries, slices
 from eval.retrieval import Queries, differences, examine, queries_file, read_json, table, write_json
+from eval.zeroshot import zeroshot
 from train.model import Clip, load
 from train.world import World, joined_world
 
@@ -68,7 +80,7 @@ def retrieval(
         asked = None
         if queries:
             texts, *pairs = read_queries(queries, shards)
-            asked = (text_features(clip, texts, batch, world.device), *pairs)
+            asked = (embed_texts(clip, texts, world, batch), *pairs)
         found, each = examine(embedded, shards.groups, world, asked)
         if slice:
             found["slices"] = slices(each.values, embedded, shards, slice)
@@ -142,7 +154,11 @@ def main() -> None:
     if len(sys.argv) == 1:
         print(__doc__.strip())
         return
-    tyro.extras.subcommand_cli_from_dict({"retrieval": retrieval, "leaks": leaks}, prog="python -m eval", description=__doc__)
+    tyro.extras.subcommand_cli_from_dict(
+        {"retrieval": retrieval, "zeroshot": zeroshot, "probe": probe, "confusion": confusion, "probes": probes, "leaks": leaks},
+        prog="python -m eval",
+        description=__doc__,
+    )
 
 
 if __name__ == "__main__":

@@ -73,14 +73,23 @@ def embed(clip: Clip, shards: Shards, world: World, batch: int, workers: int) ->
         NotFinite: a feature is not finite; the first such sample is named.
     """
     captions = read_captions(shards)
-    texts = captions.texts
     image_features = embed_images(clip, shards, world, batch, workers)
+    return Embedded(image_features, embed_texts(clip, captions.texts, world, batch), captions)
+
+
+def embed_texts(clip: Clip, texts: list[str], world: World, batch: int) -> torch.Tensor:
+    """text_features [n, d]: fp32, L2-normed, all of them on every rank.
+
+    Raises:
+        NotFinite: a feature is not finite; the first such text is named.
+    """
+    clip.towers.eval()
+    mine = batches(len(texts), batch)[world.rank :: world.world_size]
     with torch.inference_mode():
-        mine = _batches(len(texts), batch)[world.rank :: world.world_size]
         tokens = (clip.tokenizer([texts[number] for number in numbers]) for numbers in mine)
-        text_features = _fill(len(texts), mine, tokens, clip.towers.text_features, world, "texts")
+        text_features = fill(len(texts), mine, tokens, clip.towers.text_features, world, "texts")
     check_finite(text_features, "text_features", lambda row: f"caption {texts[row]!r}")
-    return Embedded(image_features, text_features, captions)
+    return text_features
 
 
 def embed_images(
@@ -95,19 +104,20 @@ def embed_images(
         NotFinite: a feature is not finite; the first such sample is named.
     """
     clip.towers.eval()
-    mine = _batches(len(shards), batch)[world.rank :: world.world_size]
+    mine = batches(len(shards), batch)[world.rank :: world.world_size]
     images = loader(EvalImages(shards, Compose([change, clip.eval_transform]) if change else clip.eval_transform), mine, workers, world)
     with torch.inference_mode():
-        image_features = _fill(len(shards), mine, images, clip.towers.image_features, world, "images")
+        image_features = fill(len(shards), mine, images, clip.towers.image_features, world, "images")
     check_finite(image_features, "image_features", lambda row: f"sample {shards.key(row)}")
     return image_features
 
 
-def _batches(n: int, size: int) -> list[list[int]]:
+def batches(n: int, size: int) -> list[list[int]]:
+    """Numbers 0 to n in lists of `size`, cut without regard to ranks."""
     return [list(range(start, min(start + size, n))) for start in range(0, n, size)]
 
 
-def _fill(n: int, numbers: list[list[int]], inputs, tower: Callable, world: World, what: str) -> torch.Tensor:
+def fill(n: int, numbers: list[list[int]], inputs, tower: Callable, world: World, what: str) -> torch.Tensor:
     """Features of all ranks' batches, each written to its rows; the sum with the zeros of the other ranks is exact."""
     bar = progress(inputs, total=len(numbers), desc=f"embedding {what}", unit="batch", leave=False, delay=1, disable=not world.is_first)
     parts = [tower(batch.to(world.device)) for batch in bar]

@@ -38,12 +38,12 @@ class Head(nn.Module):
         kind: "linear" or "mlp".
         classes: C names.
         width: d, of the features.
-        weights: fingerprint of the model that the features are of.
+        weights: Clip.fingerprint() of the model that the features are of.
     """
 
     def __init__(self, kind: Literal["linear", "mlp"], classes: list[str], width: int, weights: str):
         super().__init__()
-        self.about = {"kind": kind, "classes": classes, "width": width, "weights": weights}
+        self.about = {"kind": kind, "classes": classes, "width": width, "weights_sha256": weights}
         n = len(classes)
         if kind == "linear":
             self.layers = nn.Linear(width, n)
@@ -79,14 +79,14 @@ class Head(nn.Module):
 
 
 def load_head(path: Path) -> Head:
-    """The head whose KIND.json is at `path`; `about["weights"]` says which model's features it wants.
+    """The head whose KIND.json is at `path`; `about["weights_sha256"]` says which model's features it wants.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        head = Head(about["kind"], about["classes"], about["width"], about["weights"])
+        head = Head(about["kind"], about["classes"], about["width"], about["weights_sha256"])
         head.load_state_dict(load_file(path.with_suffix(".safetensors")))
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: not a head ({error}); make one with: python -m eval probe MODEL --data DATA --save FOLDER") from None
@@ -190,5 +190,5 @@ def fit_mlp(
             logits = head.logits(features[val])
             accuracy, loss = (logits.argmax(1) == labels[val]).double().mean().item(), F.cross_entropy(logits, labels[val]).item()
             history.append({"epoch": epoch, "loss": float(np.mean(losses)), "val_loss": loss, "val_accuracy": accuracy})
-            bar.set_postfix(val_accuracy=f"{accuracy:.3f}")
+            bar.set_postfix(val_accuracy=f"{accuracy:.3f}", refresh=False)
     return head.eval(), history

@@ -23,15 +23,6 @@ from train.world import World
 RULES = Rules(min_side_px=1, max_aspect=float("inf"))  # a published set is taken as it is, but for damage and blank pictures
 
 
-def fingerprint(clip: Clip) -> str:
-    """sha256 of a model's tensors (name, type, shape, bytes), architecture and preprocessing; of no file name."""
-    sha = hashlib.sha256(json.dumps(clip.config, sort_keys=True).encode())
-    for name, tensor in sorted(clip.towers.model.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
 class LabelledImages(Dataset):
     """(uint8 [3, H, W], usable) by number: the picture, checked and put right, as the model's own preprocessing wants it."""
 
@@ -110,7 +101,7 @@ def image_features(clip: Clip, data: Labelled, world: World, batch: int, workers
     """The features of all pictures that can be read, computed, or read from `cache`.
 
     Args:
-        cache: folder of .npz files, named by a hash of the model's weights, its precision and the pictures' bytes;
+        cache: folder of .npz files, named by a hash of the model's weights, config and precision, and the pictures' bytes;
             one that cannot be read is made again.
 
     Raises:
@@ -118,7 +109,7 @@ def image_features(clip: Clip, data: Labelled, world: World, batch: int, workers
     """
     if cache is None:
         return usable_rows(data, *embed_rows(clip, data, world, batch, workers))
-    parts = [fingerprint(clip), str(clip.towers.bf16), data.sha256]
+    parts = [clip.fingerprint(), json.dumps(clip.config, sort_keys=True), str(clip.towers.bf16), data.sha256]
     path = cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.npz"
     found = read_cached(path, len(data))
     if any(world.any(found is None)):

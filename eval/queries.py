@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.embed import Embedded
-from train.model import Clip
 
 MOST_SLICES = 40
 
@@ -58,13 +56,6 @@ def read_queries(path: Path, shards: Shards) -> tuple[list[str], np.ndarray, np.
     if not texts:
         raise UserError(f'{path}: no queries; a line like {{"text": "a bell", "keys": ["icons/bell.png"]}} is wanted')
     return texts, np.array(query_of), np.array(image_of)
-
-
-def text_features(clip: Clip, texts: list[str], batch: int, device: torch.device) -> torch.Tensor:
-    """fp32 [n, d], L2-normed."""
-    with torch.inference_mode():
-        parts = [clip.towers.text_features(clip.tokenizer(texts[at : at + batch]).to(device)) for at in range(0, len(texts), batch)]
-    return torch.cat(parts)
 
 
 def slices(values: dict[str, np.ndarray], embedded: Embedded, shards: Shards, column: str) -> dict[str, dict[str, float]]:
