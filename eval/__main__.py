@@ -154,11 +154,8 @@ def main() -> None:
     if len(sys.argv) == 1:
         print(__doc__.strip())
         return
-    tyro.extras.subcommand_cli_from_dict(
-        {"retrieval": retrieval, "zeroshot": zeroshot, "probe": probe, "confusion": confusion, "probes": probes, "leaks": leaks},
-        prog="python -m eval",
-        description=__doc__,
-    )
+    commands = {"retrieval": retrieval, "zeroshot": zeroshot, "probe": probe, "confusion": confusion, "probes": probes, "leaks": leaks}
+    tyro.extras.subcommand_cli_from_dict(commands, prog="python -m eval", description=__doc__)
 
 
 if __name__ == "__main__":
