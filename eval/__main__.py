@@ -155,7 +155,7 @@ def main() -> None:
         print(__doc__.strip())
         return
     commands = {"retrieval": retrieval, "zeroshot": zeroshot, "probe": probe, "confusion": confusion, "probes": probes, "leaks": leaks}
-    tyro.extras.subcommand_cli_from_dict(commands, prog="python -m eval", description=__doc__)
+    tyro.extras.subcommand_cli_from_dict(commands, prog="python -m eval", description=__doc__, config=(tyro.conf.FlagConversionOff,))
 
 
 if __name__ == "__main__":

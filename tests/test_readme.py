@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, call
 
 import data_prep.__main__
+import eval.__main__
 from train.recipe import parse
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -43,9 +44,13 @@ def test_the_walk_by_hand(tmp_path):
 
 def test_the_other_commands_parse(monkeypatch):
     called = []
-    for name in ("build", "index", "merge", "verify"):
-        command = getattr(data_prep.__main__, name)
-        monkeypatch.setattr(data_prep.__main__, name, functools.wraps(command)(lambda *_, name=name, **given: called.append((name, given))))
+    for room, names in (
+        (data_prep.__main__, "build index merge verify"),
+        (eval.__main__, "retrieval zeroshot probe confusion probes leaks"),
+    ):
+        for name in names.split():
+            stand_in = functools.wraps(getattr(room, name))(lambda *_, name=name, **given: called.append((name, given)))
+            monkeypatch.setattr(room, name, stand_in)
     for words in commands("sh"):
         if words[0] == "sbatch":
             words = shlex.split(words[words.index("--wrap") + 1])
@@ -56,10 +61,11 @@ def test_the_other_commands_parse(monkeypatch):
             assert words[3:6] == ["-m", "--", "train"]
             assert parse(words[6:]).model == "ViT-L-14:laion2b_s32b_b82k"
         else:
-            assert words[:3] == ["python", "-m", "data_prep"]
+            room = {"data_prep": data_prep.__main__, "eval": eval.__main__}[words[2]]
             monkeypatch.setattr("sys.argv", words[2:])
-            data_prep.__main__.main()
-    assert [name for name, _ in called] == ["build", "build", "build", "index", "build", "merge"]
+            room.main()
+    names = ["build", "build", "build", "index", "build", "merge"]
+    assert [name for name, _ in called] == [*names, "retrieval", "retrieval", "zeroshot", "zeroshot", "probe", "confusion", "probes"]
     assert called[1][1]["read"].images == "https://host/pictures/"
     assert called[0][1]["inputs"] == ["pairs.csv"]
 
