@@ -8,6 +8,8 @@
       trains a linear head and a small network on the frozen features
   python -m eval confusion runs/icons demo-vit:none --data data/icons/shards --page out.html
       asks each image for its caption among others, shows heatmaps, and captions that steal images
+  python -m eval compare demo-vit:none runs/icons --data data/icons/shards --out comparison
+      a page and a table: paired differences, what got better and worse, forgetting, mixtures of weights
   python -m eval probes runs/icons --data data/icons/shards
       counting, binding, relations and swapped words, on drawings that are made on the spot
   python -m eval leaks ViT-B-32:laion2b_s34b_b79k --data data/icons/shards --csv leaks.csv
@@ -25,6 +27,7 @@ import tyro
 
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.shards import Shards, read_manifest
+from eval.compare import compare
 from eval.confusion import confusion
 from eval.degrade import curves
 from eval.degrade import svg as degraded_svg
@@ -154,7 +157,8 @@ def main() -> None:
     if len(sys.argv) == 1:
         print(__doc__.strip())
         return
-    commands = {"retrieval": retrieval, "zeroshot": zeroshot, "probe": probe, "confusion": confusion, "probes": probes, "leaks": leaks}
+    commands = {"retrieval": retrieval, "zeroshot": zeroshot, "probe": probe, "confusion": confusion}
+    commands |= {"compare": compare, "probes": probes, "leaks": leaks}
     tyro.extras.subcommand_cli_from_dict(commands, prog="python -m eval", description=__doc__, config=(tyro.conf.FlagConversionOff,))
 
 

@@ -192,9 +192,12 @@ def table(result: dict, against: dict | None = None) -> str:
     for value, found in result.get("slices", {}).items():
         cells = (f"{name} {100 * found[name]:.1f} %" for name in ("image_to_text/R@1", "text_to_image/R@1") if name in found)
         lines.append(f"  {value}: {found['n_images']} images, {', '.join(cells)}")
+    if "differences" in result:
+        lines.append(f"changes to {against['model'] if against else 'the other'}, query by query:")
     for name, (value, low, high, p) in result.get("differences", {}).items():
-        scale, unit = (100, " points") if "/R@" in name else (1, "")
-        lines.append(f"{name}: {scale * value:+.2f}{unit} [{scale * low:+.2f}, {scale * high:+.2f}], p = {p:.3g}")
+        scale, unit = (1, "") if name.endswith("/rank") else (100, " points")
+        title = name.replace("_", " ").replace("/", ", ").replace("reciprocal rank", "MRR").replace(", rank", ", mean rank")
+        lines.append(f"  {title}: {scale * value:+.1f}{unit} [{scale * low:+.1f}, {scale * high:+.1f}], p = {p:.2g}")
     return "\n".join(lines)
 
 

@@ -124,7 +124,7 @@ def test_any_number_of_ranks_and_workers_gives_the_same_json(tiny_model, gallery
         assert 0 < results[0]["metrics"][f"chance/{direction}/R@1"] < 1
     against = call("eval", "retrieval", "demo-vit:none", "--data", gallery, "--split", "val", "--against", tmp_path / "0.json").stdout
     assert tiny_model in against
-    assert "image_to_text/R@1: " in against
+    assert "image to text, R@1: " in against
     assert "p = " in against
 
 
