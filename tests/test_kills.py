@@ -58,7 +58,15 @@ def test_thirty_kills_change_nothing(tmp_path):
 def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
     path = noise_images(tmp_path, 4000, mode="RGBA")  # seconds of work: the signal comes in their middle
     arguments = command("data_prep", "build", path, "--out", tmp_path / "out", "--processes", 2)
-    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=-1, stderr=-1, text=True)
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=environment(),
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in the background ignore it, and so would this
+    )
     while not (tmp_path / "out.partial" / "begun.json").exists():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
