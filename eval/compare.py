@@ -80,9 +80,9 @@ def compare(
         judged, forgotten = [], []
         for name in models:
             clip = world.together(lambda name=name: _loaded(name, precision, world))
-            judged.append(judge(clip, shards, world, batch, workers))
+            judged.append(judge(name, clip, shards, world, batch, workers))
             if others:
-                forgotten.append(judge(clip, others, world, batch, workers))
+                forgotten.append(judge(name, clip, others, world, batch, workers))
         result = {"data": f"{data}, {split}", "data_sha256": shards.fingerprint, **beside(judged)}
         if others:
             result["control"] = {"data": f"{control}, {control_split}", "data_sha256": others.fingerprint, **beside(forgotten)}
@@ -109,13 +109,13 @@ def _loaded(name: str, precision: str, world: World) -> Clip:
     return clip
 
 
-def judge(clip: Clip, shards: Shards, world: World, batch: int, workers: int) -> Judged:
+def judge(name: str, clip: Clip, shards: Shards, world: World, batch: int, workers: int) -> Judged:
     """One model's figures on one split, with its calibration."""
     embedded = embed(clip, shards, world, batch, workers)
     found, queries = examine(embedded, shards.groups, world)
     relevance = Relevance(shards.groups, embedded.captions.text_of, embedded.captions.group_of)
     found["metrics"]["calibration_error"] = calibration_error(embedded, relevance, clip.towers.model.logit_scale.exp().item())
-    return Judged(clip.name, {"model": clip.name, "weights_sha256": clip.fingerprint(), **found}, queries, embedded)
+    return Judged(name, {"model": name, "weights_sha256": clip.fingerprint(), **found}, queries, embedded)
 
 
 def calibration_error(embedded: Embedded, relevance: Relevance, logit_scale: float) -> float:

@@ -179,7 +179,8 @@ def table(result: dict, against: dict | None = None) -> str:
         for prefix, kind in (("", f"any of the group, among {gallery}"), ("legacy_diagonal/", "its own only, as on model cards")):
             if f"{prefix}{direction}/R@1" not in result["metrics"]:
                 continue
-            lines.append(f"{title}, {kind}")
+            clipped = f"; R@k beyond {gallery} is R@{gallery}" if gallery < max(KS) else ""
+            lines.append(f"{title}, {kind}{clipped}")
             for name in SHOWN[:5] if prefix else SHOWN:
                 guess = "" if prefix else _cell(result, f"chance/{direction}/{name}")
                 lines.append(

@@ -1,13 +1,17 @@
 """What a place is worth equals the mean over all orders of the ties, and an established library where there are none."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import call
+from counts_script import counts
 
 from eval.measures import expected_hit, expected_rank, expected_reciprocal_rank, set_measures
 from eval.metrics import TIE, positions
+from train.world import World
 
 
 @pytest.mark.parametrize("counts", itertools.product((0, 2), (0, 1, 3), (1, 2)))
@@ -75,3 +79,10 @@ def test_nothing_is_its_own_neighbor():
     np.fill_diagonal(scores, -np.inf)
     assert above.tolist() == [(scores[q] > scores[q, item] + TIE).sum() for q, item in zip(query_of, item_of, strict=True)]
     assert (tied == 1).all()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_ranks_and_any_tiles_give_the_same_integers(ranks, tmp_path):
+    call("tests.counts_script", tmp_path / "counts.json", ranks=ranks)
+    found = json.loads((tmp_path / "counts.json").read_text())
+    assert found == counts(World(), 5) == counts(World(), 1000)
