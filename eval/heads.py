@@ -5,7 +5,7 @@
 
 A fifth of each class of the training pictures is the validation: it chooses the linear head's regularization, and its
 accuracy after each epoch is the MLP's history.
-Sources: linear probe, Radford et al. 2021 (arXiv:2103.00020), appendix A.3; the MLP's sizes, issue 4.
+Sources: linear probe, Radford et al. 2021 (arXiv:2103.00020), appendix A.3; the MLP's sizes are a tutorial's on Stanford Cars.
 """
 
 import json
