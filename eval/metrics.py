@@ -18,7 +18,7 @@ from train.world import World
 
 # The same product differs by up to 5e-7 between tile shapes; scores closer than this are tied.
 TIE = 1e-6
-TILE = 4_000_000  # scores held at once: 16 MB
+ROWS, COLUMNS = 512, 4096  # of the scores held at once: 8 MB, and large enough for a product at full speed
 
 
 class Relevance:
@@ -88,9 +88,9 @@ def ranks(
     Args:
         image_features: fp32 [n_images, d], L2-normed, all of them on every rank; texts likewise.
         world: its ranks share the tiles, and all get the result.
-        tile: images scored at once; 0 is as many as keep memory small.
+        tile: images scored at once.
     """
-    world, tile = world or World(), tile or _rows(len(text_features))
+    world, tile = world or World(), tile or ROWS
     n_images, n_texts = len(image_features), len(text_features)
     assert (n_images, n_texts) == (relevance.n_images, relevance.n_texts), (n_images, n_texts, relevance.n_images, relevance.n_texts)
     tiles = [(start, min(start + tile, n_images)) for start in range(0, n_images, tile)][world.rank :: world.world_size]
@@ -113,24 +113,25 @@ def ranks(
     image_counts = torch.zeros(3, n_images, dtype=torch.int64, device=device)
     text_counts = torch.zeros(3, n_texts, dtype=torch.int64, device=device)
     for start, stop in tiles:
-        scores = image_features[start:stop] @ text_features.T
-        row, column = (index.to(device) for index in relevance.pairs(start, stop))
-        relevant = scores[row, column]
-        for which, tie in enumerate((-TIE, TIE)):
-            image_bar, text_bar = best_of_image[start:stop] + tie, best_of_text + tie
-            image_counts[which, start:stop] = _at_least(scores, image_bar[:, None], 1)
-            image_counts[which, start:stop].index_add_(0, row, -(matches_image := (relevant >= image_bar[row]).long()))
-            text_counts[which] += _at_least(scores, text_bar, 0)
-            text_counts[which].index_add_(0, column, -(matches_text := (relevant >= text_bar[column]).long()))
-            if not which:
-                image_counts[2, start:stop].index_add_(0, row, matches_image)
-                text_counts[2].index_add_(0, column, matches_text)
+        all_rows, all_columns = (index.to(device) for index in relevance.pairs(start, stop))
+        for first in range(0, n_texts, COLUMNS):
+            last = min(first + COLUMNS, n_texts)
+            here = (all_columns >= first) & (all_columns < last)
+            row, column = all_rows[here], all_columns[here] - first
+            scores = image_features[start:stop] @ text_features[first:last].T
+            relevant = scores[row, column]
+            of_images, of_texts = image_counts[:, start:stop], text_counts[:, first:last]
+            for which, tie in enumerate((-TIE, TIE)):
+                image_bar, text_bar = best_of_image[start:stop] + tie, best_of_text[first:last] + tie
+                image_hits, text_hits = (relevant >= image_bar[row]).long(), (relevant >= text_bar[column]).long()
+                of_images[which] += _at_least(scores, image_bar[:, None], 1)
+                of_images[which].index_add_(0, row, -image_hits)
+                of_texts[which] += _at_least(scores, text_bar, 0)
+                of_texts[which].index_add_(0, column, -text_hits)
+                if not which:
+                    of_images[2].index_add_(0, row, image_hits)
+                    of_texts[2].index_add_(0, column, text_hits)
     return _ranks(world.sum(image_counts)), _ranks(world.sum(text_counts))
-
-
-def _rows(columns: int) -> int:
-    """Rows of a tile; few enough to be counted in 16 bits."""
-    return min(max(1, TILE // columns), 1 << 15)
 
 
 def _at_least(scores: torch.Tensor, bar: torch.Tensor, dim: int) -> torch.Tensor:
@@ -167,7 +168,7 @@ def positions(
     Returns:
         int64 [pairs] each: items more than TIE above the relevant one, and items within TIE of it, itself included.
     """
-    world, tile = world or World(), tile or _rows(len(gallery))
+    world, tile = world or World(), tile or max(64, ROWS * COLUMNS // len(gallery))
     counts = torch.zeros(2, len(query_of), dtype=torch.int64, device=queries.device)
     relevant = np.bincount(query_of, minlength=len(queries))
     starts = np.cumsum(relevant) - relevant
