@@ -46,7 +46,7 @@ def test_the_other_commands_parse(monkeypatch):
     called = []
     for room, names in (
         (data_prep.__main__, "build index merge verify"),
-        (eval.__main__, "retrieval zeroshot probe confusion probes leaks"),
+        (eval.__main__, "retrieval zeroshot probe compare confusion probes leaks"),
     ):
         for name in names.split():
             stand_in = functools.wraps(getattr(room, name))(lambda *_, name=name, **given: called.append((name, given)))
@@ -64,8 +64,18 @@ def test_the_other_commands_parse(monkeypatch):
             room = {"data_prep": data_prep.__main__, "eval": eval.__main__}[words[2]]
             monkeypatch.setattr("sys.argv", words[2:])
             room.main()
-    names = ["build", "build", "build", "index", "build", "merge"]
-    assert [name for name, _ in called] == [*names, "retrieval", "retrieval", "zeroshot", "zeroshot", "probe", "confusion", "probes"]
+    names = ["build", "build", "build", "index", "build", "merge", "retrieval", "retrieval"]
+    assert [name for name, _ in called] == [
+        *names,
+        "retrieval",
+        "retrieval",
+        "zeroshot",
+        "zeroshot",
+        "probe",
+        "compare",
+        "confusion",
+        "probes",
+    ]
     assert called[1][1]["read"].images == "https://host/pictures/"
     assert called[0][1]["inputs"] == ["pairs.csv"]
 
