@@ -65,17 +65,8 @@ def test_the_other_commands_parse(monkeypatch):
             monkeypatch.setattr("sys.argv", words[2:])
             room.main()
     names = ["build", "build", "build", "index", "build", "merge", "retrieval", "retrieval"]
-    assert [name for name, _ in called] == [
-        *names,
-        "retrieval",
-        "retrieval",
-        "zeroshot",
-        "zeroshot",
-        "probe",
-        "compare",
-        "confusion",
-        "probes",
-    ]
+    names += ["zeroshot", "zeroshot", "probe", "compare", "confusion", "probes"]
+    assert [name for name, _ in called] == names
     assert called[1][1]["read"].images == "https://host/pictures/"
     assert called[0][1]["inputs"] == ["pairs.csv"]
 
