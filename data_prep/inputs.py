@@ -78,6 +78,8 @@ def is_url(path: str) -> bool:
 
 def expand(sources: list[str]) -> list[str]:
     """The inputs with patterns of remote files filled in, and data sets of the hub pinned to a commit."""
+    if not sources:
+        raise UserError("no input was given; CSV, Parquet, JSONL or tar files, or folders of images are wanted")
     found = []
     for source in sources:
         if source.startswith("hf://datasets/"):

@@ -226,6 +226,8 @@ def test_user_mistakes_are_sentences(icon_folder, icon_shards, tmp_path):
         build_icons(icon_folder, icon_shards)
     with pytest.raises(UserError, match="no such folder; pass --images"):
         build([str(csv_file)], tmp_path / "a", Reading(images=str(tmp_path / "none")))
+    with pytest.raises(UserError, match="no input was given"):
+        build([], tmp_path / "a")
     with pytest.raises(UserError, match="leave something for train"):
         build_icons(icon_folder, tmp_path / "a", val=0.6, test=0.4)
     with pytest.raises(UserError, match="--encode gif: png, jpeg or webp"):
