@@ -105,7 +105,7 @@ def write_index(path: Path, places: list[list]) -> None:
 def _tar_header(name: str, size: int) -> bytes:
     """The header block of a plain file (POSIX.1-1988, ustar): mode 444, owner 0, time 0.
 
-    Written here because tarfile takes as long for one as all our other work on an icon, and webdataset's
+    Written here because tarfile takes 13 us for one where this takes 0.6, three times per image, and webdataset's
     writer brings torch; tests read the result back with both, and with GNU tar.
     """
     assert len(name) <= 100, name
