@@ -267,8 +267,8 @@ def pictures(part: Part) -> Iterator[Picture]:
         yield Picture(*rows[0][:5], [row[5:] for row in rows])
 
 
-def join(part: Part, picture: Picture) -> dict | None:
-    """What the rows of one image say together; rows that add nothing or contradict become rejects. None if none is left."""
+def join(part: Part, picture: Picture) -> dict:
+    """What the rows of one image say together; rows that add nothing or contradict become rejects."""
     captions, groups, split = {}, {}, ""
     for ordinal, at, line, caption, group, row_split, _ in picture.rows:
         if split and row_split and split != row_split:

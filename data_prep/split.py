@@ -5,11 +5,6 @@ import hashlib
 SPLITS = ("train", "val", "test")
 
 
-def group_id(group: str) -> int:
-    """A 63-bit number for a group's name, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "big") >> 1
-
-
 def split_of(group: str, val: float, test: float, seed: int = 0) -> str:
     """The split of a group; `val` and `test` are the fractions of groups that go there."""
     digest = hashlib.blake2b(group.encode(), digest_size=8, key=f"split {seed}".encode()).digest()

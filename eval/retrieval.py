@@ -17,7 +17,6 @@ from train.model import Clip
 from train.world import World
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-SET_MEASURES = ("AP", f"nDCG@{DEPTH}", *(f"recall@{k}" for k in KS))
 SHOWN = (*(f"R@{k}" for k in KS), "mean_rank", "median_rank", "MRR", "mAP", f"nDCG@{DEPTH}")
 MAX_PAIRS = 30_000_000  # relevant pairs; where groups are larger, only the first relevant item of a query is looked for
 
