@@ -21,7 +21,7 @@ weights), hf-hub:ID or local-dir:PATH. Under torchrun the ranks share the work. 
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -30,9 +30,8 @@ from data_prep.shards import Shards, read_manifest
 from eval.compare import compare
 from eval.confusion import confusion
 from eval.degrade import curves
-from eval.degrade import svg as degraded_svg
 from eval.degrade import table as degraded_table
-from eval.embed import embed, embed_images, embed_texts
+from eval.embed import INFERENCE, Inference, embed, embed_images, embed_texts, ready
 from eval.leaks import leaks as leaks_of
 from eval.leaks import nearest, write_leaks
 from eval.page import write_page
@@ -41,7 +40,7 @@ from eval.probes import probes
 from eval.queries import read_queries, slices
 from eval.retrieval import Queries, differences, examine, queries_file, read_json, table, write_json
 from eval.zeroshot import zeroshot
-from train.model import Clip, load
+from train.model import Clip
 from train.world import World, joined_world
 
 
@@ -55,9 +54,7 @@ def retrieval(
     queries: Path | None = None,
     slice: str = "",
     degrade: bool = False,
-    batch: int = 64,
-    workers: int = 2,
-    precision: Literal["bf16", "fp32"] = "fp32",
+    inference: Inference = INFERENCE,
 ) -> None:
     """R@1, 5, 10, ranks, MRR, mAP and nDCG@10 with 95 % intervals: image to text, text to image, image to image.
 
@@ -70,27 +67,25 @@ def retrieval(
         queries: JSONL of sentences that are no captions, each with the images it should find: {"text": ..., "keys": [...]}.
         slice: Column of the data_prep input; R@1 is printed for each of its values.
         degrade: Ask with images that were shrunk, blurred and cut off as well; nine times the work.
-        page: HTML file to write: the table, and for some captions the pictures that they find.
-        batch: Images embedded at once.
-        workers: Processes that read images; 0 reads them in this one.
-        precision: Of the model; the features are compared in fp32 always.
+        page: HTML file to write: the figures, and for some captions the pictures that they find; beside it a PNG.
+        inference: How models are run.
     """
     with joined_world() as world:
-        shards, other, clip = world.together(lambda: prepare(model, data, split, against, world))
-        clip.towers.bf16 = precision == "bf16"
-        clip.towers.to(world.device)
-        embedded = embed(clip, shards, world, batch, workers)
-        asked = None
+        shards, other, clip = world.together(lambda: prepare(model, data, split, against, inference, world))
+        embedded = embed(clip, shards, world, inference)
+        asked, unseen = None, None
         if queries:
-            texts, *pairs = read_queries(queries, shards)
-            asked = (embed_texts(clip, texts, world, batch), *pairs)
-        found, each = examine(embedded, shards.groups, world, asked)
+            asked = read_queries(queries, shards)
+            unseen = (embed_texts(clip, asked.texts, world, inference), asked.query_of, asked.image_of)
+        found, each = examine(embedded, shards.groups, world, unseen)
         if slice:
             found["slices"] = slices(each.values, embedded, shards, slice)
         names = {"weights_sha256": clip.fingerprint(), "data": f"{data}, {split}", "data_sha256": shards.fingerprint}
         result = {"model": model, **names, **found}
+        if asked:
+            result["queries_without_images"] = asked.missing
         if degrade:
-            result["degraded"] = curves(clip, shards, embedded, world, batch, workers)
+            result["degraded"] = curves(clip, shards, embedded, world, inference)
         if world.is_first:
             if against and queries_file(against).is_file():
                 result["differences"] = differences(Queries.load(queries_file(against)), each)
@@ -101,9 +96,8 @@ def retrieval(
                 write_json(json, result)
                 each.save(queries_file(json))
             if page:
-                drawing = degraded_svg(result["degraded"], result["metrics"]["image_to_text/R@1"]) if degrade else ""
-                write_page(page, embedded, shards, model, table(result, other), drawing)
-                print(f"pictures of what it finds: {page}")
+                write_page(page, embedded, shards, [other, result] if other else [result], table(result, other))
+                print(f"pictures of what it finds: {page}; its figures: {page.with_suffix('.png')}")
 
 
 def leaks(
@@ -111,8 +105,7 @@ def leaks(
     data: Path,
     csv: Path,
     threshold: float = 0.97,
-    batch: int = 64,
-    workers: int = 2,
+    inference: Inference = INFERENCE,
 ) -> None:
     """Lists images of val and test whose nearest training image, by a model's image features, is nearly the same.
 
@@ -124,17 +117,15 @@ def leaks(
         data: Folder of shards.
         csv: File to write the pairs to, the most similar first.
         threshold: Cosine of image features from which on a pair is listed; it depends on the model.
-        batch: Images embedded at once.
-        workers: Processes that read images; 0 reads them in this one.
+        inference: How models are run.
     """
     with joined_world() as world:
-        train, _, clip = world.together(lambda: prepare(model, data, "train", None, world))
-        clip.towers.to(world.device)
-        train_features, rows, counts = embed_images(clip, train, world, batch, workers), [], {}
+        train, _, clip = world.together(lambda: prepare(model, data, "train", None, inference, world))
+        train_features, rows, counts = embed_images(clip, train, world, inference), [], {}
         for split in ("val", "test"):
             if read_manifest(data)["splits"][split]["samples"]:
                 shards = Shards(data, split)
-                cosines, numbers = nearest(embed_images(clip, shards, world, batch, workers), train_features)
+                cosines, numbers = nearest(embed_images(clip, shards, world, inference), train_features)
                 rows += leaks_of(shards, train, cosines, numbers, threshold)
                 counts[split] = f"{int((cosines >= threshold).sum())} of {len(shards)} images of {split}"
         if world.is_first:
@@ -142,7 +133,9 @@ def leaks(
             print(f"{', '.join(counts.values())} have a training image with a cosine of {threshold} or more: {csv}")
 
 
-def prepare(model: str, data: Path, split: str, against: Path | None, world: World) -> tuple[Shards, dict | None, Clip]:
+def prepare(
+    model: str, data: Path, split: str, against: Path | None, inference: Inference, world: World
+) -> tuple[Shards, dict | None, Clip]:
     """The split, verified, the result to compare with, and the model; the cheap ones first, so that a mistake costs no time."""
     shards = Shards(data, split)
     shards.verify(world.rank, world.world_size)
@@ -150,7 +143,7 @@ def prepare(model: str, data: Path, split: str, against: Path | None, world: Wor
     if other and (other["n_images"], other.get("data_sha256")) != (len(shards), shards.fingerprint):
         made = f"{other.get('data')}, {other['n_images']} images"
         raise UserError(f"{against}: made on other data ({made}) than {data}, {split}; compare on the same data")
-    return shards, other, load(model)
+    return shards, other, ready(model, inference, world)
 
 
 def main() -> None:
@@ -159,7 +152,9 @@ def main() -> None:
         return
     commands = {"retrieval": retrieval, "zeroshot": zeroshot, "probe": probe, "confusion": confusion}
     commands |= {"compare": compare, "probes": probes, "leaks": leaks}
-    tyro.extras.subcommand_cli_from_dict(commands, prog="python -m eval", description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    tyro.extras.subcommand_cli_from_dict(
+        commands, prog="python -m eval", description=__doc__, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+    )
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import csv
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
@@ -87,6 +87,26 @@ def predict(scores: torch.Tensor, labels: np.ndarray, tie: float) -> Predicted:
     return Predicted(labels, rows, columns, weights, hits, scores.shape[1])
 
 
+class Missed(NamedTuple):
+    """A picture that was taken for another class: its number in what it was read from, and both classes."""
+
+    number: int
+    label: int
+    taken: int
+
+
+def surest_mistakes(scores: torch.Tensor, labels: np.ndarray, numbers: np.ndarray, most: int = 24) -> list[Missed]:
+    """The pictures whose own class scores furthest below another, the furthest first.
+
+    Args:
+        scores: float [n, C]; labels, numbers: int64 [n].
+    """
+    best = scores.cpu().max(1)
+    margin = (best.values - scores.cpu()[torch.arange(len(labels)), torch.from_numpy(labels)]).numpy()
+    order = np.argsort(-margin, kind="stable")[:most].tolist()
+    return [Missed(int(numbers[at]), int(labels[at]), int(best.indices[at])) for at in order if margin[at] > 0]
+
+
 def f1_of(tp: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """Mean per-class accuracy (of classes with images), and F1 as scikit-learn has it: macro over classes that occur or are predicted."""
     occurs, known = support > 0, support + predicted > 0
@@ -98,25 +118,24 @@ def f1_of(tp: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> dict[st
     }
 
 
-def summarize(found: Predicted) -> dict[str, dict]:
-    """{"metrics": name -> fraction, "intervals": name -> [low, high]}, 95 %, each image its own group.
+def summarize(found: Predicted, groups: np.ndarray) -> dict[str, dict]:
+    """{"metrics": name -> fraction, "intervals": name -> [low, high]}, 95 %, by bootstrap over groups int64 [n].
 
     Intervals of means are eval.intervals.mean_interval's; those of F1 and of the mean per class are percentiles over
-    resampled images too.
+    resampled groups too.
     """
-    confusion, images = found.confusion(), np.arange(len(found.labels))
+    confusion, (names, members) = found.confusion(), np.unique(groups, return_inverse=True)
     sums = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    top1, top = mean_interval(found.right, images), mean_interval(found.hits, images)
+    top1, top = mean_interval(found.right, groups), mean_interval(found.hits, groups)
     metrics = {"top1": top1.value, f"top{TOP}": top.value, **f1_of(*sums)}
     rng, right, drawn = np.random.default_rng(0), found.right, []
     for _ in range(RESAMPLES):
-        times = np.bincount(rng.integers(0, len(images), len(images)), minlength=len(images)).astype(float)
+        times = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names)).astype(float)[members]
         parts = (found.labels, times * right), (found.labels, times), (found.columns, times[found.rows] * found.weights)
         drawn.append(list(f1_of(*(np.bincount(where, what, found.n_classes) for where, what in parts)).values()))
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     intervals = {"top1": [top1.low, top1.high], f"top{TOP}": [top.low, top.high]}
-    names = list(f1_of(*sums))
-    intervals |= {name: [float(low[at]), float(high[at])] for at, name in enumerate(names)}
+    intervals |= {name: [float(low[at]), float(high[at])] for at, name in enumerate(f1_of(*sums))}
     metrics |= {"tied": found.tied, "chance/top1": 1 / found.n_classes, f"chance/top{TOP}": min(TOP, found.n_classes) / found.n_classes}
     metrics["largest_class"] = float(sums[1].max() / sums[1].sum())
     return {"metrics": metrics, "intervals": intervals}
@@ -149,7 +168,7 @@ def read_parents(path: Path, classes: list[str]) -> dict[str, str]:
     return tree
 
 
-def hierarchy(scores: torch.Tensor, labels: np.ndarray, classes: list[str], tree: dict[str, str], tie: float) -> dict:
+def hierarchy(scores: torch.Tensor, labels: np.ndarray, groups: np.ndarray, classes: list[str], tree: dict[str, str], tie: float) -> dict:
     """Overlapping classes at two levels, each as summarize() has it.
 
     parent: all images; the true class and the predicted one are replaced by their parents, where they have one, so a siamese
@@ -158,14 +177,14 @@ def hierarchy(scores: torch.Tensor, labels: np.ndarray, classes: list[str], tree
 
     Args:
         scores: float [n, C].
-        labels: int64 [n].
+        labels, groups: int64 [n].
         tree: {child: parent}.
     """
     tops = [tree.get(name, name) for name in classes]
     parents = sorted(set(tops))
     parent = np.array([parents.index(top) for top in tops])
     children = np.array([at for at, name in enumerate(classes) if name in tree], np.int64)
-    merged = summarize(predict(scores, labels, tie).merged(parent, len(parents)))
+    merged = summarize(predict(scores, labels, tie).merged(parent, len(parents)), groups)
     for part in merged.values():  # guessing chooses among classes, of which parents have different numbers; and top-5 is of classes
         for name in (f"top{TOP}", f"chance/top{TOP}", "chance/top1"):
             part.pop(name, None)
@@ -173,7 +192,7 @@ def hierarchy(scores: torch.Tensor, labels: np.ndarray, classes: list[str], tree
     result = {"parent": {"n_images": len(labels), "n_classes": len(parents), **merged}}
     if (rows := np.flatnonzero(np.isin(labels, children))).size:
         own = predict(scores[torch.from_numpy(rows)][:, torch.from_numpy(children)], np.searchsorted(children, labels[rows]), tie)
-        result["child"] = {"n_images": len(rows), "n_classes": len(children), **summarize(own)}
+        result["child"] = {"n_images": len(rows), "n_classes": len(children), **summarize(own, groups[rows])}
     return result
 
 
@@ -183,26 +202,3 @@ def write_confusion_csv(path: Path, confusion: np.ndarray, classes: list[str]) -
         writer = csv.writer(file)
         writer.writerow(["true class", *classes])
         writer.writerows([name, *(f"{value:.10g}" for value in row)] for name, row in zip(classes, confusion, strict=True))
-
-
-def write_confusion_png(path: Path, confusion: np.ndarray, classes: list[str]) -> None:
-    """The matrix with each row as shares of its class, from white to blue; names where there is room for them."""
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1e-300)
-    cell = max(1, min(28, 900 // len(classes)))
-    blue = np.array([8, 48, 107])
-    pixels = (255 - shares[:, :, None] * (255 - blue)).round().astype(np.uint8)
-    matrix = Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1))
-    font = ImageFont.load_default(max(8, min(13, cell - 2)))
-    labels = [f"{name} {number}" for number, name in enumerate(classes)] if cell >= 10 else []
-    left = 10 + int(max((font.getlength(label) for label in labels), default=0))
-    canvas = Image.new("RGB", (left + matrix.width + 10, 40 + matrix.height), "white")
-    canvas.paste(matrix, (left, 30))
-    draw = ImageDraw.Draw(canvas)
-    draw.rectangle((left - 1, 29, left + matrix.width, 30 + matrix.height), outline="gray")
-    draw.text((left, 2), "taken for; darker: a larger share of the row's class", fill="black", font=ImageFont.load_default(11))
-    for number, label in enumerate(labels):
-        middle = 30 + number * cell + cell // 2
-        draw.text((left - 5, middle), label, fill="black", font=font, anchor="rm")
-        draw.text((left + number * cell + cell // 2, 28), str(number), fill="black", font=font, anchor="mb")
-    with atomic_file(path) as partial:
-        canvas.save(partial, "PNG")

@@ -3,9 +3,15 @@
 import html
 from pathlib import Path
 
-from data_prep.atomic import atomic_file
 from data_prep.shards import Shards
-from eval.confusion_page import picture
+from eval import sheet
+from eval.confusion_page import STYLE, heatmaps
+from eval.confusion_page import table as confusion_table
+from eval.plots import heatmaps as drawn_heatmaps
+from eval.plots import mixtures, recall, svg, write_png
+from eval.zeroshot_page import NAMES
+from eval.zeroshot_page import table as zeroshot_table
+from train.card_tables import markdown_table
 
 ROWS = {
     "image_to_text/R@1": "image to text, R@1",
@@ -21,23 +27,6 @@ ROWS = {
 }
 OF_QUERIES = {"mean_rank": "rank"}  # how a measure is called where each query has one
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Comparison of models</title>
-<style>
- :root {{ color-scheme: light dark; }}
- body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }}
- .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .8rem; text-align: right; }}
- td:first-child, th:first-child {{ text-align: left; }} tr + tr {{ border-top: 1px solid #8884; }} th {{ font-weight: 600; }}
- h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }} small {{ opacity: .75; }} svg {{ max-width: 30rem; display: block; }}
- .row {{ display: flex; flex-wrap: wrap; gap: .8rem; }} figure {{ margin: 0; width: 9rem; }} figcaption {{ font-size: .8rem; }}
- img {{ width: 4rem; height: 4rem; object-fit: contain; background: #fff; border: 1px solid #8886; border-radius: .3rem; }}
-</style>
-<h1>Comparison of models</h1>
-{body}
-</html>
-"""
-
 
 def cells(models: list[dict]) -> list[list[str]]:
     """The table: a header, then a row per measure; the first model's column is what the others' differences are to."""
@@ -48,7 +37,21 @@ def cells(models: list[dict]) -> list[list[str]]:
     if any(model.get("drift") for model in models):
         shown = (model.get("drift") for model in models)
         rows.append(["cosine to the first model's features", *(_drift(each) for each in shown)])
+    if "own_caption" in models[0]:
+        shares = ([100 * each for each in model["own_caption"].values()] for model in models)
+        rows.append(["own caption first among 10", *(f"{value:.1f} % [{low:.1f}, {high:.1f}]" for value, low, high in shares)])
+    if "zeroshot" in models[0]:
+        rows += [[f"zero-shot, {NAMES[name]}", *(_classes(model["zeroshot"], name) for model in models)] for name in ("top1", "macro_f1")]
     return rows
+
+
+def _classes(found: dict, name: str) -> str:
+    low, high = found["intervals"][name]
+    text = f"{100 * found['metrics'][name]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    if name == "top1" and "difference" in found:
+        value, low, high, p = found["difference"]
+        text += f"; {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], p = {p:.2g}"
+    return text
 
 
 def _drift(found: dict | None) -> str:
@@ -84,62 +87,44 @@ def markdown(result: dict) -> str:
 
 
 def _markdown_table(found: dict) -> str:
-    head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in cells(found["models"]))
     said = f"{found['n_images']} images, {found['n_texts']} captions ({found['data']})"
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join([said, "", *lines])
+    return f"{said}\n\n{markdown_table(cells(found['models']))}"
 
 
 def write_page(path: Path, result: dict, moved: dict[str, list[dict]], shards: Shards) -> None:
-    """The page: one file that loads nothing. `moved` is of eval.compare.moves."""
+    """The page, and its drawings as PNG beside it: R@k under the page's name, heatmaps.png and mixtures.png.
+
+    Args:
+        moved: of eval.compare.moves.
+    """
     body = [_html_table(result)]
+    if "zeroshot" in result["models"][0]:
+        body += ["<h2>Zero-shot classification</h2>", sheet.pre(zeroshot_table(_zeroshot(result)))]
     if "control" in result:
         body += ["<h2>Control: what was forgotten</h2>", _html_table(result["control"])]
     if result.get("mixtures"):
-        body += ["<h2>Mixtures of the first and the last model's weights</h2>", curve(result["mixtures"])]
+        drawing = mixtures(result["mixtures"])
+        body += ["<h2>Mixtures of the first and the last model's weights</h2>", svg(drawing)]
+        write_png(path.with_name("mixtures.png"), drawing)
     last = html.escape(result["models"][-1]["model"])
     for name, title in (("better", "What got better"), ("worse", "What got worse")):
         body.append(f"<h2>{title} <small>rank of the right picture, from the first model to {last}</small></h2>")
         figures = []
         for one in moved[name]:
             said = f"{html.escape(one['caption'])}<br><small>{one['before']:.4g} &rarr; {one['after']:.4g}</small>"
-            wrong = f" {picture(shards, one['found'])}" if one["found"] != one["image"] else ""
-            figures.append(f"<figure>{picture(shards, one['image'])}{wrong}<figcaption>{said}</figcaption></figure>")
+            wrong = f" {sheet.picture(shards, one['found'])}" if one["found"] != one["image"] else ""
+            figures.append(sheet.figure(sheet.picture(shards, one["image"]) + wrong, said))
         body.append(f'<div class="row">{"".join(figures) or "None."}</div>')
     body.append("<p><small>Left: a right picture; beside it, where it is another, what the last model finds first.</small></p>")
-    with atomic_file(path) as partial:
-        partial.write_text(PAGE.format(body="\n".join(body)), encoding="utf-8")
+    body += ["<h2>Captions among others</h2>", sheet.pre(confusion_table(result["confusion"])), *heatmaps(result["confusion"], shards)]
+    write_png(path.with_name("heatmaps.png"), drawn_heatmaps(result["confusion"]["models"], result["confusion"]["heatmap"]["captions"]))
+    sheet.write(path, "Comparison of models", body, recall(result["models"], ("image_to_text", "text_to_image", "image_to_image")), STYLE)
+
+
+def _zeroshot(result: dict) -> list[dict]:
+    return [{"model": model["model"], "templates": result["templates"], **model["zeroshot"]} for model in result["models"]]
 
 
 def _html_table(found: dict) -> str:
-    head, *rows = ([html.escape(cell) for cell in row] for row in cells(found["models"]))
     said = html.escape(f"{found['n_images']} images, {found['n_texts']} captions ({found['data']}); changes are to the first")
-    lines = ["".join(f"<th>{cell}</th>" for cell in head), *("".join(f"<td>{cell}</td>" for cell in row) for row in rows)]
-    return f'<p>{said}</p><div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
-
-
-def curve(mixtures: list[dict]) -> str:
-    """R@1 on the data against R@1 on the control set (or against the share), a point per mixture."""
-    across = "control/mean/R@1" if "control/mean/R@1" in mixtures[0] else "alpha"
-    xs, ys = [one[across] for one in mixtures], [one["mean/R@1"] for one in mixtures]
-
-    def at(value: float, values: list[float], start: float, end: float) -> float:
-        spread = max(values) - min(values) or 1
-        return start + (end - start) * (value - min(values)) / spread
-
-    places = [(at(x, xs, 50, 350), at(y, ys, 170, 20)) for x, y in zip(xs, ys, strict=True)]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    marks = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#3b7dc4"/>'
-        f'<text x="{x + 6:.1f}" y="{y - 6:.1f}" font-size="10" fill="currentColor">'
-        f"{one['alpha']:g}: {100 * one['mean/R@1']:.1f} %</text>"
-        for (x, y), one in zip(places, mixtures, strict=True)
-    )
-    label = "R@1 on the control set" if across != "alpha" else "share of the last model"
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 430 210" role="img">'
-        '<path d="M40 10V180H370" fill="none" stroke="currentColor" opacity=".5"/>'
-        f'<polyline fill="none" stroke="#3b7dc4" points="{line}"/>{marks}'
-        f'<text x="200" y="200" font-size="11" text-anchor="middle" fill="currentColor">{label}</text>'
-        '<text x="14" y="100" font-size="11" text-anchor="middle" fill="currentColor" transform="rotate(-90 14 100)">R@1</text></svg>'
-    )
+    return f"<p>{said}</p>{sheet.table(cells(found['models']))}"

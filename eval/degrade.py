@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from data_prep.shards import Shards
-from eval.embed import Embedded, embed_images
+from eval.embed import Embedded, Inference, embed_images
 from eval.metrics import Relevance, ranks, summarize
 from train.model import Clip
 from train.world import World
@@ -36,7 +36,7 @@ def degrade(kind: str, level: float) -> Callable[[Image.Image], Image.Image]:
     return change
 
 
-def curves(clip: Clip, shards: Shards, embedded: Embedded, world: World, batch: int, workers: int) -> dict[str, list[dict]]:
+def curves(clip: Clip, shards: Shards, embedded: Embedded, world: World, inference: Inference) -> dict[str, list[dict]]:
     """ "resample", "blur", "crop" -> for each level, image_to_text/R@1 and R@1 of finding an image of the group by the degraded one."""
     images, texts = embedded.image_features, embedded.text_features
     to_text = Relevance(shards.groups, embedded.captions.text_of, embedded.captions.group_of)
@@ -45,7 +45,7 @@ def curves(clip: Clip, shards: Shards, embedded: Embedded, world: World, batch: 
     for kind, levels in LEVELS.items():
         found[kind] = []
         for level in levels:
-            features = embed_images(clip, shards, world, batch, workers, change=degrade(kind, level))
+            features = embed_images(clip, shards, world, inference, change=degrade(kind, level))
             one = {"level": level, "image_to_text/R@1": summarize(ranks(features, texts, to_text, world)[0])["R@1"]}
             one["image_to_image/R@1"] = summarize(ranks(features, images, to_image, world)[0])["R@1"]
             found[kind].append(one)
@@ -59,25 +59,3 @@ def table(result: dict[str, list[dict]], whole: float) -> str:
         cells = (f"{one['level']:g}: {100 * one['image_to_text/R@1']:.1f}, {100 * one['image_to_image/R@1']:.1f} %" for one in levels)
         lines.append(f"  {kind:9} {'   '.join(cells)}")
     return "\n".join(lines)
-
-
-def svg(result: dict[str, list[dict]], whole: float) -> str:
-    """The same as a drawing: one panel per kind, from the whole image on."""
-    panels = []
-    for at, (kind, levels) in enumerate(result.items()):
-        values = {"image_to_text/R@1": [whole], "image_to_image/R@1": [1.0]}
-        for one in levels:
-            for name in values:
-                values[name].append(one[name])
-        lines = []
-        for name, color in zip(values, ("#3b7dc4", "#c46a3b"), strict=True):
-            points = " ".join(f"{20 + 50 * place},{120 - 100 * value:.1f}" for place, value in enumerate(values[name]))
-            lines.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{points}"><title>{name}</title></polyline>')
-        ticks = "".join(
-            f'<text x="{20 + 50 * place}" y="134" font-size="9" text-anchor="middle" fill="currentColor">{label}</text>'
-            for place, label in enumerate(["whole", *(f"{one['level']:g}" for one in levels)])
-        )
-        axis = '<path d="M20 20V120H170" fill="none" stroke="currentColor" opacity=".5"/>'
-        title = f'<text x="20" y="12" font-size="11" fill="currentColor">{kind}</text>'
-        panels.append(f'<g transform="translate({190 * at},0)">{title}{axis}{"".join(lines)}{ticks}</g>')
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {190 * len(result)} 140" role="img">{"".join(panels)}</svg>'

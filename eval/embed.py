@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,8 +13,34 @@ from data_prep.progress import progress
 from data_prep.shards import Shards
 from eval.metrics import check_finite
 from train.loader import EvalImages, loader
-from train.model import Clip
+from train.model import Clip, load
 from train.world import World
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How models are run; no figure depends on batch or workers.
+
+    Attributes:
+        batch: Images embedded at once.
+        workers: Processes that read images; 0 reads them in this one.
+        precision: Of the models; features are compared in fp32 always.
+    """
+
+    batch: int = 64
+    workers: int = 2
+    precision: Literal["bf16", "fp32"] = "fp32"
+
+
+INFERENCE = Inference()
+
+
+def ready(name: str, inference: Inference, world: World) -> Clip:
+    """The model that `name` stands for (see train.model.load), on this rank's device, for evaluation."""
+    clip = load(name)
+    clip.towers.bf16 = inference.precision == "bf16"
+    clip.towers.to(world.device).eval()
+    return clip
 
 
 @dataclass(frozen=True)
@@ -64,7 +91,7 @@ class Embedded:
     captions: Captions
 
 
-def embed(clip: Clip, shards: Shards, world: World, batch: int, workers: int) -> Embedded:
+def embed(clip: Clip, shards: Shards, world: World, inference: Inference) -> Embedded:
     """The features of every image and every distinct caption of a split.
 
     Batches are cut by number, not by rank, so a sample meets the same neighbours in any world.
@@ -73,18 +100,18 @@ def embed(clip: Clip, shards: Shards, world: World, batch: int, workers: int) ->
         NotFinite: a feature is not finite; the first such sample is named.
     """
     captions = read_captions(shards)
-    image_features = embed_images(clip, shards, world, batch, workers)
-    return Embedded(image_features, embed_texts(clip, captions.texts, world, batch), captions)
+    image_features = embed_images(clip, shards, world, inference)
+    return Embedded(image_features, embed_texts(clip, captions.texts, world, inference), captions)
 
 
-def embed_texts(clip: Clip, texts: list[str], world: World, batch: int) -> torch.Tensor:
+def embed_texts(clip: Clip, texts: list[str], world: World, inference: Inference) -> torch.Tensor:
     """text_features [n, d]: fp32, L2-normed, all of them on every rank.
 
     Raises:
         NotFinite: a feature is not finite; the first such text is named.
     """
     clip.towers.eval()
-    mine = batches(len(texts), batch)[world.rank :: world.world_size]
+    mine = batches(len(texts), inference.batch)[world.rank :: world.world_size]
     with torch.inference_mode():
         tokens = (clip.tokenizer([texts[number] for number in numbers]) for numbers in mine)
         text_features = fill(len(texts), mine, tokens, clip.towers.text_features, world, "texts")
@@ -93,7 +120,7 @@ def embed_texts(clip: Clip, texts: list[str], world: World, batch: int) -> torch
 
 
 def embed_images(
-    clip: Clip, shards: Shards, world: World, batch: int, workers: int, change: Callable[[Image.Image], Image.Image] | None = None
+    clip: Clip, shards: Shards, world: World, inference: Inference, change: Callable[[Image.Image], Image.Image] | None = None
 ) -> torch.Tensor:
     """image_features [n_images, d] of a split: fp32, L2-normed, all of them on every rank.
 
@@ -104,8 +131,9 @@ def embed_images(
         NotFinite: a feature is not finite; the first such sample is named.
     """
     clip.towers.eval()
-    mine = batches(len(shards), batch)[world.rank :: world.world_size]
-    images = loader(EvalImages(shards, Compose([change, clip.eval_transform]) if change else clip.eval_transform), mine, workers, world)
+    mine = batches(len(shards), inference.batch)[world.rank :: world.world_size]
+    transform = Compose([change, clip.eval_transform]) if change else clip.eval_transform
+    images = loader(EvalImages(shards, transform), mine, inference.workers, world)
     with torch.inference_mode():
         image_features = fill(len(shards), mine, images, clip.towers.image_features, world, "images")
     check_finite(image_features, "image_features", lambda row: f"sample {shards.key(row)}")

@@ -3,8 +3,8 @@
     linear  image_features [n, d] -> class logits                              multinomial logistic regression
     mlp     image_features [n, d] -> zero-shot logits [n, C] -> class logits   C-980-980-C
 
-A fifth of each class of the training pictures is the validation: it chooses the linear head's regularization, and its
-accuracy after each epoch is the MLP's history.
+The validation, a fifth of each class of the training pictures or a split of its own, chooses the linear head's regularization;
+its accuracy after each epoch is the MLP's history.
 Sources: linear probe, Radford et al. 2021 (arXiv:2103.00020), appendix A.3; the MLP's sizes are a tutorial's on Stanford Cars.
 """
 
@@ -100,20 +100,24 @@ class Split(NamedTuple):
     val: np.ndarray
 
 
-def validation_split(labels: np.ndarray, seed: int = SEED) -> Split:
-    """A fifth of each class for validation, at least one where it has two.
+def validation_split(labels: np.ndarray, groups: np.ndarray, seed: int = SEED) -> Split:
+    """A fifth of each class's groups for validation, at least one where it has two; a whole group is on one side.
+
+    Args:
+        labels, groups: int64 [n].
 
     Raises:
-        UserError: no class has two pictures.
+        UserError: no class has pictures of two groups.
     """
-    rng, val = np.random.default_rng(seed), []
+    rng, chosen = np.random.default_rng(seed), []
     for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        val.append(members[: max(len(members) // 5, min(1, len(members) - 1))])
-    val = np.sort(np.concatenate(val))
+        members = rng.permutation(np.unique(groups[labels == label]))
+        chosen.append(members[: max(len(members) // 5, min(1, len(members) - 1))])
+    val = np.flatnonzero(np.isin(groups, np.concatenate(chosen)))
     if not len(val):
         raise UserError(
-            f"{len(labels)} training pictures with a class each; at least two of a class are wanted, one of them for validation"
+            f"{len(labels)} training pictures, those of a class all of one group; at least two groups of a class are wanted, "
+            "one of them for validation"
         )
     return Split(np.setdiff1d(np.arange(len(labels)), val), val)
 

@@ -22,10 +22,10 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.images import DAMAGE, BadImage
-from data_prep.inputs import IMAGE_EXTENSIONS
 from data_prep.progress import progress
 from data_prep.scan import Source, read_local
 from data_prep.shards import Shards, read_manifest
+from data_prep.sources import IMAGE_EXTENSIONS
 
 SPLITS = ("train", "val", "valid", "validation", "test")
 IMAGENETTE = {  # WordNet's numbers of the ten classes of github.com/fastai/imagenette
@@ -53,6 +53,7 @@ class Labelled:
         names: of each picture, to find it again.
         read: the bytes of a picture by its number, or why they cannot be had.
         unlabelled: (name, reason) of the pictures without a label.
+        groups: int64 [n], pictures that stand or fall together; each its own, but for shards.
     """
 
     place: str
@@ -61,6 +62,7 @@ class Labelled:
     names: list[str]
     read: Callable[[int], bytes | BadImage]
     unlabelled: list[tuple[str, str]]
+    groups: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,7 +121,9 @@ def _choose(data: Path, split: str, having: list[str]) -> str:
     raise UserError(f"{data}: {f'no split {split!r}' if split else 'several splits'}; pass --split with one of {', '.join(having)}")
 
 
-def _labelled(place: str, labels: Iterable, names: list[str], reader: Callable, classes: list[str] | None = None) -> Labelled:
+def _labelled(
+    place: str, labels: Iterable, names: list[str], reader: Callable, classes: list[str] | None = None, groups: np.ndarray | None = None
+) -> Labelled:
     """`labels` are numbers where `classes` is given, else texts; `reader` is made of the positions of what has a label."""
     labels, numbered = list(labels), classes is not None
     if classes is None:
@@ -134,7 +138,8 @@ def _labelled(place: str, labels: Iterable, names: list[str], reader: Callable, 
     unlabelled = [(names[at], f"label {labels[at]} of {len(classes)}" if numbered else "no label") for at in np.flatnonzero(~good)]
     if not len(keep):
         raise UserError(f"{place}: no picture with a label among {len(labels)}; pictures with labels are wanted")
-    return Labelled(place, classes, labels[keep], [names[at] for at in keep], reader(keep), unlabelled)
+    groups = np.arange(len(labels)) if groups is None else groups
+    return Labelled(place, classes, labels[keep], [names[at] for at in keep], reader(keep), unlabelled, groups[keep])
 
 
 class _Files:
@@ -263,7 +268,8 @@ def _shards(folder: Path, split: str, label_column: str) -> Labelled:
         having = ", ".join(sorted({name for row in columns for name in row})) or "none"
         raise UserError(f"{folder}: no column {label_column!r} was kept in its samples; it has {having}: pass --label-column")
     names = [shards.key(number) for number in range(len(shards))]
-    return _labelled(f"{folder}, {split}", [row.get(label_column) for row in columns], names, lambda keep: _Samples(shards, keep))
+    labels = [row.get(label_column) for row in columns]
+    return _labelled(f"{folder}, {split}", labels, names, lambda keep: _Samples(shards, keep), groups=shards.groups)
 
 
 def _cars(data: Path, kit: Path, split: str) -> Labelled:

@@ -14,6 +14,7 @@ from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.images import BadImage, Rules, check
 from data_prep.progress import progress
+from eval.embed import Inference, batches
 from eval.labelled import Labelled
 from eval.metrics import check_finite
 from train.loader import decode, loader
@@ -48,20 +49,27 @@ def checked(data: bytes | BadImage) -> bytes:
 
 
 class Features(NamedTuple):
-    """image_features fp32 [m, d], L2-normed, labels int64 [m] and names of the pictures that can be read; the others with reasons."""
+    """Of the m pictures that can be read.
+
+    Attributes:
+        image_features: fp32 [m, d], L2-normed.
+        labels, groups: int64 [m].
+        numbers: int64 [m], of the pictures in what they were read from.
+        unreadable: the other pictures, (name, reason).
+    """
 
     image_features: torch.Tensor
     labels: np.ndarray
-    names: list[str]
+    groups: np.ndarray
+    numbers: np.ndarray
     unreadable: list[tuple[str, str]]
 
 
-def embed_rows(clip: Clip, data: Labelled, world: World, batch: int, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_rows(clip: Clip, data: Labelled, world: World, inference: Inference) -> tuple[torch.Tensor, torch.Tensor]:
     """image_features fp32 [n, d] and which rows are usable, bool [n]; the same on every rank."""
     clip.towers.eval()
-    batches = [list(range(start, min(start + batch, len(data)))) for start in range(0, len(data), batch)]
-    mine = batches[world.rank :: world.world_size]
-    images = loader(LabelledImages(data, clip), mine, workers, world, default_collate)
+    mine = batches(len(data), inference.batch)[world.rank :: world.world_size]
+    images = loader(LabelledImages(data, clip), mine, inference.workers, world, default_collate)
     bar = progress(images, total=len(mine), desc="embedding images", unit="batch", leave=False, delay=1, disable=not world.is_first)
     with torch.inference_mode():
         parts = [(clip.towers.image_features(pixels.to(world.device)), usable) for pixels, usable in bar]
@@ -84,9 +92,9 @@ def usable_rows(data: Labelled, rows: torch.Tensor, usable: torch.Tensor) -> Fea
     unreadable = [(data.names[number], _problem(data.read(number))) for number in (~usable).cpu().nonzero().flatten().tolist()]
     if not len(keep):
         raise UserError(f"{data.place}: none of {len(data)} pictures can be read, the first because: {unreadable[0][1]}; check --data")
-    names, features = [data.names[number] for number in keep], rows[usable]
-    check_finite(features, "image_features", lambda row: f"image {names[row]}")
-    return Features(features, data.labels[keep], names, unreadable)
+    features = rows[usable]
+    check_finite(features, "image_features", lambda row: f"image {data.names[keep[row]]}")
+    return Features(features, data.labels[keep], data.groups[keep], keep, unreadable)
 
 
 def _problem(data: bytes | BadImage) -> str:
@@ -97,7 +105,7 @@ def _problem(data: bytes | BadImage) -> str:
     return "was not readable before, and is now"
 
 
-def image_features(clip: Clip, data: Labelled, world: World, batch: int, workers: int, cache: Path | None = None) -> Features:
+def image_features(clip: Clip, data: Labelled, world: World, inference: Inference, cache: Path | None = None) -> Features:
     """The features of all pictures that can be read, computed, or read from `cache`.
 
     Args:
@@ -108,12 +116,12 @@ def image_features(clip: Clip, data: Labelled, world: World, batch: int, workers
         NotFinite, UserError: see usable_rows.
     """
     if cache is None:
-        return usable_rows(data, *embed_rows(clip, data, world, batch, workers))
+        return usable_rows(data, *embed_rows(clip, data, world, inference))
     parts = [clip.fingerprint(), json.dumps(clip.config, sort_keys=True), str(clip.towers.bf16), data.sha256]
     path = cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.npz"
     found = read_cached(path, len(data))
     if any(world.any(found is None)):
-        rows, usable = embed_rows(clip, data, world, batch, workers)
+        rows, usable = embed_rows(clip, data, world, inference)
         if world.is_first:
             cache.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as partial, open(partial, "wb") as file:

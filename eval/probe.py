@@ -3,24 +3,27 @@
 Features are computed once and cached by content.
 """
 
+import dataclasses
 import hashlib
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
+import torch
 import tyro
 
 from data_prep.errors import UserError
-from eval.classification import TOP, predict, summarize
-from eval.heads import fit_linear, fit_mlp, validation_split
+from eval.classification import predict, summarize
+from eval.embed import INFERENCE, Inference, ready
+from eval.heads import Split, fit_linear, fit_mlp, validation_split
 from eval.labelled import Labelled, read_labelled
-from eval.labelled_features import image_features
+from eval.labelled_features import Features, image_features
 from eval.metrics import TIE
+from eval.probe_page import table, write_page
 from eval.retrieval import write_json
 from eval.templates import read_names, read_templates
-from eval.zeroshot import NAMES, text_features
-from train.model import load
+from eval.zeroshot import text_features
 from train.world import joined_world
 
 
@@ -28,6 +31,7 @@ def probe(
     model: Annotated[str, tyro.conf.Positional],
     data: Path,
     split: str = "train",
+    val_split: str = "",
     test_data: Path | None = None,
     test_split: str = "val",
     image_column: str = "image",
@@ -37,16 +41,16 @@ def probe(
     cache: Path = Path("runs/features"),
     save: Path | None = None,
     json: Path | None = None,
-    batch: int = 64,
-    workers: int = 2,
-    precision: Literal["bf16", "fp32"] = "fp32",
+    page: Path | None = None,
+    inference: Inference = INFERENCE,
 ) -> None:
     """Trains a linear probe, and an MLP on the zero-shot logits, on a frozen model; accuracy and F1 beside zero-shot.
 
     Args:
         model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder.
-        data: Pictures with labels to train on, of any kind that zeroshot reads; a fifth of them is for validation.
+        data: Pictures with labels to train on, of any kind that zeroshot reads.
         split: Of --data, where it has splits.
+        val_split: Of --data, to choose by; by default a fifth of the training pictures is, whole groups of shards.
         test_data: Pictures with labels to test on; by default those of --data in --test-split.
         test_split: Of the pictures to test on, where they have splits.
         image_column: Of a CSV or Parquet: file names relative to its folder, or the pictures themselves.
@@ -56,9 +60,8 @@ def probe(
         cache: Folder that keeps features, named by a hash of weights and pictures.
         save: Folder to write the heads to, which eval.heads.load_head reads.
         json: File to write results and history to.
-        batch: Pictures embedded at once.
-        workers: Processes that read pictures; 0 reads them in this one.
-        precision: Of the model; heads are trained in fp32 always.
+        page: HTML file to write: the table, and the validation's curves, which are a PNG beside it too.
+        inference: How models are run.
     """
     with joined_world() as world:
 
@@ -66,27 +69,31 @@ def probe(
             train = read_labelled(data, "" if data.is_file() else split, image_column, label_column)
             place = test_data or data
             test = aligned(read_labelled(place, "" if place.is_file() else test_split, image_column, label_column), train)
-            clip = load(model)
-            clip.towers.bf16 = precision == "bf16"
-            clip.towers.to(world.device).eval()
+            val = aligned(read_labelled(data, val_split, image_column, label_column), train) if val_split else None
+            clip = ready(model, inference, world)
             return (
                 train,
+                val,
                 test,
                 [[pattern(name) for pattern in read_templates(templates)] for name in read_names(names, train.classes)],
                 clip,
             )
 
-        train, test, sentences, clip = world.together(prepare)
-        texts = text_features(clip, sentences, world, batch).cpu()
-        found, tested = (image_features(clip, part, world, batch, workers, cache) for part in (train, test))
+        train, val, test, sentences, clip = world.together(prepare)
+        texts = text_features(clip, sentences, world, inference).cpu()
+        found, tested = (image_features(clip, part, world, inference, cache) for part in (train, test))
         weights, logit_scale = clip.fingerprint(), clip.towers.model.logit_scale.exp().item()
-        parts, features = validation_split(found.labels), tested.image_features.cpu()
+        features = tested.image_features.cpu()
+        if val:
+            parts, found = joined(found, image_features(clip, val, world, inference, cache))
+        else:
+            parts = validation_split(found.labels, found.groups)
         linear, swept = fit_linear(found, train.classes, parts, weights)
         mlp, epochs = fit_mlp(found, texts, logit_scale, train.classes, parts, weights)
         scores = {"zero-shot": (features @ texts.T, TIE), "linear": (linear.logits(features), 0.0), "mlp": (mlp.logits(features), 0.0)}
         result = {
             "id": hashlib.sha256(
-                dumps([weights, clip.config, train.sha256, test.sha256, precision, sentences], sort_keys=True).encode()
+                dumps([weights, clip.config, train.sha256, test.sha256, inference.precision, sentences], sort_keys=True).encode()
             ).hexdigest()[:12],
             "model": model,
             "weights_sha256": weights,
@@ -96,7 +103,7 @@ def probe(
             "n_classes": len(train.classes),
             "unreadable": found.unreadable + tested.unreadable,
             "unlabelled": train.unlabelled + test.unlabelled,
-            "heads": {name: summarize(predict(logits, tested.labels, tie)) for name, (logits, tie) in scores.items()},
+            "heads": {name: summarize(predict(logits, tested.labels, tie), tested.groups) for name, (logits, tie) in scores.items()},
             "history": {"linear": swept, "mlp": epochs},
         }
         if world.is_first:
@@ -107,6 +114,16 @@ def probe(
                 print(f"heads: {save / 'linear.json'}, {save / 'mlp.json'}")
             if json:
                 write_json(json, result)
+            if page:
+                write_page(page, result)
+                print(f"curves: {page}")
+
+
+def joined(fit: Features, val: Features) -> tuple[Split, Features]:
+    """Both together, and which of them is which."""
+    features = torch.cat([fit.image_features, val.image_features])
+    n, ends = len(fit.labels), (np.concatenate(pair) for pair in zip(fit[1:4], val[1:4], strict=True))
+    return Split(np.arange(n), np.arange(n, len(features))), Features(features, *ends, fit.unreadable + val.unreadable)
 
 
 def aligned(test: Labelled, train: Labelled) -> Labelled:
@@ -124,27 +141,4 @@ def aligned(test: Labelled, train: Labelled) -> Labelled:
     if test.sha256 == train.sha256:
         raise UserError(f"{test.place}: the very pictures of training; pass others to test on, with --test-data or --test-split")
     labels = np.array([numbers.get(name, -1) for name in test.classes])[test.labels]
-    return Labelled(test.place, train.classes, labels, test.names, test.read, test.unlabelled)
-
-
-def table(result: dict) -> str:
-    """A result for people: heads side by side, and what was tried."""
-    heads, (fit, val) = result["heads"], result["n_train"]
-    lines = [f"{result['model']}: trained on {fit} images, {val} for validation ({result['train']['data']})"]
-    lines.append(f"tested on {result['n_images']} images of {result['n_classes']} classes ({result['test']['data']})")
-    for kind in ("unreadable", "unlabelled"):
-        if result[kind]:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in result[kind][:5])
-            lines.append(f"{len(result[kind])} {kind} images are not used: {listed}{'; ...' if len(result[kind]) > 5 else ''}")
-    lines.append(" " * 18 + "chance".rjust(9) + "".join(name.rjust(24) for name in heads))
-    for name, title in NAMES.items():
-        guess = heads["linear"]["metrics"].get(f"chance/{name}")
-        cells = ((head["metrics"][name], *head["intervals"][name]) for head in heads.values())
-        shown = "".join(f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]".rjust(24) for value, low, high in cells)
-        lines.append(f"  {title}".ljust(18) + (f"{100 * guess:.1f} %" if guess else "").rjust(9) + shown)
-    if result["n_classes"] < TOP:
-        lines.append(f"  (top-{TOP} of {result['n_classes']} classes is top-{result['n_classes']}: always right)")
-    best = next(row for row in result["history"]["linear"] if row["chosen"])
-    lines.append(f"linear: C = {best['C']:g} of {len(result['history']['linear'])} tried, validation accuracy {best['val_accuracy']:.1%}")
-    accuracies = ", ".join(f"{row['val_accuracy']:.1%}" for row in result["history"]["mlp"])
-    return "\n".join([*lines, f"MLP: validation accuracy by epoch {accuracies}", "[95 % interval]"])
+    return dataclasses.replace(test, classes=train.classes, labels=labels)

@@ -15,7 +15,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -24,12 +24,12 @@ import tyro
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.drawings import Count, Shape, binding, counting, relations, render
-from eval.embed import batches, embed_images, embed_texts, fill
+from eval.embed import INFERENCE, Inference, batches, embed_images, embed_texts, fill, ready
 from eval.intervals import mean_interval
 from eval.metrics import TIE, check_finite
 from eval.probes_page import table, write_page
 from eval.retrieval import write_json
-from train.model import Clip, load
+from train.model import Clip
 from train.world import World, joined_world
 
 _SMALL = "a an and are as at by for from has have in into is it its of off on onto or over that the this to under up was with"
@@ -129,14 +129,14 @@ def score_swaps(image_features: torch.Tensor, own: torch.Tensor, other: torch.Te
     return {"n": len(lead), "accuracy": mean_interval(half(lead), groups)._asdict(), "tied": float((abs(lead) <= TIE).mean())}
 
 
-def embed_scenes(clip: Clip, scenes: list[list[Shape]], names: list[str], world: World, batch: int) -> torch.Tensor:
+def embed_scenes(clip: Clip, scenes: list[list[Shape]], names: list[str], world: World, inference: Inference) -> torch.Tensor:
     """image_features [n, d] of drawings: fp32, L2-normed, all of them on every rank.
 
     Raises:
         NotFinite: a feature is not finite; the first such drawing is named.
     """
     clip.towers.eval()
-    mine, transform = batches(len(scenes), batch)[world.rank :: world.world_size], clip.eval_transform
+    mine, transform = batches(len(scenes), inference.batch)[world.rank :: world.world_size], clip.eval_transform
     with torch.inference_mode():
         images = (torch.stack([transform(render(scenes[at])) for at in rows]) for rows in mine)
         features = fill(len(scenes), mine, images, clip.towers.image_features, world, "drawings")
@@ -144,11 +144,13 @@ def embed_scenes(clip: Clip, scenes: list[list[Shape]], names: list[str], world:
     return features
 
 
-def scores_of(clip: Clip, scenes: list[list[Shape]], captions: list[list[str]], names: list[str], world: World, batch: int) -> np.ndarray:
+def scores_of(
+    clip: Clip, scenes: list[list[Shape]], captions: list[list[str]], names: list[str], world: World, inference: Inference
+) -> np.ndarray:
     """Cosines float32 [scenes, captions of each]."""
     texts = sorted({caption for row in captions for caption in row})
     number = {text: at for at, text in enumerate(texts)}
-    image_features, text_features = embed_scenes(clip, scenes, names, world, batch), embed_texts(clip, texts, world, batch)
+    image_features, text_features = embed_scenes(clip, scenes, names, world, inference), embed_texts(clip, texts, world, inference)
     columns = torch.tensor([[number[caption] for caption in row] for row in captions])
     return (image_features[:, None] * text_features[columns.to(text_features.device)]).sum(2).cpu().numpy()
 
@@ -161,9 +163,7 @@ def probes(
     seed: int = 0,
     json: Path | None = None,
     page: Path | None = None,
-    batch: int = 64,
-    workers: int = 2,
-    precision: Literal["bf16", "fp32"] = "fp32",
+    inference: Inference = INFERENCE,
 ) -> None:
     """Counting, color-shape binding and relations on drawings that are made here, and swapped words in your own captions.
 
@@ -175,9 +175,7 @@ def probes(
         seed: Of the drawings and of the swaps.
         json: File to write the result to.
         page: HTML file to write: the table, and examples of the drawings.
-        batch: Images embedded at once.
-        workers: Processes that read images of the shards; 0 reads them in this one.
-        precision: Of the model; the features are compared in fp32 always.
+        inference: How models are run.
     """
 
     def prepare() -> tuple[Shards | None, list[Swap], Clip]:
@@ -186,30 +184,28 @@ def probes(
         shards = Shards(data, split) if data else None
         if shards:
             shards.verify(world.rank, world.world_size)
-        return shards, swaps(shards, seed) if shards else [], load(model)
+        return shards, swaps(shards, seed) if shards else [], ready(model, inference, world)
 
     with joined_world() as world:
         shards, found, clip = world.together(prepare)
-        clip.towers.bf16 = precision == "bf16"
-        clip.towers.to(world.device)
         source = {"data": f"{data}, {split}", "data_sha256": shards.fingerprint} if shards else {}
         result = {"model": model, "weights_sha256": clip.fingerprint(), **source, "seed": seed, "n": n}
         pictures, pairs = counting(n, seed), {"binding": binding(10 * n, seed), "relations": relations(10 * n, seed)}
         captions = [picture.captions for picture in pictures]
         names = [picture.captions[picture.n - 1] for picture in pictures]
         result["counting"] = score_counting(
-            scores_of(clip, [picture.scene for picture in pictures], captions, names, world, batch), pictures
+            scores_of(clip, [picture.scene for picture in pictures], captions, names, world, inference), pictures
         )
         for name, those in pairs.items():
             scenes, names = ([item for pair in those for item in getattr(pair, what)] for what in ("scenes", "captions"))
-            scores = scores_of(clip, scenes, [pair.captions for pair in those for _ in range(2)], names, world, batch).reshape(-1, 2, 2)
+            scores = scores_of(clip, scenes, [pair.captions for pair in those for _ in range(2)], names, world, inference).reshape(-1, 2, 2)
             kinds = np.array([pair.kind for pair in those])
             result[name] = {kind: score_pairs(scores[kinds == kind]) for kind in dict.fromkeys(kinds.tolist())}
             if len(result[name]) > 1:
                 result[name] = {"all": score_pairs(scores), **result[name]}
         if shards:
-            image_features = embed_images(clip, shards, world, batch, workers)[[swap.number for swap in found]]
-            own, other = (embed_texts(clip, [getattr(swap, of) for swap in found], world, batch) for of in ("caption", "swapped"))
+            image_features = embed_images(clip, shards, world, inference)[[swap.number for swap in found]]
+            own, other = (embed_texts(clip, [getattr(swap, of) for swap in found], world, inference) for of in ("caption", "swapped"))
             groups = shards.groups[[swap.number for swap in found]]
             result["swaps"] = {"n_images": len(shards), **score_swaps(image_features, own, other, groups)}
         if world.is_first:

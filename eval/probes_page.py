@@ -3,8 +3,7 @@
 import html
 from pathlib import Path
 
-from data_prep.atomic import atomic_file
-from eval.confusion_page import data_uri
+from eval import sheet
 from eval.drawings import Count, Pair, render
 
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "text_ties_half": 1 / 2, "image_ties_half": 1 / 2}
@@ -39,25 +38,8 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Probes</title>
-<style>
- :root {{ color-scheme: light dark; }}
- body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }}
- pre {{ overflow-x: auto; padding: .8rem 1rem; border: 1px solid #8885; border-radius: .5rem; }}
- .row {{ display: flex; flex-wrap: wrap; gap: .5rem; }} figure {{ margin: 0; width: 7.5rem; }} figcaption {{ font-size: .75rem; }}
- img {{ width: 7rem; height: 7rem; border: 1px solid #8886; border-radius: .4rem; }}
-</style>
-<h1>Probes</h1>
-<pre>{table}</pre>
-{body}
-</html>
-"""
-
-
 def write_page(path: Path, result: dict, pictures: list[Count], pairs: dict[str, list[Pair]], found: list) -> None:
-    """The table, and the first drawings of each probe; one file that loads nothing."""
+    """The table, and the first drawings of each probe."""
     shown = {
         f"Counting, {held} constant": [(one.scene, one.captions[one.n - 1]) for one in pictures if one.held == held][:10]
         for held in result["counting"]
@@ -66,15 +48,11 @@ def write_page(path: Path, result: dict, pictures: list[Count], pairs: dict[str,
         name.capitalize(): [item for pair in those[:4] for item in zip(pair.scenes, pair.captions, strict=True)]
         for name, those in pairs.items()
     }
-    body = []
+    body = [sheet.pre(table(result))]
     for title, drawings in shown.items():
-        figures = (
-            f'<figure><img src="{data_uri(render(scene))}" alt=""><figcaption>{text}</figcaption></figure>' for scene, text in drawings
-        )
-        body.append(f'<h2>{title}</h2><div class="row">{"".join(figures)}</div>')
+        figures = (sheet.figure(sheet.image(render(scene), caption, 112), html.escape(caption)) for scene, caption in drawings)
+        body.append(f'<h2>{title}</h2><div class="row large">{"".join(figures)}</div>')
     if found:
         rows = "".join(f"<li>{html.escape(swap.caption)} &rarr; {html.escape(swap.swapped)}</li>" for swap in found[:20])
         body.append(f"<h2>Swapped words</h2><ul>{rows}</ul>")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as partial:
-        partial.write_text(PAGE.format(table=html.escape(table(result)), body="\n".join(body)), encoding="utf-8")
+    sheet.write(path, "Probes", body)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,24 +13,36 @@ from eval.embed import Embedded
 MOST_SLICES = 40
 
 
-def read_queries(path: Path, shards: Shards) -> tuple[list[str], np.ndarray, np.ndarray]:
+class Asked(NamedTuple):
+    """Sentences, and the images that each should find.
+
+    Attributes:
+        texts: the sentences [n].
+        query_of, image_of: int64, all relevant pairs, sorted by query.
+        missing: sentences none of whose images is in the split: they are listed, and not asked.
+    """
+
+    texts: list[str]
+    query_of: np.ndarray
+    image_of: np.ndarray
+    missing: list[str]
+
+
+def read_queries(path: Path, shards: Shards) -> Asked:
     """The sentences of a JSONL file, and the images that each should find.
 
     A line is {"text": "a bell that rings", "keys": [...]}; a key is that of a sample, or the path of its image. What is right is
     closed over groups, as everywhere.
 
-    Returns:
-        Sentences [n], and int64 queries and images of all relevant pairs, sorted by query.
-
     Raises:
-        UserError: a line cannot be read, or its keys are not in this split; all such lines are counted, the first is shown.
+        UserError: a line cannot be read (all such lines are counted, the first is shown), or no query has an image in this split.
     """
     numbers = {shards.key(number): number for number in range(len(shards))}
     numbers |= {shards.meta(number)["image"]: number for number in range(len(shards))}
     members: dict[int, list[int]] = {}
     for number, group in enumerate(shards.groups.tolist()):
         members.setdefault(group, []).append(number)
-    texts, query_of, image_of, problems = [], [], [], []
+    texts, query_of, image_of, missing, problems = [], [], [], [], []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError) as error:
@@ -44,8 +57,11 @@ def read_queries(path: Path, shards: Shards) -> tuple[list[str], np.ndarray, np.
             problems.append(f"{path}:{at}: not a JSON object with text and keys ({type(error).__name__}: {error})")
             continue
         groups = {int(shards.groups[numbers[key]]) for key in keys if key in numbers}
-        if not groups or not str(text).strip():
-            problems.append(f"{path}:{at}: none of its keys ({', '.join(keys[:3])}) is in this split")
+        if not str(text).strip():
+            problems.append(f"{path}:{at}: an empty text")
+            continue
+        if not groups:
+            missing.append(f"line {at}: {text} ({', '.join(keys[:3])})")
             continue
         images = sorted(number for group in groups for number in members[group])
         query_of += [len(texts)] * len(images)
@@ -53,9 +69,13 @@ def read_queries(path: Path, shards: Shards) -> tuple[list[str], np.ndarray, np.
         texts.append(str(text))
     if problems:
         raise UserError(f"{problems[0]}; {len(problems)} of {len(lines)} lines cannot be used: put them right, or take them out")
+    if missing and not texts:
+        raise UserError(
+            f"{path}: none of {len(missing)} queries has an image in {shards.split} of {shards.folder}; the first, {missing[0]}"
+        )
     if not texts:
         raise UserError(f'{path}: no queries; a line like {{"text": "a bell", "keys": ["icons/bell.png"]}} is wanted')
-    return texts, np.array(query_of), np.array(image_of)
+    return Asked(texts, np.array(query_of), np.array(image_of), missing)
 
 
 def slices(values: dict[str, np.ndarray], embedded: Embedded, shards: Shards, column: str) -> dict[str, dict[str, float]]:

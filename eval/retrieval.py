@@ -9,7 +9,7 @@ import torch
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.shards import Shards
-from eval.embed import Embedded, embed
+from eval.embed import INFERENCE, Embedded, Inference, embed
 from eval.intervals import mean_interval, paired_difference
 from eval.measures import DEPTH, KS, ceiling, set_measures
 from eval.metrics import Ranks, Relevance, chance, first_of, positions, query_values, ranks, summarize
@@ -21,9 +21,9 @@ SHOWN = (*(f"R@{k}" for k in KS), "mean_rank", "median_rank", "MRR", "mAP", f"nD
 MAX_PAIRS = 30_000_000  # relevant pairs; where groups are larger, only the first relevant item of a query is looked for
 
 
-def evaluate(clip: Clip, shards: Shards, world: World, batch: int = 64, workers: int = 0) -> dict:
+def evaluate(clip: Clip, shards: Shards, world: World, inference: Inference = INFERENCE) -> dict:
     """Retrieval in both directions over one split; see score()."""
-    return score(embed(clip, shards, world, batch, workers), shards.groups, world)
+    return score(embed(clip, shards, world, inference), shards.groups, world)
 
 
 def score(embedded: Embedded, groups: np.ndarray, world: World) -> dict:
@@ -189,6 +189,9 @@ def table(result: dict, against: dict | None = None) -> str:
         lines.append(f"of its own only, a perfect model would reach R@1 {limit:.1%}: the others of a group look as right")
     gaps = " and ".join(f"{result['metrics'][f'{direction}/R@1_gap']:.1%} of {direction}" for direction in DIRECTIONS)
     lines.append(f"ties are counted in expectation; R@1 would move by at most this, if all went one way: {gaps}")
+    if missing := result.get("queries_without_images"):
+        shown = "; ".join(missing[:5]) + ("; ..." if len(missing) > 5 else "")
+        lines.append(f"{len(missing)} queries without an image in this split are not scored: {shown}")
     for value, found in result.get("slices", {}).items():
         cells = (f"{name} {100 * found[name]:.1f} %" for name in ("image_to_text/R@1", "text_to_image/R@1") if name in found)
         lines.append(f"  {value}: {found['n_images']} images, {', '.join(cells)}")

@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_icons, save_tiny
+from labelled_formats import CLASSES, as_folder, pictures
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.compare import calibration_error, compare
-from eval.embed import Captions, Embedded, embed
+from eval.confusion import confusion
+from eval.embed import Captions, Embedded, Inference, embed
+from eval.labelled import read_labelled
 from eval.metrics import Relevance
 from eval.mixtures import mix
+from eval.templates import read_templates
+from eval.zeroshot import evaluate
 from train.model import load
 from train.world import World
 
@@ -40,7 +46,7 @@ def test_mixtures_end_in_the_two_models(pair, icon_shards, tmp_path):
     for share, end in ((0.0, base), (1.0, tuned)):
         mixed = mix(base, tuned, share)
         assert mixed.fingerprint() == end.fingerprint()
-        found, expected = (embed(clip, shards, World(), 16, 0) for clip in (mixed, end))
+        found, expected = (embed(clip, shards, World(), Inference(16, 0)) for clip in (mixed, end))
         assert torch.equal(found.image_features, expected.image_features)
     half = mix(base, tuned, 0.5)
     for name, tensor in half.towers.model.state_dict().items():
@@ -66,7 +72,9 @@ def test_calibration_error_by_hand():
 
 def test_the_command_writes_a_page_a_table_and_a_mixture(pair, icon_folder, icon_shards, tmp_path, capsys):
     build_icons(icon_folder, tmp_path / "control", val=0.1, test=0.3, seed=5)
-    compare(pair, icon_shards, "val", tmp_path / "control", "test", (0.0, 0.5, 1.0), 0.5, tmp_path / "out", workers=0)
+    as_folder(tmp_path / "labelled", pictures())
+    more = {"control": tmp_path / "control", "labelled": tmp_path / "labelled", "interpolate": (0.0, 0.5, 1.0), "save": 0.5}
+    compare(pair, icon_shards, "val", out=tmp_path / "out", inference=Inference(workers=0), **more)
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "compare.json").read_text())
     base, tuned = result["models"]
@@ -80,12 +88,24 @@ def test_the_command_writes_a_page_a_table_and_a_mixture(pair, icon_folder, icon
     for place, found in (("", result), ("control/", result["control"])):
         for share, model in ((0, found["models"][0]), (2, found["models"][1])):
             assert result["mixtures"][share][f"{place}mean/R@1"] == model["metrics"]["mean/R@1"]
+    for model in (base, tuned):
+        _, found, *_ = evaluate(load(model["model"]), read_labelled(tmp_path / "labelled"), CLASSES, read_templates("simple"), World())
+        assert model["zeroshot"]["metrics"]["top1"] == pytest.approx(found.right.mean())
+        assert f"zero-shot, top-1 | {100 * base['zeroshot']['metrics']['top1']:.1f} %" in printed
+    change = tuned["zeroshot"]["metrics"]["top1"] - base["zeroshot"]["metrics"]["top1"]
+    assert tuned["zeroshot"]["difference"][0] == pytest.approx(change)
+    confusion(pair, icon_shards, "val", json=tmp_path / "confusion.json", inference=Inference(workers=0))
+    alone = json.loads((tmp_path / "confusion.json").read_text())
+    assert alone.pop("models")[1]["heatmap"] == result["confusion"]["models"][1]["heatmap"]
+    assert alone == {name: result["confusion"][name] for name in alone}
     assert load(result["saved"]).fingerprint() == mix(load(pair[0]), load(pair[1]), 0.5).fingerprint()
     assert (tmp_path / "out" / "compare.md").read_text() in printed
     page = (tmp_path / "out" / "compare.html").read_text()
-    assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import|<script", page)
+    assert not re.search(r"(src|href)=\"(?!data:|#)|url\((?!#)|@import|<script", page)
     assert page.count("<figure>") > 3
-    assert "<polyline" in page
+    assert page.count("<svg") == 2
+    for name in ("compare.png", "heatmaps.png", "mixtures.png"):
+        assert min(Image.open(tmp_path / "out" / name).size) > 300
 
 
 def test_mistakes_are_sentences(pair, icon_shards):

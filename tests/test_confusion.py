@@ -11,23 +11,14 @@ import pytest
 import torch
 from conftest import TINY, save_tiny
 
+import train.model
 from data_prep.build import Reading, Splitting, Work, build
 from data_prep.errors import NotFinite, UserError
 from data_prep.shards import Shards
-from eval.confusion import (
-    answer,
-    column_of,
-    confusion,
-    draw,
-    drawn_accuracy,
-    expected_accuracy,
-    find,
-    heatmap,
-    questions,
-    read_columns,
-    result_of,
-)
+from eval.confusion import answer, confusion, find, heatmap, questions, read_columns, result_of
 from eval.confusion_page import table, write_page
+from eval.draws import column_of, draw, drawn_accuracy, expected_accuracy
+from eval.embed import Inference
 from train.world import World
 
 
@@ -154,9 +145,9 @@ def with_short_captions(icon_folder, tmp_path_factory):
 
 def test_two_models_on_two_columns(tiny_model, with_short_captions, tmp_path, capsys):
     save_tiny(tmp_path, embed_dim=TINY["embed_dim"] + 8)
-    other, options = f"local-dir:{tmp_path}", {"columns": ("caption", "short_caption"), "workers": 0}
+    other, options = f"local-dir:{tmp_path}", {"columns": ("caption", "short_caption"), "inference": Inference(workers=0)}
     confusion((tiny_model, other), with_short_captions, json=tmp_path / "a.json", page=tmp_path / "a.html", **options)
-    confusion((other,), with_short_captions, json=tmp_path / "b.json", **{**options, "batch": 13})
+    confusion((other,), with_short_captions, json=tmp_path / "b.json", **{**options, "inference": Inference(13, 0)})
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
     shards = Shards(with_short_captions, "val")
     alone = json.loads((tmp_path / "b.json").read_text())["models"][0]
@@ -166,6 +157,9 @@ def test_two_models_on_two_columns(tiny_model, with_short_captions, tmp_path, ca
     assert result["n_images"] == result["columns"]["caption"]["n_scored"] == len(shards)
     having = sum(bool(shards.read(at).meta["columns"].get("short_caption")) for at in range(len(shards)))
     assert result["columns"]["short_caption"]["n_scored"] == having < len(shards)
+    without = [shards.key(at) for at in range(len(shards)) if not shards.meta(at)["columns"].get("short_caption")]
+    assert result["columns"]["short_caption"]["without_text"] == without
+    assert f"{len(without)} images without a text are not scored: {without[0]}" in printed
     for model in result["models"]:
         assert model["logit_scale"] == pytest.approx(1 / 0.07)
         np.testing.assert_allclose(np.sum(model["heatmap"], 1), 1)
@@ -175,7 +169,7 @@ def test_two_models_on_two_columns(tiny_model, with_short_captions, tmp_path, ca
             assert f"{100 * model['columns'][column]['accuracy']['value']:.1f} %" in printed
     page = (tmp_path / "a.html").read_text()
     assert page.count("<td style") == 2 * 12 * 12
-    assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import|<script", page)
+    assert not re.search(r"(src|href)=\"(?!data:|#)|url\((?!#)|@import|<script", page)
 
 
 def test_the_page_escapes_what_it_shows(with_short_captions, tmp_path):
@@ -207,12 +201,12 @@ def test_mistakes_are_sentences(tiny_model, icon_folder, icon_shards, tmp_path):
 def test_features_that_are_not_finite_name_the_sample(tiny_model, icon_shards, monkeypatch):
     import eval.confusion as module
 
-    def broken(name):
+    def broken(name, *_):
         clip = load(name)
         clip.towers.model.text_projection.data[:] = torch.nan
         return clip
 
-    load = module.load
-    monkeypatch.setattr(module, "load", broken)
+    load = train.model.load
+    monkeypatch.setattr(module, "ready", broken)
     with pytest.raises(NotFinite, match="that of caption"):
-        confusion((tiny_model,), icon_shards, workers=0)
+        confusion((tiny_model,), icon_shards, inference=Inference(workers=0))

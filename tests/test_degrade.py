@@ -9,7 +9,7 @@ from PIL import Image
 from data_prep.shards import Shards
 from eval.__main__ import retrieval
 from eval.degrade import LEVELS, curves, degrade
-from eval.embed import embed
+from eval.embed import Inference, embed
 from eval.retrieval import score
 from train.model import load
 from train.world import World
@@ -31,8 +31,8 @@ def test_what_is_done_to_a_picture():
 def test_no_degradation_is_the_whole(tiny_model, icon_shards, monkeypatch):
     monkeypatch.setattr("eval.degrade.LEVELS", {"crop": (1.0, 0.5)})
     shards, clip = Shards(icon_shards, "val"), load(tiny_model)
-    embedded = embed(clip, shards, World(), 16, 0)
-    whole, half = curves(clip, shards, embedded, World(), 16, 0)["crop"]
+    embedded = embed(clip, shards, World(), Inference(16, 0))
+    whole, half = curves(clip, shards, embedded, World(), Inference(16, 0))["crop"]
     assert whole["image_to_text/R@1"] == score(embedded, shards.groups, World())["metrics"]["image_to_text/R@1"]
     assert whole["image_to_image/R@1"] == pytest.approx(1, abs=0.05)  # itself, but for pictures that this model takes for equal
     assert half["level"] == 0.5
@@ -40,7 +40,8 @@ def test_no_degradation_is_the_whole(tiny_model, icon_shards, monkeypatch):
 
 def test_the_command_prints_the_curve(tiny_model, icon_shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("eval.degrade.LEVELS", {"blur": (0.05,)})
-    retrieval(tiny_model, icon_shards, json=tmp_path / "a.json", page=tmp_path / "a.html", degrade=True, workers=0)
+    retrieval(tiny_model, icon_shards, json=tmp_path / "a.json", page=tmp_path / "a.html", degrade=True, inference=Inference(workers=0))
     assert "blur      0.05: " in capsys.readouterr().out
-    assert "<polyline" in (tmp_path / "a.html").read_text()
+    assert (tmp_path / "a.html").read_text().count("<svg") == 2
+    assert min(Image.open(tmp_path / "a.png").size) > 300
     assert json.loads((tmp_path / "a.json").read_text())["degraded"]["blur"][0]["level"] == 0.05

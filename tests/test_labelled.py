@@ -13,6 +13,7 @@ from PIL import Image
 from data_prep.build import Checking, Reading, Splitting, Work, build
 from data_prep.errors import NotFinite, UserError
 from data_prep.images import BadImage
+from eval.embed import Inference
 from eval.labelled import IMAGENETTE, Labelled, read_labelled
 from eval.labelled_features import LabelledImages, embed_rows, image_features, usable_rows
 from train.model import load
@@ -107,12 +108,12 @@ def test_what_cannot_be_used_is_counted_and_named(found, tiny_model, tmp_path):
         file.write("pictures/0.png,\n")
     data = read_labelled(path)
     assert data.unlabelled == [("pictures/0.png", "no label")]
-    features = image_features(load(tiny_model), data, World(), 7, 0)
+    features = image_features(load(tiny_model), data, World(), Inference(7, 0))
     assert [name for name, _ in features.unreadable] == bad
     reasons = [reason for _, reason in features.unreadable]
     for reason, word in zip(reasons, ("truncated", "missing file", "outside", "outside", "no image path"), strict=True):
         assert word in reason
-    assert len(features.labels) == len(features.names) == len(features.image_features) == len(found)
+    assert len(features.labels) == len(features.numbers) == len(features.image_features) == len(found)
     assert len(data) + len(data.unlabelled) == len(found) + len(bad) + 1
 
 
@@ -131,27 +132,27 @@ def test_pixels_are_those_of_the_models_own_preprocessing_on_white(found, tiny_m
 def test_cached_features_are_the_fresh_ones_until_weights_or_pictures_change(found, tiny_model, tmp_path, monkeypatch):
     clip, data = load(tiny_model), read_labelled(as_folder(tmp_path / "a", found))
     cache = tmp_path / "cache"
-    fresh = image_features(clip, data, World(), 6, 0)
-    first = image_features(clip, data, World(), 6, 0, cache)
+    fresh = image_features(clip, data, World(), Inference(6, 0))
+    first = image_features(clip, data, World(), Inference(6, 0), cache)
     (file,) = cache.iterdir()
     with monkeypatch.context() as patch:
         patch.setattr("eval.labelled_features.embed_rows", None)  # would be called
-        again = image_features(clip, read_labelled(as_csv(tmp_path / "b", found)), World(), 9, 0, cache)
+        again = image_features(clip, read_labelled(as_csv(tmp_path / "b", found)), World(), Inference(9, 0), cache)
     for other in (first, again):
         assert torch.equal(other.image_features, fresh.image_features)
         assert np.array_equal(other.labels, fresh.labels)
     file.write_bytes(file.read_bytes()[:100])
-    assert torch.equal(image_features(clip, data, World(), 6, 0, cache).image_features, fresh.image_features)
+    assert torch.equal(image_features(clip, data, World(), Inference(6, 0), cache).image_features, fresh.image_features)
     with torch.no_grad():
         clip.towers.model.visual.proj[0, 0] += 1
-    changed = image_features(clip, data, World(), 6, 0, cache)
+    changed = image_features(clip, data, World(), Inference(6, 0), cache)
     assert not torch.equal(changed.image_features, fresh.image_features)
     assert len(list(cache.iterdir())) == 2
 
 
 def test_a_feature_that_is_not_finite_names_its_image(found, tiny_model, tmp_path):
     data = read_labelled(as_folder(tmp_path, found))
-    rows, usable = embed_rows(load(tiny_model), data, World(), 8, 0)
+    rows, usable = embed_rows(load(tiny_model), data, World(), Inference(8, 0))
     rows[9, 2] = torch.nan
     with pytest.raises(NotFinite, match=f"image {data.names[9]}"):
         usable_rows(data, rows, usable)
@@ -179,4 +180,4 @@ def test_mistakes_are_sentences(found, tiny_model, tmp_path):
     (tmp_path / "blank" / "one" / "a.png").write_bytes(png(Image.new("RGB", (9, 9))))
     data = read_labelled(tmp_path / "blank")
     with pytest.raises(UserError, match=r"none of 1 pictures can be read, the first because: blank image"):
-        image_features(load(tiny_model), data, World(), 2, 0)
+        image_features(load(tiny_model), data, World(), Inference(2, 0))

@@ -14,6 +14,7 @@ from data_prep.build import Reading, Splitting, Work, build
 from data_prep.errors import NotFinite, UserError
 from data_prep.shards import Shards
 from eval.drawings import COLORS, NUMBERS, PAIR_AREA, RELATIONS, TOTAL_AREA, binding, counting, relations, render
+from eval.embed import Inference
 from eval.probes import (
     half,
     probes,
@@ -160,9 +161,9 @@ def test_swaps_of_a_collapsed_model_are_a_coin():
 
 
 def test_the_command(tiny_model, icon_shards, tmp_path, capsys):
-    options = {"data": icon_shards, "n": 1, "workers": 0}
+    options = {"data": icon_shards, "n": 1}
     for name, batch in (("a", 64), ("b", 7)):
-        probes(tiny_model, json=tmp_path / f"{name}.json", page=tmp_path / f"{name}.html", batch=batch, **options)
+        probes(tiny_model, json=tmp_path / f"{name}.json", page=tmp_path / f"{name}.html", inference=Inference(batch, 0), **options)
     result = json.loads((tmp_path / "a.json").read_text())
     assert result == json.loads((tmp_path / "b.json").read_text())
     assert result["model"] == tiny_model
@@ -172,19 +173,19 @@ def test_the_command(tiny_model, icon_shards, tmp_path, capsys):
     printed, page = capsys.readouterr().out, (tmp_path / "a.html").read_text()
     for words in ("counting 1 to 10, total area constant, 10 drawings", "25.0 %", "16.7 %", "3.3", "own caption preferred"):
         assert words in printed
-    assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import|<script", page)
+    assert not re.search(r"(src|href)=\"(?!data:|#)|url\((?!#)|@import|<script", page)
     assert page.count("<img") == 2 * 10 + 2 * 8
 
 
 def test_a_collapsed_model_is_at_chance_from_drawing_to_table(tiny_model, icon_shards, monkeypatch, tmp_path):
-    def collapsed(name):
+    def collapsed(name, *_):
         clip = load(name)
         clip.towers.image_features = lambda images: torch.ones(len(images), 4) / 2
         clip.towers.text_features = lambda tokens: torch.ones(len(tokens), 4) / 2
         return clip
 
-    monkeypatch.setattr(module, "load", collapsed)
-    probes(tiny_model, icon_shards, n=1, workers=0, json=tmp_path / "a.json")
+    monkeypatch.setattr(module, "ready", collapsed)
+    probes(tiny_model, icon_shards, n=1, inference=Inference(workers=0), json=tmp_path / "a.json")
     result = json.loads((tmp_path / "a.json").read_text())
     for found in result["counting"].values():
         assert found["accuracy"]["value"] == pytest.approx(0.1, abs=1e-14)
@@ -203,11 +204,11 @@ def test_mistakes_are_sentences(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no caption of train has two words to swap"):
         probes(tiny_model, tmp_path / "out", split="train")
 
-    def broken(name):
+    def broken(name, *_):
         clip = load(name)
         clip.towers.model.visual.proj.data[:] = torch.nan
         return clip
 
-    monkeypatch.setattr(module, "load", broken)
+    monkeypatch.setattr(module, "ready", broken)
     with pytest.raises(NotFinite, match="that of the drawing of 'one circle'"):
         probes(tiny_model, n=1)

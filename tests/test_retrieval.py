@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.build import Reading, Splitting, Work, build
 from data_prep.shards import Shards
 from eval.__main__ import main
-from eval.embed import embed
+from eval.embed import Inference, embed
 from eval.retrieval import Queries, differences, evaluate, examine
 from train.loader import decode
 from train.model import load
@@ -63,7 +63,7 @@ def by_hand(model_name: str, shards: Shards) -> dict[str, float]:
 def test_the_numbers_are_those_of_brute_force(tiny_model, gallery):
     shards = Shards(gallery, "val")
     assert any(len(shards.captions(number)) > 1 for number in range(len(shards)))
-    result = evaluate(load(tiny_model), shards, World(), batch=13)
+    result = evaluate(load(tiny_model), shards, World(), Inference(13, 0))
     for name, expected in by_hand(tiny_model, shards).items():
         for k in (1, 5, 10):
             ties = np.array(expected) % 1 != 0
@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_brute_force(tiny_model, gallery):
 
 def test_what_the_examination_adds_is_that_of_brute_force(tiny_model, gallery):
     shards = Shards(gallery, "val")
-    embedded = embed(load(tiny_model), shards, World(), 16, 0)
+    embedded = embed(load(tiny_model), shards, World(), Inference(16, 0))
     result, queries = examine(embedded, shards.groups, World())
     metrics = result["metrics"]
     assert metrics.items() >= evaluate(load(tiny_model), shards, World()).get("metrics").items()

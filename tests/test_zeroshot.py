@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import open_clip
@@ -16,6 +17,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_s
 
 from data_prep.errors import NotFinite, UserError
 from eval.classification import hierarchy, per_class, predict, read_parents, summarize
+from eval.embed import Inference
 from eval.labelled import read_labelled
 from eval.metrics import TIE
 from eval.show import probabilities
@@ -38,7 +40,7 @@ def test_figures_equal_scikit_learn():
     scores = rng.normal(size=(400, 9)) + 1.2 * np.eye(9)[labels]
     scores[:, 8] -= 30  # a class that is never predicted, and has no images
     found = predict(torch.from_numpy(scores), labels, 1e-6)
-    guesses, metrics = scores.argmax(1), summarize(found)["metrics"]
+    guesses, metrics = scores.argmax(1), summarize(found, np.arange(len(labels)))["metrics"]
     assert metrics["top1"] == pytest.approx(accuracy_score(labels, guesses), abs=1e-12)
     assert metrics["top5"] == pytest.approx(top_k_accuracy_score(labels, scores, k=5, labels=range(9)), abs=1e-12)
     assert metrics["mean_per_class"] == pytest.approx(recall_score(labels, guesses, labels=np.unique(labels), average="macro"), abs=1e-12)
@@ -48,13 +50,13 @@ def test_figures_equal_scikit_learn():
     each = f1_score(labels, guesses, average=None, labels=range(9), zero_division=0)
     assert [row["f1"] for row in per_class(found, list("abcdefghi")).values()] == pytest.approx(list(each), abs=1e-12)
     assert metrics["tied"] == 0
-    for name, (low, high) in summarize(found)["intervals"].items():
+    for name, (low, high) in summarize(found, np.arange(len(labels)))["intervals"].items():
         assert low < metrics[name] < high, name
 
 
 def test_equal_scores_are_counted_in_expectation():
     labels = np.repeat(np.arange(10), 5)
-    metrics = summarize(predict(torch.zeros(50, 10), labels, TIE))["metrics"]
+    metrics = summarize(predict(torch.zeros(50, 10), labels, TIE), np.arange(50))["metrics"]
     assert [metrics[name] for name in ("top1", "mean_per_class", "macro_f1", "weighted_f1")] == pytest.approx([0.1] * 4)
     assert metrics["top5"] == pytest.approx(0.5)
     assert metrics["tied"] == 1
@@ -75,7 +77,7 @@ def test_a_collapsed_model_is_at_chance(cars, tmp_path):
             changed["visual.proj"] = torch.ones_like(weights[tower])
             changed |= {"visual.ln_post.weight": torch.zeros(32), "visual.ln_post.bias": torch.ones(32)}
         save_file(changed, tmp_path / "open_clip_model.safetensors")
-        result, _ = evaluate(load(f"local-dir:{tmp_path}"), data, data.classes, read_templates("plain"), World())
+        result = evaluate(load(f"local-dir:{tmp_path}"), data, data.classes, read_templates("plain"), World()).result
         assert result["metrics"]["mean_per_class"] == pytest.approx(1 / 3)
         assert result["metrics"]["top1"] in [pytest.approx(share) for share in (*(count / sum(COUNTS) for count in COUNTS), 1 / 3)]
         assert result["metrics"]["macro_f1"] <= 1 / 3 + 1e-9
@@ -95,7 +97,7 @@ def test_text_features_are_those_by_hand(tiny_model):
             features = model.eval().encode_text(tokenizer(each))
             mean = (features / features.norm(dim=-1, keepdim=True)).mean(0)
             expected.append(mean / mean.norm())
-    torch.testing.assert_close(text_features(load(tiny_model), sentences, batch=3), torch.stack(expected))
+    torch.testing.assert_close(text_features(load(tiny_model), sentences, World(), Inference(3, 0)), torch.stack(expected))
 
 
 def test_logits_are_open_clips_and_every_format_gives_the_same_result(tiny_model, cars, tmp_path):
@@ -104,11 +106,12 @@ def test_logits_are_open_clips_and_every_format_gives_the_same_result(tiny_model
     results = []
     for place in places:
         data = read_labelled(place)
-        result, confusion = evaluate(clip, data, data.classes, read_templates("cars"), World(), batch=6)
+        result, predicted, *_ = evaluate(clip, data, data.classes, read_templates("cars"), World(), Inference(6, 0))
+        confusion = predicted.confusion()
         result.pop("data")
         results.append((json.dumps(result), confusion.tolist()))
     assert all(result == results[0] for result in results)
-    texts = text_features(clip, [[template(name) for template in read_templates("cars")] for name in CLASSES])
+    texts = text_features(clip, [[template(name) for template in read_templates("cars")] for name in CLASSES], World())
     guesses = []
     for number in range(len(found)):
         with torch.no_grad():
@@ -125,6 +128,18 @@ def decode_on_white(data: bytes) -> Image.Image:
     return decode(checked(data))
 
 
+def test_intervals_are_over_groups():
+    """Copies of a picture in its group move no interval, and as pictures of their own would shrink it."""
+    rng = np.random.default_rng(0)
+    scores, labels = torch.from_numpy(rng.normal(size=(60, 8))), rng.integers(0, 8, 60)
+    one = summarize(predict(scores, labels, TIE), np.arange(60))
+    copied = predict(scores.repeat(3, 1), np.tile(labels, 3), TIE)
+    three, alone = summarize(copied, np.tile(np.arange(60), 3)), summarize(copied, np.arange(180))
+    for name, (low, high) in one["intervals"].items():
+        assert three["intervals"][name] == pytest.approx([low, high])
+        assert np.diff(alone["intervals"][name]) < 0.75 * (high - low)
+
+
 def test_overlapping_classes_at_both_levels(tmp_path):
     classes = ["bulldog", "cat", "dog", "siamese"]
     tree = {"siamese": "cat", "bulldog": "dog"}
@@ -134,14 +149,14 @@ def test_overlapping_classes_at_both_levels(tmp_path):
     scores[1, 3] = 0.9  # called a cat, and of the children it is a siamese
     scores[2, 0] = 0.8  # called a dog, and of the children it is a bulldog
     labels = np.array([classes.index(truth) for truth in truths])
-    levels = hierarchy(scores, labels, classes, tree, TIE)
+    levels = hierarchy(scores, labels, np.arange(len(labels)), classes, tree, TIE)
     assert levels["parent"]["metrics"]["top1"] == pytest.approx(5 / 6)
     parents = [[tree.get(name, name) for name in names] for names in (truths, guesses)]
     assert levels["parent"]["metrics"]["macro_f1"] == pytest.approx(f1_score(*parents, average="macro"))
     assert levels["parent"]["metrics"]["chance/top1"] == pytest.approx(0.5)
     assert levels["child"]["n_images"] == 4
     assert levels["child"]["metrics"]["top1"] == pytest.approx(3 / 4)
-    collapsed = hierarchy(torch.zeros(6, 4), labels, classes, tree, TIE)
+    collapsed = hierarchy(torch.zeros(6, 4), labels, np.arange(6), classes, tree, TIE)
     assert collapsed["parent"]["metrics"]["top1"] == collapsed["child"]["metrics"]["top1"] == pytest.approx(0.5)
     for text, words in (
         ('{"siamise": "cat"}', "perhaps you meant 'siamese'"),
@@ -181,14 +196,20 @@ def test_the_command(tiny_model, cars, tmp_path, capsys):
         assert header == ["true class", *CLASSES]
         assert [sum(map(float, row[1:])) for row in rows] == list(COUNTS)
         assert sum(float(row[1 + at]) for at, row in enumerate(rows)) / sum(COUNTS) == pytest.approx(result["metrics"]["top1"])
-        picture = Image.open(stem.with_suffix(".png"))
-        assert min(picture.size) > 3 * 28
-        assert len(picture.getcolors(1 << 20)) > 3
+        assert min(Image.open(stem.with_suffix(".png")).size) > 300
+        page = stem.with_suffix(".html").read_text()
+        wrong = sum(COUNTS) * (1 - result["metrics"]["top1"])
+        assert page.count("<figure>") == round(wrong)
+        assert not re.search(r"(src|href)=\"(?!data:|#)|url\((?!#)|@import|<script", page)
+        assert all(f"<td>{name}</td>" in page for name in CLASSES)
+    first, second = (result["metrics"]["top1"] for result in results)
+    assert results[1]["difference"][0] == pytest.approx(second - first)
+    assert f"{100 * (second - first):+.1f} points" in printed
 
 
 def run(*arguments) -> None:
     # As eval/__main__.py does it, without the start of another process.
-    tyro.cli(zeroshot, args=[str(argument) for argument in arguments])
+    tyro.cli(zeroshot, args=[str(argument) for argument in arguments], config=(tyro.conf.OmitArgPrefixes,))
 
 
 def test_one_image_against_captions(tiny_model, tmp_path, capsys):

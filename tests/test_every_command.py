@@ -1,0 +1,34 @@
+"""Two ranks say what one says, in every command of eval; retrieval has a test of its own."""
+
+import json
+import subprocess
+import sys
+
+from conftest import ROOT, environment
+from every_command import every_command
+from labelled_formats import as_folder, pictures
+
+NAMES = ("zeroshot.json", "probe.json", "confusion.json", "probes.json", "compare/compare.json")
+
+
+def test_two_ranks_say_what_one_says(tiny_model, icon_shards, tmp_path):
+    for split, seeds in (("train", (1, 2)), ("val", (3,))):
+        as_folder(tmp_path / "pictures", [each for seed in seeds for each in pictures(seed)], split=split)
+    paths = [icon_shards, tmp_path / "pictures"]
+    every_command(tiny_model, *paths, tmp_path / "one")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line = [sys.executable, *launcher, str(ROOT / "tests" / "every_command.py"), tiny_model, *map(str, paths), str(tmp_path / "two")]
+    result = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for name in NAMES:
+        one, two = (json.loads((tmp_path / ranks / name).read_text()) for ranks in ("one", "two"))
+        assert close(one, two), name
+
+
+def close(one, two) -> bool:
+    """Equal, but for the last digits of losses; a count, a rank or an accuracy of these few pictures would differ by far more."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(close(one[key], two[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(close, one, two))
+    return abs(one - two) <= 1e-4 * max(1, abs(one)) if isinstance(one, float) else one == two
