@@ -106,7 +106,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
 def test_no_network_is_a_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("ViT-B-16:laion2b_s34b_b88k", "hf-hub:nobody/nothing"):
-        with pytest.raises(UserError, match=r"cannot be loaded.*check the name, the network"):
+        with pytest.raises(UserError, match=rf"not in the cache.*HF_HUB_OFFLINE=1.*python -m train.fetch {name}"):
             load(name)
 
 

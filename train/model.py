@@ -16,7 +16,8 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
 from torch import nn
@@ -113,11 +114,17 @@ class Clip:
             sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.dim() else repr(tensor.item()).encode())
         return sha.hexdigest()
 
-    def save(self, folder: Path) -> None:
+    def weights(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        """The weights as they are written: in `dtype`, but logit_scale in fp32; it is one number, and bf16 would make 98.9 of 100."""
+        state = {name: tensor.detach().cpu() for name, tensor in self.towers.model.state_dict().items()}
+        return {
+            name: tensor.to(dtype).contiguous() if tensor.is_floating_point() and tensor.dim() else tensor for name, tensor in state.items()
+        }
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a folder that open_clip loads as `local-dir:FOLDER`."""
         (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.towers.model.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_FILE)
+        save_file(self.weights(dtype), folder / WEIGHTS_FILE)
         shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors writes for its user alone
         if hasattr(self.tokenizer, "save_pretrained"):  # a Hugging Face tokenizer has files of its own
             self.tokenizer.save_pretrained(folder)
@@ -149,11 +156,19 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
         torch.manual_seed(seed)
         logging.disable(logging.NOTSET if wants_weights else logging.WARNING)  # it warns of the random weights that were asked for
         try:
+            if name.startswith("hf-hub:") and "@" in name:
+                identifier = _at_revision(name)
             model = open_clip.create_model(
                 identifier, pretrained, load_weights=weights, require_pretrained=wants_weights, pretrained_text=False, **options
             )
             tokenizer = open_clip.get_tokenizer(identifier)
         except (OSError, RuntimeError, ValueError, KeyError, HfHubHTTPError) as error:
+            if _wants_network(error):
+                raise UserError(
+                    f"{name}: not in the cache ({constants.HF_HUB_CACHE}), and the hub cannot be reached"
+                    f"{' with HF_HUB_OFFLINE=1' if constants.HF_HUB_OFFLINE else ''}; "
+                    f"where there is a network, fill the cache with: python -m train.fetch {name}"
+                ) from None
             raise UserError(f"{name}: cannot be loaded: {' '.join(str(error).split())[:600]}; {_advice(name)}") from None
         finally:
             logging.disable(logging.NOTSET)
@@ -162,6 +177,17 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
     preprocess = model.visual.preprocess_cfg
     config = {"model_cfg": model_cfg, "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}}
     return Clip(name, Towers(model, preprocess["mean"], preprocess["std"]), tokenizer, config)
+
+
+def public_name(model: str) -> str:
+    """A MODEL without the folders of this machine: "local-dir:/home/me/base" -> "base", "runs/icons" -> "icons"."""
+    scheme, colon, rest = model.partition(":")
+    if scheme == "hf-hub":
+        return rest
+    path = Path(rest if colon else model)
+    if path.parent.name == "checkpoints":  # of a run
+        path = path.parent.parent
+    return f"{scheme}:{path.name}" if colon and scheme != "local-dir" else path.name
 
 
 def clamp_logit_scale(towers: Towers) -> None:
@@ -205,7 +231,16 @@ def _parse_name(name: str) -> tuple[str, str | None, dict]:
 def _advice(name: str) -> str:
     if name.startswith("local-dir:"):
         return f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE} is wanted"
-    return "check the name, the network, and with HF_HUB_OFFLINE=1 that the weights are in the cache"
+    return "check the name and the network" + (
+        f"; HF_HUB_OFFLINE=1 wants python -m train.fetch {name} before" if constants.HF_HUB_OFFLINE else ""
+    )
+
+
+def _wants_network(error: BaseException | None) -> bool:
+    """Whether the hub could not be asked; open_clip wraps what says so in errors of its own."""
+    while error and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__context__
+    return error is not None
 
 
 def _checkpoint_of_run(run: Path) -> Path:
@@ -215,12 +250,14 @@ def _checkpoint_of_run(run: Path) -> Path:
     return best
 
 
+def _at_revision(name: str) -> str:
+    """hf-hub:ID@REVISION as the local-dir: of its download; open_clip knows the newest revision alone."""
+    model_id, _, revision = name.removeprefix("hf-hub:").partition("@")
+    return f"local-dir:{snapshot_download(model_id, revision=revision, allow_patterns=['*.json', '*.txt', '*.model', WEIGHTS_FILE])}"
+
+
 def _config_of(identifier: str) -> dict:
     """open_clip_config.json of a local-dir: or hf-hub: model that was just loaded, so that it is at hand."""
     scheme, _, place = identifier.partition(":")
-    if scheme == "hf-hub":
-        from huggingface_hub import hf_hub_download
-
-        model_id, _, revision = place.partition("@")
-        return json.loads(Path(hf_hub_download(model_id, CONFIG_FILE, revision=revision or None)).read_text())
-    return json.loads((Path(place) / CONFIG_FILE).read_text())
+    file = hf_hub_download(place, CONFIG_FILE) if scheme == "hf-hub" else Path(place) / CONFIG_FILE
+    return json.loads(Path(file).read_text())
