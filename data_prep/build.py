@@ -21,12 +21,12 @@ import tyro
 from data_prep.atomic import check_replaceable, sync
 from data_prep.errors import UserError
 from data_prep.images import Rules, parse_color
-from data_prep.inputs import digest, expand, is_url, kind_of
 from data_prep.plan import Plan, Splitting, check_parts
 from data_prep.records import Part, Reading, load
 from data_prep.report import print_report, summarize, write_json, write_rejects, write_report
 from data_prep.scan import Checks, check_root, scan
 from data_prep.shards import FORMAT
+from data_prep.sources import digest, expand, is_url, kind_of
 from data_prep.write import index_in_place, write_shards
 
 WORK = "begun.json"

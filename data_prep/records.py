@@ -22,8 +22,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from data_prep.errors import UserError
-from data_prep.inputs import COMPRESSED, Columns, is_url, read
+from data_prep.inputs import Columns, read
 from data_prep.progress import progress
+from data_prep.sources import COMPRESSED, is_url
 
 SCHEMA = """
 CREATE TABLE rows (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, key TEXT, image TEXT, caption TEXT,

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 from data_prep.errors import UserError
 from data_prep.images import BadImage, CheckedImage, Rules, check, trust
-from data_prep.inputs import is_url, remote
 from data_prep.progress import progress
 from data_prep.records import SPOOLED, Part, Picture, join, pictures
+from data_prep.sources import is_url, remote
 
 CHUNK = 64
 COMMIT_EVERY_S = 2.0

@@ -5,21 +5,20 @@ import gzip
 import http.server
 import io
 import json
-import subprocess
-import sys
 import tarfile
 import threading
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, environment, noise_images, png, tars
+from conftest import noise_images, png, tars
 from PIL import Image
 
 from data_prep.build import Checking, Reading, Work, build
 from data_prep.errors import UserError
-from data_prep.inputs import Columns, expand, read
+from data_prep.inputs import Columns, read
 from data_prep.shards import Shards
+from data_prep.sources import expand
 from data_prep.split import SPLITS
 
 PLAIN = Columns("file", "caption")
@@ -163,20 +162,18 @@ def test_parquet_with_images_inside(tmp_path):
     assert sample.captions == [f"{word} {sample.meta['columns']['label']}" for word in ("picture", "image")]
 
 
-def test_a_data_set_of_the_hub_is_read_at_a_pinned_revision(tmp_path):
-    (tmp_path / "data").mkdir()
-    expected = hub_parquet(tmp_path / "data" / "train-00000-of-00002.parquet")
-    hub_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", seed=2)
-    script = [sys.executable, ROOT / "tests" / "hub_dataset.py", tmp_path]
-    result = subprocess.run(script, env=environment(), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    said = json.loads(result.stdout.splitlines()[-1])
-    assert (said["report"]["rows"], said["report"]["images"]) == (48, 24)
-    pinned = "hf://datasets/me/icons@c0ffee0000000000000000000000000000000000/data"
-    assert said["inputs"] == [f"{pinned}/train-0000{number}-of-00002.parquet" for number in range(2)]
-    assert said["one"] == said["inputs"][:1]
-    assert "hf://datasets/me/nothing: " in said["missing"]
-    assert expected.items() < pictures(tmp_path / "out").items()
+def test_a_data_set_of_the_hub_is_read_at_a_pinned_revision(hub, tmp_path):
+    names = [f"train-0000{number}-of-00002.parquet" for number in range(2)]
+    expected = {**hub_parquet(tmp_path / names[0]), **hub_parquet(tmp_path / names[1], seed=2)}
+    commit = hub.put("datasets/me/icons", {f"data/{name}": (tmp_path / name).read_bytes() for name in names})
+    report = build(["hf://datasets/me/icons"], tmp_path / "out", Reading(caption_column="text"), work=Work(1))
+    assert (report["rows"], report["images"]) == (48, 24)
+    pinned = [f"hf://datasets/me/icons@{commit}/data/{name}" for name in names]
+    assert list(json.loads((tmp_path / "out" / "manifest.json").read_text())["inputs"]) == pinned
+    assert expand([f"hf://datasets/me/icons/data/{names[0]}"]) == pinned[:1]
+    with pytest.raises(UserError, match="hf://datasets/me/nothing: "):
+        expand(["hf://datasets/me/nothing"])
+    assert pictures(tmp_path / "out") == expected
 
 
 def test_bad_rows_of_jsonl_and_parquet(tmp_path):
