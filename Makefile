@@ -35,7 +35,7 @@ demo: $(DATA)/shards/manifest.json
 test: | .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(DATA)/shards/manifest.json
 	$(PY) -m train.bench train/recipes/demo.yaml --data $(DATA)/shards

@@ -6,19 +6,28 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from hub import Hub
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data_prep.build import Checking, Reading, Splitting, Work, build
 from data_prep.errors import exit_on_user_error
 from data_prep.icons import icons
 from data_prep.shards import sha256_of
+from eval.compare import compare
+from eval.embed import Inference
+from train.__main__ import validator
+from train.loop import fit
+from train.model import load
+from train.recipe import Optim, Recipe
+from train.world import World
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +36,11 @@ TINY = {
     "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The longest files first: two at once then end at about the same time."""
+    items.sort(key=lambda item: item.path.name not in ("test_slurm_lab.py", "test_survival.py", "test_bad_steps.py", "test_loop.py"))
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +82,52 @@ def save_tiny(folder: Path, **changes) -> Path:
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> tuple[str, Path, dict]:
+    """An OpenAI-shaped model in small (quick_gelu, 77 tokens): a MODEL, its export in fp32, and what the export returned."""
+    from train.export import export
+
+    folder = tmp_path_factory.mktemp("quick")
+    vision, text = {**TINY["vision_cfg"], "image_size": 32, "layers": 2}, {**TINY["text_cfg"], "context_length": 77}
+    weights = load_file(save_tiny(folder, quick_gelu=True, vision_cfg=vision, text_cfg=text) / "open_clip_model.safetensors")
+    larger = {name: 5 * tensor if ".mlp.c_fc." in name else tensor for name, tensor in weights.items()}  # so that the activation matters
+    save_file(larger, folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}", folder / "out", export(load(f"local-dir:{folder}"), folder / "out")
+
+
+def picture(width: int = 48, height: int = 48) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="session")
+def tuned_run(tmp_path_factory, tiny_model, icon_shards) -> tuple[Path, Path]:
+    """A run of a few steps with its validations, and eval's comparison of it with the model it came from."""
+    folder = tmp_path_factory.mktemp("tuned")
+    small = {"epochs": 3, "batch": 48, "micro_batch": 48, "precision": "fp32", "grad_checkpointing": False, "workers": 0}
+    recipe = Recipe(tiny_model, str(icon_shards), str(folder / "run"), optim=Optim(lr=1e-3), log_every_steps=1, **small)
+    fit(recipe, World(), validator(recipe, World()))
+    with contextlib.redirect_stdout(io.StringIO()):
+        compare(
+            (tiny_model, str(folder / "run")),
+            icon_shards,
+            "test",
+            icon_shards,
+            "val",
+            out=folder / "comparison",
+            inference=Inference(workers=0),
+        )
+    return folder / "run", folder / "comparison" / "compare.json"
+
+
+@pytest.fixture
+def one_thread():
+    """As environment() has it for other processes: their numbers and ours are equal bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def noise_images(folder: Path, n: int, groups: int = 0, mode: str = "RGB") -> Path:
@@ -125,3 +185,18 @@ def assert_mistake(result: subprocess.CompletedProcess, *words: str) -> None:
     assert "Traceback" not in result.stderr, result.stderr
     for word in words:
         assert word in result.stderr, (word, result.stderr)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
+    """A hub on the loopback, with huggingface_hub's client in this process turned to it and an empty cache."""
+    with Hub() as hub:
+        for name, value in hub.environment(tmp_path / "hf").items():
+            monkeypatch.setenv(name, value)
+        for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": hub.url}.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "hf" / "no-token"))
+        yield hub

@@ -1,4 +1,4 @@
-"""Arrows of import point left only: data_prep <- train <- eval; train/__main__.py is the one place that composes."""
+"""Arrows of import point left only: data_prep <- train <- eval <- slurm; train/__main__.py is the one place that composes."""
 
 import ast
 import importlib
@@ -10,8 +10,8 @@ from conftest import ROOT
 
 import train.model
 
-ROOMS = ["data_prep", "train", "eval"]
-MODULES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).glob("*.py"))
+ROOMS = ["data_prep", "train", "eval", "slurm"]
+MODULES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 
 def imported_rooms(source: str) -> set[str]:

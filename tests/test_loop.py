@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, TINY, assert_mistake, build_icons, call, command, environment, save_tiny
 from safetensors.torch import load_file
 
-from data_prep.errors import NotFinite, UserError
+from data_prep.errors import UserError
 from data_prep.shards import sha256_of
 from train.__main__ import validator
 from train.loop import check_batch, fit
@@ -147,7 +147,8 @@ def test_training_learns(tiny_model, icon_shards, tmp_path):
 
 def test_the_run_folder_holds_what_it_says(undisturbed, dropout_model):
     run = undisturbed[2]
-    assert json.loads((run / "status.json").read_text()) == {"state": "finished", "samples": 576}
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["samples"], status["checkpoint"]) == ("finished", 576, "samples-000000000576")
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
     assert list((run / "tensorboard").glob("events*"))
     lines = metrics(run)
@@ -255,26 +256,6 @@ def test_what_one_rank_finds_ends_all_of_them(tiny_model, icon_shards, tmp_path)
     assert result.stderr.count("error: on rank 1: ") == 1
     assert "train-000001.tar: altered since it was built" in result.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny_model, icon_shards, tmp_path, monkeypatch):
-    import train.loop
-
-    steps, honest = [], train.loop.backward
-
-    def poisoned(towers, *arguments):
-        loss = honest(towers, *arguments)
-        steps.append(loss)
-        if len(steps) == 5:
-            towers.model.logit_scale.grad.fill_(float("nan"))
-        return loss
-
-    monkeypatch.setattr(train.loop, "backward", poisoned)
-    with pytest.raises(NotFinite, match="the gradient after 96 pairs is not finite"):
-        fit(recipe(tiny_model, icon_shards, tmp_path / "run", workers=0), World(), no_validation)
-    assert newest(tmp_path / "run").name == "samples-000000000096"
-    monkeypatch.setattr(train.loop, "backward", honest)
-    assert fit(recipe(tiny_model, icon_shards, tmp_path / "run", workers=0), World(), no_validation).is_finished
 
 
 def test_shards_without_validation_train_and_keep_the_newest(tiny_model, icon_shards, icon_folder, tmp_path):

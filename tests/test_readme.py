@@ -9,9 +9,15 @@ from conftest import ROOT, call
 
 import data_prep.__main__
 import eval.__main__
+import slurm.__main__
+import train.export
+import train.fetch
+import train.publish
 from train.recipe import parse
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+ROOMS = {"data_prep": data_prep.__main__, "eval": eval.__main__, "slurm": slurm.__main__}
+ROOMS |= {f"train.{name}": getattr(train, name) for name in ("export", "publish", "fetch")}
 SMALLER = {
     "data_prep icons": "--limit 240",
     "data_prep build": "--images-per-shard 50",
@@ -47,6 +53,10 @@ def test_the_other_commands_parse(monkeypatch):
     for room, names in (
         (data_prep.__main__, "build index merge verify"),
         (eval.__main__, "retrieval zeroshot probe compare confusion probes leaks"),
+        (slurm.__main__, "submit sweep pipeline status"),
+        (train.export, "command"),
+        (train.publish, "publish"),
+        (train.fetch, "fetch"),
     ):
         for name in names.split():
             stand_in = functools.wraps(getattr(room, name))(lambda *_, name=name, **given: called.append((name, given)))
@@ -61,11 +71,10 @@ def test_the_other_commands_parse(monkeypatch):
             assert words[3:6] == ["-m", "--", "train"]
             assert parse(words[6:]).model == "ViT-L-14:laion2b_s32b_b82k"
         else:
-            room = {"data_prep": data_prep.__main__, "eval": eval.__main__}[words[2]]
             monkeypatch.setattr("sys.argv", words[2:])
-            room.main()
-    names = ["build", "build", "build", "index", "build", "merge", "retrieval", "retrieval"]
-    names += ["zeroshot", "zeroshot", "probe", "compare", "confusion", "probes"]
+            ROOMS[words[2]].main()
+    names = ["build", "build", "build", "index", "build", "merge", "submit", "pipeline", "sweep", "status", "retrieval", "retrieval"]
+    names += ["zeroshot", "zeroshot", "probe", "compare", "confusion", "probes", "command", "publish", "fetch"]
     assert [name for name, _ in called] == names
     assert called[1][1]["read"].images == "https://host/pictures/"
     assert called[0][1]["inputs"] == ["pairs.csv"]

@@ -19,6 +19,7 @@ import numpy as np
 
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.shards import Shards, read_manifest
+from eval.embed import Inference
 from eval.retrieval import DIRECTIONS, evaluate
 from train.loop import Validate, fit
 from train.model import Clip
@@ -32,7 +33,7 @@ def main() -> None:
         print(__doc__.strip())
         return
     recipe = parse(sys.argv[1:])
-    with joined_world() as world:
+    with joined_world(recipe.timeout_minutes) as world:
         validate = world.together(lambda: validator(recipe, world))
         run = fit(recipe, world, validate)
         if world.is_first:
@@ -50,7 +51,7 @@ def validator(recipe: Recipe, world: World) -> Validate:
         raise UserError(f"{recipe.data}: {shared} groups are in train and in val, so validation would flatter; build the shards again")
 
     def validate(clip: Clip, world: World) -> dict[str, float]:
-        result = evaluate(clip, shards, world, batch=recipe.micro_batch, workers=recipe.workers)
+        result = evaluate(clip, shards, world, Inference(recipe.micro_batch, recipe.workers))
         return {f"val/{name}": value for name, value in result["metrics"].items() if not name.startswith("chance/")}
 
     return validate

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from data_prep.errors import Fault
 from data_prep.shards import Shards
 from train.order import Order, random_bits
 from train.world import World
@@ -74,13 +75,18 @@ class _Collate:
         return Batch(torch.stack(images), self.tokenizer(list(captions)))
 
 
-def train_loader(pairs: TrainPairs, tokenizer: Callable, samples: int, end: int, world: World, workers: int) -> DataLoader:
+def train_loader(pairs: TrainPairs, tokenizer: Callable, samples: int, end: int, world: World, workers: int) -> Iterator[Batch]:
     """This rank's share of every global batch from `samples` to `end`, in order; one set of workers for the whole run."""
     return loader(pairs, RankPositions(samples, end, pairs.order.batch, world), workers, world, _Collate(tokenizer))
 
 
-def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, world: World, collate: Callable = torch.stack) -> DataLoader:
-    return DataLoader(
+def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, world: World, collate: Callable = torch.stack) -> Iterator:
+    """The collated samples of each batch of numbers, in order.
+
+    Raises:
+        Fault: a shard cannot be read any more.
+    """
+    loaded = DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
@@ -89,6 +95,11 @@ def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, world: 
         worker_init_fn=_quiet_worker,
         prefetch_factor=4 if workers else None,
     )
+    try:
+        yield from loaded
+    except OSError as error:  # of a worker it comes with a traceback as its text
+        said = str(error).strip().splitlines()[-1]
+        raise Fault(f"a shard cannot be read any more ({said}); put it back, and run the same command again") from None
 
 
 def _quiet_worker(_: int) -> None:

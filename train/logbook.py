@@ -4,14 +4,17 @@ Names under time/ depend on the machine; all others are functions of the recipe 
 """
 
 import json
+import math
 import os
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.atomic import atomic_file
 from data_prep.progress import progress
+from train.run import Run
 from train.world import World
 
 FOLLOWED = ("val/image_to_text/R@1", "val/text_to_image/R@1")
@@ -20,41 +23,43 @@ FOLLOWED = ("val/image_to_text/R@1", "val/text_to_image/R@1")
 class Logbook:
     """The log of one run, written by the first rank; every rank must call step()."""
 
-    def __init__(self, folder: Path, samples: int, end: int, samples_per_epoch: int, log_every_steps: int, world: World):
+    def __init__(self, run: Run, samples: int, end: int, samples_per_epoch: int, world: World):
         """Open the log at `samples`: what stands after that belongs to steps that will be taken again."""
-        self.samples_per_epoch, self.log_every_steps, self.world = samples_per_epoch, log_every_steps, world
+        self.run, self.end, self.samples_per_epoch = run, end, samples_per_epoch
         self.pairs, self.data_s, self.step_s = 0, 0.0, 0.0
         self.first = world.is_first
         self.bar = progress(total=end, initial=samples, unit="pair", unit_scale=True, desc="training", disable=not self.first)
         if not self.first:
             return
-        self.path = folder / "metrics.jsonl"
-        kept = [line for line in _whole_lines(self.path) if samples and json.loads(line)["samples"] <= samples]
-        with atomic_file(self.path) as partial:
-            partial.write_text("".join(kept))
-        self.file = open(self.path, "a")  # noqa: SIM115 open as long as the run
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=samples + 1 if samples else None)
+        self.file = reopened(run.folder / "metrics.jsonl", samples)
+        self.tensorboard = SummaryWriter(str(run.folder / "tensorboard"), purge_step=samples + 1 if samples else None)
 
     def step(
         self, samples: int, batch: int, loss: torch.Tensor, values: dict[str, torch.Tensor | float], data_s: float, step_s: float
     ) -> None:
-        """Count a step; every `log_every_steps`-th is written, with the loss averaged over the ranks.
+        """Count a step; every `log_every_steps`-th is written.
 
         Args:
             samples: pairs seen, this step's included.
+            loss: mean over the ranks.
             data_s: seconds that this step waited for its batch, part of `step_s`.
         """
         self.pairs, self.data_s, self.step_s = self.pairs + batch, self.data_s + data_s, self.step_s + step_s
         self.bar.update(batch)
-        if samples // batch % self.log_every_steps:
+        if not self.is_due(samples, batch):
             return
-        loss = (self.world.sum(loss.clone()) / self.world.world_size).item()
-        numbers = {"epoch": samples / self.samples_per_epoch, "train/loss": loss}
+        numbers = {"epoch": samples / self.samples_per_epoch, "train/loss": loss.item()}
         numbers |= {name: float(value) for name, value in values.items()}
         numbers |= {"time/pairs_per_s": self.pairs / self.step_s, "time/data_wait_share": self.data_s / self.step_s}
         self.write(samples, numbers)
-        self.bar.set_postfix_str(f"epoch {numbers['epoch']:.1f}, loss {loss:.3f}", refresh=False)
+        speed = self.pairs / self.step_s
+        self.run.beat(samples, step=samples // batch, pairs_per_s=round(speed, 2), eta_s=round((self.end - samples) / speed))
+        self.bar.set_postfix_str(f"epoch {numbers['epoch']:.1f}, loss {numbers['train/loss']:.3f}", refresh=False)
         self.pairs, self.data_s, self.step_s = 0, 0.0, 0.0
+
+    def is_due(self, samples: int, batch: int) -> bool:
+        """Whether the step that ends at `samples` is written."""
+        return samples // batch % self.run.recipe.log_every_steps == 0
 
     def validation(self, samples: int, values: dict[str, float]) -> None:
         """Write what a validation found, if there was one, and say the part of it that people follow."""
@@ -67,7 +72,9 @@ class Logbook:
         """One line of metrics.jsonl, and the same to TensorBoard."""
         if not self.first:
             return
-        self.file.write(json.dumps({"samples": samples, **values}) + "\n")
+        self.run.claim.check()
+        written = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self.file.write(json.dumps({"samples": samples, **written}) + "\n")
         self.file.flush()
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, samples)
@@ -93,7 +100,9 @@ class Logbook:
             self.tensorboard.close()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a log, without one that a kill cut short."""
-    text = path.read_text() if path.is_file() else ""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def reopened(path: Path, samples: int) -> TextIO:
+    """A file of JSON lines to go on with, without what stands after `samples`, or was cut short by a kill."""
+    lines = path.read_text().splitlines(keepends=True) if samples and path.is_file() else []
+    with atomic_file(path) as partial:
+        partial.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["samples"] <= samples))
+    return open(path, "a")

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data_prep.errors import NotFinite, UserError
+from data_prep.errors import UserError
 from data_prep.shards import Shards
 from train.augment import train_transform
+from train.bad_steps import BadSteps
 from train.loader import Batch, TrainPairs, train_loader
 from train.logbook import Logbook
 from train.model import Clip, clamp_logit_scale, load
@@ -38,7 +39,8 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
 
     Raises:
         UserError: the shards, the model or the run folder do not fit the recipe; nothing was trained or written.
-        NotFinite: the gradient is not; it never reached the weights.
+        NotFinite: too many steps in a row had a loss or gradient that is not; none reached the weights.
+        Fault, Fenced: the machine failed, or another attempt has taken over; the last whole checkpoint is safe.
     """
     run = world.together(lambda: Run(recipe, world))
     if run.is_finished:
@@ -58,7 +60,9 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     samples, saved_at = run.samples, time.monotonic()
     run.start(pairs.fingerprint)
 
-    with Logbook(run.folder, samples, end, order.samples_per_epoch, recipe.log_every_steps, world) as log, Stop(run.stop_file) as stop:
+    rolled_back, log = False, Logbook(run, samples, end, order.samples_per_epoch, world)
+    bad = BadSteps(run.folder, samples, lambda start: [pairs.key(order.sample_at(at)) for at in range(start, start + recipe.batch)], world)
+    with log, bad, Stop(run.stop_file) as stop:
         log.say(f"{recipe.model} on {len(pairs)} images, {world.world_size} x {world.device.type}: {steps} steps of {recipe.batch} pairs")
         if samples:
             log.say(f"going on after {samples} pairs, from {run.checkpoint}")
@@ -73,12 +77,9 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
                 group["lr"] = lr
             batch = Batch(*(tensor.to(world.device, non_blocking=True) for tensor in batch))
             loss = backward(towers, batch, recipe.micro_batch, world, recipe.seed, samples)
+            loss = world.sum(loss) / world.world_size
             grad_norm = torch.nn.utils.clip_grad_norm_(clip.towers.parameters(), recipe.optim.clip)
-            if not torch.isfinite(grad_norm):  # of the reduced gradient, so all ranks see it together
-                raise NotFinite(
-                    f"the gradient after {samples} pairs is not finite; nothing was overwritten: the same command goes on "
-                    f"from the last checkpoint, and if it happens again, --optim.lr {lr:.1e} is too high"
-                )
+            bad.judge(optimizer, samples, loss, grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             clamp_logit_scale(clip.towers)
@@ -89,7 +90,13 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             epoch_ends = samples % order.samples_per_epoch == 0
             save_is_due = time.monotonic() - saved_at > 60 * recipe.save_every_minutes
             stopping, saving = world.any(stop.asked(), save_is_due)
-            if epoch_ends or stopping or saving:
+            is_due = epoch_ends or stopping or saving
+            n_bad = bad.look() if is_due or log.is_due(samples, recipe.batch) else 0
+            if n_bad >= recipe.max_bad_steps and not stopping:
+                run.roll_back(samples, n_bad)
+                rolled_back = True
+                break
+            if is_due:
                 metrics = validate(clip, world) if epoch_ends else {}
                 log.validation(samples, metrics)
                 log.sync()
@@ -99,6 +106,9 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             if stopping:
                 break
             started = time.perf_counter()
+    if rolled_back:
+        run.close()
+        return fit(recipe, world, validate)
     run.finish("finished" if samples == end else "stopped", samples)
     return run
 

@@ -78,11 +78,16 @@ class Recipe:
     """A checkpoint is written after each epoch, and when the last one is older than this."""
     keep: int = 2
     """Newest checkpoints to keep, beside the best one."""
+    max_bad_steps: int = 10
+    """Steps in a row without a finite loss and gradient, after which the run goes back to its last checkpoint, once."""
+    timeout_minutes: float = 10.0
+    """A rank that is silent for longer ends the run; the same command goes on from the last checkpoint."""
 
 
 # What may differ between the parts of one run: it changes no number, or by rounding alone (the last two). The place of
 # the data is free, its content is not; train.run compares that.
-FREE_TO_CHANGE = ("run", "data", "workers", "log_every_steps", "save_every_minutes", "keep", "micro_batch", "grad_checkpointing")
+FREE_TO_CHANGE = ("run", "data", "workers", "log_every_steps", "save_every_minutes", "keep", "max_bad_steps", "timeout_minutes")
+FREE_TO_CHANGE += ("micro_batch", "grad_checkpointing")
 
 
 def parse(arguments: list[str]) -> Recipe:
@@ -147,6 +152,7 @@ def _check_values(recipe: Recipe) -> None:
         ("workers", recipe.workers, 0),
         ("log_every_steps", recipe.log_every_steps, 1),
         ("keep", recipe.keep, 1),
+        ("max_bad_steps", recipe.max_bad_steps, 1),
     ):
         if value < least:
             raise UserError(f"--{name} {value}: at least {least} is wanted")

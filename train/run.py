@@ -2,33 +2,42 @@
 
 RUN/recipe.yaml           the merged recipe; itself a recipe
 RUN/environment.json      versions, git commit, machine
-RUN/status.json           running, stopped or finished; samples seen
+RUN/status.json           running, stopped or finished; samples, speed, ETA, last checkpoint, and when that was written
 RUN/metrics.jsonl         one line per logged step and per validation; also as TensorBoard events in RUN/tensorboard
+RUN/bad_steps.jsonl       steps that were left out, because their loss or gradient was not finite, with their samples' keys
 RUN/checkpoints/samples-000123456/   open_clip_config.json and open_clip_model.safetensors (open_clip's local-dir:),
                                      optimizer.pt, state.json with the sha256 of each file
 RUN/checkpoints/best      link to the best one by validation
-RUN/stop                  make this file, and the run ends cleanly at the next step
+RUN/stop                  make this file, and the run ends cleanly at the next step, which removes it
+RUN/lock, RUN/attempt     who may write here; see train.claim
 """
 
 import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from data_prep.atomic import atomic_file, atomic_folder
-from data_prep.errors import UserError
+from data_prep.errors import Fault, NotFinite, UserError
 from data_prep.shards import sha256_of
+from train.claim import Claim
 from train.model import WEIGHTS_FILE, Clip
 from train.recipe import Recipe, differences, flags_of, parse, to_yaml
 from train.world import World
 
+BEFORE = ("slurm", "attempt", "stop", "lock", "checkpoints", "environment.json")  # of a submission, and of a start that was killed
+BEAT_S = 10  # seconds between two writes of status.json
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "timm", "numpy", "pillow")
 
 
@@ -49,6 +58,7 @@ class Run:
         self.recipe, self.world, self.folder = recipe, world, Path(recipe.run)
         self.samples, self.best, self.best_checkpoint = 0, float("-inf"), ""
         self.checkpoint: Path | None = None
+        self.rolled_back, self.beat_at, self.claim = False, 0.0, Claim(self.folder)
         if (self.folder / "recipe.yaml").is_file():
             old = parse([*flags_of(self.folder / "recipe.yaml"), "--run", recipe.run])
             if changed := differences(old, recipe):
@@ -56,8 +66,10 @@ class Run:
                     f"{self.folder}: holds a run of another recipe ({'; '.join(changed)}); pass another --run, "
                     f"or go on with that one: python -m train {self.folder / 'recipe.yaml'}"
                 )
+            if world.is_first and not self.is_finished:
+                self.claim.take()
             self._find_checkpoint()
-        elif self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
+        elif self.folder.exists() and not (self.folder.is_dir() and all(map(_may_precede, self.folder.iterdir()))):
             raise UserError(f"{self.folder}: there already, and not a run; pass another --run")
 
     @property
@@ -79,7 +91,7 @@ class Run:
         self.world.barrier()  # all ranks have looked at the folder as it was
         if self.world.is_first:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.stop_file.unlink(missing_ok=True)
+            self.claim.take()
             if not self.samples:
                 with atomic_file(self.folder / "environment.json") as partial:
                     partial.write_text(json.dumps(_environment(self.world, data_fingerprint), indent=1) + "\n")
@@ -90,18 +102,33 @@ class Run:
             self._write_status("running", self.samples)
         self.world.barrier()
 
+    def beat(self, samples: int, **values: float) -> None:
+        """Say that the run is alive, every BEAT_S seconds at the most; `values` are for whoever looks."""
+        if self.world.is_first and time.monotonic() - self.beat_at > BEAT_S:
+            self._write_status("running", samples, **values)
+            self.beat_at = time.monotonic()
+
     def finish(self, state: str, samples: int) -> None:
-        """Say how the run ended: "finished", or "stopped" and ready to go on."""
+        """Say how the run ended: "finished", or "stopped" and ready to go on; the wish to stop is fulfilled."""
         if self.world.is_first:
             self._write_status(state, samples)
+            self.stop_file.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let others write here."""
+        self.claim.give_back()
 
     def _status(self) -> dict:
         path = self.folder / "status.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def _write_status(self, state: str, samples: int) -> None:
+    def _write_status(self, state: str, samples: int, **values: float) -> None:
+        self.claim.check()
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        status = {"state": state, "samples": samples, **values, "checkpoint": self.checkpoint and self.checkpoint.name, "time": now}
         with atomic_file(self.folder / "status.json") as partial:
-            partial.write_text(json.dumps({"state": state, "samples": samples}) + "\n")
+            partial.write_text(json.dumps(status | {"host": socket.gethostname()}) + "\n")
 
     def _find_checkpoint(self) -> None:
         """The newest checkpoint that is whole; one whose files are not what was written is named and passed over."""
@@ -114,6 +141,9 @@ class Run:
             if not damaged:
                 self.checkpoint, self.samples = path, state["samples"]
                 self.best, self.best_checkpoint = state["best"], state["best_checkpoint"]
+                self.rolled_back = state.get("rolled_back", False)
+                if not (path.parent / self.best_checkpoint).is_dir():  # it gave way to a better one, which is damaged
+                    self.best, self.best_checkpoint = float("-inf") if state["score"] is None else state["score"], path.name
                 return
             if self.world.is_first:
                 print(f"warning: {path} is damaged ({', '.join(damaged)}); passing over it", file=sys.stderr)
@@ -126,10 +156,14 @@ class Run:
         optimizer.load_state_dict(torch.load(self.checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
 
     def save(self, clip: Clip, optimizer: torch.optim.Optimizer, samples: int, score: float | None) -> None:
-        """Write a checkpoint, whole or not at all; `score` (higher is better) is that of these weights, if they have one."""
-        if self.world.is_first:
-            self._save(clip, optimizer, samples, score)
-        self.world.barrier()
+        """Write a checkpoint, whole or not at all; `score` (higher is better) is that of these weights, if they have one.
+
+        Raises:
+            Fault: the disk is full, or is not there.
+            Fenced: another attempt has taken over.
+        """
+        self.world.together(lambda: self._save(clip, optimizer, samples, score) if self.world.is_first else None)
+        self.checkpoint = self.folder / "checkpoints" / f"samples-{samples:012d}"  # on every rank
 
     def _save(self, clip: Clip, optimizer: torch.optim.Optimizer, samples: int, score: float | None) -> None:
         path = self.folder / "checkpoints" / f"samples-{samples:012d}"
@@ -137,16 +171,56 @@ class Run:
         self.best = score if is_best else self.best
         if is_best or self.best == float("-inf"):  # before any validation, the newest is the best there is
             self.best_checkpoint = path.name
-        with atomic_folder(path) as folder:
-            clip.save(folder)
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-            digests = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
-            state = {"samples": samples, "score": score, "best": self.best, "best_checkpoint": self.best_checkpoint, "sha256": digests}
-            (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        try:
+            with atomic_folder(path) as folder:
+                clip.save(folder)
+                torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+                self._write_state(folder, samples, score)
+                self.claim.check()
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have errors of their own for a full disk
+            if "DataLoader worker" in str(error):
+                raise
+            last = self.checkpoint or "none yet"
+            raise Fault(
+                f"{path}: cannot be written ({' '.join(str(error).split())[:200]}); the last whole checkpoint is safe ({last}): "
+                "make room, and the same command goes on from it"
+            ) from None
         self._link_best()
         for old in sorted(path.parent.glob("samples-*"))[: -self.recipe.keep]:
             if old.name != self.best_checkpoint:
                 shutil.rmtree(old)
+
+    def _write_state(self, folder: Path, samples: int, score: float | None) -> None:
+        """state.json, the last file of a checkpoint: it knows the others by their sha256."""
+        digests = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name != "state.json"}
+        best = {"best": self.best, "best_checkpoint": self.best_checkpoint}
+        state = {"samples": samples, "score": score, **best, "rolled_back": self.rolled_back, "sha256": digests}
+        (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+
+    def roll_back(self, samples: int, n_bad: int) -> None:
+        """Make the last checkpoint's weights and moments those after `samples` pairs: what came between is passed over.
+
+        Raises:
+            NotFinite: that was done before in this run, or there is no checkpoint.
+        """
+        trouble = (
+            f"{self.folder}: the last {n_bad} steps before {samples} pairs had a loss or gradient that is not finite (bad_steps.jsonl)"
+        )
+        if self.rolled_back or self.checkpoint is None:
+            why = "and going back was tried already" if self.rolled_back else "and there is no checkpoint to go back to"
+            raise NotFinite(
+                f"{trouble}, {why}; the weights of checkpoints/ are whole: look at the samples that it names, or try again as another "
+                f"run with half the rate, --optim.lr {self.recipe.optim.lr / 2:.1e}"
+            )
+        self.rolled_back = True
+        self.world.together(lambda: self._roll_back(samples, trouble) if self.world.is_first else None)
+
+    def _roll_back(self, samples: int, trouble: str) -> None:
+        with atomic_folder(self.folder / "checkpoints" / f"samples-{samples:012d}") as folder:
+            shutil.copytree(self.checkpoint, folder, dirs_exist_ok=True)
+            self._write_state(folder, samples, None)
+            self.claim.check()
+        print(f"warning: {trouble}; going back to {self.checkpoint.name}, and passing over what came since", file=sys.stderr)
 
     def _link_best(self) -> None:
         """Point checkpoints/best to the best checkpoint; a link is replaced whole."""
@@ -154,6 +228,11 @@ class Run:
         link.unlink(missing_ok=True)
         link.symlink_to(self.best_checkpoint)
         os.replace(link, link.with_name("best"))
+
+
+def _may_precede(path: Path) -> bool:
+    """Whether a folder that holds this, and no recipe.yaml, may still become a run."""
+    return path.name in BEFORE or path.name.endswith(".partial")
 
 
 def _environment(world: World, data_fingerprint: str) -> dict:

@@ -1,6 +1,7 @@
 """The processes that train together: one without torchrun, else one per GPU (NCCL) or per process (gloo)."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import UserError
+from data_prep.errors import Fault, UserError
 
 T = TypeVar("T")
+LOST = ("gloo", "NCCL", "Connection closed", "Timed out")  # in the errors of a collective whose other end is gone
+ANSWER_S = 20  # how long the others have to answer a roll call
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class World:
     world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     host_group: dist.ProcessGroup | None = None  # gloo: numbers that live on the CPU never wait for the GPU
+    roll_call: dist.ProcessGroup | None = None  # gloo, unused until a rank falls silent
 
     @property
     def is_first(self) -> bool:
@@ -89,9 +93,35 @@ class _Gather(torch.autograd.Function):
         return gradient[ctx.rows], None, None
 
 
+def _store() -> dist.Store:
+    """Where the ranks find each other, anew for each start.
+
+    torchrun's agent keeps its store when it starts its workers again (--max-restarts), and with torch 2.15 these then look for
+    each other where their predecessors were.
+    """
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*place, is_master=os.environ["RANK"] == "0" and not hosted, wait_for_workers=False)
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _silent_ranks(world: World) -> str:
+    """Who does not answer, in words; only those can tell who are still there."""
+    try:
+        dist.monitored_barrier(world.roll_call, timedelta(seconds=ANSWER_S), wait_all_ranks=True)
+    except RuntimeError as error:
+        if found := re.search(r"[Rr]anks? ([\d, ]+) failed", str(error)):
+            return f"rank {found[1].strip()} of {world.world_size} (from 0) is silent: it was killed, hangs, or its node is gone"
+    return f"rank {world.rank} of {world.world_size} (from 0) lost the others: one was killed, hangs, or the network is cut"
+
+
 @contextmanager
 def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
-    """The processes that torchrun started; alone where it started none."""
+    """The processes that torchrun started; alone where it started none.
+
+    Raises:
+        Fault: a rank was silent for `timeout_minutes`, or is gone.
+    """
     cuda = torch.cuda.is_available()
     if "WORLD_SIZE" not in os.environ:
         yield World(device=torch.device("cuda" if cuda else "cpu"))
@@ -100,14 +130,27 @@ def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
     if cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+    # gloo gives up first, in an error that can be told; NCCL's own ends the process.
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        timeout=timeout * (1 + cuda),
+        device_id=device if cuda else None,
+        store=_store(),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
     host_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
-    world = World(dist.get_rank(), dist.get_world_size(), device, host_group)
+    world = World(dist.get_rank(), dist.get_world_size(), device, host_group, dist.new_group(backend="gloo", timeout=timeout))
     try:
         yield world
     except UserError as error:
         if error.shared:  # no rank is left inside a collective, where taking the group down would wait for it
             dist.destroy_process_group()
         raise
+    except RuntimeError as error:  # torch has no type of its own for a collective of gloo that failed
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        cause = " ".join(str(error).split())[:160]
+        raise Fault(f"{_silent_ranks(world)} ({cause}); give the same command again: training goes on from its last checkpoint") from None
     world.barrier()
     dist.destroy_process_group()
