@@ -113,7 +113,7 @@ def embed_texts(clip: Clip, texts: list[str], world: World, inference: Inference
     clip.towers.eval()
     mine = batches(len(texts), inference.batch)[world.rank :: world.world_size]
     with torch.inference_mode():
-        tokens = (clip.tokenizer([texts[number] for number in numbers]) for numbers in mine)
+        tokens = (clip.tokenize([texts[number] for number in numbers]) for numbers in mine)
         text_features = fill(len(texts), mine, tokens, clip.towers.text_features, world, "texts")
     check_finite(text_features, "text_features", lambda row: f"caption {texts[row]!r}")
     return text_features

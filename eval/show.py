@@ -32,7 +32,7 @@ def shown(image: Path, captions: tuple[str, ...], clips: Iterable[Clip]) -> dict
         device = clip.towers.mean.device
         with torch.inference_mode():
             image_features = clip.towers.image_features(clip.eval_transform(picture)[None].to(device))
-            text_features = clip.towers.text_features(clip.tokenizer(list(captions)).to(device))
+            text_features = clip.towers.text_features(clip.tokenize(list(captions)).to(device))
         check_finite(image_features, "image_features", lambda _: f"image {image}")
         check_finite(text_features, "text_features", lambda row: f"caption {captions[row]!r}")
         cosines = (text_features.double() @ image_features[0].double()).cpu()

@@ -190,7 +190,7 @@ def text_features(clip: Clip, sentences: list[list[str]], world: World, inferenc
     parts = {}
     with torch.inference_mode():
         for number in range(len(sentences))[world.rank :: world.world_size]:
-            tokens = clip.tokenizer(sentences[number])
+            tokens = clip.tokenize(sentences[number])
             each = torch.cat([clip.towers.text_features(part.to(world.device)) for part in tokens.split(inference.batch)])
             parts[number] = F.normalize(each.mean(0), dim=0)
     width = world.max(torch.tensor([max(map(len, parts.values()), default=0)])).item()

@@ -3,11 +3,10 @@
 import sys
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from train.loader import Batch
 from train.model import load
-from train.step import backward
+from train.step import backward, distribute
 from train.world import World, joined_world
 
 
@@ -21,9 +20,9 @@ def gradients(model: str, micro_batch: int, out: str) -> None:
 def gradients_of_two_steps(model: str, micro_batch: int, world: World) -> list[dict]:
     clip = load(model)
     clip.towers.train()
-    towers = DistributedDataParallel(clip.towers) if world.world_size > 1 else clip.towers
     whole = global_batch()
     share = len(whole.images) // world.world_size
+    towers = distribute(clip.towers, world, chunked=micro_batch < share)
     mine = Batch(*(tensor[world.rank * share :][:share] for tensor in whole))
     saved = []
     for samples in (0, 100):  # the second call meets DDP's rebuilt buckets

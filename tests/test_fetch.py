@@ -73,7 +73,7 @@ def test_a_folder_is_written_and_wants_no_network(hub, offline, tiny_model, tiny
 
 def test_a_model_of_the_hub_is_trained_on_as_one_of_a_folder_is(hub, tiny_model, tiny_files, icon_shards, tmp_path):
     hub.put("me/clip", tiny_files)
-    options = {"epochs": 1, "batch": 48, "micro_batch": 48, "precision": "fp32", "grad_checkpointing": False, "workers": 0}
+    options = {"epochs": 1, "batch": 48, "micro_batch": 48, "precision": "fp32", "memory": "none", "workers": 0}
     weights = []
     for model in ("hf-hub:me/clip", tiny_model):
         run = fit(Recipe(model, str(icon_shards), str(tmp_path / model[:5]), **options), World(), lambda clip, world: {})

@@ -24,7 +24,7 @@ from train.world import World
 
 def recipe(model: str, data: Path, run: Path, **changes) -> Recipe:
     """24 steps in 4 epochs, a checkpoint after each step."""
-    defaults = {"epochs": 4, "batch": 24, "micro_batch": 12, "precision": "fp32", "grad_checkpointing": False, "workers": 1}
+    defaults = {"epochs": 4, "batch": 24, "micro_batch": 12, "precision": "fp32", "memory": "none", "workers": 1}
     optim = Optim(lr=1e-3, warmup=0.2)
     return Recipe(model, str(data), str(run), optim=optim, **{**defaults, "log_every_steps": 1, "save_every_minutes": 0.0, **changes})
 

@@ -21,19 +21,19 @@ def test_every_recipe_loads_and_its_merged_form_is_itself_a_recipe(path, tmp_pat
 def test_the_seed_recipe_is_the_seeds():
     recipe = parse([str(RECIPES / "spectrum_icons.yaml"), *REQUIRED])
     assert (recipe.model, recipe.batch, recipe.micro_batch, recipe.epochs) == ("ViT-L-14:laion2b_s32b_b82k", 384, 64, 40)
-    assert (recipe.optim.lr, recipe.precision, recipe.grad_checkpointing) == (5e-6, "bf16", True)
+    assert (recipe.optim.lr, recipe.precision, recipe.memory) == (5e-6, "bf16", "checkpoint")
     augment = recipe.augment
     assert (augment.color_jitter, augment.color_jitter_prob, augment.gray_scale_prob) == ((0.2, 0.2, 0.1, 0.0), 0.7, 0.2)
-    # The defaults are the seed's: whoever writes no recipe gets it.
-    assert recipe == Recipe(model="ViT-L-14:laion2b_s32b_b82k", data="d", run="r")
+    # The defaults are the seed's, on any GPU: whoever writes no recipe gets it.
+    assert recipe == Recipe(model="ViT-L-14:laion2b_s32b_b82k", data="d", run="r", micro_batch=64, memory="checkpoint")
 
 
 def test_typed_flags_win_and_have_types(tmp_path):
-    (tmp_path / "a.yaml").write_text("model: a:none\noptim: {lr: 1e-5}\naugment:\n  scale: [0.5, 1]\ngrad_checkpointing: false\n")
+    (tmp_path / "a.yaml").write_text("model: a:none\noptim: {lr: 1e-5}\naugment:\n  scale: [0.5, 1]\nmemory: none\n")
     recipe = parse([str(tmp_path / "a.yaml"), *REQUIRED, "--optim.clip", "2", "--augment.color-jitter", "1", "2", "3", "0"])
     assert (recipe.optim.lr, recipe.optim.clip, recipe.augment.scale) == (1e-5, 2.0, (0.5, 1.0))
     assert recipe.augment.color_jitter == (1, 2, 3, 0)
-    assert recipe.grad_checkpointing is False
+    assert recipe.memory == "none"
     assert parse([str(tmp_path / "a.yaml"), *REQUIRED, "--optim.lr", "3e-5"]).optim.lr == 3e-5
 
 

@@ -22,6 +22,7 @@ from data_prep.shards import Shards, read_manifest
 from eval.embed import Inference
 from eval.retrieval import DIRECTIONS, evaluate
 from train.loop import Validate, fit
+from train.memory import uncompiled
 from train.model import Clip
 from train.recipe import Recipe, parse
 from train.run import Run
@@ -50,8 +51,9 @@ def validator(recipe: Recipe, world: World) -> Validate:
     if shared := np.intersect1d(shards.groups, Shards(recipe.data, "train").groups).size:
         raise UserError(f"{recipe.data}: {shared} groups are in train and in val, so validation would flatter; build the shards again")
 
+    @uncompiled()
     def validate(clip: Clip, world: World) -> dict[str, float]:
-        result = evaluate(clip, shards, world, Inference(recipe.micro_batch, recipe.workers))
+        result = evaluate(clip, shards, world, Inference(64 if recipe.micro_batch == "auto" else recipe.micro_batch, recipe.workers))
         return {f"val/{name}": value for name, value in result["metrics"].items() if not name.startswith("chance/")}
 
     return validate

@@ -22,6 +22,7 @@ from data_prep.shards import Shards
 from train.augment import train_transform
 from train.loader import Batch, TrainPairs, train_loader
 from train.loop import check_batch
+from train.memory import arrange, choose, compiles
 from train.model import clamp_logit_scale, load
 from train.optim import build_optimizer
 from train.order import Order
@@ -36,15 +37,17 @@ def measure_step(recipe: Recipe, world: World) -> dict:
     """Seconds and memory of an optimizer step on random pixels and tokens, of which captions fill the whole context."""
     clip = load(recipe.model, weights=False)
     clip.towers.bf16 = recipe.precision == "bf16"
-    clip.towers.model.set_grad_checkpointing(recipe.grad_checkpointing)
-    clip.towers.to(world.device).train()
+    clip.towers.to(world.device)
+    memory, micro_batch = choose(clip.towers, recipe, world)
+    arrange(clip.towers.model, memory, compiles(recipe, world.device))
+    clip.towers.train()
     optimizer = build_optimizer(clip.towers, recipe.optim)
     tokens = clip.tokenizer([""] * recipe.batch)
     images = torch.randint(0, 256, (recipe.batch, 3, *clip.image_size), dtype=torch.uint8)
     batch = Batch(images.to(world.device), torch.randint_like(tokens, 1, 1000).to(world.device))
 
     def step() -> None:
-        backward(clip.towers, batch, recipe.micro_batch, world, recipe.seed, 0)
+        backward(clip.towers, batch, micro_batch, world, recipe.seed, 0)
         torch.nn.utils.clip_grad_norm_(clip.towers.parameters(), recipe.optim.clip).item()  # waits for the device
         optimizer.step()
         optimizer.zero_grad()
@@ -58,7 +61,7 @@ def measure_loader(recipe: Recipe, shards: Shards, world: World) -> dict:
     """Samples that the recipe's workers deliver in a second when nobody trains."""
     clip = load(recipe.model, weights=False)
     data = TrainPairs(shards, Order(shards.shard_sizes, recipe.batch, recipe.seed), train_transform(clip.image_size, recipe.augment))
-    batches = iter(train_loader(data, clip.tokenizer, 0, 1 << 40, world, recipe.workers))
+    batches = iter(train_loader(data, clip.tokenize, 0, 1 << 40, world, recipe.workers))
     for _ in range(2 + 4 * recipe.workers):  # what was fetched ahead while the workers started
         next(batches)
     samples, started = 0, time.perf_counter()
@@ -96,7 +99,7 @@ def main() -> None:
         "model": recipe.model,
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        **{key: dataclasses.asdict(recipe)[key] for key in ("batch", "micro_batch", "precision", "grad_checkpointing", "workers")},
+        **{key: dataclasses.asdict(recipe)[key] for key in ("batch", "micro_batch", "precision", "memory", "workers")},
         **measure_step(recipe, world),
         **measure_loader(recipe, shards, world),
     }

@@ -67,17 +67,17 @@ class RankPositions:
 
 
 class _Collate:
-    def __init__(self, tokenizer: Callable):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenize: Callable):
+        self.tokenize = tokenize
 
     def __call__(self, pairs: list[tuple[torch.Tensor, str]]) -> Batch:
         images, captions = zip(*pairs, strict=True)
-        return Batch(torch.stack(images), self.tokenizer(list(captions)))
+        return Batch(torch.stack(images), self.tokenize(list(captions)))
 
 
-def train_loader(pairs: TrainPairs, tokenizer: Callable, samples: int, end: int, world: World, workers: int) -> Iterator[Batch]:
+def train_loader(pairs: TrainPairs, tokenize: Callable, samples: int, end: int, world: World, workers: int) -> Iterator[Batch]:
     """This rank's share of every global batch from `samples` to `end`, in order; one set of workers for the whole run."""
-    return loader(pairs, RankPositions(samples, end, pairs.order.batch, world), workers, world, _Collate(tokenizer))
+    return loader(pairs, RankPositions(samples, end, pairs.order.batch, world), workers, world, _Collate(tokenize))
 
 
 def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, world: World, collate: Callable = torch.stack) -> Iterator:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
@@ -18,12 +17,13 @@ from train.augment import train_transform
 from train.bad_steps import BadSteps
 from train.loader import Batch, TrainPairs, train_loader
 from train.logbook import Logbook
+from train.memory import arrange, choose, compiles
 from train.model import Clip, clamp_logit_scale, load
 from train.optim import build_optimizer, lr_at
 from train.order import Order
 from train.recipe import Recipe
 from train.run import Run
-from train.step import backward
+from train.step import backward, distribute
 from train.stop import Stop
 from train.world import World
 
@@ -47,16 +47,17 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
         return run
     pairs, clip = world.together(lambda: prepare(recipe, run))
     clip.towers.bf16 = recipe.precision == "bf16"
-    clip.towers.model.set_grad_checkpointing(recipe.grad_checkpointing)
     clip.towers.to(world.device)
+    memory, micro_batch = choose(clip.towers, recipe, world)
+    arrange(clip.towers.model, memory, compiles(recipe, world.device))
     optimizer = build_optimizer(clip.towers, recipe.optim)
     run.restore(clip, optimizer)
-    towers = DistributedDataParallel(clip.towers) if world.world_size > 1 else clip.towers
+    towers = distribute(clip.towers, world, micro_batch * world.world_size < recipe.batch, recipe.compress_gradients)
 
     order = Order(pairs.shard_sizes, recipe.batch, recipe.seed)
     steps, end = recipe.epochs * order.steps_per_epoch, recipe.epochs * order.samples_per_epoch
     data = TrainPairs(pairs, order, train_transform(clip.image_size, recipe.augment))
-    batches = train_loader(data, clip.tokenizer, run.samples, end, world, recipe.workers)
+    batches = train_loader(data, clip.tokenize, run.samples, end, world, recipe.workers)
     samples, saved_at = run.samples, time.monotonic()
     run.start(pairs.fingerprint)
 
@@ -64,6 +65,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     bad = BadSteps(run.folder, samples, lambda start: [pairs.key(order.sample_at(at)) for at in range(start, start + recipe.batch)], world)
     with log, bad, Stop(run.stop_file) as stop:
         log.say(f"{recipe.model} on {len(pairs)} images, {world.world_size} x {world.device.type}: {steps} steps of {recipe.batch} pairs")
+        log.say(f"memory: {memory}, micro_batch: {micro_batch}, {'compiled' if compiles(recipe, world.device) else 'not compiled'}")
         if samples:
             log.say(f"going on after {samples} pairs, from {run.checkpoint}")
         else:
@@ -76,7 +78,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = Batch(*(tensor.to(world.device, non_blocking=True) for tensor in batch))
-            loss = backward(towers, batch, recipe.micro_batch, world, recipe.seed, samples)
+            loss = backward(towers, batch, micro_batch, world, recipe.seed, samples)
             loss = world.sum(loss) / world.world_size
             grad_norm = torch.nn.utils.clip_grad_norm_(clip.towers.parameters(), recipe.optim.clip)
             bad.judge(optimizer, samples, loss, grad_norm)

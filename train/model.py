@@ -24,6 +24,7 @@ from torch import nn
 from torchvision.transforms import Compose, Normalize, PILToTensor
 
 from data_prep.errors import UserError
+from train.text import causal_tower, cut, encode_text
 
 MODELS = Path(__file__).parent / "models"  # architectures of ours, in open_clip's format
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"  # what local-dir: and hf-hub: read
@@ -65,9 +66,9 @@ class Towers(nn.Module):
         return F.normalize(features.float(), dim=-1)
 
     def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
-        """int64 [b, L] -> fp32 [b, d], L2-normed."""
+        """int64 [b, L], cut or whole (see Clip.tokenize) -> fp32 [b, d], L2-normed."""
         with self._autocast(tokens.device):
-            features = self.model.encode_text(tokens)
+            features = encode_text(self.model, tokens)
         return F.normalize(features.float(), dim=-1)
 
     def _autocast(self, device: torch.device) -> torch.autocast:
@@ -105,6 +106,10 @@ class Clip:
     def image_size(self) -> tuple[int, int]:
         size = self.towers.model.visual.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
+
+    def tokenize(self, captions: list[str]) -> torch.Tensor:
+        """int64 [n, L], cut after the longest of them where that changes nothing."""
+        return cut(self.tokenizer(captions), causal_tower(self.towers.model))
 
     def fingerprint(self) -> str:
         """sha256 of the weights: what a result is of, whatever its file was called."""

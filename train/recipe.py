@@ -62,12 +62,17 @@ class Recipe:
     epochs: int = 40
     batch: int = 384
     """Pairs in one optimizer step, over all ranks and micro batches."""
-    micro_batch: int = 64
-    """Pairs that one GPU holds at once; smaller needs less memory and gives the same gradients."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Pairs that one GPU holds at once; smaller needs less memory and gives the same gradients. auto: as many as fit."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast, with fp32 weights and loss."""
-    grad_checkpointing: bool = True
-    """Recompute activations in the backward pass: a third more time, far less memory."""
+    """bf16: autocast, with fp32 weights and loss. fp32: on a GPU, the towers' products are TF32's."""
+    memory: Literal["none", "budget", "checkpoint", "auto"] = "auto"
+    """What the backward pass computes again to need less memory: nothing; norms and activations (three fifths of the memory, compiled);
+    every block (an eighth, for a third more time). auto: the first that fits."""
+    compile: Literal["yes", "no", "auto"] = "auto"
+    """Compile the blocks of the towers; auto: on a GPU."""
+    compress_gradients: bool = False
+    """Ranks exchange gradients in bf16: half the traffic, for slow networks between nodes; not exact."""
     optim: Optim = field(default_factory=Optim)
     augment: Augment = field(default_factory=Augment)
     seed: int = 0
@@ -84,10 +89,10 @@ class Recipe:
     """A rank that is silent for longer ends the run; the same command goes on from the last checkpoint."""
 
 
-# What may differ between the parts of one run: it changes no number, or by rounding alone (the last two). The place of
+# What may differ between the parts of one run: it changes no number, or by rounding alone (the last three). The place of
 # the data is free, its content is not; train.run compares that.
 FREE_TO_CHANGE = ("run", "data", "workers", "log_every_steps", "save_every_minutes", "keep", "max_bad_steps", "timeout_minutes")
-FREE_TO_CHANGE += ("micro_batch", "grad_checkpointing")
+FREE_TO_CHANGE += ("micro_batch", "memory", "compile")
 
 
 def parse(arguments: list[str]) -> Recipe:
@@ -148,7 +153,7 @@ def _check_values(recipe: Recipe) -> None:
     for name, value, least in (
         ("epochs", recipe.epochs, 1),
         ("batch", recipe.batch, 2),
-        ("micro_batch", recipe.micro_batch, 1),
+        ("micro_batch", 1 if recipe.micro_batch == "auto" else recipe.micro_batch, 1),
         ("workers", recipe.workers, 0),
         ("log_every_steps", recipe.log_every_steps, 1),
         ("keep", recipe.keep, 1),
@@ -156,6 +161,8 @@ def _check_values(recipe: Recipe) -> None:
     ):
         if value < least:
             raise UserError(f"--{name} {value}: at least {least} is wanted")
+    if recipe.memory == "budget" and recipe.compile == "no":
+        raise UserError("--memory budget: only compiled blocks can do that; pass --compile yes, or --memory checkpoint")
     if not 0 <= recipe.optim.warmup < 1:
         raise UserError(f"--optim.warmup {recipe.optim.warmup}: a fraction of the run is wanted, 0.05 for a twentieth, below 1")
 

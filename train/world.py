@@ -147,6 +147,11 @@ def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
         if error.shared:  # no rank is left inside a collective, where taking the group down would wait for it
             dist.destroy_process_group()
         raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full ({str(error).splitlines()[0][:120]}); pass --micro_batch with half as many pairs, or "
+            "--memory checkpoint: the gradients are the same"
+        ) from None
     except RuntimeError as error:  # torch has no type of its own for a collective of gloo that failed
         if not any(sign in str(error) for sign in LOST):
             raise

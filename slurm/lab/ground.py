@@ -30,7 +30,7 @@ RECIPE = {
     "batch": 16,
     "micro_batch": 16,
     "precision": "fp32",
-    "grad_checkpointing": False,
+    "memory": "none",
     "workers": 0,
     "log_every_steps": 1,
     "save_every_minutes": 0.05,

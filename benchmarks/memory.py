@@ -1,0 +1,93 @@
+"""What one pair keeps for the backward pass, in each memory mode, beside open_clip's own model; and which products are computed twice.
+
+    python -m benchmarks.memory                       ViT-L-14, bf16: a table, then one line of JSON
+    python -m benchmarks.memory --model ViT-B-32      another one
+
+Bytes are of the tensors that autograd saves (torch's saved_tensors_hooks), one pair of noise, without weights. "budget" is
+compiled, as in training. Products are those that ran in one forward and backward pass, counted by torch's profiler.
+"""
+
+import json
+from collections.abc import Callable
+
+import torch
+import tyro
+from torch import nn
+from torch.profiler import profile
+
+from data_prep.errors import exit_on_user_error
+from train.memory import MODES, arrange, made_up_batch, saved_bytes
+from train.model import load
+from train.text import MULTIPLE
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product_flash_attention_for_cpu")
+
+
+class Part(nn.Module):
+    """One function of a model, with the model's weights, as a module."""
+
+    def __init__(self, model: nn.Module, function: Callable):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.function(*inputs)
+
+
+def count_products(step: Callable[[], None]) -> int:
+    """Matrix products and attentions that run in step()."""
+    with profile() as profiled:
+        step()
+    return sum(event.name in PRODUCTS for event in profiled.events())
+
+
+def measure(name: str, length: int) -> list[dict]:
+    """A row for open_clip's model, and for each memory mode of ours: MB per pair of both towers, and products."""
+    torch.manual_seed(0)
+    towers = load(f"{name}:none").towers.train()
+    towers.bf16, model = True, towers.model
+    images, tokens = made_up_batch(towers, 1, torch.device("cpu"))
+    cut = tokens[:, :length].clone()
+    tokens[:, length - 1] = cut[:, -1] = model.vocab_size - 1  # the end of the caption
+    pixels = images.float() / 255
+
+    def row(who: str, image: Callable, text: Callable, whole: torch.Tensor, **kind) -> dict:
+        parts = [(Part(model, image), (whole,)), (Part(model, text), (tokens,)), (Part(model, text), (cut,))]
+        megabytes = []
+        for part, inputs in parts if who == "ours" else parts[:2]:
+            part(*inputs)  # compiles
+            megabytes.append(saved_bytes(part, inputs) / 1e6)
+        count = count_products(lambda: (parts[0][0](whole).sum() + parts[1][0](tokens).sum()).backward())
+        model.zero_grad()
+        return {"who": who, **kind, "image_mb": megabytes[0], "text_mb": megabytes[1], "cut_text_mb": megabytes[-1], "products": count}
+
+    def autocast(function: Callable) -> Callable:
+        return torch.autocast("cpu", torch.bfloat16)(function)
+
+    rows = [row("open_clip", autocast(model.encode_image), autocast(model.encode_text), pixels, memory="eager")]
+    for mode in MODES:
+        arrange(model, mode, compiled=mode == "budget")
+        rows.append(row("ours", towers.image_features, towers.text_features, images, memory=mode))
+    return rows
+
+
+def main(model: str = "ViT-L-14", length: int = 3 * MULTIPLE) -> None:
+    """Args:
+    model: An architecture of open_clip.
+    length: Tokens of the longest caption in the batch.
+    """
+    rows = measure(model, length)
+    eager = rows[0]["image_mb"] + rows[0]["text_mb"]
+    print(f"| {model}, bf16 | image tower | text, 77 tokens | text, cut to {length} | image and cut text, of eager's | products |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        row["of_eager"] = (row["image_mb"] + row["cut_text_mb"]) / eager
+        print(
+            f"| {row['who']}, {row['memory']} | {row['image_mb']:.1f} MB | {row['text_mb']:.1f} MB | {row['cut_text_mb']:.1f} MB | "
+            f"{row['of_eager']:.3f} | {row['products']} |"
+        )
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: tyro.cli(main, description=__doc__))
