@@ -17,7 +17,8 @@ from data_prep.progress import progress
 from eval.embed import Inference, batches
 from eval.labelled import Labelled
 from eval.metrics import check_finite
-from train.loader import decode, loader
+from train.decode import decode
+from train.loader import loader
 from train.model import Clip
 from train.world import World
 

@@ -12,7 +12,7 @@ from PIL import Image
 from data_prep.atomic import atomic_file
 from data_prep.shards import Shards
 from eval.plots import svg, write_png
-from train.loader import decode
+from train.decode import decode
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -9,7 +9,7 @@ from data_prep.errors import UserError
 from data_prep.images import BadImage
 from eval.labelled_features import checked
 from eval.metrics import check_finite
-from train.loader import decode
+from train.decode import decode
 from train.model import Clip
 
 

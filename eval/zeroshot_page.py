@@ -10,7 +10,7 @@ from eval.classification import TOP, Missed
 from eval.labelled import Labelled
 from eval.labelled_features import checked
 from eval.plots import matrix
-from train.loader import decode
+from train.decode import decode
 
 SIDE_PX = 96
 

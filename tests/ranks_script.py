@@ -2,10 +2,13 @@
 
 import sys
 
+import numpy as np
 import torch
 
+from train.augment import CROP_DRAWS, DRAWS, draw_changes
 from train.loader import Batch
 from train.model import load
+from train.recipe import Augment
 from train.step import backward, distribute
 from train.world import World, joined_world
 
@@ -38,7 +41,13 @@ def global_batch() -> Batch:
     images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 49406, (16, 10), generator=generator)
     tokens[:, 7] = 49407  # the end of a text, where the tower reads its feature
-    return Batch(images, tokens)
+    return Batch(images, tokens, global_changes())
+
+
+def global_changes() -> torch.Tensor:
+    augment = Augment(color_jitter=(0.2, 0.2, 0.1, 0.1), gray_scale_prob=0.2, flip_prob=0.5, blur_prob=0.2)
+    drawn = np.random.default_rng(0).random((16, DRAWS - CROP_DRAWS))
+    return torch.tensor([draw_changes(augment, uniforms) for uniforms in drawn.tolist()])
 
 
 if __name__ == "__main__":

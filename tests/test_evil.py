@@ -63,7 +63,7 @@ def test_every_image_that_can_be_used_is_in_and_opaque(built):
 
 
 def test_pages_are_decodable_by_what_training_uses(built):
-    from train.loader import decode
+    from train.decode import decode
 
     for _, sample in samples(built[0]):
         assert decode(sample.image).size == (sample.meta["width"], sample.meta["height"])

@@ -14,7 +14,6 @@ from data_prep.build import Checking, Splitting, Work, index
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from data_prep.split import SPLITS
-from train.augment import train_transform
 from train.loader import TrainPairs
 from train.order import Order
 from train.recipe import Augment
@@ -61,9 +60,9 @@ def test_tars_are_indexed_in_place(tmp_path):
             assert groups.setdefault(shards.groups[number], split) == split
     assert found == expected
     shards = Shards(tmp_path / "moved", "train")
-    pairs = TrainPairs(shards, Order(shards.shard_sizes, 8, 0), train_transform(16, Augment()))
-    image, caption = pairs[3]
-    assert (image.shape, image.dtype, caption.split()[0]) == (torch.Size([3, 16, 16]), torch.uint8, "thing")
+    pairs = TrainPairs(shards, Order(shards.shard_sizes, 8, 0), (16, 16), Augment())
+    image, caption, changes = pairs[3]
+    assert (image.shape, image.dtype, caption.split()[0], len(changes)) == (torch.Size([16, 16, 3]), torch.uint8, "thing", 9)
     with open(files[0], "r+b") as file:
         file.seek(600)
         file.write(b"x")

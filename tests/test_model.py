@@ -129,7 +129,7 @@ def test_the_seeds_architecture_takes_a_bf16_step_with_checkpointing():
     clip.towers.model.set_grad_checkpointing()
     clip.towers.train()
     optimizer = build_optimizer(clip.towers, Optim(lr=1e-4))
-    batch = Batch(torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8), clip.tokenizer(CAPTIONS[:2]))
+    batch = Batch(torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8), clip.tokenizer(CAPTIONS[:2]), torch.zeros(2, 0))
     before = {name: parameter.detach().clone() for name, parameter in list(clip.towers.named_parameters())[:8]}
     loss = backward(clip.towers, batch, 2, World(), seed=0, samples=0)
     assert loss.dtype == torch.float32

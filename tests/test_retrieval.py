@@ -16,7 +16,7 @@ from data_prep.shards import Shards
 from eval.__main__ import main
 from eval.embed import Inference, embed
 from eval.retrieval import Queries, differences, evaluate, examine
-from train.loader import decode
+from train.decode import decode
 from train.model import load
 from train.world import World
 

@@ -23,7 +23,7 @@ from eval.metrics import TIE
 from eval.show import probabilities
 from eval.templates import read_names, read_templates
 from eval.zeroshot import evaluate, text_features, zeroshot
-from train.loader import decode
+from train.decode import decode
 from train.model import load
 from train.world import World
 

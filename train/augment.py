@@ -1,15 +1,152 @@
-"""From a picture to what the model is trained on: crop, color jitter and grayscale, two separate coins."""
+"""From an encoded picture to what the model is trained on: cropped by a worker, then flipped, colored and blurred on the device.
 
-from torchvision.transforms import v2
+    worker   bytes -> box -> decoded, resized: uint8 [H, W, 3]; and a row of `changes`, drawn
+    device   uint8 [b, 3, H, W] and changes fp32 [b, n] -> change() -> fp32 [b, 3, H, W]
 
+Everything is drawn from uniform numbers that belong to the sample's position, so it depends on no generator's state. The
+distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and GaussianBlur.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from train.decode import decoded, rgb_jpeg_size
 from train.recipe import Augment
 
+TRIES, RATIO = 10, (3 / 4, 4 / 3)  # of a crop
+CROP_DRAWS = 2 * TRIES + 2
+DRAWS = CROP_DRAWS + 13
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+SIGMA_PX, BLUR_RADIUS_PX = (0.1, 2.0), 6
 
-def train_transform(size: tuple[int, int], augment: Augment) -> v2.Compose:
-    """PIL RGB -> uint8 [3, H, W]; all randomness is torch's global generator on the CPU."""
-    steps = [v2.RandomResizedCrop(size, scale=augment.scale, interpolation=v2.InterpolationMode.BICUBIC)]
-    if augment.color_jitter_prob:
-        steps.append(v2.RandomApply([v2.ColorJitter(*augment.color_jitter)], p=augment.color_jitter_prob))
-    if augment.gray_scale_prob:
-        steps.append(v2.RandomGrayscale(augment.gray_scale_prob))
-    return v2.Compose([*steps, v2.PILToTensor()])
+
+def crop(data: bytes, size: tuple[int, int], scale: tuple[float, float], uniforms: Sequence[float]) -> torch.Tensor:
+    """A random part of a picture at the size that the model wants, uint8 [H, W, 3]: bicubic, antialiased.
+
+    A JPEG of which the part is at least four times that size in both directions is decoded to a half, a quarter or an
+    eighth of its size, still at least twice what is wanted. The box is then rounded to the reduced pixels, and its values
+    differ from those of the whole picture by one or two of 255 on average (tests/test_augment.py).
+
+    Args:
+        scale: least and most of the picture's area that the part has.
+        uniforms: CROP_DRAWS numbers in [0, 1).
+    """
+    if jpeg := rgb_jpeg_size(data):
+        top, left, height, width = crop_box(*jpeg, scale, uniforms)
+        fits = min(height // (2 * size[0]), width // (2 * size[1]), 8)
+        reduce = 1 << max(0, fits.bit_length() - 1)
+        picture = decoded(data, reduce)
+        if reduce > 1 and picture.shape[:2] != jpeg:
+            top, left, height, width = (round(side / reduce) for side in (top, left, height, width))
+    else:
+        picture = decoded(data)
+        top, left, height, width = crop_box(*picture.shape[:2], scale, uniforms)
+    part = torch.from_numpy(picture)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
+    return F.interpolate(part, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+
+
+def crop_box(height: int, width: int, scale: tuple[float, float], uniforms: Sequence[float]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random part, as torchvision's RandomResizedCrop.get_params draws them.
+
+    Written here because that takes 0.12 ms for a square icon, of which few parts fit, and all else that is done to an
+    icon takes 0.5.
+    """
+    area, low, high = height * width, math.log(RATIO[0]), math.log(RATIO[1])
+    for attempt in range(TRIES):
+        part = area * (scale[0] + (scale[1] - scale[0]) * uniforms[2 * attempt])
+        ratio = math.exp(low + (high - low) * uniforms[2 * attempt + 1])
+        w, h = round(math.sqrt(part * ratio)), round(math.sqrt(part / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int((height - h + 1) * uniforms[2 * TRIES]), int((width - w + 1) * uniforms[2 * TRIES + 1]), h, w
+    # No part fitted: the middle, as wide or as high as the ratios allow.
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def draw_changes(augment: Augment, uniforms: Sequence[float]) -> list[float]:
+    """A sample's row of `changes`: what `change` does to it. Its length is the recipe's; empty where that asks for nothing.
+
+    - flip: 1 or 0;
+    - pairs (operation, factor), in the order in which they are applied: the jitter's three, or four if it has a hue, then
+      the saturation that the grayscale coin sets to 0; a factor of 1 changes nothing, nor does a hue of 0;
+    - the blur's sigma in pixels, 0 for none: only where the recipe has a blur.
+
+    Args:
+        uniforms: 13 numbers in [0, 1).
+    """
+    flip, jitter, gray_scale, blur, sigma, *uniforms = uniforms
+    has_jitter, pairs = augment.color_jitter_prob and any(augment.color_jitter), []
+    if has_jitter:
+        operations = range(4 if augment.color_jitter[HUE] else 3)
+        for operation in sorted(operations, key=uniforms[:4].__getitem__):
+            strength, neutral = augment.color_jitter[operation], 0.0 if operation == HUE else 1.0
+            low = -strength if operation == HUE else max(0.0, 1 - strength)
+            factor = low + (neutral + strength - low) * uniforms[4 + operation]
+            pairs += [float(operation), factor if jitter < augment.color_jitter_prob else neutral]
+    if has_jitter or augment.gray_scale_prob:
+        pairs += [float(SATURATION), float(gray_scale >= augment.gray_scale_prob)]
+    if not pairs and not augment.flip_prob and not augment.blur_prob:
+        return []
+    row = [float(flip < augment.flip_prob), *pairs]
+    if augment.blur_prob:
+        row.append(SIGMA_PX[0] + (SIGMA_PX[1] - SIGMA_PX[0]) * sigma if blur < augment.blur_prob else 0.0)
+    return row
+
+
+def change(images: torch.Tensor, changes: torch.Tensor | None = None) -> torch.Tensor:
+    """The pictures changed as their rows say, fp32 [b, 3, H, W] in 0 to 1: on their device, without waiting for it.
+
+    Equal to torchvision's functions on floats, picture by picture, in the same order with the same factors. What no sample
+    of the recipe can need has no column, and costs nothing.
+
+    Args:
+        images: uint8 [b, 3, H, W].
+        changes: fp32 [b, n], rows of `draw_changes`; without it, or its columns, 0 to 255 become 0 to 1 and no more.
+    """
+    if changes is None or not changes.shape[1]:
+        return _pixels(images)
+    flip, *columns = changes[:, :, None, None, None].unbind(1)
+    sigma = columns.pop() if len(columns) % 2 else None
+    pairs = list(zip(columns[::2], columns[1::2], strict=True))
+    pixels = _pixels(torch.where(flip > 0, images.flip(-1), images))
+    for operation, factor in pairs:
+        blended = _blended(pixels, operation, factor)
+        pixels = torch.where(operation == HUE, _turned(pixels, factor), blended) if len(pairs) == 5 else blended
+    return pixels if sigma is None else _blurred(pixels, sigma)
+
+
+def _pixels(images: torch.Tensor) -> torch.Tensor:
+    return images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+
+
+def _blended(pixels: torch.Tensor, operation: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast and saturation are blends with black, with the mean of the gray picture, with the gray picture."""
+    red, green, blue = pixels.split(1, dim=1)
+    gray = 0.2989 * red + 0.587 * green + 0.114 * blue
+    mean = gray.mean((1, 2, 3), keepdim=True)
+    other = torch.where(operation == SATURATION, gray, torch.where(operation == CONTRAST, mean, 0))
+    return torch.lerp(other, pixels, factor).clamp_(0, 1)
+
+
+def _turned(pixels: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """The hue of HSV turned by a part of the circle; value and saturation stay, so the least and the largest channel do."""
+    (low, high), (red, green, blue) = torch.aminmax(pixels, dim=1, keepdim=True), pixels.split(1, dim=1)
+    spread = high - low
+    divisor = torch.where(spread > 0, spread, 1)
+    sixths = torch.where(green == high, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
+    sixths = (torch.where(red == high, (green - blue) / divisor, sixths) + 6 * turn) % 6
+    channels = torch.cat([(sixths - 3).abs() - 1, 2 - (sixths - 2).abs(), 2 - (sixths - 4).abs()], dim=1)
+    return torch.where(turn != 0, low + spread * channels.clamp_(0, 1), pixels)
+
+
+def _blurred(pixels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    b, channels, *_ = pixels.shape
+    distance = torch.arange(-BLUR_RADIUS_PX, BLUR_RADIUS_PX + 1, device=pixels.device) / sigma.view(b, 1).clamp(min=0.01)
+    weights = (-distance.square() / 2).softmax(1).repeat_interleave(channels, 0)
+    planes = F.pad(pixels, [BLUR_RADIUS_PX] * 4, mode="reflect").flatten(0, 1)[None]
+    for shape in ((-1, 1, 1, weights.shape[1]), (-1, 1, weights.shape[1], 1)):
+        planes = F.conv2d(planes, weights.view(shape), groups=b * channels)
+    return planes.view(pixels.shape)

@@ -19,7 +19,7 @@ import torch
 
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.shards import Shards
-from train.augment import train_transform
+from train.augment import CROP_DRAWS, DRAWS, draw_changes
 from train.loader import Batch, TrainPairs, train_loader
 from train.loop import check_batch
 from train.memory import arrange, choose, compiles
@@ -44,7 +44,8 @@ def measure_step(recipe: Recipe, world: World) -> dict:
     optimizer = build_optimizer(clip.towers, recipe.optim)
     tokens = clip.tokenizer([""] * recipe.batch)
     images = torch.randint(0, 256, (recipe.batch, 3, *clip.image_size), dtype=torch.uint8)
-    batch = Batch(images.to(world.device), torch.randint_like(tokens, 1, 1000).to(world.device))
+    changes = torch.tensor([draw_changes(recipe.augment, draws) for draws in torch.rand(recipe.batch, DRAWS - CROP_DRAWS).tolist()])
+    batch = Batch(*(tensor.to(world.device) for tensor in (images, torch.randint_like(tokens, 1, 1000), changes)))
 
     def step() -> None:
         backward(clip.towers, batch, micro_batch, world, recipe.seed, 0)
@@ -60,7 +61,7 @@ def measure_step(recipe: Recipe, world: World) -> dict:
 def measure_loader(recipe: Recipe, shards: Shards, world: World) -> dict:
     """Samples that the recipe's workers deliver in a second when nobody trains."""
     clip = load(recipe.model, weights=False)
-    data = TrainPairs(shards, Order(shards.shard_sizes, recipe.batch, recipe.seed), train_transform(clip.image_size, recipe.augment))
+    data = TrainPairs(shards, Order(shards.shard_sizes, recipe.batch, recipe.seed), clip.image_size, recipe.augment)
     batches = iter(train_loader(data, clip.tokenize, 0, 1 << 40, world, recipe.workers))
     for _ in range(2 + 4 * recipe.workers):  # what was fetched ahead while the workers started
         next(batches)

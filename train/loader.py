@@ -1,43 +1,45 @@
 """Positions of the stream become batches; position and seed decide everything in them.
 
-rank r of W, step k:  positions k*batch + r*batch/W ...  ->  Order  ->  Shards.read  ->  augment, tokenize
+rank r of W, step k:  positions k*batch + r*batch/W ...  ->  Order  ->  Shards.read  ->  decode, crop, tokenize
 """
 
-import io
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data_prep.errors import Fault
 from data_prep.shards import Shards
+from train.augment import CROP_DRAWS, DRAWS, crop, draw_changes
+from train.decode import decode
 from train.order import Order, random_bits
+from train.recipe import Augment
 from train.world import World
 
-CAPTION, AUGMENT = 2, 3  # streams of randomness beside the two of train.order
+SAMPLE = 2  # a stream of randomness beside the two of train.order
 
 
 class Batch(NamedTuple):
-    images: torch.Tensor  # uint8 [b, 3, H, W]
+    images: torch.Tensor  # uint8 [b, 3, H, W], cropped
     tokens: torch.Tensor  # int64 [b, L]
+    changes: torch.Tensor  # fp32 [b, n], what the device does to each picture; see train.augment.draw_changes
 
 
 class TrainPairs(Dataset):
-    """One augmented picture and one of its captions, by position in the stream."""
+    """A cropped picture, what is still to be done to it, and one of its captions, by position in the stream."""
 
-    def __init__(self, shards: Shards, order: Order, transform: Callable):
-        self.shards, self.order, self.transform = shards, order, transform
+    def __init__(self, shards: Shards, order: Order, size: tuple[int, int], augment: Augment):
+        self.shards, self.order, self.size, self.augment = shards, order, size, augment
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, str]:
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, str, list[float]]:
         sample = self.shards.read(self.order.sample_at(position))
-        caption_bits, augment_bits = random_bits(2, self.order.seed, position, CAPTION).tolist()
-        caption = sample.captions[caption_bits % len(sample.captions)]
-        with torch.random.fork_rng(devices=[]):  # without workers this is the process that also draws dropout
-            torch.default_generator.manual_seed(augment_bits)
-            return self.transform(decode(sample.image)), caption
+        bits = random_bits(1 + DRAWS, self.order.seed, position, SAMPLE)
+        caption = sample.captions[int(bits[0]) % len(sample.captions)]
+        uniforms = ((bits[1:] >> 11) * 2.0**-53).tolist()
+        image = crop(sample.image, self.size, self.augment.scale, uniforms[:CROP_DRAWS])
+        return image, caption, draw_changes(self.augment, uniforms[CROP_DRAWS:])
 
 
 class EvalImages(Dataset):
@@ -48,10 +50,6 @@ class EvalImages(Dataset):
 
     def __getitem__(self, number: int) -> torch.Tensor:
         return self.transform(decode(self.shards.read(number).image))
-
-
-def decode(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")).convert("RGB")
 
 
 class RankPositions:
@@ -70,9 +68,10 @@ class _Collate:
     def __init__(self, tokenize: Callable):
         self.tokenize = tokenize
 
-    def __call__(self, pairs: list[tuple[torch.Tensor, str]]) -> Batch:
-        images, captions = zip(*pairs, strict=True)
-        return Batch(torch.stack(images), self.tokenize(list(captions)))
+    def __call__(self, pairs: list[tuple[torch.Tensor, str, list[float]]]) -> Batch:
+        pictures, captions, changes = zip(*pairs, strict=True)
+        images = default_collate(list(pictures)).permute(0, 3, 1, 2)  # the device puts channels first; here it would cost more
+        return Batch(images, self.tokenize(list(captions)), torch.tensor(changes, dtype=torch.float32))
 
 
 def train_loader(pairs: TrainPairs, tokenize: Callable, samples: int, end: int, world: World, workers: int) -> Iterator[Batch]:

@@ -13,7 +13,6 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
-from train.augment import train_transform
 from train.bad_steps import BadSteps
 from train.loader import Batch, TrainPairs, train_loader
 from train.logbook import Logbook
@@ -56,7 +55,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
 
     order = Order(pairs.shard_sizes, recipe.batch, recipe.seed)
     steps, end = recipe.epochs * order.steps_per_epoch, recipe.epochs * order.samples_per_epoch
-    data = TrainPairs(pairs, order, train_transform(clip.image_size, recipe.augment))
+    data = TrainPairs(pairs, order, clip.image_size, recipe.augment)
     batches = train_loader(data, clip.tokenize, run.samples, end, world, recipe.workers)
     samples, saved_at = run.samples, time.monotonic()
     run.start(pairs.fingerprint)

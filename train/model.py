@@ -24,6 +24,7 @@ from torch import nn
 from torchvision.transforms import Compose, Normalize, PILToTensor
 
 from data_prep.errors import UserError
+from train.augment import change
 from train.text import causal_tower, cut, encode_text
 
 MODELS = Path(__file__).parent / "models"  # architectures of ours, in open_clip's format
@@ -50,17 +51,19 @@ class Towers(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.bf16 = False
 
-    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, images: torch.Tensor, tokens: torch.Tensor, changes: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """image_features and text_features, and logit_scale exponentiated.
 
         logit_scale is returned, and not read as a parameter by the loss, because DDP reduces the gradients only of
         what the forward used.
         """
-        return self.image_features(images), self.text_features(tokens), self.model.logit_scale.exp()
+        return self.image_features(images, changes), self.text_features(tokens), self.model.logit_scale.exp()
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [b, 3, H, W] -> fp32 [b, d], L2-normed."""
-        pixels = (images.float() / 255 - self.mean) / self.std
+    def image_features(self, images: torch.Tensor, changes: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [b, 3, H, W], and in training what is done to each (train.augment) -> fp32 [b, d], L2-normed."""
+        pixels = (change(images, changes) - self.mean) / self.std
         with self._autocast(images.device):
             features = self.model.encode_image(pixels)
         return F.normalize(features.float(), dim=-1)

@@ -47,6 +47,10 @@ class Augment:
     """How often the jitter is applied; a coin of its own."""
     gray_scale_prob: float = 0.2
     """How often all color is removed; a coin of its own."""
+    flip_prob: float = 0.0
+    """How often left and right change places. A flipped arrow, letter or hand is another one, and its caption then lies."""
+    blur_prob: float = 0.0
+    """How often a Gaussian blur of 0.1 to 2 pixels is applied."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,15 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError("--memory budget: only compiled blocks can do that; pass --compile yes, or --memory checkpoint")
     if not 0 <= recipe.optim.warmup < 1:
         raise UserError(f"--optim.warmup {recipe.optim.warmup}: a fraction of the run is wanted, 0.05 for a twentieth, below 1")
+    for name, value in dataclasses.asdict(recipe.augment).items():
+        if name.endswith("_prob") and not 0 <= value <= 1:
+            raise UserError(f"--augment.{name} {value}: how often is wanted, from 0 for never to 1 for always")
+    least, most = recipe.augment.scale
+    if not 0 < least <= most <= 1:
+        raise UserError(f"--augment.scale {least} {most}: two parts of the area are wanted, the smaller first, as 0.9 1.0")
+    if min(recipe.augment.color_jitter) < 0 or recipe.augment.color_jitter[3] > 0.5:
+        strengths = " ".join(map(str, recipe.augment.color_jitter))
+        raise UserError(f"--augment.color_jitter {strengths}: strengths from 0 on are wanted, and the last, hue, at most 0.5")
 
 
 def to_yaml(recipe: Recipe) -> str:
