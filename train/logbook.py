@@ -17,6 +17,7 @@ from data_prep.progress import progress
 from train.run import Run
 from train.world import World
 
+DATA_WAIT = 0.02  # of the step's time: more is worth a word
 FOLLOWED = ("val/image_to_text/R@1", "val/text_to_image/R@1")
 
 
@@ -27,6 +28,7 @@ class Logbook:
         """Open the log at `samples`: what stands after that belongs to steps that will be taken again."""
         self.run, self.end, self.samples_per_epoch = run, end, samples_per_epoch
         self.pairs, self.data_s, self.step_s = 0, 0.0, 0.0
+        self.lines, self.data_wait_said = 0, False
         self.first = world.is_first
         self.bar = progress(total=end, initial=samples, unit="pair", unit_scale=True, desc="training", disable=not self.first)
         if not self.first:
@@ -52,10 +54,18 @@ class Logbook:
         numbers |= {name: float(value) for name, value in values.items()}
         numbers |= {"time/pairs_per_s": self.pairs / self.step_s, "time/data_wait_share": self.data_s / self.step_s}
         self.write(samples, numbers)
+        self._on_data_wait(self.data_s / self.step_s)
         speed = self.pairs / self.step_s
         self.run.beat(samples, step=samples // batch, pairs_per_s=round(speed, 2), eta_s=round((self.end - samples) / speed))
         self.bar.set_postfix_str(f"epoch {numbers['epoch']:.1f}, loss {numbers['train/loss']:.3f}", refresh=False)
         self.pairs, self.data_s, self.step_s = 0, 0.0, 0.0
+
+    def _on_data_wait(self, share: float) -> None:
+        """Say once what to do where the steps wait for pictures; not of the first line, in which the workers start."""
+        self.lines += 1
+        if share > DATA_WAIT and self.lines > 1 and not self.data_wait_said:
+            self.data_wait_said = True
+            self.say(data_wait_advice(share, self.run.recipe.workers, cores_per_rank()))
 
     def is_due(self, samples: int, batch: int) -> bool:
         """Whether the step that ends at `samples` is written."""
@@ -106,3 +116,24 @@ def reopened(path: Path, samples: int) -> TextIO:
     with atomic_file(path) as partial:
         partial.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["samples"] <= samples))
     return open(path, "a")
+
+
+def cores_per_rank() -> int:
+    """CPU cores that this process may use, shared with the other ranks of its node."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def data_wait_advice(share: float, workers: int, cores: int) -> str:
+    """A sentence on steps of which `share` goes by in waiting for pictures, with what can be done.
+
+    Args:
+        cores: per rank.
+    """
+    waits = f"the data wait is {100 * share:.0f} % of the step: "
+    if workers < cores:
+        return f"{waits}pass --workers {min(cores, max(1, 2 * workers))} (there are {cores} cores per rank, --workers is {workers})"
+    return (
+        f"{waits}all {cores} cores per rank have a worker; give the job more cores, "
+        "or make the pictures smaller with: python -m data_prep build ... --resize-px 256"
+    )
