@@ -105,7 +105,7 @@ def parts(shards: Shards, tokenizer: Callable) -> dict[str, float]:
     }
 
 
-def main(icons: int = 4000, photos: int = 1500, repeats: int = 5, folder: str = "data/benchmark") -> None:
+def main(icons: int = 2000, photos: int = 1000, repeats: int = 3, folder: str = "data/benchmark") -> None:
     """Make the pictures and their shards, measure, print a table.
 
     Args:

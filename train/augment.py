@@ -108,6 +108,8 @@ def change(images: torch.Tensor, changes: torch.Tensor | None = None) -> torch.T
     """
     if changes is None or not changes.shape[1]:
         return _pixels(images)
+    if images.device.type == "cpu" and len(images) > 8:  # pieces that stay in the caches take a third of the time
+        return torch.cat([change(*part) for part in zip(images.split(8), changes.split(8), strict=True)])
     flip, *columns = changes[:, :, None, None, None].unbind(1)
     sigma = columns.pop() if len(columns) % 2 else None
     pairs = list(zip(columns[::2], columns[1::2], strict=True))
@@ -125,10 +127,10 @@ def _pixels(images: torch.Tensor) -> torch.Tensor:
 def _blended(pixels: torch.Tensor, operation: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Brightness, contrast and saturation are blends with black, with the mean of the gray picture, with the gray picture."""
     red, green, blue = pixels.split(1, dim=1)
-    gray = 0.2989 * red + 0.587 * green + 0.114 * blue
+    gray = (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
     mean = gray.mean((1, 2, 3), keepdim=True)
-    other = torch.where(operation == SATURATION, gray, torch.where(operation == CONTRAST, mean, 0))
-    return torch.lerp(other, pixels, factor).clamp_(0, 1)
+    other = (gray * (operation == SATURATION)).add_(mean * (operation == CONTRAST)).mul_(1 - factor)
+    return (pixels * factor).add_(other).clamp_(0, 1)
 
 
 def _turned(pixels: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
