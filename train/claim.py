@@ -61,9 +61,9 @@ class Claim:
         return True
 
     def give_back(self) -> None:
-        if self.file:
-            self.file.close()
-            self.file = None
+        file, self.file = self.file, None  # in one go: the thread that writes checkpoints may be here as well
+        if file:
+            file.close()
 
     def check(self) -> None:
         """Before anything is written: is this attempt still the one that may?

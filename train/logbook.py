@@ -3,9 +3,11 @@
 Names under time/ depend on the machine; all others are functions of the recipe and the data.
 """
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -53,6 +55,7 @@ class Logbook:
         numbers = {"epoch": samples / self.samples_per_epoch, "train/loss": loss.item()}
         numbers |= {name: float(value) for name, value in values.items()}
         numbers |= {"time/pairs_per_s": self.pairs / self.step_s, "time/data_wait_share": self.data_s / self.step_s}
+        numbers |= self.run.writer.new_times()
         self.write(samples, numbers)
         self._on_data_wait(self.data_s / self.step_s)
         speed = self.pairs / self.step_s
@@ -84,16 +87,26 @@ class Logbook:
             return
         self.run.claim.check()
         written = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-        self.file.write(json.dumps({"samples": samples, **written}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, samples)
+        with self._told():
+            self.file.write(json.dumps({"samples": samples, **written}) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, samples)
 
     def sync(self) -> None:
         """Before a checkpoint: the lines that it leaves behind must be on disk."""
         if self.first:
-            os.fsync(self.file.fileno())
-            self.tensorboard.flush()
+            with self._told():
+                os.fsync(self.file.fileno())
+                self.tensorboard.flush()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """A disk that is full, of a checkpoint that is being written perhaps: the next save says so, on all ranks."""
+        try:
+            yield
+        except OSError as error:
+            self.run.trouble = self.run.cannot_write(self.run.folder / "metrics.jsonl", error)
 
     def say(self, text: str) -> None:
         """A line for whoever watches, above the bar."""
@@ -106,8 +119,9 @@ class Logbook:
     def __exit__(self, *_) -> None:
         self.bar.close()
         if self.first:
-            self.file.close()
-            self.tensorboard.close()
+            with contextlib.suppress(OSError):  # a full disk, which was told; what matters is on it since the last checkpoint
+                self.file.close()
+                self.tensorboard.close()
 
 
 def reopened(path: Path, samples: int) -> TextIO:

@@ -58,11 +58,11 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     data = TrainPairs(pairs, order, clip.image_size, recipe.augment)
     batches = train_loader(data, clip.tokenize, run.samples, end, world, recipe.workers)
     samples, saved_at = run.samples, time.monotonic()
-    run.start(pairs.fingerprint)
+    run.start(pairs.fingerprint, clip, optimizer)
 
     rolled_back, log = False, Logbook(run, samples, end, order.samples_per_epoch, world)
     bad = BadSteps(run.folder, samples, lambda start: [pairs.key(order.sample_at(at)) for at in range(start, start + recipe.batch)], world)
-    with log, bad, Stop(run.stop_file) as stop:
+    with log, bad, Stop(run.stop_file) as stop, run:
         log.say(f"{recipe.model} on {len(pairs)} images, {world.world_size} x {world.device.type}: {steps} steps of {recipe.batch} pairs")
         log.say(f"memory: {memory}, micro_batch: {micro_batch}, {'compiled' if compiles(recipe, world.device) else 'not compiled'}")
         if samples:
@@ -81,6 +81,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             loss = world.sum(loss) / world.world_size
             grad_norm = torch.nn.utils.clip_grad_norm_(clip.towers.parameters(), recipe.optim.clip)
             bad.judge(optimizer, samples, loss, grad_norm)
+            run.writer.await_copy()
             optimizer.step()
             optimizer.zero_grad()
             clamp_logit_scale(clip.towers)
@@ -89,7 +90,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             log.step(samples, recipe.batch, loss, values, data_s, time.perf_counter() - started)
 
             epoch_ends = samples % order.samples_per_epoch == 0
-            save_is_due = time.monotonic() - saved_at > 60 * recipe.save_every_minutes
+            save_is_due = run.has_failed or time.monotonic() - saved_at > 60 * recipe.save_every_minutes
             stopping, saving = world.any(stop.asked(), save_is_due)
             is_due = epoch_ends or stopping or saving
             n_bad = bad.look() if is_due or log.is_due(samples, recipe.batch) else 0

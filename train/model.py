@@ -122,17 +122,21 @@ class Clip:
             sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.dim() else repr(tensor.item()).encode())
         return sha.hexdigest()
 
-    def weights(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """The weights as they are written: in `dtype`, but logit_scale in fp32; it is one number, and bf16 would make 98.9 of 100."""
-        state = {name: tensor.detach().cpu() for name, tensor in self.towers.model.state_dict().items()}
+    def weights(self, dtype: torch.dtype = torch.float32, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The weights as they are written: in `dtype`, but logit_scale in fp32; it is one number, and bf16 would make 98.9 of 100.
+
+        Args:
+            state: what towers.model.state_dict() was at another time, to take in its place.
+        """
+        state = {name: tensor.detach().cpu() for name, tensor in (state or self.towers.model.state_dict()).items()}
         return {
             name: tensor.to(dtype).contiguous() if tensor.is_floating_point() and tensor.dim() else tensor for name, tensor in state.items()
         }
 
-    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write a folder that open_clip loads as `local-dir:FOLDER`."""
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write a folder that open_clip loads as `local-dir:FOLDER`; `state` as in weights()."""
         (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
-        save_file(self.weights(dtype), folder / WEIGHTS_FILE)
+        save_file(self.weights(dtype, state), folder / WEIGHTS_FILE)
         shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors writes for its user alone
         if hasattr(self.tokenizer, "save_pretrained"):  # a Hugging Face tokenizer has files of its own
             self.tokenizer.save_pretrained(folder)

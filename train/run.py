@@ -13,7 +13,6 @@ RUN/lock, RUN/attempt     who may write here; see train.claim
 """
 
 import json
-import os
 import platform
 import shutil
 import socket
@@ -28,13 +27,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from data_prep.atomic import atomic_file, atomic_folder
+from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, NotFinite, UserError
-from data_prep.shards import sha256_of
+from train.checkpoint import clear, link_best, newest, prune, write
 from train.claim import Claim
 from train.model import WEIGHTS_FILE, Clip
 from train.recipe import Recipe, differences, flags_of, parse, to_yaml
 from train.world import World
+from train.writer import Writer
 
 BEFORE = ("slurm", "attempt", "stop", "lock", "checkpoints", "environment.json")  # of a submission, and of a start that was killed
 BEAT_S = 10  # seconds between two writes of status.json
@@ -42,11 +42,14 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "timm", "nu
 
 
 class Run:
-    """The run folder, seen by all ranks; the first rank writes, and the others wait until it has.
+    """The run folder, seen by all ranks; the first rank writes. Training happens `with` it, or leaves a checkpoint half written.
 
     Attributes:
         samples: pairs seen at the checkpoint to go on from, 0 for a new run.
         best, best_checkpoint: the best validation score so far, and the name of the checkpoint that has it.
+        checkpoint: the newest that is on disk.
+        pending: the one that was begun since, and that wait() makes `checkpoint`.
+        trouble: what a log could not be written for; kept until all ranks can hear of it.
     """
 
     def __init__(self, recipe: Recipe, world: World):
@@ -57,8 +60,10 @@ class Run:
         """
         self.recipe, self.world, self.folder = recipe, world, Path(recipe.run)
         self.samples, self.best, self.best_checkpoint = 0, float("-inf"), ""
-        self.checkpoint: Path | None = None
+        self.checkpoint, self.pending = None, None
         self.rolled_back, self.beat_at, self.claim = False, 0.0, Claim(self.folder)
+        self.writer = Writer()
+        self.trouble: Fault | None = None
         if (self.folder / "recipe.yaml").is_file():
             old = parse([*flags_of(self.folder / "recipe.yaml"), "--run", recipe.run])
             if changed := differences(old, recipe):
@@ -86,26 +91,31 @@ class Run:
         if self.checkpoint and json.loads(path.read_text())["data_fingerprint"] != fingerprint:
             raise UserError(f"{self.recipe.data}: not the shards that {self.folder} began with; pass another --run, or the old --data")
 
-    def start(self, data_fingerprint: str) -> None:
-        """Write what the run is, before its first step."""
+    def start(self, data_fingerprint: str, clip: Clip, optimizer: torch.optim.Optimizer) -> None:
+        """Write what the run is, before its first step, and take the memory in which checkpoints wait to be written."""
         self.world.barrier()  # all ranks have looked at the folder as it was
         if self.world.is_first:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.claim.take()
+            clear(self.folder / "checkpoints")
             if not self.samples:
                 with atomic_file(self.folder / "environment.json") as partial:
                     partial.write_text(json.dumps(_environment(self.world, data_fingerprint), indent=1) + "\n")
                 with atomic_file(self.folder / "recipe.yaml") as partial:
                     partial.write_text(to_yaml(self.recipe))
             else:
-                self._link_best()  # a kill may have come between the checkpoint and its link
+                link_best(self.folder / "checkpoints", self.best_checkpoint)  # a kill may have come between the checkpoint and its link
             self._write_status("running", self.samples)
+            self.writer.reserve(clip.towers.model, optimizer)
         self.world.barrier()
 
     def beat(self, samples: int, **values: float) -> None:
         """Say that the run is alive, every BEAT_S seconds at the most; `values` are for whoever looks."""
         if self.world.is_first and time.monotonic() - self.beat_at > BEAT_S:
-            self._write_status("running", samples, **values)
+            try:
+                self._write_status("running", samples, **values)
+            except OSError as error:
+                self.trouble = self.cannot_write(self.folder, error)
             self.beat_at = time.monotonic()
 
     def finish(self, state: str, samples: int) -> None:
@@ -117,6 +127,7 @@ class Run:
 
     def close(self) -> None:
         """Let others write here."""
+        self.writer.close()
         self.claim.give_back()
 
     def _status(self) -> dict:
@@ -131,22 +142,14 @@ class Run:
             partial.write_text(json.dumps(status | {"host": socket.gethostname()}) + "\n")
 
     def _find_checkpoint(self) -> None:
-        """The newest checkpoint that is whole; one whose files are not what was written is named and passed over."""
-        for path in sorted((self.folder / "checkpoints").glob("samples-*"), reverse=True):
-            try:
-                state = json.loads((path / "state.json").read_text())
-                damaged = [name for name, digest in state["sha256"].items() if sha256_of(path / name) != digest]
-            except (OSError, ValueError, KeyError) as error:
-                damaged = [str(error)]
-            if not damaged:
-                self.checkpoint, self.samples = path, state["samples"]
-                self.best, self.best_checkpoint = state["best"], state["best_checkpoint"]
-                self.rolled_back = state.get("rolled_back", False)
-                if not (path.parent / self.best_checkpoint).is_dir():  # it gave way to a better one, which is damaged
-                    self.best, self.best_checkpoint = float("-inf") if state["score"] is None else state["score"], path.name
-                return
-            if self.world.is_first:
-                print(f"warning: {path} is damaged ({', '.join(damaged)}); passing over it", file=sys.stderr)
+        found = newest(self.folder / "checkpoints", warn=self.world.is_first)
+        if found is None:
+            return
+        self.checkpoint, state = found
+        self.samples, self.best, self.best_checkpoint = state["samples"], state["best"], state["best_checkpoint"]
+        self.rolled_back = state.get("rolled_back", False)
+        if not (self.checkpoint.parent / self.best_checkpoint).is_dir():  # it gave way to a better one, which is damaged
+            self.best, self.best_checkpoint = float("-inf") if state["score"] is None else state["score"], self.checkpoint.name
 
     def restore(self, clip: Clip, optimizer: torch.optim.Optimizer) -> None:
         """Put the checkpoint's weights and moments where they were; does nothing in a new run."""
@@ -156,46 +159,70 @@ class Run:
         optimizer.load_state_dict(torch.load(self.checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
 
     def save(self, clip: Clip, optimizer: torch.optim.Optimizer, samples: int, score: float | None) -> None:
-        """Write a checkpoint, whole or not at all; `score` (higher is better) is that of these weights, if they have one.
+        """Begin a checkpoint of the weights and moments as they are now; it is copied and written while training goes on.
+
+        Whoever changes them next calls writer.await_copy() before. `score` (higher is better) is that of these weights, if they
+        have one.
 
         Raises:
-            Fault: the disk is full, or is not there.
+            Fault: the disk was full, or was not there, at the save before this one or since.
             Fenced: another attempt has taken over.
         """
-        self.world.together(lambda: self._save(clip, optimizer, samples, score) if self.world.is_first else None)
-        self.checkpoint = self.folder / "checkpoints" / f"samples-{samples:012d}"  # on every rank
+        started = time.perf_counter()
+        self.wait()
+        self.pending = self._path(samples)
+        if self.world.is_first:
+            is_best = score is not None and score > self.best
+            self.best = score if is_best else self.best
+            if is_best or self.best == float("-inf"):  # before any validation, the newest is the best there is
+                self.best_checkpoint = self.pending.name
+            path, state = self.pending, self._state(samples, score)
+            self.writer.begin(clip.towers.model, optimizer, lambda weights, moments: self._write(path, clip, state, weights, moments))
+        self.writer.times["time/save_stall_s"] = time.perf_counter() - started
 
-    def _save(self, clip: Clip, optimizer: torch.optim.Optimizer, samples: int, score: float | None) -> None:
-        path = self.folder / "checkpoints" / f"samples-{samples:012d}"
-        is_best = score is not None and score > self.best
-        self.best = score if is_best else self.best
-        if is_best or self.best == float("-inf"):  # before any validation, the newest is the best there is
-            self.best_checkpoint = path.name
+    def _write(self, path: Path, clip: Clip, state: dict, weights: dict, moments: dict) -> None:
+        """By the writer's thread: a whole checkpoint, from which a run goes on whatever happens next."""
+
+        def fill(folder: Path) -> None:
+            clip.save(folder, torch.float32, weights)
+            torch.save(moments, folder / "optimizer.pt")
+
         try:
-            with atomic_folder(path) as folder:
-                clip.save(folder)
-                torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-                self._write_state(folder, samples, score)
-                self.claim.check()
+            write(path, fill, state, self.claim.check)
+            self.checkpoint = path  # from here on status.json may name it
+            link_best(path.parent, state["best_checkpoint"])
+            prune(path.parent, self.recipe.keep, state["best_checkpoint"])
         except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have errors of their own for a full disk
-            if "DataLoader worker" in str(error):
-                raise
-            last = self.checkpoint or "none yet"
-            raise Fault(
-                f"{path}: cannot be written ({' '.join(str(error).split())[:200]}); the last whole checkpoint is safe ({last}): "
-                "make room, and the same command goes on from it"
-            ) from None
-        self._link_best()
-        for old in sorted(path.parent.glob("samples-*"))[: -self.recipe.keep]:
-            if old.name != self.best_checkpoint:
-                shutil.rmtree(old)
+            raise self.cannot_write(path, error) from None
 
-    def _write_state(self, folder: Path, samples: int, score: float | None) -> None:
-        """state.json, the last file of a checkpoint: it knows the others by their sha256."""
-        digests = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name != "state.json"}
+    def wait(self) -> None:
+        """Until the checkpoint that was begun is on disk; what kept it from that is raised on all ranks. All of them call this."""
+        self.world.together(self._wait)
+        self.checkpoint, self.pending = self.pending or self.checkpoint, None  # on every rank
+
+    def _wait(self) -> None:
+        self.writer.wait()
+        if self.trouble:
+            raise self.trouble
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether something could not be written: the next save says so, on all ranks."""
+        return self.trouble is not None or self.writer.has_failed
+
+    def cannot_write(self, path: Path, error: Exception) -> Fault:
+        """The sentence for whoever has to make room."""
+        return Fault(
+            f"{path}: cannot be written ({' '.join(str(error).split())[:200]}); the last whole checkpoint is safe "
+            f"({self.checkpoint or 'none yet'}): make room, and the same command goes on from it"
+        )
+
+    def _path(self, samples: int) -> Path:
+        return self.folder / "checkpoints" / f"samples-{samples:012d}"
+
+    def _state(self, samples: int, score: float | None) -> dict:
         best = {"best": self.best, "best_checkpoint": self.best_checkpoint}
-        state = {"samples": samples, "score": score, **best, "rolled_back": self.rolled_back, "sha256": digests}
-        (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        return {"samples": samples, "score": score, **best, "rolled_back": self.rolled_back}
 
     def roll_back(self, samples: int, n_bad: int) -> None:
         """Make the last checkpoint's weights and moments those after `samples` pairs: what came between is passed over.
@@ -203,6 +230,7 @@ class Run:
         Raises:
             NotFinite: that was done before in this run, or there is no checkpoint.
         """
+        self.wait()
         trouble = (
             f"{self.folder}: the last {n_bad} steps before {samples} pairs had a loss or gradient that is not finite (bad_steps.jsonl)"
         )
@@ -216,18 +244,21 @@ class Run:
         self.world.together(lambda: self._roll_back(samples, trouble) if self.world.is_first else None)
 
     def _roll_back(self, samples: int, trouble: str) -> None:
-        with atomic_folder(self.folder / "checkpoints" / f"samples-{samples:012d}") as folder:
+        def fill(folder: Path) -> None:
             shutil.copytree(self.checkpoint, folder, dirs_exist_ok=True)
-            self._write_state(folder, samples, None)
-            self.claim.check()
+
+        write(self._path(samples), fill, self._state(samples, None), self.claim.check)
         print(f"warning: {trouble}; going back to {self.checkpoint.name}, and passing over what came since", file=sys.stderr)
 
-    def _link_best(self) -> None:
-        """Point checkpoints/best to the best checkpoint; a link is replaced whole."""
-        link = self.folder / "checkpoints" / ".best.partial"
-        link.unlink(missing_ok=True)
-        link.symlink_to(self.best_checkpoint)
-        os.replace(link, link.with_name("best"))
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        """No end of training leaves the writer behind; where an error is the end, that is told, and not what the writer says."""
+        if kind is None:
+            self.wait()
+        else:
+            self.writer.settle()
 
 
 def _may_precede(path: Path) -> bool:
