@@ -20,6 +20,7 @@ from train.memory import arrange, choose, compiles
 from train.model import Clip, clamp_logit_scale, load
 from train.optim import build_optimizer, lr_at
 from train.order import Order
+from train.patches import drop, install
 from train.recipe import Recipe
 from train.run import Run
 from train.step import backward, distribute
@@ -73,6 +74,8 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
         started = time.perf_counter()
         for batch in batches:
             data_s = time.perf_counter() - started
+            if recipe.patch_dropout:
+                drop(clip.towers.model.visual, recipe.patch_dropout, samples / end)
             lr = lr_at(samples // recipe.batch, steps, recipe.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -121,7 +124,10 @@ def prepare(recipe: Recipe, run: Run) -> tuple[Shards, Clip]:
     run.check_data(pairs.fingerprint)
     check_batch(recipe, len(pairs), run.world)
     pairs.verify(run.world.rank, run.world.world_size)
-    return pairs, load(recipe.model, seed=recipe.seed)
+    clip = load(recipe.model, seed=recipe.seed)
+    if recipe.patch_dropout:
+        install(clip.towers.model.visual)
+    return pairs, clip
 
 
 def check_batch(recipe: Recipe, n_pairs: int, world: World) -> None:

@@ -73,6 +73,8 @@ class Recipe:
     memory: Literal["none", "budget", "checkpoint", "auto"] = "auto"
     """What the backward pass computes again to need less memory: nothing; norms and activations (three fifths of the memory, compiled);
     every block (an eighth, for a third more time). auto: the first that fits."""
+    patch_dropout: float = 0.0
+    """Part of each picture's patches that steps leave out, the blank ones first; the last tenth of the run leaves out none."""
     compile: Literal["yes", "no", "auto"] = "auto"
     """Compile the blocks of the towers; auto: on a GPU."""
     compress_gradients: bool = False
@@ -165,6 +167,8 @@ def _check_values(recipe: Recipe) -> None:
     ):
         if value < least:
             raise UserError(f"--{name} {value}: at least {least} is wanted")
+    if not 0 <= recipe.patch_dropout < 1:
+        raise UserError(f"--patch_dropout {recipe.patch_dropout}: a part of the patches is wanted, 0.5 for half of them, below 1")
     if recipe.memory == "budget" and recipe.compile == "no":
         raise UserError("--memory budget: only compiled blocks can do that; pass --compile yes, or --memory checkpoint")
     if not 0 <= recipe.optim.warmup < 1:
