@@ -139,7 +139,7 @@ def test_a_crop_is_pillows(format, reduce):
         box = crop_box(side + 30, side, (0.6, 0.8), drawn[:CROP_DRAWS])
         top, left, height, width = (reduce * round(value / reduce) for value in box)
         expected = np.asarray(picture.crop((left, top, left + width, top + height)).resize(size[::-1], Image.BICUBIC))
-        assert (found.dtype, found.shape) == (torch.uint8, (*size, 3))
+        assert (found.dtype, found.shape, found.is_contiguous()) == (torch.uint8, (*size, 3), True)
         difference = np.abs(found.numpy() - expected.astype(int))
         assert difference.mean() < (0.02 if reduce == 1 else 2)
         assert reduce > 1 or difference.max() <= 1
