@@ -130,12 +130,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def noise_images(folder: Path, n: int, groups: int = 0, mode: str = "RGB") -> Path:
+def noise_images(folder: Path, n: int, groups: int = 0, mode: str = "RGB", size: tuple[int, int] = (16, 12)) -> Path:
     """0.png, 1.png, ... of noise, and pairs.csv (image, caption, group) with a caption of its own for each."""
     rng = np.random.default_rng(0)
     lines = ["image,caption,group"]
     for number in range(n):
-        Image.fromarray(rng.integers(0, 256, (12, 16, len(mode)), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], len(mode)), dtype=np.uint8)).save(folder / f"{number}.png")
         lines.append(f"{number}.png,caption {number},{f'g{number % groups}' if groups else ''}")
     (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
     return folder / "pairs.csv"

@@ -1,111 +1,134 @@
-"""How fast, and in how much memory: one step on made-up batches, and the loader alone on real shards.
+"""How fast, and in how much memory: optimizer steps on real shards, taken apart; and the whole path beside open_clip_train's.
 
   python -m train.bench train/recipes/demo.yaml --data data/icons/shards
   python -m train.bench train/recipes/spectrum_icons.yaml --data SHARDS --micro_batch 64 --batch 64
+      one row: pairs/s, its parts, peak memory; the loader alone
+  ... --sweep True            a row for each micro_batch from 8 to the batch, and each way to save memory
+  ... --peer True             the same model, batch and data by open_clip_train in turns, with and without its checkpointing
+  ... --profile trace.json    two steps as a trace, for chrome://tracing or ui.perfetto.dev
+  ... --plot bench.png        the rows as a picture
 
 The recipe's architecture is built with random weights: nothing is downloaded. A table for people, then one line of
-JSON. Peak memory is the GPU's allocator's, or on the CPU the largest resident size of the process.
+JSON. Each row is measured in a process of its own. Peak memory is the GPU's allocator's, or on the CPU the largest
+resident size of the process; the model's FLOP are counted without what is computed twice to save memory.
 """
 
 import dataclasses
 import json
+import multiprocessing
 import os
-import resource
 import sys
-import time
+import tempfile
 from collections.abc import Callable
-
-import torch
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
 
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.shards import Shards
-from train.augment import CROP_DRAWS, DRAWS, draw_changes
-from train.loader import Batch, TrainPairs, train_loader
+from train.bench_peer import OUT_OF_MEMORY, check_peer, whole_path
+from train.bench_step import device, measure_around, measure_step, profile_steps
+from train.bench_table import plot, table
 from train.loop import check_batch
-from train.memory import arrange, choose, compiles
-from train.model import clamp_logit_scale, load
-from train.optim import build_optimizer
-from train.order import Order
 from train.recipe import Recipe, parse
-from train.step import backward
 from train.world import World
 
-STEPS, WARMUP_STEPS, LOADER_SECONDS = 5, 2, 5.0
+T = TypeVar("T")
+MEMORY_MODES = {"none": {"grad_checkpointing": False}, "checkpoint": {"grad_checkpointing": True}}
 
 
-def measure_step(recipe: Recipe, world: World) -> dict:
-    """Seconds and memory of an optimizer step on random pixels and tokens, of which captions fill the whole context."""
-    clip = load(recipe.model, weights=False)
-    clip.towers.bf16 = recipe.precision == "bf16"
-    clip.towers.to(world.device)
-    memory, micro_batch = choose(clip.towers, recipe, world)
-    arrange(clip.towers.model, memory, compiles(recipe, world.device))
-    clip.towers.train()
-    optimizer = build_optimizer(clip.towers, recipe.optim)
-    tokens = clip.tokenizer([""] * recipe.batch)
-    images = torch.randint(0, 256, (recipe.batch, 3, *clip.image_size), dtype=torch.uint8)
-    changes = torch.tensor([draw_changes(recipe.augment, draws) for draws in torch.rand(recipe.batch, DRAWS - CROP_DRAWS).tolist()])
-    batch = Batch(*(tensor.to(world.device) for tensor in (images, torch.randint_like(tokens, 1, 1000), changes)))
+@dataclass(frozen=True)
+class Bench(Recipe):
+    """A recipe, and what to measure of it."""
 
-    def step() -> None:
-        backward(clip.towers, batch, micro_batch, world, recipe.seed, 0)
-        torch.nn.utils.clip_grad_norm_(clip.towers.parameters(), recipe.optim.clip).item()  # waits for the device
-        optimizer.step()
-        optimizer.zero_grad()
-        clamp_logit_scale(clip.towers)
-
-    seconds = _seconds_each(step)
-    return {"step_s": seconds, "pairs_per_s": recipe.batch / seconds, "peak_memory_gb": _peak_memory_gb(world)}
+    steps: int = 5
+    """Optimizer steps that are timed, after some to warm up. On a GPU take 50."""
+    sweep: bool = False
+    """A row for each micro_batch (8, 16, ... batch) and each way to save memory."""
+    peer: bool = False
+    """The whole path in turns with open_clip_train."""
+    profile: str = ""
+    """File for a trace of two steps."""
+    plot: str = ""
+    """File (.png) for a picture of the rows."""
 
 
-def measure_loader(recipe: Recipe, shards: Shards, world: World) -> dict:
-    """Samples that the recipe's workers deliver in a second when nobody trains."""
-    clip = load(recipe.model, weights=False)
-    data = TrainPairs(shards, Order(shards.shard_sizes, recipe.batch, recipe.seed), clip.image_size, recipe.augment)
-    batches = iter(train_loader(data, clip.tokenize, 0, 1 << 40, world, recipe.workers))
-    for _ in range(2 + 4 * recipe.workers):  # what was fetched ahead while the workers started
-        next(batches)
-    samples, started = 0, time.perf_counter()
-    while (elapsed_s := time.perf_counter() - started) < LOADER_SECONDS:
-        samples += len(next(batches).images)
-    return {"loader_samples_per_s": samples / elapsed_s}
+class OutOfMemory(Exception):
+    """What a row of the table says of it."""
 
 
-def _seconds_each(step: Callable[[], None]) -> float:
-    for _ in range(WARMUP_STEPS):
-        step()
-    started = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    return (time.perf_counter() - started) / STEPS
+def in_fresh_process(measure: Callable[..., T], *arguments) -> T:
+    """measure(*arguments), whose memory is its own.
+
+    Raises:
+        OutOfMemory: of the GPU or the machine.
+    """
+    context = multiprocessing.get_context("forkserver")  # imports once; what it forks has no memory of rows before
+    context.set_forkserver_preload(["train.bench"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(measure, *arguments).result()
+        except BrokenProcessPool:  # killed by the kernel
+            raise OutOfMemory from None
+        except RuntimeError as error:
+            if any(sign in f"{type(error).__name__}: {error}" for sign in OUT_OF_MEMORY):
+                raise OutOfMemory from None
+            raise
 
 
-def _peak_memory_gb(world: World) -> float:
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def measure_rows(recipe: Recipe, steps: int, sweep: bool, gflop_per_pair: float, matmul_tflop_per_s: float) -> list[dict]:
+    """A row of the recipe as it is, or one for each micro_batch and mode; one that has too little memory has no numbers."""
+    own = next(mode for mode, keys in MEMORY_MODES.items() if all(getattr(recipe, key) == value for key, value in keys.items()))
+    choices = [(min(recipe.batch, recipe.micro_batch), own)]
+    if sweep:
+        sizes = [2**power for power in range(3, 40) if 2**power < recipe.batch] + [recipe.batch]
+        choices = [(size, mode) for mode in MEMORY_MODES for size in sizes]
+    rows = []
+    for size, mode in choices:
+        row = {"micro_batch": size, "memory": mode, "pairs_per_s": None, "peak_memory_gb": None}
+        try:
+            row |= in_fresh_process(measure_step, dataclasses.replace(recipe, micro_batch=size, **MEMORY_MODES[mode]), steps)
+            row["share_of_peak"] = row["pairs_per_s"] * gflop_per_pair / matmul_tflop_per_s / 1e3
+        except OutOfMemory:
+            pass
+        rows.append(row)
+        print(f"micro_batch {size}, {mode}: {row['pairs_per_s'] or 'out of memory'}", file=sys.stderr)
+    return rows
 
 
 def main() -> None:
     if len(sys.argv) == 1:
         print(__doc__.strip())
         return
-    recipe = parse([*sys.argv[1:], "--run", "unused"])
+    bench = parse([*sys.argv[1:], "--run", "unused"], Bench)
+    recipe = Recipe(**{field.name: getattr(bench, field.name) for field in dataclasses.fields(Recipe)})
+    if bench.steps < 1:
+        raise UserError(f"--steps {bench.steps}: at least 1 is wanted")
     if "WORLD_SIZE" in os.environ:
         raise UserError("python -m train.bench measures one process; start it without torchrun")
-    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    shards = Shards(recipe.data, "train")
-    check_batch(recipe, len(shards), world)
+    check_batch(recipe, len(Shards(recipe.data, "train")), World())
+    if bench.peer:
+        check_peer(recipe)
+    around = in_fresh_process(measure_around, recipe)
     result = {
         "model": recipe.model,
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        **{key: dataclasses.asdict(recipe)[key] for key in ("batch", "micro_batch", "precision", "memory", "workers")},
-        **measure_step(recipe, world),
-        **measure_loader(recipe, shards, world),
+        **{key: getattr(recipe, key) for key in ("batch", "precision", "workers")},
+        **{name: version(name) for name in ("torch", "open_clip_torch")},
+        **around,
+        "steps": measure_rows(recipe, bench.steps, bench.sweep, around["gflop_per_pair"], around["matmul_tflop_per_s"]),
+        "whole_path": [],
     }
-    for name, value in result.items():
-        print(f"{name:22} {value:.3f}" if isinstance(value, float) else f"{name:22} {value}")
+    if bench.peer:
+        with tempfile.TemporaryDirectory() as folder:
+            result["whole_path"] = whole_path(recipe, bench.steps, device(), Path(folder))
+    if bench.profile:
+        in_fresh_process(profile_steps, recipe, str(Path(bench.profile).absolute()))
+    print(table(result))
+    if bench.plot:
+        plot(result, Path(bench.plot))
     print(json.dumps(result))
 
 

@@ -10,7 +10,7 @@ import difflib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import tyro
 import yaml
@@ -101,8 +101,14 @@ FREE_TO_CHANGE = ("run", "data", "workers", "log_every_steps", "save_every_minut
 FREE_TO_CHANGE += ("micro_batch", "memory", "compile")
 
 
-def parse(arguments: list[str]) -> Recipe:
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def parse(arguments: list[str], schema: type[AnyRecipe] = Recipe) -> AnyRecipe:
     """The recipe of a command line: `[RECIPE.yaml] [--flag value ...]`; tyro prints help and mistakes, and exits.
+
+    Args:
+        schema: Recipe, or one with flags of its command beside.
 
     Raises:
         UserError: no such recipe file, or a key in it that no recipe has.
@@ -111,7 +117,7 @@ def parse(arguments: list[str]) -> Recipe:
     if arguments and not arguments[0].startswith("-"):
         flags, arguments = flags_of(Path(arguments[0])), arguments[1:]
     recipe = tyro.cli(
-        Recipe,
+        schema,
         args=[*flags, *arguments],
         prog="python -m train RECIPE.yaml",
         config=(tyro.conf.FlagConversionOff,),
