@@ -67,7 +67,7 @@ def in_fresh_process(measure: Callable[..., T], *arguments) -> T:
         OutOfMemory: of the GPU or the machine.
     """
     context = multiprocessing.get_context("forkserver")  # imports once; what it forks has no memory of rows before
-    context.set_forkserver_preload(["train.bench"])
+    context.set_forkserver_preload(["train.bench_step"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(measure, *arguments).result()

@@ -27,7 +27,7 @@ def plot(result: dict, path: Path) -> None:
     rows = [(_step_name(row), row, OURS) for row in result["steps"]]
     rows += [(_path_name(row), row, OURS if row["trainer"] == "ours" else PEER) for row in result["whole_path"]]
     names, found, colors = zip(*rows, strict=True)
-    figure = Figure(figsize=(9, 1.3 + 0.32 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(12, 1.3 + 0.32 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, key, label in (left, "pairs_per_s", "pairs/s"), (right, "peak_memory_gb", "peak memory, GB"):
         bars = axis.barh(range(len(rows)), [row[key] or 0 for row in found], color=colors)
