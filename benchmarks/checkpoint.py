@@ -17,16 +17,17 @@ from statistics import median
 
 import tyro
 
-ROWS = [("ViT-B-32:none", 2, False), ("ViT-L-14:none", 1, True)]  # model, batch on a CPU, grad_checkpointing
+ROWS = [("ViT-B-32:none", 2, "none"), ("ViT-L-14:none", 1, "checkpoint")]  # model, batch on a CPU, memory
 GPU_BATCH = 64
 QUIET_STEPS = 5
 
 
-def row(model: str, batch: int, grad_checkpointing: bool, folder: str, alone: bool) -> dict:
+def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
     """Steps, saves and steps in this process, in a run of its own in `folder`; seconds, and bytes written."""
     import torch
 
     from train.loader import Batch
+    from train.memory import arrange
     from train.model import load
     from train.optim import build_optimizer
     from train.recipe import Recipe
@@ -38,12 +39,12 @@ def row(model: str, batch: int, grad_checkpointing: bool, folder: str, alone: bo
     batch = GPU_BATCH if world.device.type == "cuda" else batch
     recipe = Recipe(model, "none", f"{folder}/run", batch=batch, keep=1)
     clip = load(model)
-    clip.towers.model.set_grad_checkpointing(grad_checkpointing)
+    arrange(clip.towers.model, memory, compiled=False)
     clip.towers.bf16 = world.device.type == "cuda"
     clip.towers.to(world.device).train()
     optimizer = build_optimizer(clip.towers, recipe.optim)
     images = torch.randint(0, 256, (batch, 3, *clip.image_size), dtype=torch.uint8)
-    data = Batch(images.to(world.device), torch.randint(1, 49000, (batch, 77), device=world.device))
+    data = Batch(images.to(world.device), torch.randint(1, 49000, (batch, 77), device=world.device), torch.zeros(batch, 0))
     run, samples = Run(recipe, world), 0
 
     def step() -> tuple[float, float, float]:

@@ -30,7 +30,7 @@ def test_every_option_in_one_call(noise_shards, tiny_model, tmp_path, monkeypatc
     monkeypatch.setattr(bench_peer, "TURNS", 1)
     monkeypatch.setattr(bench_peer, "WAYS", {"cpu": [["--grad-checkpointing"]]})
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = {"batch": 16, "micro_batch": 8, "precision": "fp32", "grad_checkpointing": False, "workers": 1, "steps": 1}
+    options = {"batch": 16, "micro_batch": 8, "precision": "fp32", "memory": "none", "workers": 1, "steps": 1}
     # A crop of all of a square picture is the picture: 16 of them are the same batch in both trainers.
     options |= {"augment.color_jitter_prob": 0, "augment.gray_scale_prob": 0, "sweep": True, "peer": True}
     options |= {"plot": tmp_path / "rows.png", "profile": tmp_path / "trace.json", "data": noise_shards, "model": tiny_model}

@@ -33,11 +33,11 @@ from train.bench_peer import OUT_OF_MEMORY, check_peer, whole_path
 from train.bench_step import device, measure_around, measure_step, profile_steps
 from train.bench_table import plot, table
 from train.loop import check_batch
+from train.memory import MODES, compiles
 from train.recipe import Recipe, parse
 from train.world import World
 
 T = TypeVar("T")
-MEMORY_MODES = {"none": {"grad_checkpointing": False}, "checkpoint": {"grad_checkpointing": True}}
 
 
 @dataclass(frozen=True)
@@ -81,21 +81,21 @@ def in_fresh_process(measure: Callable[..., T], *arguments) -> T:
 
 def measure_rows(recipe: Recipe, steps: int, sweep: bool, gflop_per_pair: float, matmul_tflop_per_s: float) -> list[dict]:
     """A row of the recipe as it is, or one for each micro_batch and mode; one that has too little memory has no numbers."""
-    own = next(mode for mode, keys in MEMORY_MODES.items() if all(getattr(recipe, key) == value for key, value in keys.items()))
-    choices = [(min(recipe.batch, recipe.micro_batch), own)]
+    choices = [(recipe.micro_batch, recipe.memory)]
     if sweep:
         sizes = [2**power for power in range(3, 40) if 2**power < recipe.batch] + [recipe.batch]
-        choices = [(size, mode) for mode in MEMORY_MODES for size in sizes]
+        modes = [mode for mode in MODES if mode != "budget" or compiles(recipe, device())]
+        choices = [(size, mode) for mode in modes for size in sizes]
     rows = []
     for size, mode in choices:
         row = {"micro_batch": size, "memory": mode, "pairs_per_s": None, "peak_memory_gb": None}
         try:
-            row |= in_fresh_process(measure_step, dataclasses.replace(recipe, micro_batch=size, **MEMORY_MODES[mode]), steps)
+            row |= in_fresh_process(measure_step, dataclasses.replace(recipe, micro_batch=size, memory=mode), steps)
             row["share_of_peak"] = row["pairs_per_s"] * gflop_per_pair / matmul_tflop_per_s / 1e3
         except OutOfMemory:
             pass
         rows.append(row)
-        print(f"micro_batch {size}, {mode}: {row['pairs_per_s'] or 'out of memory'}", file=sys.stderr)
+        print(f"micro_batch {row['micro_batch']}, {row['memory']}: {row['pairs_per_s'] or 'out of memory'}", file=sys.stderr)
     return rows
 
 

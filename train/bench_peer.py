@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from open_clip.transform import AugmentationCfg
 
 from data_prep.errors import Fault, UserError, exit_on_user_error
 from data_prep.shards import Shards
@@ -97,7 +98,7 @@ def whole_path(recipe: Recipe, steps: int, device: torch.device, folder: Path) -
 
 def check_peer(recipe: Recipe) -> None:
     """Refuse what open_clip_train cannot do."""
-    tars, chunk = len(Shards(recipe.data, "train").entries), min(recipe.batch, recipe.micro_batch)
+    tars, chunk = len(Shards(recipe.data, "train").entries), their_chunk(recipe)
     if tars < recipe.workers:
         raise UserError(f"{recipe.data}: open_clip_train wants a shard per worker, these are {tars}; pass --workers {tars}")
     if recipe.batch % chunk:
@@ -118,7 +119,7 @@ def their_command(words: list[str], extra: list[str], folder: Path) -> Command:
 def their_words(recipe: Recipe, steps: int, device: torch.device) -> list[str]:
     """The command line of open_clip_train for `recipe`, without its checkpoints, in one epoch of `steps`."""
     tars = [str(Path(recipe.data, entry["file"])) for entry in Shards(recipe.data, "train").entries]
-    chunk = min(recipe.batch, recipe.micro_batch)
+    chunk = their_chunk(recipe)
     optim, augment = recipe.optim, recipe.augment
     flags = {
         "model": recipe.model,
@@ -145,7 +146,13 @@ def their_words(recipe: Recipe, steps: int, device: torch.device) -> list[str]:
     }
     words = [sys.executable, "-m", "train.bench_peer", "theirs"]
     words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [*words, "--aug-cfg", *(f"{name}={value}".replace(" ", "") for name, value in dataclasses.asdict(augment).items())]
+    known = AugmentationCfg.__dataclass_fields__  # ours are more, and switched off unless a recipe says so
+    augment = {name: value for name, value in dataclasses.asdict(augment).items() if name in known}
+    return [*words, "--aug-cfg", *(f"{name}={value}".replace(" ", "") for name, value in augment.items())]
+
+
+def their_chunk(recipe: Recipe) -> int:
+    return recipe.batch if recipe.micro_batch == "auto" else min(recipe.batch, recipe.micro_batch)
 
 
 def run(command: Command, folder: Path) -> dict:

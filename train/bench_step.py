@@ -8,10 +8,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.shards import Shards
-from train.augment import train_transform
 from train.bench_peer import peak_memory_gb
 from train.loader import Batch, TrainPairs, train_loader
 from train.loss import clip_loss
+from train.memory import arrange, choose, compiles
 from train.model import Clip, clamp_logit_scale, load
 from train.optim import build_optimizer
 from train.order import Order
@@ -48,8 +48,10 @@ class Stepper:
         clip = load(recipe.model, weights=False)
         self.batches = _batches(recipe, clip, self.world)
         clip.towers.bf16 = recipe.precision == "bf16"
-        clip.towers.model.set_grad_checkpointing(recipe.grad_checkpointing)
-        self.towers = clip.towers.to(self.world.device).train()
+        self.towers = clip.towers.to(self.world.device)
+        self.memory, self.micro_batch = choose(self.towers, recipe, self.world)
+        arrange(self.towers.model, self.memory, compiles(recipe, self.world.device))
+        self.towers.train()
         self.optimizer = build_optimizer(self.towers, recipe.optim)
         self.clock, self.spans, self.samples = Clock(self.world.device), [], 0
         self.towers.register_forward_pre_hook(self._begin_forward)
@@ -59,7 +61,7 @@ class Stepper:
         marks = [self.clock.mark()]
         batch = Batch(*(tensor.to(self.world.device, non_blocking=True) for tensor in next(self.batches)))
         marks.append(self.clock.mark())
-        backward(self.towers, batch, self.recipe.micro_batch, self.world, self.recipe.seed, self.samples)
+        backward(self.towers, batch, self.micro_batch, self.world, self.recipe.seed, self.samples)
         marks.append(self.clock.mark())
         torch.nn.utils.clip_grad_norm_(self.towers.parameters(), self.recipe.optim.clip)
         self.optimizer.step()
@@ -100,7 +102,8 @@ def measure_step(recipe: Recipe, steps: int) -> dict:
     parts = step.seconds()
     step_s = sum(parts.values()) / steps
     seconds = {f"{part}_s": parts[part] / steps for part in PARTS}
-    return {"step_s": step_s, "pairs_per_s": recipe.batch / step_s, **seconds, "peak_memory_gb": peak_memory_gb()}
+    chosen = {"micro_batch": step.micro_batch, "memory": step.memory}
+    return {**chosen, "step_s": step_s, "pairs_per_s": recipe.batch / step_s, **seconds, "peak_memory_gb": peak_memory_gb()}
 
 
 def profile_steps(recipe: Recipe, file: str) -> None:
@@ -165,8 +168,8 @@ def device() -> torch.device:
 
 def _batches(recipe: Recipe, clip: Clip, world: World) -> Iterator[Batch]:
     shards = Shards(recipe.data, "train")
-    data = TrainPairs(shards, Order(shards.shard_sizes, recipe.batch, recipe.seed), train_transform(clip.image_size, recipe.augment))
-    return train_loader(data, clip.tokenizer, 0, 1 << 40, world, recipe.workers)
+    data = TrainPairs(shards, Order(shards.shard_sizes, recipe.batch, recipe.seed), clip.image_size, recipe.augment)
+    return train_loader(data, clip.tokenize, 0, 1 << 40, world, recipe.workers)
 
 
 def _fetched_ahead(recipe: Recipe) -> int:
