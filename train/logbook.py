@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -52,7 +53,9 @@ class Logbook:
         self.bar.update(batch)
         if not self.is_due(samples, batch):
             return
+        started = time.perf_counter()
         numbers = {"epoch": samples / self.samples_per_epoch, "train/loss": loss.item()}
+        self.step_s += time.perf_counter() - started  # a GPU was behind: what it had left to do is part of these steps
         numbers |= {name: float(value) for name, value in values.items()}
         numbers |= {"time/pairs_per_s": self.pairs / self.step_s, "time/data_wait_share": self.data_s / self.step_s}
         numbers |= self.run.writer.new_times()

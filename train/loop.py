@@ -113,6 +113,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             started = time.perf_counter()
     if rolled_back:
         run.close()
+        del clip, towers, optimizer, batches, batch  # or memory would have to hold two of each
         return fit(recipe, world, validate)
     run.finish("finished" if samples == end else "stopped", samples)
     return run
