@@ -3,6 +3,8 @@
 import torch
 
 from train.logbook import Logbook, cores_per_rank, data_wait_advice
+from train.model import load
+from train.optim import build_optimizer
 from train.recipe import Recipe
 from train.run import Run
 from train.world import World
@@ -23,7 +25,8 @@ def test_the_advice_fits_the_machine(monkeypatch):
 def test_a_wait_is_said_once_and_not_of_the_start(tmp_path, capsys):
     recipe = Recipe("demo-vit:none", "unused", str(tmp_path / "run"), workers=0, log_every_steps=2)
     run = Run(recipe, World())
-    run.start("fingerprint")
+    clip = load("demo-vit:none")
+    run.start("fingerprint", clip, build_optimizer(clip.towers, recipe.optim))
     said = []
     with Logbook(run, 0, 100, 100, World()) as log:
         log.say = said.append

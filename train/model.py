@@ -25,7 +25,7 @@ from torchvision.transforms import Compose, Normalize, PILToTensor
 
 from data_prep.errors import UserError
 from train.augment import change
-from train.text import causal_tower, cut, encode_text
+from train.text import cutter, encode_text
 
 MODELS = Path(__file__).parent / "models"  # architectures of ours, in open_clip's format
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"  # what local-dir: and hf-hub: read
@@ -110,9 +110,10 @@ class Clip:
         size = self.towers.model.visual.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
-    def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """int64 [n, L], cut after the longest of them where that changes nothing."""
-        return cut(self.tokenizer(captions), causal_tower(self.towers.model))
+    @property
+    def tokenize(self) -> Callable[[list[str]], torch.Tensor]:
+        """The tokenizer, with its tokens cut after the longest caption where that changes nothing: int64 [n, L]."""
+        return cutter(self.towers.model, self.tokenizer)
 
     def fingerprint(self) -> str:
         """sha256 of the weights: what a result is of, whatever its file was called."""

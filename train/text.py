@@ -5,6 +5,9 @@ captions -> tokenizer -> int64 [n, 77] -> cut -> int64 [n, L], L a multiple of 8
 Where the tower does look there (SigLIP's, CoCa's, Hugging Face's), nothing is cut.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer, text_global_pool
@@ -25,11 +28,21 @@ def causal_tower(model: nn.Module) -> nn.Module | None:
     return tower
 
 
-def cut(tokens: torch.Tensor, tower: nn.Module | None) -> torch.Tensor:
-    """int64 [n, L] up to the end of its longest caption, and to the next multiple of 8; whole where `tower` is None."""
-    if tower is None:
+def cutter(model: nn.Module, tokenizer: Callable) -> Callable[[list[str]], torch.Tensor]:
+    """`tokenizer` with its tokens cut as is exact for `model`; it holds no weights, and goes to workers however they start."""
+    tower = causal_tower(model)
+    return functools.partial(_tokenized, tokenizer, tower and _pool(tower))
+
+
+def _tokenized(tokenizer: Callable, pool: tuple[str, int | None] | None, captions: list[str]) -> torch.Tensor:
+    return cut(tokenizer(captions), pool)
+
+
+def cut(tokens: torch.Tensor, pool: tuple[str, int | None] | None) -> torch.Tensor:
+    """int64 [n, L] up to the end of its longest caption, and to the next multiple of 8; whole where `pool` is None."""
+    if pool is None:
         return tokens
-    kind, eos_id = _pool(tower)
+    kind, eos_id = pool
     ends = (tokens if kind == "argmax" else (tokens == eos_id).int()).argmax(dim=1)
     return tokens[:, : -(-(int(ends.max()) + 1) // MULTIPLE) * MULTIPLE]
 

@@ -33,10 +33,11 @@ def time_limit(ground: Ground) -> str:
     run = ground.train("time-limit", nodes=2, time_limit="2:00", warn_s=60, LAB_STEP_S=0.8)
     state = run.end(600)
     stops = run.log.count("the time limit is near: stopping")
-    assert 1 <= stops == run.restarts, f"{stops} stops, {run.restarts} restarts\n{run.log[-3000:]}"
+    # The last warning may come while the run is finishing: then there is nothing to requeue.
+    assert 1 <= run.restarts <= stops <= run.restarts + 1, f"{stops} stops, {run.restarts} restarts\n{run.log[-3000:]}"
     assert state["JobState"] == "COMPLETED", state
     run.assert_equal()
-    return f"restarts {stops}"
+    return f"restarts {run.restarts}"
 
 
 def signal_at_start_up(ground: Ground) -> str:
