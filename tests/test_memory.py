@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY, save_tiny
 from ranks_script import global_batch
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory import count_products
 from data_prep.errors import UserError
@@ -26,6 +27,16 @@ def clip(tmp_path) -> Clip:
     clip = load(f"local-dir:{save_tiny(tmp_path, vision_cfg=vision, text_cfg={**TINY['text_cfg'], 'layers': 2})}")
     yield clip
     arrange(clip.towers.model, "none", compiled=False)
+
+
+class Autocast(torch.nn.Module):
+    def __init__(self, block: torch.nn.Module, bf16: bool):
+        super().__init__()
+        self.block, self.bf16 = block, bf16
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return self.block(tokens)
 
 
 @pytest.fixture
@@ -56,17 +67,20 @@ def test_gradients_are_equal(clip, without_a_compiler):
             torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=2e-6 * largest, msg=f"{mode}: {name}")
 
 
-def test_the_budget_keeps_what_matmuls_give_and_recomputes_none(clip, without_a_compiler, monkeypatch):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_budget_keeps_what_matmuls_give_and_recomputes_none(clip, without_a_compiler, bf16):
     """Of a ViT block's 16 widths, 10 are needed: input, q, k, v, attention, input of the MLP, and its four."""
     block, tokens, kept, products = blocks(clip.towers.model)[0], torch.randn(4, 17, 64, requires_grad=True), {}, {}
-    for mode, part in (("none", 0.7), ("budget", 0.7), ("less", 0.3)):
-        monkeypatch.setattr(memory, "BUDGET", part)
-        arrange(clip.towers.model, "budget" if mode == "less" else mode, compiled=mode != "none")
-        block(tokens)  # compiles
-        kept[mode] = saved_bytes(block, (tokens,))
-        products[mode] = count_products(lambda: block(tokens).sum().backward())
-    assert 0.62 < kept["budget"] / kept["none"] < 0.64
-    assert products == {"none": 13, "budget": 13, "less": 16}  # with 0.3 attention and two linear layers run twice
+    for mode in ("none", "budget"):
+        arrange(clip.towers.model, mode, compiled=mode == "budget")
+        step = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(lambda: block(tokens).sum().backward())
+        step()  # compiles
+        kept[mode] = saved_bytes(Autocast(block, bf16), (tokens,))
+        products[mode] = count_products(step)
+    arrange(clip.towers.model, "checkpoint", compiled=False)
+    assert 0.60 < kept["budget"] / kept["none"] < 0.64
+    assert products == {"none": 13, "budget": 13}
+    assert count_products(lambda: checkpoint(block, tokens, use_reentrant=False).sum().backward()) == 18  # it would be seen
 
 
 def test_evaluation_compiles_nothing(clip, without_a_compiler):

@@ -2,14 +2,18 @@
 
 memory      kept                                                computed again
 none        everything                                          nothing
-budget      inputs of norms and activations, matmul outputs     norms and activations, within each compiled block
+budget      what blocks, products and attention give            norms, activations and sums, within each compiled block
 checkpoint  the input of each block                             each block: a third more time
 
+"budget" is torch's selective checkpointing, and not its activation_memory_budget: that is a part of all bytes kept, among them
+the casts of weights, and where these are many (bf16, few tokens) 0.7 recomputed every product of a block, without a word.
 A batch that does not fit is taken in chunks of micro_batch pairs (train.step), which is exact and computes every
 forward twice.
 """
 
 import contextlib
+import functools
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -17,14 +21,19 @@ from collections.abc import Iterator
 import psutil
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from data_prep.errors import UserError
 from train.recipe import Recipe
 from train.world import World
 
 MODES = ("none", "budget", "checkpoint")  # each takes less memory, and more time, than the one before
-# The part of what is kept in "none": the largest with which torch's partitioner recomputes no matmul of a ViT block, and all else.
-BUDGET = 0.7
+# It warns of in-place operations in what is computed again; these blocks have none, or "checkpoint" would be wrong as well.
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+ATEN = torch.ops.aten
+PRODUCTS = {ATEN.mm, ATEN.addmm, ATEN.bmm, ATEN.baddbmm, ATEN.convolution}
+ATTENTION = {getattr(ATEN, f"_scaled_dot_product_{name}") for name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention")}
+ATTENTION |= {ATEN._scaled_dot_product_cudnn_attention}
 SPARE = 0.85  # of the free memory; the rest is for workspaces, the loss and fragments
 LEAST_CHUNK = 16  # pairs; smaller chunks leave a GPU idle, and recomputing blocks is the lesser evil
 
@@ -36,13 +45,32 @@ def compiles(recipe: Recipe, device: torch.device) -> bool:
 
 def arrange(model: nn.Module, memory: str, compiled: bool) -> None:
     """Make an open_clip model keep what `memory` says; equal blocks are compiled once for all of them."""
-    torch.compiler.reset()  # what was compiled under another budget would be taken again
-    torch._functorch.config.activation_memory_budget = BUDGET if memory == "budget" else 1.0
+    torch.compiler.reset()
     model.set_grad_checkpointing(memory == "checkpoint")
     for block in blocks(model):
+        kind = getattr(type(block), "kind_before", type(block))
+        block.__class__ = _keeping_products(kind) if memory == "budget" else kind
         block._compiled_call_impl = None
         if compiled:
             block.compile()
+
+
+@functools.cache
+def _keeping_products(kind: type) -> type:
+    """A class of blocks like `kind`, of whose forward only PRODUCTS and ATTENTION are kept; one class, so that one is compiled."""
+
+    def policy(_, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
+        kept = getattr(operation, "overloadpacket", None) in PRODUCTS | ATTENTION
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    class KeepingProducts(kind):
+        kind_before = kind
+
+        def forward(self, *inputs, **options):
+            contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+            return checkpoint(super().forward, *inputs, use_reentrant=False, context_fn=contexts, **options)
+
+    return KeepingProducts
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
