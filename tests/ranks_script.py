@@ -13,19 +13,19 @@ from train.step import backward, distribute
 from train.world import World, joined_world
 
 
-def gradients(model: str, micro_batch: int, out: str) -> None:
+def gradients(model: str, micro_batch: int, out: str, compress: bool) -> None:
     with joined_world() as world:
-        saved = gradients_of_two_steps(model, micro_batch, world)
+        saved = gradients_of_two_steps(model, micro_batch, world, compress)
         if world.is_first:
             torch.save(saved, out)
 
 
-def gradients_of_two_steps(model: str, micro_batch: int, world: World) -> list[dict]:
+def gradients_of_two_steps(model: str, micro_batch: int, world: World, compress: bool = False) -> list[dict]:
     clip = load(model)
     clip.towers.train()
     whole = global_batch()
     share = len(whole.images) // world.world_size
-    towers = distribute(clip.towers, world, chunked=micro_batch < share)
+    towers = distribute(clip.towers, world, chunked=micro_batch < share, compress=compress)
     mine = Batch(*(tensor[world.rank * share :][:share] for tensor in whole))
     saved = []
     for samples in (0, 100):  # the second call meets DDP's rebuilt buckets
@@ -51,4 +51,4 @@ def global_changes() -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    gradients(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    gradients(sys.argv[1], int(sys.argv[2]), sys.argv[3], "compress" in sys.argv)
