@@ -99,7 +99,8 @@ def interrupt(arguments: list[str], run: Path, ranks: int, at_samples: int, how:
     if how != signal.SIGKILL:
         assert process.returncode == 0, process.stdout.read().decode()
         assert "stopped after" in process.stdout.read().decode()
-        assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+        status = json.loads((run / "status.json").read_text())
+        assert (status["state"], status["asked_by"]) == ("stopped", "signal" if how else "file")
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

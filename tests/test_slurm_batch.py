@@ -114,6 +114,12 @@ def test_a_stop_by_hand_is_not_requeued(batch):
     assert batch.end("exit 0") == (0, False), "a finished run says so, and writes nothing"
 
 
+def test_a_stray_signal_is_not_a_stop_by_hand(batch):
+    """slurmctld repeats "terminate step 12.0", which was for the step of the attempt before, where a node was slow to answer."""
+    assert batch.end("""save 000100; echo '{"state": "stopped", "asked_by": "signal"}' >"$RUN/status.json"; exit 1""") == (75, True)
+    assert batch.end("""save 000200; echo '{"state": "stopped", "asked_by": "file"}' >"$RUN/status.json"; exit 1""") == (75, False)
+
+
 def test_the_warning_becomes_a_stop(batch):
     process = batch.begin('touch "$RUN/waits"; until [[ -s $RUN/stop ]]; do sleep 0.1; done; rm "$RUN/stop"; save 000100; status stopped')
     batch.until((batch.run / "waits").exists)

@@ -94,7 +94,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
 
             epoch_ends = samples % order.samples_per_epoch == 0
             save_is_due = run.has_failed or time.monotonic() - saved_at > 60 * recipe.save_every_minutes
-            stopping, saving = world.any(stop.asked(), save_is_due)
+            stopping, saving, by_file = world.any(stop.asked(), save_is_due, stop.file.exists())
             is_due = epoch_ends or stopping or saving
             n_bad = bad.look() if is_due or log.is_due(samples, recipe.batch) else 0
             if n_bad >= recipe.max_bad_steps and not stopping:
@@ -115,7 +115,10 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
         run.close()
         del clip, towers, optimizer, batches, batch  # or memory would have to hold two of each
         return fit(recipe, world, validate)
-    run.finish("finished" if samples == end else "stopped", samples)
+    if samples == end:
+        run.finish("finished", samples)
+    else:
+        run.finish("stopped", samples, asked_by="file" if by_file else "signal")
     return run
 
 

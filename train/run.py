@@ -118,10 +118,10 @@ class Run:
                 self.trouble = self.cannot_write(self.folder, error)
             self.beat_at = time.monotonic()
 
-    def finish(self, state: str, samples: int) -> None:
+    def finish(self, state: str, samples: int, **values: str) -> None:
         """Say how the run ended: "finished", or "stopped" and ready to go on; the wish to stop is fulfilled."""
         if self.world.is_first:
-            self._write_status(state, samples)
+            self._write_status(state, samples, **values)
             self.stop_file.unlink(missing_ok=True)
         self.close()
 
@@ -134,7 +134,7 @@ class Run:
         path = self.folder / "status.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def _write_status(self, state: str, samples: int, **values: float) -> None:
+    def _write_status(self, state: str, samples: int, **values: float | str) -> None:
         self.claim.check()
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         status = {"state": state, "samples": samples, **values, "checkpoint": self.checkpoint and self.checkpoint.name, "time": now}
