@@ -58,7 +58,7 @@ def script(template: str, name: str, logs: Path, shape: Shape, site: Site, setti
             raise UserError(f"{option!r}: an option of sbatch is one line")
     first = [f"cd {shlex.quote(str(HERE.parent))}", *(f"export {assign(key, value)}" for key, value in site.environment.items())]
     first += [*site.setup, assign("PYTHON", site.interpreter), assign("CONTAINER", site.container), assign_list("SRUN", site.srun)]
-    first += [assign("WARN_S", site.warn_s), assign("RANKS", shape.ranks_per_node)]
+    first += [assign("WARN_S", site.warn_s), assign("SILENT_S", site.silent_s), assign("RANKS", shape.ranks_per_node)]
     parts = {
         "@OPTIONS@": "\n".join(f"#SBATCH {quoted(option)}" for option in options),
         "@SETTINGS@": "\n".join([*first, *settings]),

@@ -24,6 +24,7 @@ class Site:
     gpus: str = "--gpus-per-node={gpus}"
     cpus_per_gpu: int = 8
     warn_s: int = 300
+    silent_s: int = 3600
     setup: list[str] = field(default_factory=list)
     python: str = ""
     container: str = ""

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from slurm.script import Shape
@@ -43,9 +44,9 @@ esac
 class Batch:
     """The batch script as Slurm would start it; `srun` is what the training does, in bash."""
 
-    def __init__(self, folder: Path, shards: Path, chain: int = 1, warn_s: int = 300):
+    def __init__(self, folder: Path, shards: Path, chain: int = 1, **site: int):
         self.run, self.bin, self.restart = folder / "run", folder / "bin", 0
-        (folder / "site.yaml").write_text(f"warn_s: {warn_s}")
+        (folder / "site.yaml").write_text(yaml.safe_dump(site))
         submit(RECIPE, self.run, shards, Shape(1, 1), chain=chain, dry_run=True, site=folder / "site.yaml")
         self.bin.mkdir()
 
@@ -141,6 +142,14 @@ def test_an_srun_that_waits_for_a_dead_daemon_is_ended(tmp_path, shards):
     batch = Batch(tmp_path, shards, warn_s=2)
     assert batch.end('echo "srun: launch/slurm: _step_signal: Terminating StepId=12.0"; sleep 60') == (75, True)
     assert "srun does not end after it has ended its step" in (batch.run / "slurm" / "train-12.log").read_text()
+
+
+def test_a_training_without_a_word_is_begun_again(tmp_path, shards):
+    """The daemons of both nodes were killed, then the processes ended when they next wrote to them; srun hears of neither."""
+    batch = Batch(tmp_path, shards, silent_s=3)
+    assert batch.end("status running; sleep 60") == (75, True)
+    assert "no word in the log or in status.json for 3 s: killing srun" in (batch.run / "slurm" / "train-12.log").read_text()
+    assert batch.end("for _ in 1 2 3 4 5 6; do sleep 1; status running; done; status finished") == (0, False)
 
 
 def test_scancel_stays_cancelled(batch):

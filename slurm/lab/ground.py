@@ -89,7 +89,14 @@ class Ground:
     def site(self, name: str, warn_s: int = 60, sbatch: tuple[str, ...] = (), partition: str = "main", **environment: object) -> Path:
         """A site file of the lab's cluster; `environment` goes to the jobs."""
         more = {key: str(value) for key, value in environment.items()}
-        values = {"partition": partition, "cpus_per_gpu": 1, "warn_s": warn_s, "sbatch": list(sbatch), "environment": {**THREADS, **more}}
+        values = {
+            "partition": partition,
+            "cpus_per_gpu": 1,
+            "warn_s": warn_s,
+            "silent_s": 100,
+            "sbatch": list(sbatch),
+            "environment": {**THREADS, **more},
+        }
         path = self.folder / f"{name}-site.yaml"
         path.write_text(yaml.safe_dump(values))
         return path
