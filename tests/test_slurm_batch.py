@@ -146,10 +146,10 @@ def test_an_srun_that_waits_for_a_dead_daemon_is_ended(tmp_path, shards):
 
 def test_a_training_without_a_word_is_begun_again(tmp_path, shards):
     """The daemons of both nodes were killed, then the processes ended when they next wrote to them; srun hears of neither."""
-    batch = Batch(tmp_path, shards, silent_s=3)
+    batch = Batch(tmp_path, shards, silent_s=6)
     assert batch.end("status running; sleep 60") == (75, True)
-    assert "no word in the log or in status.json for 3 s: killing srun" in (batch.run / "slurm" / "train-12.log").read_text()
-    assert batch.end("for _ in 1 2 3 4 5 6; do sleep 1; status running; done; status finished") == (0, False)
+    assert "no word in the log or in status.json for 6 s: killing srun" in (batch.run / "slurm" / "train-12.log").read_text()
+    assert batch.end("for _ in 1 2 3 4 5 6 7 8 9; do sleep 1; status running; done; status finished") == (0, False)
 
 
 def test_scancel_stays_cancelled(batch):
