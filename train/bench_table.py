@@ -5,6 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from data_prep.atomic import atomic_file
+from train.card_tables import markdown_table
 
 OURS, PEER = "#1f77b4", "#ff7f0e"
 STEP_COLUMNS = ("pairs/s", "share of peak", "step", "data", "forward", "backward", "optimizer", "memory")
@@ -70,8 +71,8 @@ def _path_cells(row: dict, ours: float | None) -> list[str]:
 def _markdown(title: str, columns: tuple[str, ...], rows: dict[str, list[str]]) -> list[str]:
     cells = [[title, *columns], *([name, *row] for name, row in rows.items())]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]  # for terminals
+    return markdown_table(padded).splitlines()
 
 
 def _shown(value: object) -> str:
