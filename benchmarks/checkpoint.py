@@ -26,6 +26,7 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
     """Steps, saves and steps in this process, in a run of its own in `folder`; seconds, and bytes written."""
     import torch
 
+    from train.choice import Choice, Pick
     from train.loader import Batch
     from train.memory import arrange
     from train.model import load
@@ -43,6 +44,7 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
     clip.towers.bf16 = world.device.type == "cuda"
     clip.towers.to(world.device).train()
     optimizer = build_optimizer(clip.towers, recipe.optim)
+    choice = Choice(clip, recipe)
     images = torch.randint(0, 256, (batch, 3, *clip.image_size), dtype=torch.uint8)
     data = Batch(images.to(world.device), torch.randint(1, 49000, (batch, 77), device=world.device), torch.zeros(batch, 0))
     run, samples = Run(recipe, world), 0
@@ -66,11 +68,11 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
     def copy_alone() -> float:
         """What a step would wait that has nothing to compute meanwhile."""
         started = time.perf_counter()
-        run.writer.snapshot.begin(clip.towers.model, optimizer)()
+        run.writer.snapshot.begin(choice.kept, optimizer)()
         return time.perf_counter() - started
 
     started = time.perf_counter()
-    run.start("none", clip, optimizer)
+    run.start("none", choice, optimizer)
     found = {"model": model, "device": world.device.type, "batch": batch, "reserve_s": time.perf_counter() - started}
     step()
     found["copy_alone_s"] = median(copy_alone() for _ in range(3))
@@ -80,7 +82,7 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
     with run:
         found["quiet_steps_s"] = [step() for _ in range(QUIET_STEPS)]
         for name in ("first_", ""):
-            run.save(clip, optimizer, samples, None)
+            run.save(choice, optimizer, samples, Pick())
             steps = [step()]
             stall_s = run.writer.times.pop("time/save_stall_s")
             while not run.writer.writing.done():
@@ -90,7 +92,7 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
             found |= {f"{name}steps_while_writing_s": steps}
         run.writer.snapshot = None  # what was done before: the live tensors are written, and training waits
         started = time.perf_counter()
-        run.save(clip, optimizer, samples + 1, None)
+        run.save(choice, optimizer, samples + 1, Pick())
         run.wait()
         found["synchronous_s"] = time.perf_counter() - started
     found["quiet_steps_after_s"] = [step() for _ in range(QUIET_STEPS)]

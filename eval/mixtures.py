@@ -2,9 +2,8 @@
 
 import copy
 
-import torch
-
 from data_prep.errors import UserError
+from train.choice import mixture, put
 from train.model import Clip
 
 
@@ -20,8 +19,5 @@ def mix(base: Clip, tuned: Clip, alpha: float) -> Clip:
             f"{base.name} and {tuned.name} are of different architectures, and have no mixture; compare them without --interpolate"
         )
     mixed = Clip(f"{1 - alpha:g} * {base.name} + {alpha:g} * {tuned.name}", copy.deepcopy(tuned.towers), tuned.tokenizer, tuned.config)
-    with torch.no_grad():
-        for name, tensor in mixed.towers.model.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.lerp(first[name].float(), second[name].float(), alpha))
+    put(mixed.towers.model, mixture(first, second, alpha))
     return mixed

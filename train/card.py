@@ -20,6 +20,7 @@ from safetensors import safe_open
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from train.card_tables import DIRECTIONS, markdown_table, read_tables
+from train.choice import EMA, TRAINED
 from train.export import data_of
 from train.model import CONFIG_FILE, WEIGHTS_FILE, load, public_name
 from train.recipe import FREE_TO_CHANGE
@@ -173,6 +174,7 @@ def training_facts(run: Path) -> dict:
     facts = {"device": f"{ranks} x {device}" if device != "cpu" else f"{ranks} x CPU with {environment['threads']} threads"}
     facts["packages"] = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "open_clip_torch"))
     state = json.loads((run / "checkpoints" / "best" / "state.json").read_text())
+    facts["weights"] = {TRAINED: "", EMA: "a moving average over the steps"}.get(name := state.get("weights", TRAINED), f"a {name}")
     facts |= {"samples": f"{state['samples']:,}", "commit": (environment["git_commit"] or "")[:12]}
     if seconds := seconds_of_steps(_log(run)):
         unit, size = next((unit, size) for unit, size in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if seconds >= size or size == 1)

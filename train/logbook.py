@@ -77,11 +77,15 @@ class Logbook:
         """Whether the step that ends at `samples` is written."""
         return samples // batch % self.run.recipe.log_every_steps == 0
 
-    def validation(self, samples: int, values: dict[str, float]) -> None:
-        """Write what a validation found, if there was one, and say the part of it that people follow."""
+    def validation(self, samples: int, values: dict[str, float], chosen: str = "") -> None:
+        """Write what a validation found, if there was one, and say the part of it that people follow.
+
+        Args:
+            chosen: what stands before the names of the weights to use.
+        """
         if values:
             self.write(samples, values)
-            recalls = ", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items() if name in FOLLOWED)
+            recalls = ", ".join(f"{chosen}{name} {100 * values[chosen + name]:.1f} %" for name in FOLLOWED if chosen + name in values)
             self.say(f"after {samples / self.samples_per_epoch:.0f} epochs: {recalls}")
 
     def write(self, samples: int, values: dict[str, float]) -> None:

@@ -7,15 +7,16 @@ dropout and learning rate are functions of (seed, samples).
 """
 
 import time
-from collections.abc import Callable
 
 import torch
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from train.bad_steps import BadSteps
+from train.choice import Choice, Pick, Validate, prefix
 from train.loader import Batch, TrainPairs, train_loader
 from train.logbook import Logbook
+from train.lora import adapt
 from train.memory import arrange, choose, compiles
 from train.model import Clip, clamp_logit_scale, load
 from train.optim import build_optimizer, lr_at
@@ -27,15 +28,12 @@ from train.step import backward, distribute
 from train.stop import Stop
 from train.world import World
 
-Validate = Callable[[Clip, World], dict[str, float]]
-SCORE = "val/mean/R@1"  # what the best checkpoint is the best by; the mean of both directions
-
 
 def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     """Train, or go on where the run in `recipe.run` was left.
 
     Args:
-        validate: gives metrics of a model, the same on every rank; SCORE among them, or nothing to choose by.
+        validate: gives metrics of a model, the same on every rank; `best_by` among them, or none at all.
 
     Raises:
         UserError: the shards, the model or the run folder do not fit the recipe; nothing was trained or written.
@@ -48,10 +46,11 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     pairs, clip = world.together(lambda: prepare(recipe, run))
     clip.towers.bf16 = recipe.precision == "bf16"
     clip.towers.to(world.device)
+    choice = Choice(clip, recipe)
     memory, micro_batch = choose(clip.towers, recipe, world)
     arrange(clip.towers.model, memory, compiles(recipe, world.device))
     optimizer = build_optimizer(clip.towers, recipe.optim)
-    run.restore(clip, optimizer)
+    run.restore(choice, optimizer)
     towers = distribute(clip.towers, world, micro_batch * world.world_size < recipe.batch, recipe.compress_gradients)
 
     order = Order(pairs.shard_sizes, recipe.batch, recipe.seed)
@@ -59,7 +58,8 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     data = TrainPairs(pairs, order, clip.image_size, recipe.augment)
     batches = train_loader(data, clip.tokenize, run.samples, end, world, recipe.workers)
     samples, saved_at = run.samples, time.monotonic()
-    run.start(pairs.fingerprint, clip, optimizer)
+    run.start(pairs.fingerprint, choice, optimizer)
+    enough = choice.enough(run.best, run.best_samples, samples, order.samples_per_epoch)
 
     rolled_back, log = False, Logbook(run, samples, end, order.samples_per_epoch, world)
     bad = BadSteps(run.folder, samples, lambda start: [pairs.key(order.sample_at(at)) for at in range(start, start + recipe.batch)], world)
@@ -69,10 +69,10 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
         if samples:
             log.say(f"going on after {samples} pairs, from {run.checkpoint}")
         else:
-            log.validation(samples, validate(clip, world))
+            log.validation(samples, choice.baseline(validate, world))
         towers.train()
         started = time.perf_counter()
-        for batch in batches:
+        for batch in () if enough else batches:
             data_s = time.perf_counter() - started
             if recipe.patch_dropout:
                 drop(clip.towers.model.visual, recipe.patch_dropout, samples / end)
@@ -89,6 +89,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             optimizer.zero_grad()
             clamp_logit_scale(clip.towers)
             samples += recipe.batch
+            choice.after_step(samples // recipe.batch, optimizer.found_inf)
             values = {"train/lr": lr, "train/grad_norm": grad_norm, "train/logit_scale": clip.towers.model.logit_scale.detach().exp()}
             log.step(samples, recipe.batch, loss, values, data_s, time.perf_counter() - started)
 
@@ -102,21 +103,24 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
                 rolled_back = True
                 break
             if is_due:
-                metrics = validate(clip, world) if epoch_ends else {}
-                log.validation(samples, metrics)
+                metrics, pick = choice.validate(validate, world) if epoch_ends else ({}, Pick())
+                log.validation(samples, metrics, prefix(pick.weights))
                 log.sync()
-                run.save(clip, optimizer, samples, metrics.get(SCORE))
+                run.save(choice, optimizer, samples, pick)
+                enough = choice.enough(run.best, run.best_samples, samples, order.samples_per_epoch)
                 saved_at = time.monotonic()
                 towers.train()
-            if stopping:
+            if enough:
+                log.say(f"the run ends here: {enough}")
+            if stopping or enough:
                 break
             started = time.perf_counter()
     if rolled_back:
         run.close()
-        del clip, towers, optimizer, batches, batch  # or memory would have to hold two of each
+        del clip, choice, towers, optimizer, batches, batch  # or memory would have to hold two of each
         return fit(recipe, world, validate)
-    if samples == end:
-        run.finish("finished", samples)
+    if samples == end or enough:
+        run.finish("finished", samples, **({"reason": enough} if enough else {}))
     else:
         run.finish("stopped", samples, asked_by="file" if by_file else "signal")
     return run
@@ -129,6 +133,8 @@ def prepare(recipe: Recipe, run: Run) -> tuple[Shards, Clip]:
     check_batch(recipe, len(pairs), run.world)
     pairs.verify(run.world.rank, run.world.world_size)
     clip = load(recipe.model, seed=recipe.seed)
+    if recipe.lora_rank:
+        adapt(clip.towers, recipe.lora_rank, recipe.seed)
     if recipe.patch_dropout:
         install(clip.towers.model.visual)
     return pairs, clip

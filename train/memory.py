@@ -134,7 +134,7 @@ def pairs_that_fit(towers: nn.Module, memory: str, recipe: Recipe, world: World,
         for _ in range(2):  # the first also makes the gradients, and compiles
             torch.cuda.reset_peak_memory_stats(world.device)
             before = torch.cuda.memory_allocated(world.device)
-            _loss_of(towers(*batch)).backward()
+            made_up_loss(towers(*batch)).backward()
         each = (torch.cuda.max_memory_allocated(world.device) - before) / n
         towers.zero_grad()
         torch.cuda.empty_cache()
@@ -179,6 +179,6 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _loss_of(outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def made_up_loss(outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
     image_features, text_features, logit_scale = outputs
     return (image_features @ text_features.T).mean() * logit_scale

@@ -81,6 +81,21 @@ class Recipe:
     """Ranks exchange gradients in bf16: half the traffic, for slow networks between nodes; not exact."""
     optim: Optim = field(default_factory=Optim)
     augment: Augment = field(default_factory=Augment)
+    lora_rank: int = 0
+    """Train W + B A in place of each matrix W, with B and A of this rank alone (LoRA): less memory for moments, less is forgotten, and it
+    wants ten times the rate. What is given away has W + B A in place of W. 0 trains W."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, 0.9998 for one over 5000 steps, shorter at the beginning; 0 keeps none. Validated too."""
+    mixtures: tuple[float, ...] = ()
+    """Shares, as 0.5 0.7, of the trained weights (of their average, with ema) in mixtures with the first (WiSE-FT), validated too."""
+    best_by: str = "val/mean/R@1"
+    """Metric of a validation by which the weights to use are chosen; of ranks the lowest, of all others the highest."""
+    control: str = ""
+    """Folder of shards of what the model must not forget; its val split, or test, is scored as control/ at each validation."""
+    control_drop: float = 1.0
+    """What chosen weights may lose of the first weights' control/mean/R@1, 0.005 for half a point; where all lose more, the least loser."""
+    patience_epochs: int = 0
+    """End after as many epochs in a row without a new best; this cuts the end of the cosine, where much is gained. 0 never ends early."""
     seed: int = 0
     workers: int = 4
     """Processes per rank that read and augment pictures; 0 does it in the training process."""
@@ -170,11 +185,20 @@ def _check_values(recipe: Recipe) -> None:
         ("log_every_steps", recipe.log_every_steps, 1),
         ("keep", recipe.keep, 1),
         ("max_bad_steps", recipe.max_bad_steps, 1),
+        ("patience_epochs", recipe.patience_epochs, 0),
+        ("lora_rank", recipe.lora_rank, 0),
     ):
         if value < least:
             raise UserError(f"--{name} {value}: at least {least} is wanted")
     if not 0 <= recipe.patch_dropout < 1:
         raise UserError(f"--patch_dropout {recipe.patch_dropout}: a part of the patches is wanted, 0.5 for half of them, below 1")
+    if not 0 <= recipe.ema < 1:
+        raise UserError(f"--ema {recipe.ema}: a decay below 1 is wanted, as 0.9998, or 0 for no average")
+    names = [f"{share:.2f}" for share in recipe.mixtures]
+    if not all(0 < share < 1 for share in recipe.mixtures) or len(set(names)) < len(names):
+        raise UserError(f"--mixtures {' '.join(map(str, recipe.mixtures))}: shares between 0 and 1 are wanted, each hundredth at most once")
+    if not 0 <= recipe.control_drop <= 1 or (recipe.control_drop < 1 and not recipe.control):
+        raise UserError(f"--control_drop {recipe.control_drop}: a part of 1 is wanted, as 0.005, with --control SHARDS to lose it on")
     if recipe.memory == "budget" and recipe.compile == "no":
         raise UserError("--memory budget: only compiled blocks can do that; pass --compile yes, or --memory checkpoint")
     if not 0 <= recipe.optim.warmup < 1:

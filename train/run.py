@@ -5,7 +5,8 @@ RUN/environment.json      versions, git commit, machine
 RUN/status.json           running, stopped or finished; samples, speed, ETA, last checkpoint, and when that was written
 RUN/metrics.jsonl         one line per logged step and per validation; also as TensorBoard events in RUN/tensorboard
 RUN/bad_steps.jsonl       steps that were left out, because their loss or gradient was not finite, with their samples' keys
-RUN/checkpoints/samples-000123456/   open_clip_config.json and open_clip_model.safetensors (open_clip's local-dir:),
+RUN/checkpoints/samples-000123456/   open_clip_config.json and open_clip_model.safetensors (open_clip's local-dir:), the weights to use;
+                                     training.safetensors, ema.safetensors: those to go on from, where they are others (train.choice);
                                      optimizer.pt, state.json with the sha256 of each file
 RUN/checkpoints/best      link to the best one by validation
 RUN/stop                  make this file, and the run ends cleanly at the next step, which removes it
@@ -25,13 +26,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, NotFinite, UserError
 from train.checkpoint import clear, link_best, newest, prune, write
+from train.choice import NO_SCORE, Choice, Pick, Score
 from train.claim import Claim
-from train.model import WEIGHTS_FILE, Clip
 from train.recipe import Recipe, differences, flags_of, parse, to_yaml
 from train.world import World
 from train.writer import Writer
@@ -46,7 +46,7 @@ class Run:
 
     Attributes:
         samples: pairs seen at the checkpoint to go on from, 0 for a new run.
-        best, best_checkpoint: the best validation score so far, and the name of the checkpoint that has it.
+        best, best_checkpoint: the best score so far, and the name of the checkpoint whose weights to use have it.
         checkpoint: the newest that is on disk.
         pending: the one that was begun since, and that wait() makes `checkpoint`.
         trouble: what a log could not be written for; kept until all ranks can hear of it.
@@ -59,7 +59,7 @@ class Run:
             UserError: the folder holds a run of another recipe, or something else.
         """
         self.recipe, self.world, self.folder = recipe, world, Path(recipe.run)
-        self.samples, self.best, self.best_checkpoint = 0, float("-inf"), ""
+        self.samples, self.best, self.best_checkpoint = 0, NO_SCORE, ""
         self.checkpoint, self.pending = None, None
         self.rolled_back, self.beat_at, self.claim = False, 0.0, Claim(self.folder)
         self.writer = Writer()
@@ -82,6 +82,11 @@ class Run:
         return self._status().get("state") == "finished"
 
     @property
+    def best_samples(self) -> int:
+        """Pairs seen at the best checkpoint."""
+        return int(self.best_checkpoint.removeprefix("samples-") or 0)
+
+    @property
     def stop_file(self) -> Path:
         return self.folder / "stop"
 
@@ -91,7 +96,7 @@ class Run:
         if self.checkpoint and json.loads(path.read_text())["data_fingerprint"] != fingerprint:
             raise UserError(f"{self.recipe.data}: not the shards that {self.folder} began with; pass another --run, or the old --data")
 
-    def start(self, data_fingerprint: str, clip: Clip, optimizer: torch.optim.Optimizer) -> None:
+    def start(self, data_fingerprint: str, choice: Choice, optimizer: torch.optim.Optimizer) -> None:
         """Write what the run is, before its first step, and take the memory in which checkpoints wait to be written."""
         self.world.barrier()  # all ranks have looked at the folder as it was
         if self.world.is_first:
@@ -106,7 +111,7 @@ class Run:
             else:
                 link_best(self.folder / "checkpoints", self.best_checkpoint)  # a kill may have come between the checkpoint and its link
             self._write_status("running", self.samples)
-            self.writer.reserve(clip.towers.model, optimizer)
+            self.writer.reserve(choice.kept, optimizer)
         self.world.barrier()
 
     def beat(self, samples: int, **values: float) -> None:
@@ -146,23 +151,24 @@ class Run:
         if found is None:
             return
         self.checkpoint, state = found
-        self.samples, self.best, self.best_checkpoint = state["samples"], state["best"], state["best_checkpoint"]
+        self.samples, self.best_checkpoint = state["samples"], state["best_checkpoint"]
+        self.best = Score(state.get("best_keeps", True), state["best"])  # runs from before there was a control have no such key
         self.rolled_back = state.get("rolled_back", False)
         if not (self.checkpoint.parent / self.best_checkpoint).is_dir():  # it gave way to a better one, which is damaged
-            self.best, self.best_checkpoint = float("-inf") if state["score"] is None else state["score"], self.checkpoint.name
+            self.best_checkpoint = self.checkpoint.name
+            self.best = NO_SCORE if state["score"] is None else Score(state.get("keeps", True), state["score"])
 
-    def restore(self, clip: Clip, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, choice: Choice, optimizer: torch.optim.Optimizer) -> None:
         """Put the checkpoint's weights and moments where they were; does nothing in a new run."""
         if self.checkpoint is None:
             return
-        clip.towers.model.load_state_dict(load_file(self.checkpoint / WEIGHTS_FILE))
+        choice.restore(self.checkpoint)
         optimizer.load_state_dict(torch.load(self.checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
 
-    def save(self, clip: Clip, optimizer: torch.optim.Optimizer, samples: int, score: float | None) -> None:
+    def save(self, choice: Choice, optimizer: torch.optim.Optimizer, samples: int, pick: Pick) -> None:
         """Begin a checkpoint of the weights and moments as they are now; it is copied and written while training goes on.
 
-        Whoever changes them next calls writer.await_copy() before. `score` (higher is better) is that of these weights, if they
-        have one.
+        Whoever changes them next calls writer.await_copy() before. `pick` says which of them are to be used.
 
         Raises:
             Fault: the disk was full, or was not there, at the save before this one or since.
@@ -171,20 +177,21 @@ class Run:
         started = time.perf_counter()
         self.wait()
         self.pending = self._path(samples)
+        is_best = pick.score is not None and pick.score > self.best
+        self.best = pick.score if is_best else self.best
+        if is_best or self.best.value == float("-inf"):  # before any validation, the newest is the best there is
+            self.best_checkpoint = self.pending.name
         if self.world.is_first:
-            is_best = score is not None and score > self.best
-            self.best = score if is_best else self.best
-            if is_best or self.best == float("-inf"):  # before any validation, the newest is the best there is
-                self.best_checkpoint = self.pending.name
-            path, state = self.pending, self._state(samples, score)
-            self.writer.begin(clip.towers.model, optimizer, lambda weights, moments: self._write(path, clip, state, weights, moments))
+            path, state = self.pending, self._state(samples, pick.score)
+            state |= {"weights": pick.weights, "base_control": choice.base_control}
+            self.writer.begin(choice.kept, optimizer, lambda kept, moments: self._write(path, choice, state, kept, moments))
         self.writer.times["time/save_stall_s"] = time.perf_counter() - started
 
-    def _write(self, path: Path, clip: Clip, state: dict, weights: dict, moments: dict) -> None:
+    def _write(self, path: Path, choice: Choice, state: dict, kept: dict, moments: dict) -> None:
         """By the writer's thread: a whole checkpoint, from which a run goes on whatever happens next."""
 
         def fill(folder: Path) -> None:
-            clip.save(folder, torch.float32, weights)
+            choice.save(folder, kept, state["weights"])
             torch.save(moments, folder / "optimizer.pt")
 
         try:
@@ -220,9 +227,10 @@ class Run:
     def _path(self, samples: int) -> Path:
         return self.folder / "checkpoints" / f"samples-{samples:012d}"
 
-    def _state(self, samples: int, score: float | None) -> dict:
-        best = {"best": self.best, "best_checkpoint": self.best_checkpoint}
-        return {"samples": samples, "score": score, **best, "rolled_back": self.rolled_back}
+    def _state(self, samples: int, score: Score | None) -> dict:
+        found = {"score": score.value, "keeps": score.keeps} if score else {"score": None}
+        best = {"best": self.best.value, "best_keeps": self.best.keeps, "best_checkpoint": self.best_checkpoint}
+        return {"samples": samples, **found, **best, "rolled_back": self.rolled_back}
 
     def roll_back(self, samples: int, n_bad: int) -> None:
         """Make the last checkpoint's weights and moments those after `samples` pairs: what came between is passed over.
@@ -247,7 +255,8 @@ class Run:
         def fill(folder: Path) -> None:
             shutil.copytree(self.checkpoint, folder, dirs_exist_ok=True)
 
-        write(self._path(samples), fill, self._state(samples, None), self.claim.check)
+        state = json.loads((self.checkpoint / "state.json").read_text()) | self._state(samples, None)  # the same weights are to be used
+        write(self._path(samples), fill, state, self.claim.check)
         print(f"warning: {trouble}; going back to {self.checkpoint.name}, and passing over what came since", file=sys.stderr)
 
     def __enter__(self) -> "Run":
