@@ -46,7 +46,8 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
     optimizer = build_optimizer(clip.towers, recipe.optim)
     choice = Choice(clip, recipe)
     images = torch.randint(0, 256, (batch, 3, *clip.image_size), dtype=torch.uint8)
-    data = Batch(images.to(world.device), torch.randint(1, 49000, (batch, 77), device=world.device), torch.zeros(batch, 0))
+    tokens, ids = torch.randint(1, 49000, (batch, 77), device=world.device), torch.arange(2 * batch, device=world.device).view(batch, 2)
+    data = Batch(images.to(world.device), tokens, torch.zeros(batch, 0), ids)
     run, samples = Run(recipe, world), 0
 
     def step() -> tuple[float, float, float]:

@@ -7,21 +7,30 @@ import torch
 
 from train.augment import CROP_DRAWS, DRAWS, draw_changes
 from train.loader import Batch
+from train.loss import loss_of, train_logit_bias
 from train.model import load
-from train.recipe import Augment
+from train.recipe import Augment, Recipe
 from train.step import backward, distribute
 from train.world import World, joined_world
 
+LOSSES = [("clip", "masked"), ("clip", "positives"), ("siglip", "negatives"), ("siglip", "masked"), ("siglip", "positives")]
 
-def gradients(model: str, micro_batch: int, out: str, compress: bool) -> None:
+
+def gradients(model: str, micro_batch: int, out: str, compress: bool, losses: list[tuple[str, str]]) -> None:
     with joined_world() as world:
-        saved = gradients_of_two_steps(model, micro_batch, world, compress)
+        saved = []
+        for loss, mates in losses:
+            saved += gradients_of_two_steps(model, micro_batch, world, compress, loss, mates)
         if world.is_first:
             torch.save(saved, out)
 
 
-def gradients_of_two_steps(model: str, micro_batch: int, world: World, compress: bool = False) -> list[dict]:
+def gradients_of_two_steps(
+    model: str, micro_batch: int, world: World, compress: bool = False, loss: str = "clip", mates: str = "negatives"
+) -> list[dict]:
     clip = load(model)
+    train_logit_bias(clip, loss)
+    loss_of_recipe = loss_of(Recipe(model, "", "", loss=loss, mates=mates))
     clip.towers.train()
     whole = global_batch()
     share = len(whole.images) // world.world_size
@@ -30,9 +39,10 @@ def gradients_of_two_steps(model: str, micro_batch: int, world: World, compress:
     saved = []
     for samples in (0, 100):  # the second call meets DDP's rebuilt buckets
         clip.towers.zero_grad()
-        loss = backward(towers, mine, micro_batch, world, seed=0, samples=samples)
-        loss = world.sum(loss.clone()) / world.world_size
-        saved.append({"loss": loss, **{name: parameter.grad.clone() for name, parameter in clip.towers.named_parameters()}})
+        value = backward(towers, mine, micro_batch, world, seed=0, samples=samples, loss=loss_of_recipe)
+        value = world.sum(value.clone()) / world.world_size
+        trained = {name: parameter.grad.clone() for name, parameter in clip.towers.named_parameters() if parameter.requires_grad}
+        saved.append({"loss": value, **trained})
     return saved
 
 
@@ -41,7 +51,9 @@ def global_batch() -> Batch:
     images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 49406, (16, 10), generator=generator)
     tokens[:, 7] = 49407  # the end of a text, where the tower reads its feature
-    return Batch(images, tokens, global_changes())
+    # Groups across the ranks' border, in their halves, and captions that cross the groups.
+    ids = torch.stack([torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 6, 7, 1, 8, 9, 9, 9, 10]), 100 + torch.arange(16) % 11], dim=1)
+    return Batch(images, tokens, global_changes(), ids)
 
 
 def global_changes() -> torch.Tensor:
@@ -51,4 +63,5 @@ def global_changes() -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    gradients(sys.argv[1], int(sys.argv[2]), sys.argv[3], "compress" in sys.argv)
+    wanted = LOSSES if "losses" in sys.argv else [("clip", "negatives")]
+    gradients(sys.argv[1], int(sys.argv[2]), sys.argv[3], "compress" in sys.argv, wanted)

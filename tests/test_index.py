@@ -61,8 +61,9 @@ def test_tars_are_indexed_in_place(tmp_path):
     assert found == expected
     shards = Shards(tmp_path / "moved", "train")
     pairs = TrainPairs(shards, Order(shards.shard_sizes, 8, 0), (16, 16), Augment())
-    image, caption, changes = pairs[3]
+    image, caption, changes, group = pairs[3]
     assert (image.shape, image.dtype, caption.split()[0], len(changes)) == (torch.Size([16, 16, 3]), torch.uint8, "thing", 9)
+    assert group == shards.groups[pairs.order.sample_at(3)]
     with open(files[0], "r+b") as file:
         file.seek(600)
         file.write(b"x")

@@ -1,6 +1,7 @@
 """A run that was stopped and killed equals one that was not, bit for bit; two ranks equal one; mistakes cost no training."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -115,6 +116,27 @@ def test_stopped_and_killed_and_resumed_equals_undisturbed(undisturbed, dropout_
     assert_bit_equal(run, undisturbed[ranks])
 
 
+def test_mates_and_siglip_resume_bit_for_bit(icon_shards, tmp_path):
+    """Stopped within the first epoch, and gone on with; the scale is above 100, as SigLIP2's are, and stays there."""
+    (tmp_path / "biased").mkdir()
+    biased = f"local-dir:{save_tiny(tmp_path / 'biased', init_logit_bias=-10.0, init_logit_scale=5.0)}"
+    asked = {"loss": "siglip", "mates": "positives", "spread_mates": True, "epochs": 2, "workers": 0, "save_every_minutes": 9}
+    whole = fit(recipe(biased, icon_shards, tmp_path / "whole", **asked), World(), no_validation)
+
+    def stopping(clip, world):
+        (tmp_path / "parts" / "stop").touch()
+        return {}
+
+    parts = recipe(biased, icon_shards, tmp_path / "parts", **asked)
+    assert not fit(parts, World(), stopping).is_finished
+    assert [line["samples"] for line in metrics(tmp_path / "parts") if "train/loss" in line] == [24]
+    assert fit(parts, World(), no_validation).is_finished
+    assert_bit_equal(tmp_path / "parts", whole.folder)
+    before, after = (load_file(path / "open_clip_model.safetensors") for path in (tmp_path / "biased", newest(whole.folder)))
+    assert after["logit_scale"] > 4.7 > 4.61 > math.log(100)
+    assert before["logit_bias"] != after["logit_bias"]
+
+
 def test_two_ranks_have_the_loss_curve_of_one(tiny_model, icon_shards, tmp_path):
     curves = []
     for ranks, micro_batch in ((0, 24), (2, 12)):
@@ -190,6 +212,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tiny_model, ico
         check_batch(recipe(tiny_model, icon_shards, run, batch=25), 100, World(0, 2))
     with pytest.raises(UserError, match="no model 'x'"):
         fit(recipe("x:none", icon_shards, run), World(), no_validation)
+    with pytest.raises(UserError, match="no logit_bias, which --loss siglip adds"):
+        fit(recipe(tiny_model, icon_shards, run, loss="siglip"), World(), no_validation)
     assert not run.exists()
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").touch()

@@ -129,7 +129,8 @@ def test_the_seeds_architecture_takes_a_step_with_checkpointing():
     clip.towers.model.set_grad_checkpointing()
     clip.towers.train()
     optimizer = build_optimizer(clip.towers, Optim(lr=1e-4))
-    batch = Batch(torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8), clip.tokenizer(CAPTIONS[:2]), torch.zeros(2, 0))
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    batch = Batch(images, clip.tokenizer(CAPTIONS[:2]), torch.zeros(2, 0), torch.arange(4).view(2, 2))
     before = {name: parameter.detach().clone() for name, parameter in list(clip.towers.named_parameters())[:8]}
     loss = backward(clip.towers, batch, 2, World(), seed=0, samples=0)
     assert loss.dtype == torch.float32

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import call, save_tiny
-from ranks_script import global_batch
+from ranks_script import LOSSES, global_batch, gradients_of_two_steps
 
 from train.model import Towers, load
 from train.step import backward
@@ -30,6 +30,27 @@ def test_two_ranks_and_micro_batches_equal_one_process(tiny_model, tmp_path, mic
     expected = gradients_of(tiny_model, 16, tmp_path, ranks=0)
     for found, wanted in zip(gradients_of(tiny_model, micro_batch, tmp_path, ranks=2), expected, strict=True):
         assert_same(found, wanted)
+
+
+@pytest.fixture(scope="module")
+def biased_model(tmp_path_factory) -> str:
+    """With a logit_bias, at which a yes is about as likely as a no; so all gradients are of one size."""
+    return f"local-dir:{save_tiny(tmp_path_factory.mktemp('biased'), init_logit_bias=-1.0)}"
+
+
+@pytest.mark.parametrize("micro_batch", [8, 3])
+def test_every_loss_is_the_same_in_two_ranks_and_micro_batches(biased_model, tmp_path, micro_batch):
+    expected = [each for loss, mates in LOSSES for each in gradients_of_two_steps(biased_model, 16, World(), loss=loss, mates=mates)]
+    assert len({round(one["loss"].item(), 4) for one in expected}) == len(LOSSES)  # so the two steps of each are equal, and no others
+    for found, wanted in zip(gradients_of(biased_model, micro_batch, tmp_path, 2, "losses"), expected, strict=True):
+        assert_same(found, wanted)
+    assert ["model.logit_bias" in one for one in expected[::2]] == [loss == "siglip" for loss, _ in LOSSES]
+
+
+@pytest.mark.parametrize(("loss", "mates"), LOSSES)
+def test_every_loss_is_the_same_in_micro_batches_of_one_process(biased_model, loss, mates):
+    whole, chunked = (gradients_of_two_steps(biased_model, size, World(), loss=loss, mates=mates)[0] for size in (16, 5))
+    assert_same(chunked, whole)
 
 
 def test_gradients_in_bf16_are_near(tiny_model, tmp_path):

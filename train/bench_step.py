@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_prep.shards import Shards
 from train.bench_peer import peak_memory_gb
 from train.loader import Batch, TrainPairs, train_loader
-from train.loss import clip_loss
+from train.loss import loss_of, train_logit_bias
 from train.memory import arrange, choose, compiles
 from train.model import Clip, clamp_logit_scale, load
 from train.optim import build_optimizer
@@ -46,6 +46,7 @@ class Stepper:
     def __init__(self, recipe: Recipe):
         self.recipe, self.world = recipe, World(device=device())
         clip = load(recipe.model, weights=False)
+        train_logit_bias(clip, recipe.loss)
         self.batches = _batches(recipe, clip, self.world)
         clip.towers.bf16 = recipe.precision == "bf16"
         self.towers = clip.towers.to(self.world.device)
@@ -61,12 +62,13 @@ class Stepper:
         marks = [self.clock.mark()]
         batch = Batch(*(tensor.to(self.world.device, non_blocking=True) for tensor in next(self.batches)))
         marks.append(self.clock.mark())
-        backward(self.towers, batch, self.micro_batch, self.world, self.recipe.seed, self.samples)
+        backward(self.towers, batch, self.micro_batch, self.world, self.recipe.seed, self.samples, loss_of(self.recipe))
         marks.append(self.clock.mark())
         torch.nn.utils.clip_grad_norm_(self.towers.parameters(), self.recipe.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        clamp_logit_scale(self.towers)
+        if self.recipe.loss == "clip":
+            clamp_logit_scale(self.towers)
         marks.append(self.clock.mark())
         self.spans += zip(("data", "forward and backward", "optimizer"), marks, marks[1:], strict=False)
         self.samples += self.recipe.batch
@@ -129,7 +131,7 @@ def measure_around(recipe: Recipe) -> dict:
     towers = clip.towers.to(world.device).train()
     # The fused kernels of attention are not all known to the counter; their plain form is.
     with FlopCounterMode(display=False) as flop, sdpa_kernel(SDPBackend.MATH):
-        clip_loss(*towers(*counted), world).backward()
+        loss_of(recipe)(towers(counted.images, counted.tokens, counted.changes), counted.ids, world).backward()
     del towers, clip
     for _ in range(_fetched_ahead(recipe)):
         next(batches)
@@ -168,7 +170,8 @@ def device() -> torch.device:
 
 def _batches(recipe: Recipe, clip: Clip, world: World) -> Iterator[Batch]:
     shards = Shards(recipe.data, "train")
-    data = TrainPairs(shards, Order(shards.shard_sizes, recipe.batch, recipe.seed), clip.image_size, recipe.augment)
+    order = Order(shards.shard_sizes, recipe.batch, recipe.seed, shards.groups if recipe.spread_mates else None)
+    data = TrainPairs(shards, order, clip.image_size, recipe.augment)
     return train_loader(data, clip.tokenize, 0, 1 << 40, world, recipe.workers)
 
 

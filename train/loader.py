@@ -3,6 +3,7 @@
 rank r of W, step k:  positions k*batch + r*batch/W ...  ->  Order  ->  Shards.read  ->  decode, crop, tokenize
 """
 
+import hashlib
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -25,21 +26,23 @@ class Batch(NamedTuple):
     images: torch.Tensor  # uint8 [b, 3, H, W], cropped
     tokens: torch.Tensor  # int64 [b, L]
     changes: torch.Tensor  # fp32 [b, n], what the device does to each picture; see train.augment.draw_changes
+    ids: torch.Tensor  # int64 [b, 2], group and caption_number: pairs that share one are mates, see train.loss
 
 
 class TrainPairs(Dataset):
-    """A cropped picture, what is still to be done to it, and one of its captions, by position in the stream."""
+    """A cropped picture, one of its captions, what is still to be done to it, and its group, by position in the stream."""
 
     def __init__(self, shards: Shards, order: Order, size: tuple[int, int], augment: Augment):
         self.shards, self.order, self.size, self.augment = shards, order, size, augment
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, str, list[float]]:
-        sample = self.shards.read(self.order.sample_at(position))
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, str, list[float], int]:
+        number = self.order.sample_at(position)
+        sample = self.shards.read(number)
         bits = random_bits(1 + DRAWS, self.order.seed, position, SAMPLE)
         caption = sample.captions[int(bits[0]) % len(sample.captions)]
         uniforms = ((bits[1:] >> 11) * 2.0**-53).tolist()
         image = crop(sample.image, self.size, self.augment.scale, uniforms[:CROP_DRAWS])
-        return image, caption, draw_changes(self.augment, uniforms[CROP_DRAWS:])
+        return image, caption, draw_changes(self.augment, uniforms[CROP_DRAWS:]), int(self.shards.groups[number])
 
 
 class EvalImages(Dataset):
@@ -68,10 +71,17 @@ class _Collate:
     def __init__(self, tokenize: Callable):
         self.tokenize = tokenize
 
-    def __call__(self, pairs: list[tuple[torch.Tensor, str, list[float]]]) -> Batch:
-        pictures, captions, changes = zip(*pairs, strict=True)
+    def __call__(self, pairs: list[tuple[torch.Tensor, str, list[float], int]]) -> Batch:
+        pictures, captions, changes, groups = zip(*pairs, strict=True)
         images = default_collate(list(pictures)).permute(0, 3, 1, 2)  # the device puts channels first; here it would cost more
-        return Batch(images, self.tokenize(list(captions)), torch.tensor(changes, dtype=torch.float32))
+        ids = torch.tensor([groups, [caption_number(caption) for caption in captions]]).T.contiguous()
+        return Batch(images, self.tokenize(list(captions)), torch.tensor(changes, dtype=torch.float32), ids)
+
+
+def caption_number(caption: str) -> int:
+    """63 bits that stand for a caption, whatever its case and spaces, in any process and version."""
+    digest = hashlib.blake2b(" ".join(caption.casefold().split()).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def train_loader(pairs: TrainPairs, tokenize: Callable, samples: int, end: int, world: World, workers: int) -> Iterator[Batch]:

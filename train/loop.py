@@ -17,6 +17,7 @@ from train.choice import Choice, Pick, Validate, prefix
 from train.loader import Batch, TrainPairs, train_loader
 from train.logbook import Logbook
 from train.lora import adapt
+from train.loss import loss_of, train_logit_bias
 from train.memory import arrange, choose, compiles
 from train.model import Clip, clamp_logit_scale, load
 from train.optim import build_optimizer, lr_at
@@ -53,7 +54,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     run.restore(choice, optimizer)
     towers = distribute(clip.towers, world, micro_batch * world.world_size < recipe.batch, recipe.compress_gradients)
 
-    order = Order(pairs.shard_sizes, recipe.batch, recipe.seed)
+    order = Order(pairs.shard_sizes, recipe.batch, recipe.seed, pairs.groups if recipe.spread_mates else None)
     steps, end = recipe.epochs * order.steps_per_epoch, recipe.epochs * order.samples_per_epoch
     data = TrainPairs(pairs, order, clip.image_size, recipe.augment)
     batches = train_loader(data, clip.tokenize, run.samples, end, world, recipe.workers)
@@ -80,14 +81,15 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = Batch(*(tensor.to(world.device, non_blocking=True) for tensor in batch))
-            loss = backward(towers, batch, micro_batch, world, recipe.seed, samples)
+            loss = backward(towers, batch, micro_batch, world, recipe.seed, samples, loss_of(recipe))
             loss = world.sum(loss) / world.world_size
             grad_norm = torch.nn.utils.clip_grad_norm_(clip.towers.parameters(), recipe.optim.clip)
             bad.judge(optimizer, samples, loss, grad_norm)
             run.writer.await_copy()
             optimizer.step()
             optimizer.zero_grad()
-            clamp_logit_scale(clip.towers)
+            if recipe.loss == "clip":  # SigLIP's are above 100 from the start
+                clamp_logit_scale(clip.towers)
             samples += recipe.batch
             choice.after_step(samples // recipe.batch, optimizer.found_inf)
             values = {"train/lr": lr, "train/grad_norm": grad_norm, "train/logit_scale": clip.towers.model.logit_scale.detach().exp()}
@@ -135,6 +137,7 @@ def prepare(recipe: Recipe, run: Run) -> tuple[Shards, Clip]:
     clip = load(recipe.model, seed=recipe.seed)
     if recipe.lora_rank:
         adapt(clip.towers, recipe.lora_rank, recipe.seed)
+    train_logit_bias(clip, recipe.loss)
     if recipe.patch_dropout:
         install(clip.towers.model.visual)
     return pairs, clip

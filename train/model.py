@@ -51,15 +51,18 @@ class Towers(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.bf16 = False
 
-    def forward(
-        self, images: torch.Tensor, tokens: torch.Tensor, changes: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """image_features and text_features, and logit_scale exponentiated.
+    def forward(self, images: torch.Tensor, tokens: torch.Tensor, changes: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """image_features and text_features, logit_scale exponentiated, and logit_bias of a model that has one.
 
-        logit_scale is returned, and not read as a parameter by the loss, because DDP reduces the gradients only of
+        The last two are returned, and not read as parameters by the loss, because DDP reduces the gradients only of
         what the forward used.
         """
-        return self.image_features(images, changes), self.text_features(tokens), self.model.logit_scale.exp()
+        scalars = [self.model.logit_scale.exp(), *([] if self.logit_bias is None else [self.logit_bias])]
+        return self.image_features(images, changes), self.text_features(tokens), *scalars
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        return getattr(self.model, "logit_bias", None)
 
     def image_features(self, images: torch.Tensor, changes: torch.Tensor | None = None) -> torch.Tensor:
         """uint8 [b, 3, H, W], and in training what is done to each (train.augment) -> fp32 [b, d], L2-normed."""

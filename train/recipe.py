@@ -79,6 +79,14 @@ class Recipe:
     """Compile the blocks of the towers; auto: on a GPU."""
     compress_gradients: bool = False
     """Ranks exchange gradients in bf16: half the traffic, for slow networks between nodes; not exact."""
+    loss: Literal["clip", "siglip"] = "clip"
+    """clip: each picture chooses among the batch's texts, and each text among its pictures. siglip: a yes or no for each two of them; it
+    wants a model with a logit_bias, as SigLIP's are, and small batches do with it."""
+    mates: Literal["negatives", "masked", "positives"] = "negatives"
+    """Pairs of a batch that share a group or a caption: pushed apart as any others (negatives), not compared (masked), or drawn together
+    (positives)."""
+    spread_mates: bool = False
+    """Keep the pictures of one group far from each other in the order of an epoch, so that they seldom meet in a batch."""
     optim: Optim = field(default_factory=Optim)
     augment: Augment = field(default_factory=Augment)
     lora_rank: int = 0

@@ -1,7 +1,6 @@
 """The gradient of the global batch, whole or in micro batches: the same to rounding."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -9,7 +8,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from train.loader import Batch
-from train.loss import clip_loss
+from train.loss import Loss, clip_loss, fp32_products
 from train.order import random_bits
 from train.world import World
 
@@ -31,7 +30,9 @@ def distribute(towers: nn.Module, world: World, chunked: bool = False, compress:
     return together
 
 
-def backward(towers: nn.Module, batch: Batch, micro_batch: int, world: World, seed: int, samples: int) -> torch.Tensor:
+def backward(
+    towers: nn.Module, batch: Batch, micro_batch: int, world: World, seed: int, samples: int, loss: Loss = clip_loss
+) -> torch.Tensor:
     """Add the gradient of the global batch's loss to the parameters; gives this rank's loss, fp32 [].
 
     Where this rank's share is more than `micro_batch`, features of all chunks are computed without a graph, the loss
@@ -43,54 +44,40 @@ def backward(towers: nn.Module, batch: Batch, micro_batch: int, world: World, se
         towers: train.model.Towers, or DDP around it.
         batch: this rank's pairs, on its device.
         samples: pairs seen before this step.
+        loss: as train.loss.loss_of gives it.
     """
     with fp32_products("high", batch.images.device):
-        return _backward(towers, batch, micro_batch, world, seed, samples)
+        return _backward(towers, batch, micro_batch, world, seed, samples, loss)
 
 
-def _backward(towers: nn.Module, batch: Batch, micro_batch: int, world: World, seed: int, samples: int) -> torch.Tensor:
+def _backward(towers: nn.Module, batch: Batch, micro_batch: int, world: World, seed: int, samples: int, loss: Loss) -> torch.Tensor:
     chunks = [Batch(*part) for part in zip(*(tensor.split(micro_batch) for tensor in batch), strict=True)]
     seeds = random_bits(len(chunks), seed, samples, world.rank, DROPOUT).tolist()
     if len(chunks) == 1:
         torch.manual_seed(seeds[0])
-        loss = _exact_loss(towers(*batch), world)
-        loss.backward()
-        return loss.detach()
+        value = loss(towers(batch.images, batch.tokens, batch.changes), batch.ids, world)
+        value.backward()
+        return value.detach()
 
     bare = getattr(towers, "module", towers)
     features = []
     with torch.no_grad():
         for chunk, chunk_seed in zip(chunks, seeds, strict=True):
             torch.manual_seed(chunk_seed)
-            features.append(bare(*chunk))
-    image_features, text_features, (logit_scale, *_) = zip(*features, strict=True)
-    leaves = [leaf.requires_grad_() for leaf in (torch.cat(image_features), torch.cat(text_features), logit_scale.clone())]
-    loss = _exact_loss(leaves, world)
-    loss.backward()
+            features.append(bare(chunk.images, chunk.tokens, chunk.changes))
+    image_features, text_features, *scalars = zip(*features, strict=True)  # logit_scale, and logit_bias where there is one
+    leaves = [torch.cat(image_features), torch.cat(text_features), *(scalar[0].detach().clone() for scalar in scalars)]
+    value = loss([leaf.requires_grad_() for leaf in leaves], batch.ids, world)
+    value.backward()
     image_gradients, text_gradients = (leaf.grad.split(micro_batch) for leaf in leaves[:2])
     for number, (chunk, chunk_seed) in enumerate(zip(chunks, seeds, strict=True)):
         last = number == len(chunks) - 1
         with contextlib.nullcontext() if last or bare is towers else towers.no_sync():
             torch.manual_seed(chunk_seed)
-            *again, logit_scale = towers(*chunk)
-            # logit_scale has one gradient for the whole batch; it goes in with the last chunk, when DDP reduces.
-            scale_gradient = leaves[2].grad if last else torch.zeros_like(logit_scale)
-            torch.autograd.backward([*again, logit_scale], [image_gradients[number], text_gradients[number], scale_gradient])
-    return loss.detach()
-
-
-def _exact_loss(features: Iterable[torch.Tensor], world: World) -> torch.Tensor:
-    image_features, text_features, logit_scale = features
-    with fp32_products("highest", image_features.device):  # logits reach 100, and TF32 would move them by a tenth
-        return clip_loss(image_features, text_features, logit_scale, world)
-
-
-@contextlib.contextmanager
-def fp32_products(precision: str, device: torch.device) -> Iterator[None]:
-    """fp32 matrix products of a GPU in here: "high" by tensor cores (TF32, 10 bits of mantissa), "highest" with all 23."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision if device.type == "cuda" else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+            again = towers(chunk.images, chunk.tokens, chunk.changes)
+            # A scalar has one gradient for the whole batch; it goes in with the last chunk, when DDP reduces.
+            scalar_gradients = [leaf.grad if last else torch.zeros_like(leaf) for leaf in leaves[2:]]
+            gradients = [image_gradients[number], text_gradients[number], *scalar_gradients]
+            trained = [pair for pair in zip(again, gradients, strict=True) if pair[0].requires_grad and pair[1] is not None]
+            torch.autograd.backward(*zip(*trained, strict=True))
+    return value.detach()
