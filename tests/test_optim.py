@@ -3,7 +3,7 @@
 import pytest
 
 from train.model import load
-from train.optim import build_optimizer, lr_at
+from train.optim import build_optimizer, lr_at, set_lr
 from train.recipe import Optim
 
 
@@ -29,3 +29,19 @@ def test_warm_up_then_cosine_to_zero():
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[99] < 0.001
     assert lr_at(0, 100, Optim(lr=2.0, warmup=0.0)) == 2.0
+
+
+def test_without_factors_the_groups_are_those_of_old_checkpoints(tiny_model):
+    """Two of them, without a key of ours: an optimizer.pt of before goes on, and is what it was."""
+    optimizer = build_optimizer(load(tiny_model).towers, Optim())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
+    assert all("lr_scale" not in group for group in optimizer.param_groups)
+
+
+def test_each_group_has_its_part_of_the_rate(tiny_model):
+    towers = load(tiny_model).towers
+    optimizer = build_optimizer(towers, Optim(image_lr=0.5, text_lr=2.0))
+    set_lr(optimizer, 0.25)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    model = towers.model
+    assert [rates[id(parameter)] for parameter in (model.visual.proj, model.text_projection, model.logit_scale)] == [0.125, 0.5, 0.25]

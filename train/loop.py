@@ -12,18 +12,21 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
+from train.anchor import Anchor
 from train.bad_steps import BadSteps
 from train.choice import Choice, Pick, Validate, prefix
+from train.layers import lock
 from train.loader import Batch, TrainPairs, train_loader
 from train.logbook import Logbook
 from train.lora import adapt
 from train.loss import loss_of, train_logit_bias
 from train.memory import arrange, choose, compiles
 from train.model import Clip, clamp_logit_scale, load
-from train.optim import build_optimizer, lr_at
+from train.optim import build_optimizer, lr_at, set_lr
 from train.order import Order
 from train.patches import drop, install
 from train.recipe import Recipe
+from train.replay import Replay, replay_pairs
 from train.run import Run
 from train.step import backward, distribute
 from train.stop import Stop
@@ -44,18 +47,21 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     run = world.together(lambda: Run(recipe, world))
     if run.is_finished:
         return run
-    pairs, clip = world.together(lambda: prepare(recipe, run))
+    pairs, to_replay, clip = world.together(lambda: prepare(recipe, run))
+    order = Order(pairs.shard_sizes, recipe.batch, recipe.seed, pairs.groups if recipe.spread_mates else None)
+    steps, end = recipe.epochs * order.steps_per_epoch, recipe.epochs * order.samples_per_epoch
     clip.towers.bf16 = recipe.precision == "bf16"
     clip.towers.to(world.device)
     choice = Choice(clip, recipe)
+    anchor = Anchor(clip.towers, recipe.toward_base)  # while the weights are those of the base, and before choose() counts memory
+    replay = Replay(to_replay, clip, recipe, world, run.samples, end) if to_replay else None
     memory, micro_batch = choose(clip.towers, recipe, world)
     arrange(clip.towers.model, memory, compiles(recipe, world.device))
-    optimizer = build_optimizer(clip.towers, recipe.optim)
+    optimizer = world.together(lambda: build_optimizer(clip.towers, recipe.optim))
     run.restore(choice, optimizer)
-    towers = distribute(clip.towers, world, micro_batch * world.world_size < recipe.batch, recipe.compress_gradients)
+    chunked = micro_batch * world.world_size < recipe.batch or replay is not None
+    towers = distribute(clip.towers, world, chunked, recipe.compress_gradients)
 
-    order = Order(pairs.shard_sizes, recipe.batch, recipe.seed, pairs.groups if recipe.spread_mates else None)
-    steps, end = recipe.epochs * order.steps_per_epoch, recipe.epochs * order.samples_per_epoch
     data = TrainPairs(pairs, order, clip.image_size, recipe.augment)
     batches = train_loader(data, clip.tokenize, run.samples, end, world, recipe.workers)
     samples, saved_at = run.samples, time.monotonic()
@@ -78,8 +84,10 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             if recipe.patch_dropout:
                 drop(clip.towers.model.visual, recipe.patch_dropout, samples / end)
             lr = lr_at(samples // recipe.batch, steps, recipe.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
+            values = {"train/lr": lr}
+            if replay:
+                values["train/replay_loss"] = world.sum(replay.backward(towers, micro_batch)) / world.world_size
             batch = Batch(*(tensor.to(world.device, non_blocking=True) for tensor in batch))
             loss = backward(towers, batch, micro_batch, world, recipe.seed, samples, loss_of(recipe))
             loss = world.sum(loss) / world.world_size
@@ -87,12 +95,13 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             bad.judge(optimizer, samples, loss, grad_norm)
             run.writer.await_copy()
             optimizer.step()
+            anchor.pull(optimizer)
             optimizer.zero_grad()
             if recipe.loss == "clip":  # SigLIP's are above 100 from the start
                 clamp_logit_scale(clip.towers)
             samples += recipe.batch
             choice.after_step(samples // recipe.batch, optimizer.found_inf)
-            values = {"train/lr": lr, "train/grad_norm": grad_norm, "train/logit_scale": clip.towers.model.logit_scale.detach().exp()}
+            values |= {"train/grad_norm": grad_norm, "train/logit_scale": clip.towers.model.logit_scale.detach().exp()}
             log.step(samples, recipe.batch, loss, values, data_s, time.perf_counter() - started)
 
             epoch_ends = samples % order.samples_per_epoch == 0
@@ -119,7 +128,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             started = time.perf_counter()
     if rolled_back:
         run.close()
-        del clip, choice, towers, optimizer, batches, batch  # or memory would have to hold two of each
+        del clip, choice, towers, optimizer, anchor, replay, batches, batch  # or memory would have to hold two of each
         return fit(recipe, world, validate)
     if samples == end or enough:
         run.finish("finished", samples, **({"reason": enough} if enough else {}))
@@ -128,19 +137,24 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     return run
 
 
-def prepare(recipe: Recipe, run: Run) -> tuple[Shards, Clip]:
-    """The training pairs, their bytes verified (each rank its part), and the model as it was before training."""
+def prepare(recipe: Recipe, run: Run) -> tuple[Shards, Shards | None, Clip]:
+    """The training pairs and those to replay, their bytes verified (each rank its part), and the model as it was before training."""
     pairs = Shards(recipe.data, "train")
     run.check_data(pairs.fingerprint)
     check_batch(recipe, len(pairs), run.world)
+    to_replay = replay_pairs(recipe, run.world)
+    run.check_data(to_replay and to_replay.fingerprint, "replay")
     pairs.verify(run.world.rank, run.world.world_size)
     clip = load(recipe.model, seed=recipe.seed)
+    if to_replay or recipe.toward_base:
+        run.check_data(clip.fingerprint(), "model")
     if recipe.lora_rank:
         adapt(clip.towers, recipe.lora_rank, recipe.seed)
+    lock(clip.towers, recipe.lock)
     train_logit_bias(clip, recipe.loss)
     if recipe.patch_dropout:
         install(clip.towers.model.visual)
-    return pairs, clip
+    return pairs, to_replay, clip
 
 
 def check_batch(recipe: Recipe, n_pairs: int, world: World) -> None:

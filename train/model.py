@@ -50,6 +50,13 @@ class Towers(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.bf16 = False
+        self.locked: list[nn.Module] = []  # parts of the model that training leaves as they are; see train.layers.lock
+
+    def train(self, mode: bool = True) -> "Towers":
+        super().train(mode)
+        for part in self.locked:
+            part.eval()
+        return self
 
     def forward(self, images: torch.Tensor, tokens: torch.Tensor, changes: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """image_features and text_features, logit_scale exponentiated, and logit_bias of a model that has one.

@@ -35,6 +35,13 @@ class Optim:
     eps: float = 1e-6
     clip: float = 1.0
     """Largest norm of the gradient of the global batch."""
+    layer_decay: float = 1.0
+    """The rate of each block is that of the next one times this, down from each tower's output: what is general moves least. 0.65 to 0.9
+    is usual; 1.0: all alike."""
+    image_lr: float = 1.0
+    """Rate of the image tower, as a factor of lr."""
+    text_lr: float = 1.0
+    """Rate of the text tower, as a factor of lr."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,15 @@ class Recipe:
     (positives)."""
     spread_mates: bool = False
     """Keep the pictures of one group far from each other in the order of an epoch, so that they seldom meet in a batch."""
+    lock: Literal["none", "image", "text"] = "none"
+    """A tower that stays as it is, and costs no memory for its gradients; the other one learns to fit it."""
+    toward_base: float = 0.0
+    """Each step takes every weight lr * this of its way back to the model it began as, so that none strays further than about 1 / this:
+    100 lets weights move freely, 10000 hardly. 0: no pull."""
+    replay: str = ""
+    """Folder of shards whose pairs the model shall not forget: each step holds its features of some of them to those that it began with."""
+    replay_weight: float = 1.0
+    """Weight of that distance beside the loss."""
     optim: Optim = field(default_factory=Optim)
     augment: Augment = field(default_factory=Augment)
     lora_rank: int = 0
@@ -119,8 +135,8 @@ class Recipe:
 
 
 # What may differ between the parts of one run: it changes no number, or by rounding alone (the last three). The place of
-# the data is free, its content is not; train.run compares that.
-FREE_TO_CHANGE = ("run", "data", "workers", "log_every_steps", "save_every_minutes", "keep", "max_bad_steps", "timeout_minutes")
+# data and replay is free, their content is not; train.run compares that.
+FREE_TO_CHANGE = ("run", "data", "replay", "workers", "log_every_steps", "save_every_minutes", "keep", "max_bad_steps", "timeout_minutes")
 FREE_TO_CHANGE += ("micro_batch", "memory", "compile")
 
 
@@ -211,6 +227,16 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError("--memory budget: only compiled blocks can do that; pass --compile yes, or --memory checkpoint")
     if not 0 <= recipe.optim.warmup < 1:
         raise UserError(f"--optim.warmup {recipe.optim.warmup}: a fraction of the run is wanted, 0.05 for a twentieth, below 1")
+    if not 0 < recipe.optim.layer_decay <= 1:
+        raise UserError(f"--optim.layer_decay {recipe.optim.layer_decay}: a layer's rate as a part of the next one's is wanted, as 0.8")
+    for name, factor in (("image", recipe.optim.image_lr), ("text", recipe.optim.text_lr)):
+        if factor <= 0:
+            raise UserError(f"--optim.{name}_lr {factor}: a factor above 0 is wanted; to train nothing of that tower: --lock {name}")
+    for name, weight in (("toward_base", recipe.toward_base), ("replay_weight", recipe.replay_weight)):
+        if weight < 0:
+            raise UserError(f"--{name} {weight}: 0 for none, or a weight above is wanted")
+    if recipe.lock == "image" and recipe.patch_dropout:
+        raise UserError("--lock image: a tower that stays as it is drops no patches; leave out --patch_dropout, or --lock")
     for name, value in dataclasses.asdict(recipe.augment).items():
         if name.endswith("_prob") and not 0 <= value <= 1:
             raise UserError(f"--augment.{name} {value}: how often is wanted, from 0 for never to 1 for always")

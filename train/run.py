@@ -64,6 +64,7 @@ class Run:
         self.rolled_back, self.beat_at, self.claim = False, 0.0, Claim(self.folder)
         self.writer = Writer()
         self.trouble: Fault | None = None
+        self.fingerprints: dict[str, str | None] = {}  # of what check_data() has seen
         if (self.folder / "recipe.yaml").is_file():
             old = parse([*flags_of(self.folder / "recipe.yaml"), "--run", recipe.run])
             if changed := differences(old, recipe):
@@ -90,11 +91,16 @@ class Run:
     def stop_file(self) -> Path:
         return self.folder / "stop"
 
-    def check_data(self, fingerprint: str) -> None:
-        """Refuse to go on with other data than the run began with; see data_prep.shards.Shards.fingerprint."""
-        path = self.folder / "environment.json"
-        if self.checkpoint and json.loads(path.read_text())["data_fingerprint"] != fingerprint:
-            raise UserError(f"{self.recipe.data}: not the shards that {self.folder} began with; pass another --run, or the old --data")
+    def check_data(self, fingerprint: str | None, key: str = "data") -> None:
+        """Refuse to go on with other shards, or another base, than the run began with; see the fingerprint of Shards and of Clip.
+
+        Args:
+            fingerprint: of what the recipe's `key` names, None where it names nothing; start() writes it down.
+        """
+        path, self.fingerprints[f"{key}_fingerprint"] = self.folder / "environment.json", fingerprint
+        if self.checkpoint and json.loads(path.read_text()).get(f"{key}_fingerprint") != fingerprint:
+            named, kind = getattr(self.recipe, key) or f"no --{key}", "weights" if key == "model" else "shards"
+            raise UserError(f"{named}: not the {kind} that {self.folder} began with; pass another --run, or the old --{key}")
 
     def start(self, data_fingerprint: str, choice: Choice, optimizer: torch.optim.Optimizer) -> None:
         """Write what the run is, before its first step, and take the memory in which checkpoints wait to be written."""
@@ -105,7 +111,8 @@ class Run:
             clear(self.folder / "checkpoints")
             if not self.samples:
                 with atomic_file(self.folder / "environment.json") as partial:
-                    partial.write_text(json.dumps(_environment(self.world, data_fingerprint), indent=1) + "\n")
+                    environment = _environment(self.world, data_fingerprint) | self.fingerprints
+                    partial.write_text(json.dumps(environment, indent=1) + "\n")
                 with atomic_file(self.folder / "recipe.yaml") as partial:
                     partial.write_text(to_yaml(self.recipe))
             else:

@@ -51,7 +51,7 @@ def backward(
 
 
 def _backward(towers: nn.Module, batch: Batch, micro_batch: int, world: World, seed: int, samples: int, loss: Loss) -> torch.Tensor:
-    chunks = [Batch(*part) for part in zip(*(tensor.split(micro_batch) for tensor in batch), strict=True)]
+    chunks = chunks_of(batch, micro_batch)
     seeds = random_bits(len(chunks), seed, samples, world.rank, DROPOUT).tolist()
     if len(chunks) == 1:
         torch.manual_seed(seeds[0])
@@ -78,6 +78,12 @@ def _backward(towers: nn.Module, batch: Batch, micro_batch: int, world: World, s
             # A scalar has one gradient for the whole batch; it goes in with the last chunk, when DDP reduces.
             scalar_gradients = [leaf.grad if last else torch.zeros_like(leaf) for leaf in leaves[2:]]
             gradients = [image_gradients[number], text_gradients[number], *scalar_gradients]
+            # The features of a locked tower want no gradient, nor does a logit_bias of which the loss does not depend.
             trained = [pair for pair in zip(again, gradients, strict=True) if pair[0].requires_grad and pair[1] is not None]
             torch.autograd.backward(*zip(*trained, strict=True))
     return value.detach()
+
+
+def chunks_of(batch: Batch, micro_batch: int) -> list[Batch]:
+    """The batch in parts of `micro_batch` pairs, the last one with what is left."""
+    return [Batch(*part) for part in zip(*(tensor.split(micro_batch) for tensor in batch), strict=True)]
