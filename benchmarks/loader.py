@@ -32,7 +32,7 @@ from train.augment import CROP_DRAWS, DRAWS, change, draw_changes
 from train.decode import decoded
 from train.loader import TrainPairs, train_loader
 from train.order import Order
-from train.recipe import Augment
+from train.recipe import Augment, Captions
 from train.world import World
 
 SIZE_PX, BATCH, MODEL = 224, 64, "ViT-L-14"
@@ -47,7 +47,7 @@ def build(folder: Path, shards: Path) -> None:
 
 
 def ours(shards: Shards, tokenizer: Callable) -> Iterator:
-    pairs = TrainPairs(shards, Order(shards.shard_sizes, BATCH, 0), (SIZE_PX, SIZE_PX), Augment())
+    pairs = TrainPairs(shards, Order(shards.shard_sizes, BATCH, 0), (SIZE_PX, SIZE_PX), Augment(), Captions())
     return train_loader(pairs, tokenizer, 0, pairs.order.samples_per_epoch, World(), workers=1)
 
 

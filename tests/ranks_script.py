@@ -57,7 +57,7 @@ def global_batch() -> Batch:
 
 
 def global_changes() -> torch.Tensor:
-    augment = Augment(color_jitter=(0.2, 0.2, 0.1, 0.1), gray_scale_prob=0.2, flip_prob=0.5, blur_prob=0.2)
+    augment = Augment(color_jitter=(0.2, 0.2, 0.1, 0.1), gray_scale_prob=0.2, flip_prob=0.5, blur_prob=0.2, theme_prob=0.5)
     drawn = np.random.default_rng(0).random((16, DRAWS - CROP_DRAWS))
     return torch.tensor([draw_changes(augment, uniforms) for uniforms in drawn.tolist()])
 

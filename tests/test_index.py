@@ -16,7 +16,7 @@ from data_prep.shards import Shards
 from data_prep.split import SPLITS
 from train.loader import TrainPairs
 from train.order import Order
-from train.recipe import Augment
+from train.recipe import Augment, Captions
 
 
 def write_tars(folder, n=90):
@@ -60,7 +60,7 @@ def test_tars_are_indexed_in_place(tmp_path):
             assert groups.setdefault(shards.groups[number], split) == split
     assert found == expected
     shards = Shards(tmp_path / "moved", "train")
-    pairs = TrainPairs(shards, Order(shards.shard_sizes, 8, 0), (16, 16), Augment())
+    pairs = TrainPairs(shards, Order(shards.shard_sizes, 8, 0), (16, 16), Augment(), Captions())
     image, caption, changes, group = pairs[3]
     assert (image.shape, image.dtype, caption.split()[0], len(changes)) == (torch.Size([16, 16, 3]), torch.uint8, "thing", 9)
     assert group == shards.groups[pairs.order.sample_at(3)]

@@ -19,13 +19,15 @@ from data_prep.errors import UserError
 from data_prep.shards import sha256_of
 from train.__main__ import validator
 from train.loop import check_batch, fit
-from train.recipe import Augment, Optim, Recipe, to_yaml
+from train.recipe import Augment, Captions, Optim, Recipe, to_yaml
 from train.world import World
 
 
 def recipe(model: str, data: Path, run: Path, **changes) -> Recipe:
-    """24 steps in 4 epochs, a checkpoint after each step."""
+    """24 steps in 4 epochs, a checkpoint after each step; all that is drawn is drawn."""
     defaults = {"epochs": 4, "batch": 24, "micro_batch": 12, "precision": "fp32", "memory": "none", "workers": 1}
+    defaults["augment"] = Augment(flip_prob=0.3, blur_prob=0.3, small_prob=0.3, theme_prob=0.3, place_prob=0.3)
+    defaults["captions"] = Captions(tag_dropout=0.3, templates=("an icon of {}", "{}"))
     optim = Optim(lr=1e-3, warmup=0.2)
     return Recipe(model, str(data), str(run), optim=optim, **{**defaults, "log_every_steps": 1, "save_every_minutes": 0.0, **changes})
 
@@ -160,9 +162,8 @@ def no_validation(clip, world):
 def test_training_learns(tiny_model, icon_shards, tmp_path):
     """A model of two layers memorises its training captions: far from chance, or something is not connected."""
     plain = Augment(scale=(1.0, 1.0), color_jitter_prob=0, gray_scale_prob=0)
-    run = fit(
-        recipe(tiny_model, icon_shards, tmp_path / "run", epochs=20, augment=plain, save_every_minutes=9, workers=0), World(), no_validation
-    )
+    options = {"epochs": 20, "augment": plain, "captions": Captions(), "save_every_minutes": 9, "workers": 0}
+    run = fit(recipe(tiny_model, icon_shards, tmp_path / "run", **options), World(), no_validation)
     losses = [line["train/loss"] for line in metrics(run.folder)]
     assert losses[0] > 3  # chance is ln 24 = 3.2
     assert max(losses[-6:]) < 1.5

@@ -6,7 +6,7 @@ from conftest import assert_mistake, call_here
 
 from data_prep.errors import UserError
 from train.__main__ import main
-from train.recipe import RECIPES, Recipe, differences, flags_of, parse, to_yaml
+from train.recipe import RECIPES, Captions, Recipe, differences, flags_of, parse, to_yaml
 
 REQUIRED = ["--data", "d", "--run", "r"]
 
@@ -64,6 +64,29 @@ def test_wrong_values_are_explained():
         parse(["recipes/nodemo.yaml"])
 
 
+@pytest.mark.parametrize("templates", [(), ("{}",), ("an icon of {}", "{}", 'it\'s a "{}": yes, - no', "é #{}")])
+def test_templates_survive_the_file(tmp_path, templates):
+    """Empty ones too, which are a flag without a value."""
+    recipe = parse(["--model", "a:none", *REQUIRED, "--captions.templates", *templates, "--captions.tag_dropout", "0.25"])
+    assert recipe.captions == Captions("any", 0.25, templates)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    assert parse([str(tmp_path / "recipe.yaml")]) == recipe
+    again = parse([str(tmp_path / "recipe.yaml"), "--captions.templates", "this {}"])
+    assert again.captions.templates == ("this {}",)
+    assert differences(recipe, again) == [f"captions.templates: {templates} before, ('this {{}}',) now"]
+
+
+def test_templates_and_tag_dropout_are_checked():
+    base = ["--model", "a:none", *REQUIRED]
+    for wrong in ("an icon", "{} {}", "an icon of {name}"):
+        with pytest.raises(UserError, match=r"--captions\.templates .*one {} is wanted"):
+            parse([*base, "--captions.templates", "{}", wrong])
+    with pytest.raises(UserError, match=r"--captions\.tag_dropout 1\.0"):
+        parse([*base, "--captions.tag_dropout", "1"])
+    with pytest.raises(UserError, match=r"--augment\.theme_prob -0\.5"):
+        parse([*base, "--augment.theme_prob", "-0.5"])
+
+
 def test_mistakes_on_the_command_line_exit_2():
     assert_mistake(call_here(main, RECIPES / "demo.yaml", *REQUIRED, "--optim.lrr", "1"), "--optim.lr")
     assert_mistake(call_here(main, RECIPES / "demo.yaml", *REQUIRED, "--batch", "many"), "many")
@@ -74,9 +97,8 @@ def test_what_may_change_between_the_parts_of_a_run():
     old = Recipe(model="a:none", data="d", run="r")
     values = yaml.safe_load(to_yaml(old)) | {"mixtures": ()}
     assert differences(old, old) == []
-    same = Recipe(
-        **{**values, "run": "elsewhere", "data": "there", "workers": 0, "micro_batch": 8, "optim": old.optim, "augment": old.augment}
-    )
+    nested = {"optim": old.optim, "augment": old.augment, "captions": old.captions}
+    same = Recipe(**{**values, **nested, "run": "elsewhere", "data": "there", "workers": 0, "micro_batch": 8})
     assert differences(old, same) == []
     other = parse(["--model", "a:none", *REQUIRED, "--optim.lr", "1e-3"])
     assert differences(old, other) == ["optim.lr: 5e-06 before, 0.001 now"]

@@ -171,7 +171,7 @@ def device() -> torch.device:
 def _batches(recipe: Recipe, clip: Clip, world: World) -> Iterator[Batch]:
     shards = Shards(recipe.data, "train")
     order = Order(shards.shard_sizes, recipe.batch, recipe.seed, shards.groups if recipe.spread_mates else None)
-    data = TrainPairs(shards, order, clip.image_size, recipe.augment)
+    data = TrainPairs(shards, order, clip.image_size, recipe.augment, recipe.captions)
     return train_loader(data, clip.tokenize, 0, 1 << 40, world, recipe.workers)
 
 

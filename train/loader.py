@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from data_prep.errors import Fault
 from data_prep.shards import Shards
 from train.augment import CROP_DRAWS, DRAWS, crop, draw_changes
+from train.captions import caption
 from train.decode import decode
 from train.order import Order, random_bits
-from train.recipe import Augment
+from train.recipe import Augment, Captions
 from train.world import World
 
 SAMPLE = 2  # a stream of randomness beside the two of train.order
@@ -32,17 +33,17 @@ class Batch(NamedTuple):
 class TrainPairs(Dataset):
     """A cropped picture, one of its captions, what is still to be done to it, and its group, by position in the stream."""
 
-    def __init__(self, shards: Shards, order: Order, size: tuple[int, int], augment: Augment):
-        self.shards, self.order, self.size, self.augment = shards, order, size, augment
+    def __init__(self, shards: Shards, order: Order, size: tuple[int, int], augment: Augment, captions: Captions):
+        self.shards, self.order, self.size, self.augment, self.captions = shards, order, size, augment, captions
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, str, list[float], int]:
         number = self.order.sample_at(position)
         sample = self.shards.read(number)
         bits = random_bits(1 + DRAWS, self.order.seed, position, SAMPLE)
-        caption = sample.captions[int(bits[0]) % len(sample.captions)]
         uniforms = ((bits[1:] >> 11) * 2.0**-53).tolist()
-        image = crop(sample.image, self.size, self.augment.scale, uniforms[:CROP_DRAWS])
-        return image, caption, draw_changes(self.augment, uniforms[CROP_DRAWS:]), int(self.shards.groups[number])
+        image = crop(sample.image, self.size, self.augment, uniforms)
+        text = caption(sample.captions, self.captions, int(bits[0]))
+        return image, text, draw_changes(self.augment, uniforms[CROP_DRAWS:]), int(self.shards.groups[number])
 
 
 class EvalImages(Dataset):

@@ -62,7 +62,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     chunked = micro_batch * world.world_size < recipe.batch or replay is not None
     towers = distribute(clip.towers, world, chunked, recipe.compress_gradients)
 
-    data = TrainPairs(pairs, order, clip.image_size, recipe.augment)
+    data = TrainPairs(pairs, order, clip.image_size, recipe.augment, recipe.captions)
     batches = train_loader(data, clip.tokenize, run.samples, end, world, recipe.workers)
     samples, saved_at = run.samples, time.monotonic()
     run.start(pairs.fingerprint, choice, optimizer)

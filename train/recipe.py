@@ -58,6 +58,25 @@ class Augment:
     """How often left and right change places. A flipped arrow, letter or hand is another one, and its caption then lies."""
     blur_prob: float = 0.0
     """How often a Gaussian blur of 0.1 to 2 pixels is applied."""
+    small_prob: float = 0.0
+    """How often the picture is reduced, to a quarter of the model's size at the least, and enlarged again: queries are often thumbnails."""
+    theme_prob: float = 0.0
+    """How often black and white become another dark and light pair, half of the time with the light one as ink, as in a dark theme. For
+    icons and drawings; a photo would become a negative, and on dark the colors of a picture become their complements."""
+    place_prob: float = 0.0
+    """How often the picture lies, at 0.4 to 1 of its size, somewhere on a plain ground of its border's color, as in a screenshot."""
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What of a sample's captions the model is shown."""
+
+    pick: Literal["any", "first"] = "any"
+    """any: another of a sample's captions each time. first: always its first, as tools do that know of one; for comparisons."""
+    tag_dropout: float = 0.0
+    """How often each tag of a caption like "home, house, building" is left out, so that each is learned alone too; one stays."""
+    templates: tuple[str, ...] = ()
+    """Sentences around captions, as "an icon of {}" "{}": one is drawn each time. For names and tags that are asked for in sentences."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,7 @@ class Recipe:
     """Weight of that distance beside the loss."""
     optim: Optim = field(default_factory=Optim)
     augment: Augment = field(default_factory=Augment)
+    captions: Captions = field(default_factory=Captions)
     lora_rank: int = 0
     """Train W + B A in place of each matrix W, with B and A of this rank alone (LoRA): less memory for moments, less is forgotten, and it
     wants ten times the rate. What is given away has W + B A in place of W. 0 trains W."""
@@ -246,6 +266,11 @@ def _check_values(recipe: Recipe) -> None:
     if min(recipe.augment.color_jitter) < 0 or recipe.augment.color_jitter[3] > 0.5:
         strengths = " ".join(map(str, recipe.augment.color_jitter))
         raise UserError(f"--augment.color_jitter {strengths}: strengths from 0 on are wanted, and the last, hue, at most 0.5")
+    if not 0 <= recipe.captions.tag_dropout < 1:
+        raise UserError(f"--captions.tag_dropout {recipe.captions.tag_dropout}: how often is wanted, from 0 for never, below 1")
+    for template in recipe.captions.templates:
+        if template.count("{}") != 1:
+            raise UserError(f"--captions.templates {template!r}: one {{}} is wanted, where the caption belongs, as in 'an icon of {{}}'")
 
 
 def to_yaml(recipe: Recipe) -> str:
