@@ -16,7 +16,7 @@ from train.loader import TrainPairs, caption_number, train_loader
 from train.loss import COLUMNS, clip_loss, loss_of, siglip_loss, train_logit_bias
 from train.model import load
 from train.order import Order
-from train.recipe import Augment, Recipe
+from train.recipe import Augment, Captions, Recipe
 from train.world import World
 
 MATES = ("negatives", "masked", "positives")
@@ -114,7 +114,7 @@ def test_a_recipe_names_its_loss_and_siglip_wants_a_bias(tiny_model, tmp_path):
 def test_a_batch_carries_groups_and_captions(tiny_model, icon_shards):
     shards = Shards(icon_shards, "train")
     order = Order(shards.shard_sizes, 48, 0)
-    pairs = TrainPairs(shards, order, (16, 16), Augment())
+    pairs = TrainPairs(shards, order, (16, 16), Augment(), Captions())
     batch = next(train_loader(pairs, load(tiny_model).tokenize, 0, 48, World(), 0))
     assert (batch.ids.dtype, batch.ids.shape) == (torch.int64, (48, 2))
     np.testing.assert_array_equal(batch.ids[:, 0], [shards.groups[order.sample_at(position)] for position in range(48)])

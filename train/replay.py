@@ -59,9 +59,8 @@ class Replay:
         """
         self.base = copy.deepcopy(clip.towers).requires_grad_(False).eval()
         self.weight, self.device = recipe.replay_weight, world.device
-        data = TrainPairs(
-            pairs, Order(pairs.shard_sizes, recipe.batch // PART, recipe.seed), clip.image_size, recipe.augment, recipe.captions
-        )
+        order = Order(pairs.shard_sizes, recipe.batch // PART, recipe.seed)
+        data = TrainPairs(pairs, order, clip.image_size, recipe.augment, recipe.captions)
         self.batches = train_loader(data, clip.tokenize, samples // PART, end // PART, world, -(-recipe.workers // PART))
 
     def backward(self, towers: nn.Module, micro_batch: int) -> torch.Tensor:
