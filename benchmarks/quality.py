@@ -1,0 +1,221 @@
+"""What each ingredient of the recipe is worth: the same base, pairs and steps with and without it, and open_clip_train beside.
+
+    python -m benchmarks.quality --out OUT                             all arms, three seeds: about an hour on two CPU cores
+    python -m benchmarks.quality --out OUT --smoke True                the same with a few icons, in two minutes: no figures to use
+    python -m benchmarks.quality --out OUT --arms "ours" "ours@1e-3"   some arms, one of them with another learning rate
+
+What is done already is not done again: an arm lies in OUT/arms/ARM-SEED, with its model, its result and what each query scored.
+"""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import quality_data
+from benchmarks.quality_data import call
+from benchmarks.quality_table import SHOWN, page
+from data_prep.build import cores
+from data_prep.errors import Fault, UserError, exit_on_user_error
+from data_prep.shards import Shards
+from eval.degrade import degrade
+from eval.embed import Embedded, Inference, embed, embed_images, embed_texts, ready
+from eval.metrics import Relevance, query_values, ranks
+from eval.mixtures import mix
+from eval.queries import read_queries
+from eval.retrieval import Queries, examine, queries_file, score, write_json
+from train.bench_peer import ENVIRONMENT, their_words
+from train.model import Clip, load
+from train.order import Order
+from train.recipe import Recipe, parse
+from train.world import World
+
+# What all arms have in common.
+MODEL, SEED_RECIPE = "demo-vit:none", "train/recipes/spectrum_icons.yaml"
+BATCH, EPOCHS, BASE_EPOCHS = 128, 12, 12
+CPU = ["--batch", BATCH, "--micro_batch", BATCH, "--precision", "fp32", "--memory", "none", "--compile", "no", "--workers", 0]
+CPU += ["--save_every_minutes", 1e6, "--keep", 1]
+BASE = ["--optim.lr", 1e-3, "--optim.weight_decay", 0.1, "--augment.color_jitter_prob", 0, "--augment.gray_scale_prob", 0]
+BASE += ["--augment.scale", 0.7, 1, "--captions.tag_dropout", 0.5]
+
+# The recipe: the seed's with these ingredients; "A" stands for the shards of domain A.
+OURS = {
+    "mates are positives": ["--mates", "positives"],
+    "all captions": ["--captions.pick", "any"],
+    "tag dropout": ["--captions.tag_dropout", 0.5],
+    "small, themed, placed": ["--augment.small_prob", 0.3, "--augment.theme_prob", 0.3, "--augment.place_prob", 0.3],
+    "layer decay": ["--optim.layer_decay", 0.8],
+    "averaged weights": ["--ema", 0.99],
+    "replay": ["--replay", "A"],
+}
+SEED = ["--mates", "negatives", "--captions.pick", "first"]
+PEER, PEER_WARM = "open_clip_train", "open_clip_train, warm-up 5 %"
+# open_clip_train's own warm-up is 10,000 steps; the seed trained for 2,400, so its rate ended at 0.24 of what was asked for.
+PEER_WARMUP = {PEER: 10_000 / 2_400, PEER_WARM: 0.05}
+ARMS = {
+    PEER: None,
+    PEER_WARM: None,
+    "the seed's recipe": SEED,
+    "ours": [word for words in OURS.values() for word in words],
+    **{f"ours without {name}": [word for other, words in OURS.items() if other != name for word in words] for name in OURS},
+}
+# The best of three for each, on validation; see --arms "ours@1e-3".
+RATES = {PEER: 1e-3, PEER_WARM: 1e-3, "the seed's recipe": 1e-3, "ours": 1e-3}
+
+DEGRADED = (("resample", 4), ("blur", 0.04), ("crop", 0.7))
+SHARES = tuple(number / 10 for number in range(11))  # of the tuned weights, in mixtures with the base's
+INFERENCE = Inference(batch=128, workers=0)
+
+
+def main(
+    out: Path,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    arms: tuple[str, ...] = tuple(ARMS),
+    icons: Path | None = None,
+    packages: Path | None = None,
+    jobs: int = 0,
+    smoke: bool = False,
+) -> None:
+    """Make the data, train the base, train and evaluate the arms, and write OUT/quality.md.
+
+    Args:
+        out: Folder for all of it; the same command goes on with what is there.
+        arms: Of the table at the top of this file; NAME@RATE is one with another learning rate.
+        icons: Made by python -m data_prep icons; else drawn to OUT/icons.
+        packages: Folder of the npm packages with synonyms; else npm fetches them to OUT/packages.
+        jobs: Arms at a time, one thread each; 0 is one per core.
+        smoke: A few icons and one epoch.
+    """
+    for arm in arms:
+        if arm.partition("@")[0] not in ARMS:
+            raise UserError(f"--arms {arm!r}: no such arm; there are {', '.join(map(repr, ARMS))}")
+    out = out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = ENVIRONMENT["OMP_NUM_THREADS"] = "1"  # of the arms' processes; two at once are faster than one with two
+    quality_data.make(out, icons, packages, limit=2500 if smoke else 0)
+    epochs = 1 if smoke else EPOCHS
+    names = {(arm, seed): out / "arms" / f"{arm.replace(' ', '_')}-{seed}" for seed in seeds for arm in arms}
+    with concurrent.futures.ProcessPoolExecutor(jobs or cores(), multiprocessing.get_context("spawn")) as pool:
+        pool.submit(base, out, 1 if smoke else BASE_EPOCHS).result()
+        done = {pool.submit(one, out, folder, *key, epochs): key for key, folder in names.items()}
+        for future in concurrent.futures.as_completed(done):
+            print(f"{done[future][0]}, seed {done[future][1]}: {future.result()}", flush=True)
+    found = {arm: [Queries.load(queries_file(names[arm, seed] / "result.json")) for seed in seeds] for arm in arms}
+    curves = {arm: [json.loads((names[arm, seed] / "result.json").read_text())["curve"] for seed in seeds] for arm in arms}
+    text = page({"base": [Queries.load(queries_file(out / "base" / "result.json"))], **found}, curves)
+    (out / "quality.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def base(out: Path, epochs: int) -> None:
+    """Train the model that all arms begin with on domain A, to OUT/base/model, and evaluate it."""
+    folder = out / "base"
+    if not (folder / "model").is_dir():
+        call("train", "--model", MODEL, "--data", out / "A", "--run", folder / "run", "--epochs", epochs, *CPU, *BASE)
+        keep(load(str(folder / "run")), folder / "model")
+    if not (folder / "result.json").is_file():
+        judge(out, folder, with_curve=False)
+
+
+def one(out: Path, folder: Path, arm: str, seed: int, epochs: int) -> str:
+    """Train and evaluate an arm; what there is to say of it in a line."""
+    torch.set_num_threads(1)
+    name, _, rate = arm.partition("@")
+    lr = float(rate) if rate else RATES.get(name, RATES["ours"])
+    if not (folder / "model").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        shared = [SEED_RECIPE, "--model", f"local-dir:{out / 'base' / 'model'}", "--data", out / "B", "--run", folder / "run"]
+        shared += ["--epochs", epochs, "--optim.lr", lr, "--seed", seed, *CPU]
+        if ARMS[name] is None:
+            theirs(parse(list(map(str, shared))), PEER_WARMUP[name], folder)
+        else:
+            call("train", *shared, *(out / "A" if word == "A" else word for word in ARMS[name]))
+            keep(load(str(folder / "run")), folder / "model")
+            shutil.rmtree(folder / "run" / "checkpoints")
+    if not (folder / "result.json").is_file():
+        judge(out, folder, with_curve=name in ("ours", "the seed's recipe"))
+    figures = json.loads((folder / "result.json").read_text())["figures"]
+    return ", ".join(f"{measure} {100 * value:.1f}" for measure, value in figures.items())
+
+
+def theirs(recipe: Recipe, warmup: float, folder: Path) -> None:
+    """open_clip_train from the base with the recipe's flags, over as many pairs; FOLDER/model is what it has at its end."""
+    order = Order(Shards(recipe.data, "train").shard_sizes, recipe.batch, recipe.seed)
+    words = their_words(recipe, order.steps_per_epoch, torch.device("cpu"))
+    more = {"epochs": recipe.epochs, "warmup": round(warmup * recipe.epochs * order.steps_per_epoch), "workers": 0}
+    more |= {"logs": folder, "name": "theirs", "save-frequency": recipe.epochs}
+    words += [str(word) for flag, value in more.items() for word in (f"--{flag}", value)]
+    shutil.rmtree(folder / "theirs", ignore_errors=True)  # it refuses to write where it wrote before
+    done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise Fault(f"{' '.join(words)}\nended with {done.returncode}:\n{done.stdout[-2000:]}")
+    checkpoint = folder / "theirs" / "checkpoints" / f"epoch_{recipe.epochs}.pt"
+    clip = load(recipe.model)
+    clip.towers.model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    keep(clip, folder / "model")
+    checkpoint.unlink()
+
+
+def keep(clip: Clip, folder: Path) -> None:
+    """Write a model; its folder appears when it is whole."""
+    partial = folder.with_name("model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    clip.save(partial)
+    partial.rename(folder)
+
+
+def judge(out: Path, folder: Path, with_curve: bool) -> None:
+    """Evaluate FOLDER/model: FOLDER/result.json, and beside it what each query scored, by quality_table.MEASURES."""
+    world, clip = World(), ready(f"local-dir:{folder / 'model'}", INFERENCE, World())
+    learned, known, val = Shards(out / "B", "test"), Shards(out / "A", "test"), Shards(out / "B", "val")
+    embedded = embed(clip, learned, world, INFERENCE)
+    asked = read_queries(out / "questions.jsonl", learned)
+    unseen = embed_texts(clip, asked.texts, world, INFERENCE), asked.query_of, asked.image_of
+    found, each = examine(embedded, learned.groups, world, unseen)
+    values = {name: each.values[f"{name}/R@1"] for name in each.groups}
+    groups = dict(each.groups)
+    values["degraded"], groups["degraded"] = degraded(clip, learned, embedded), learned.groups
+    _, old = examine(embed(clip, known, world, INFERENCE), known.groups, world)
+    for name in ("image_to_text", "text_to_image"):
+        values[f"A_{name}"], groups[f"A_{name}"] = old.values[f"{name}/R@1"], old.groups[name]
+    queries = Queries({f"{name}/R@1": one for name, one in values.items()}, groups)
+    on_val = score(embed(clip, val, world, INFERENCE), val.groups, world)["metrics"]["mean/R@1"]
+    figures = {title: float(pooled(queries)[0].mean()) for title, pooled in SHOWN.items()}
+    queries.save(queries_file(folder / "result.json"))
+    points = curve(out, clip, learned, known) if with_curve else []
+    write_json(folder / "result.json", {"figures": {"B val": on_val, **figures}, "metrics": found["metrics"], "curve": points})
+
+
+def degraded(clip: Clip, shards: Shards, embedded: Embedded) -> np.ndarray:
+    """Of each image, the share of its DEGRADED versions that find an image of its group first: float [n_images]."""
+    to_image = Relevance(shards.groups, np.arange(len(shards)), shards.groups)
+    hits = []
+    for kind, level in DEGRADED:
+        features = embed_images(clip, shards, World(), INFERENCE, change=degrade(kind, level))
+        hits.append(query_values(ranks(features, embedded.image_features, to_image)[0])["R@1"])
+    return np.mean(hits, axis=0)
+
+
+def curve(out: Path, tuned: Clip, learned: Shards, known: Shards) -> list[dict]:
+    """R@1 on B's and A's test splits (the mean of both directions) of mixtures with the base's weights."""
+    world, points = World(), []
+    first = ready(f"local-dir:{out / 'base' / 'model'}", INFERENCE, world)
+    for share in SHARES:
+        clip, on = mix(first, tuned, share), {}
+        for name, shards in (("B", learned), ("A", known)):
+            on[name] = score(embed(clip, shards, world, INFERENCE), shards.groups, world)["metrics"]["mean/R@1"]
+        points.append({"share": share, **on})
+    return points
+
+
+if __name__ == "__main__":
+    import tyro
+
+    exit_on_user_error(lambda: tyro.cli(main, config=(tyro.conf.FlagConversionOff,)))

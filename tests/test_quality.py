@@ -1,0 +1,153 @@
+"""The pure parts of benchmarks.quality: what is asked was never trained on, arms are what they are called, tables tell the truth."""
+
+import csv
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import quality_data
+from benchmarks.quality import ARMS, OURS, RATES
+from benchmarks.quality_data import DOMAIN_B, PACKAGES, archive, captioned, is_held_out, phosphor_tags, questions, synonyms
+from benchmarks.quality_table import SHOWN, differences, figures, mixtures
+from data_prep.errors import UserError
+from data_prep.split import split_of
+from eval.intervals import mean_interval, paired_difference
+from eval.retrieval import Queries
+from train.recipe import parse
+
+WORDS = [f"word {number}" for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def rows(icon_folder) -> list[dict]:
+    with open(icon_folder / "icons.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def known(rows) -> dict:
+    """Five of forty words for every icon, so that each word belongs to icons of train and of test."""
+    rng = np.random.default_rng(0)
+    return {(row["set"], quality_data.concept(row)): list(rng.choice(WORDS, 5, replace=False)) for row in rows}
+
+
+def test_no_question_and_no_held_out_icon_is_trained_on(rows, known):
+    of_split = {split: [row for row in captioned(rows, known, "B") if row[3] == split] for split in ("train", "val", "test")}
+    trained = {part for _, caption, *_ in of_split["train"] for part in caption.split(", ")}
+    names = {caption for split in ("val", "test") for _, caption, *_ in of_split[split]}
+    asked = questions(rows, known, trained | names)
+    assert len(asked) > 5
+    assert not set(asked) & (trained | names)
+    assert trained & set(WORDS), "synonyms that are not held out are trained on"
+    assert not any(is_held_out(word) for word in trained & set(WORDS))
+    assert not any("," in caption for caption in names), "test icons have their names alone"
+    groups = {split: {group for _, _, group, _ in found} for split, found in of_split.items()}
+    assert not groups["train"] & groups["test"]
+    assert not groups["val"] & (groups["test"] | groups["train"])
+    set_of, group_of = ({row["file_path"]: row[name] for row in rows} for name in ("set", "group"))
+    for word, files in asked.items():
+        for file in files:
+            assert set_of[file] in DOMAIN_B
+            assert file in {row[0] for row in of_split["test"]}
+            members = [row for row in rows if row["group"] == group_of[file] and row["set"] in DOMAIN_B]
+            assert any(word in known[row["set"], quality_data.concept(row)] for row in members)
+    a = {row[0] for row in captioned(rows, known, "A")}
+    assert a.isdisjoint(row[0] for found in of_split.values() for row in found)
+    assert len(a) + sum(len({row[0] for row in found}) for found in of_split.values()) == len({row["file_path"] for row in rows})
+
+
+def test_a_held_out_synonym_that_is_a_name_is_not_asked():
+    word = next(word for word in WORDS if is_held_out(word))
+    group = next(f"g{at}" for at in range(100) if split_of(f"g{at}", **quality_data.SPLITS["B"], seed=1) == "test")
+    row = {"file_path": "phosphor/x.png", "caption": "x bold", "group": group, "set": "phosphor"}
+    known = {("phosphor", "x"): [word]}
+    assert questions([row], known, set()) == {word: ["phosphor/x.png"]}
+    assert questions([row], known, {word}) == {}
+    namesake = {**row, "caption": word}
+    assert questions([row, namesake], known, set()) == {}
+
+
+def packed(folder: Path, name: str, text: str) -> None:
+    member = folder / "member"
+    member.write_text(text)
+    with tarfile.open(archive(folder, name), "w:gz") as tar:
+        tar.add(member, PACKAGES[name][1])
+
+
+def test_synonyms_come_from_three_packages(tmp_path, monkeypatch):
+    phosphor = """const n = [{ name: "acorn", pascal_name: "Acorn", categories: [e.N], tags: ["*new*", "nut"], codepoint: 1 },
+      { name: "airplane-tilt", pascal_name: "AirplaneTilt", alias: { name: "plane", pascal_name: "Plane" }, categories: [],
+        tags: ["Vehicles", "air port"] },
+      { name: "plain", pascal_name: "Plain", categories: [], tags: [] }];"""
+    tags = ["Vehicles", "air port"]
+    assert phosphor_tags(phosphor) == {"acorn": ["nut"], "airplane-tilt": tags, "plane": tags, "plain": []}
+    packed(tmp_path, "@phosphor-icons/core", phosphor)
+    packed(tmp_path, "@mdi/svg", json.dumps([{"name": "access-point", "aliases": ["wireless"]}]))
+    with pytest.raises(UserError, match="cannot be read"):
+        synonyms(tmp_path)
+    packed(tmp_path, "@fortawesome/fontawesome-free", json.dumps({"house": {"search": {"terms": ["abode", "Main_place"]}}}))
+    with pytest.raises(UserError, match="1 icons, not 1800 or more"):
+        synonyms(tmp_path)
+    monkeypatch.setattr(quality_data, "PACKAGES", {name: (*about[:2], 1) for name, about in PACKAGES.items()})
+    assert synonyms(tmp_path) == {
+        ("fontawesome6-solid", "house"): ["abode", "main place"],
+        ("fontawesome6-regular", "house"): ["abode", "main place"],
+        ("materialdesignicons6", "access point"): ["wireless"],
+        ("phosphor", "acorn"): ["nut"],
+        ("phosphor", "airplane tilt"): ["vehicles", "air port"],
+        ("phosphor", "plane"): ["vehicles", "air port"],
+        ("phosphor", "plain"): [],
+    }
+
+
+def test_without_npm_the_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality_data.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="npm pack @fortawesome/fontawesome-free"):
+        quality_data.fetch(tmp_path / "packages")
+
+
+@pytest.mark.parametrize("arm", [arm for arm, words in ARMS.items() if words is not None])
+def test_every_arm_is_a_recipe(arm):
+    recipe = parse(["train/recipes/spectrum_icons.yaml", "--data", "d", "--run", "r", *map(str, ARMS[arm])])
+    assert recipe.model == "ViT-L-14:laion2b_s32b_b82k"
+    assert set(RATES) <= set(ARMS)
+
+
+def test_an_arm_lacks_what_it_is_called_after():
+    for name, words in OURS.items():
+        assert sorted(map(str, [*ARMS[f"ours without {name}"], *words])) == sorted(map(str, ARMS["ours"]))
+
+
+def scored(seed: int) -> Queries:
+    rng = np.random.default_rng(seed)
+    sizes = {"image_to_text": 40, "text_to_image": 12, "queries_to_image": 9, "degraded": 40, "image_to_image": 30}
+    sizes |= {"A_image_to_text": 25, "A_text_to_image": 20}
+    groups = {name: np.arange(size) // 3 for name, size in sizes.items()}
+    return Queries({f"{name}/R@1": rng.integers(0, 2, size).astype(float) for name, size in sizes.items()}, groups)
+
+
+def test_the_tables_say_what_was_scored():
+    seeds = [scored(1), scored(2)]
+    for title, names in (("group R@1", ("image_to_text", "text_to_image")), ("unseen captions", ("queries_to_image",))):
+        values, _ = SHOWN[title](seeds[0])
+        assert values.mean() == pytest.approx(np.mean([seeds[0].values[f"{name}/R@1"].mean() for name in names]))
+    table = figures({"base": [scored(0)], "ours": seeds}).splitlines()
+    cells = dict(zip(SHOWN, table[3].strip("| ").split(" | ")[1:], strict=True))
+    both = np.mean([queries.values["degraded/R@1"] for queries in seeds], axis=0)
+    value, low, high = (100 * each for each in mean_interval(both, seeds[0].groups["degraded"]))
+    least, most = sorted(100 * queries.values["degraded/R@1"].mean() for queries in seeds)
+    assert cells["degraded images"] == f"{value:.1f} [{low:.1f}, {high:.1f}; {least:.1f} to {most:.1f}]"
+
+    rows = differences({"base": [scored(0)], "ours": seeds, "same": seeds}, "ours").splitlines()[2:]
+    assert rows[1] == f"| same |{' +0.0 [+0.0, +0.0] p 1 |' * len(SHOWN)}"
+    value, low, high, p = paired_difference(both, scored(0).values["degraded/R@1"], seeds[0].groups["degraded"])
+    assert f"| {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] p {p:.2g} |" in rows[0]
+
+
+def test_the_part_of_the_gain_is_of_the_means_over_seeds():
+    points = [[{"share": 0.0, "B": 0.1, "A": 0.5}, {"share": 0.5, "B": 0.3, "A": 0.5}, {"share": 1.0, "B": 0.4, "A": 0.3}]] * 2
+    points[1] = [{**point, "B": point["B"] + 0.1} for point in points[1]]
+    assert mixtures(points).splitlines()[3] == "| 0.5 | 35.0 | 67 % | 50.0 | +0.0 |"
