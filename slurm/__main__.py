@@ -3,7 +3,7 @@
   python -m slurm submit train/recipes/spectrum_icons.yaml --run runs/mine --data shards --nodes 2 --gpus 8 --time 12:00:00
       trains, through time limits, preemption, lost nodes and crashes, until it is finished; -- before flags of the training
   python -m slurm sweep train/recipes/spectrum_icons.yaml --runs runs/sweep --data shards --vary optim.lr=5e-6,1e-5
-      the same for each recipe and value, as one array
+      the same for each recipe and value, as one array; what they reached: python -m train.sweep --table runs/sweep
   python -m slurm pipeline captions.csv --recipe train/recipes/spectrum_icons.yaml --run runs/mine --data shards --tasks 32
       preparation, merge, training, evaluation and publishing, each waiting for the one before
   python -m slurm job eval --folder runs/mine --gpus 8 -- eval retrieval runs/mine --data shards --json out.json

@@ -4,8 +4,6 @@ RUN/slurm/train.sbatch     what was submitted           RUN/slurm/train-JOB.log 
 RUN/slurm/recipe.yaml      the recipe as it was then    RUN/slurm/jobs             numbers of the run's jobs
 """
 
-import itertools
-import re
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +15,7 @@ from slurm.queue import add_job, unfinished
 from slurm.script import LOGS, Shape, assign, assign_list, sbatch, script, write
 from slurm.site import SITE, read_site
 from train.recipe import Recipe, parse
+from train.vary import cases
 
 
 def submit(
@@ -79,7 +78,7 @@ def sweep(
     recipes: Annotated[list[str], tyro.conf.Positional],
     runs: Path,
     data: Path,
-    vary: list[str] = [],  # noqa: B006
+    vary: tyro.conf.UseAppendAction[list[str]] = [],  # noqa: B006
     shape: Shape = Shape(),  # noqa: B008
     at_once: int = 0,
     after: list[str] = [],  # noqa: B006
@@ -91,11 +90,13 @@ def sweep(
 ) -> str:
     """Submits one array: a run for each recipe and each combination of values, each as tough as one from `submit`.
 
+    What they reached, in one table: python -m train.sweep --table RUNS
+
     Args:
         recipes: YAML recipes.
         runs: Folder to make the run folders in, each named by its recipe and values.
         data: Folder of shards.
-        vary: Keys and their values: --vary optim.lr=1e-5,3e-5 seed=0,1 makes four runs of each recipe.
+        vary: A key and its values: --vary optim.lr=1e-5,3e-5 --vary seed=0,1 makes four runs of each recipe.
         at_once: At most so many at a time; 0 is no limit.
         after: Numbers of jobs that have to succeed before.
         stage: Folder on each node's own disk to copy the shards to before training.
@@ -107,19 +108,16 @@ def sweep(
     """
     shape.check()
     cluster, runs, data = read_site(site), runs.absolute(), data.absolute()
-    cases, folders = [], []
-    for number, (recipe, values) in enumerate(itertools.product(recipes, combinations(vary))):
-        name = "-".join([Path(recipe).stem, *(f"{key.split('.')[-1]}={value}" for key, value in values)])
-        run, all_flags = runs / name, (*flags, *(word for key, value in values for word in (f"--{key}", value)))
-        if run in folders:
-            raise UserError(f"{run}: two runs of the sweep have this name; give recipes of different names, and each value once")
+    tasks, folders = [], []
+    for number, (name, (recipe, values)) in enumerate(cases(recipes, vary).items()):
+        run, all_flags = runs / name, (*flags, *values)
         check_training(recipe, run, data, shape, all_flags, bool(after))
         if not dry_run and (jobs := unfinished(run)):
             raise UserError(f"{run}: has jobs in the queue, {', '.join(jobs)}; wait for them, or: scancel {' '.join(jobs)}")
         folders.append(run)
-        cases.append(f"{number}) {'; '.join(place(run, copied(recipe, run), all_flags))} ;;")
-    settings = ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac", *common(data, stage, module, requeue=True)]
-    array = f"0-{len(cases) - 1}{f'%{at_once}' if at_once else ''}"
+        tasks.append(f"{number}) {'; '.join(place(run, copied(recipe, run), all_flags))} ;;")
+    settings = ["case $SLURM_ARRAY_TASK_ID in", *tasks, "esac", *common(data, stage, module, requeue=True)]
+    array = f"0-{len(tasks) - 1}{f'%{at_once}' if at_once else ''}"
     path = runs / LOGS / "sweep.sbatch"
     write(script("train.sbatch", "sweep", runs / LOGS, shape, cluster, settings, array), path)
     if dry_run:
@@ -130,18 +128,8 @@ def sweep(
     for task, run in enumerate(folders):
         add_job(run, f"{number}_{task}", "train")
     print(f"# {len(folders)} runs; where one stands: python -m slurm status {folders[0]}")
+    print(f"# what they reached, in one table: python -m train.sweep --table {runs}")
     return number
-
-
-def combinations(vary: list[str]) -> list[tuple[tuple[str, str], ...]]:
-    """["lr=1,2", "seed=0"] -> [(("lr", "1"), ("seed", "0")), (("lr", "2"), ("seed", "0"))]."""
-    axes = []
-    for text in vary:
-        if not re.fullmatch(r"[\w.]+=[^,=/\s]+(,[^,=/\s]+)*", text):
-            raise UserError(f"--vary {text}: a key and its values are wanted, as in optim.lr=1e-5,3e-5")
-        key, values = text.split("=")
-        axes.append([(key, value) for value in values.split(",")])
-    return list(itertools.product(*axes))
 
 
 def check_training(recipe: str, run: Path, data: Path, shape: Shape, flags: tuple[str, ...], data_comes_later: bool) -> Recipe:

@@ -12,12 +12,14 @@ import eval.__main__
 import slurm.__main__
 import train.export
 import train.fetch
+import train.lr
 import train.publish
+import train.sweep
 from train.recipe import parse
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
 ROOMS = {"data_prep": data_prep.__main__, "eval": eval.__main__, "slurm": slurm.__main__}
-ROOMS |= {f"train.{name}": getattr(train, name) for name in ("export", "publish", "fetch")}
+ROOMS |= {f"train.{name}": getattr(train, name) for name in ("export", "publish", "fetch", "lr", "sweep")}
 SMALLER = {
     "data_prep icons": "--limit 240",
     "data_prep build": "--images-per-shard 50",
@@ -57,6 +59,8 @@ def test_the_other_commands_parse(monkeypatch):
         (train.export, "command"),
         (train.publish, "publish"),
         (train.fetch, "fetch"),
+        (train.lr, "search"),
+        (train.sweep, "sweep table"),
     ):
         for name in names.split():
             stand_in = functools.wraps(getattr(room, name))(lambda *_, name=name, **given: called.append((name, given)))
@@ -73,7 +77,8 @@ def test_the_other_commands_parse(monkeypatch):
         else:
             monkeypatch.setattr("sys.argv", words[2:])
             ROOMS[words[2]].main()
-    names = ["build", "build", "build", "index", "build", "merge", "submit", "pipeline", "sweep", "status", "retrieval", "retrieval"]
+    names = ["build", "build", "build", "index", "build", "merge", "search", "sweep", "table"]
+    names += ["submit", "pipeline", "sweep", "status", "retrieval", "retrieval"]
     names += ["zeroshot", "zeroshot", "probe", "compare", "confusion", "probes", "command", "publish", "fetch"]
     assert [name for name, _ in called] == names
     assert called[1][1]["read"].images == "https://host/pictures/"

@@ -14,7 +14,7 @@ from slurm.queue import fields
 from slurm.script import Shape
 from slurm.site import SITE, read_site
 from slurm.status import advice, describe, status
-from slurm.submit import combinations, submit, sweep
+from slurm.submit import submit, sweep
 
 RECIPE = str(ROOT / "train" / "recipes" / "demo.yaml")
 TWO = Shape(nodes=2, gpus=2, time="12:00:00")
@@ -124,12 +124,6 @@ def test_our_site_file_has_every_key_and_the_defaults():
     assert site.options(2, 8) == ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=64", "--gpus-per-node=8"]
     assert site.options(1, 0) == ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=8"]
     assert set(re.findall(r"^(\w+):", SITE.read_text(), flags=re.MULTILINE)) == set(site.__dataclass_fields__)
-
-
-def test_combinations():
-    pairs = combinations(["optim.lr=1e-5,3e-5", "seed=0"])
-    assert pairs == [(("optim.lr", "1e-5"), ("seed", "0")), (("optim.lr", "3e-5"), ("seed", "0"))]
-    assert combinations([]) == [()]
 
 
 def test_status_says_where_it_stands_and_what_to_do(tmp_path, capsys, monkeypatch):

@@ -34,7 +34,7 @@ from train.bench_step import device, measure_around, measure_step, profile_steps
 from train.bench_table import plot, table
 from train.loop import check_batch
 from train.memory import MODES, compiles
-from train.recipe import Recipe, parse
+from train.recipe import Recipe, parse, plain
 from train.world import World
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ def main() -> None:
         print(__doc__.strip())
         return
     bench = parse([*sys.argv[1:], "--run", "unused"], Bench)
-    recipe = Recipe(**{field.name: getattr(bench, field.name) for field in dataclasses.fields(Recipe)})
+    recipe = plain(bench)
     if bench.steps < 1:
         raise UserError(f"--steps {bench.steps}: at least 1 is wanted")
     if "WORLD_SIZE" in os.environ:

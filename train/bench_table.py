@@ -15,11 +15,11 @@ PATH_COLUMNS = ("pairs/s", "to ours", "slowest", "fastest", "CPU ms/pair", "data
 def table(result: dict) -> str:
     """What was measured, where, and a line for each row, in Markdown."""
     lines = [f"{name:22} {_shown(value)}" for name, value in result.items() if not isinstance(value, list)]
-    lines += ["", *_markdown("one step", STEP_COLUMNS, {_step_name(row): _step_cells(row) for row in result["steps"]})]
+    lines += ["", *padded_table("one step", STEP_COLUMNS, {_step_name(row): _step_cells(row) for row in result["steps"]})]
     if result["whole_path"]:
         ours = result["whole_path"][0]["pairs_per_s"]
         rows = {_path_name(row): _path_cells(row, ours) for row in result["whole_path"]}
-        lines += ["", *_markdown("whole path", PATH_COLUMNS, rows)]
+        lines += ["", *padded_table("whole path", PATH_COLUMNS, rows)]
     return "\n".join(lines)
 
 
@@ -39,6 +39,10 @@ def plot(result: dict, path: Path) -> None:
     left.set_yticks(range(len(rows)), names)
     left.invert_yaxis()
     figure.suptitle(f"{result['model']}, batch {result['batch']}, {result['precision']}, {result['device']}")
+    write_png(path, figure)
+
+
+def write_png(path: Path, figure: Figure) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial, open(partial, "wb") as file:
         figure.savefig(file, format="png", dpi=150)
@@ -68,10 +72,11 @@ def _path_cells(row: dict, ours: float | None) -> list[str]:
     return [speeds[0], ratio, *speeds[1:], cpu, f"{row['data_share']:.1%}", f"{row['peak_memory_gb']:.2f} GB"]
 
 
-def _markdown(title: str, columns: tuple[str, ...], rows: dict[str, list[str]]) -> list[str]:
+def padded_table(title: str, columns: tuple[str, ...], rows: dict[str, list[str]]) -> list[str]:
+    """Lines of Markdown that stand well in a terminal too: a row under its name for each of `rows`, whose names `title` heads."""
     cells = [[title, *columns], *([name, *row] for name, row in rows.items())]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]  # for terminals
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
     return markdown_table(padded).splitlines()
 
 

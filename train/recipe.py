@@ -273,18 +273,24 @@ def _check_values(recipe: Recipe) -> None:
             raise UserError(f"--captions.templates {template!r}: one {{}} is wanted, where the caption belongs, as in 'an icon of {{}}'")
 
 
+def plain(recipe: Recipe) -> Recipe:
+    """The recipe without what a command has beside it; see parse()."""
+    return Recipe(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)})
+
+
 def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The keys that change what a run computes, and differ: "optim.lr: 1e-05 before, 2e-05 now"."""
-    before, now = _leaves(dataclasses.asdict(old)), _leaves(dataclasses.asdict(new))
+    before, now = leaves(dataclasses.asdict(old)), leaves(dataclasses.asdict(new))
     return [f"{key}: {before[key]} before, {now[key]} now" for key in now if key not in FREE_TO_CHANGE and before[key] != now[key]]
 
 
-def _leaves(values: dict, prefix: str = "") -> dict:
-    leaves = {}
+def leaves(values: dict, prefix: str = "") -> dict:
+    """{"optim": {"lr": 1e-5}} -> {"optim.lr": 1e-5}."""
+    found = {}
     for key, value in values.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
