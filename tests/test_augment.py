@@ -164,7 +164,7 @@ def smooth(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize(("format", "reduce"), [("PNG", 1), ("WEBP", 1), ("JPEG", 1), ("JPEG", 2), ("JPEG", 4), ("JPEG", 8)])
 def test_a_crop_is_pillows(format, reduce):
     """To one level of 255; where a JPEG is decoded to a part of its size, to two on average."""
-    size, side = (33, 24), {1: 90, 2: 240, 4: 480, 8: 960}[reduce]
+    size, side = (33, 24), {1: 90, 2: 200, 4: 480, 8: 960}[reduce]
     data = png(smooth(side, side + 30), format, quality=95)
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     for drawn in uniforms(20):
@@ -201,7 +201,7 @@ def test_a_view_is_drawn_as_often_as_asked_and_as_large():
         assert stats.binomtest(int(hits.sum()), n, share).pvalue > 0.001
     parts = np.array([view.shape[1] / size[1] for view in views])[placed]
     assert stats.kstest(parts, "uniform", (0.4, 0.6)).pvalue > 0.001
-    assert (parts.min() >= 0.4) & (parts.max() <= 1)
+    assert 0.4 * size[1] - 0.5 <= parts.min() * size[1] < parts.max() * size[1] <= size[1]
     reduced = np.array([view.small[1] / view.shape[1] for view in views if view.small])
     assert stats.kstest(np.log(reduced) / np.log(4), "uniform", (-1, 1)).pvalue > 0.001
     free = np.array([(*view.corner, *(side - inner for side, inner in zip(size, view.shape, strict=True))) for view in views])[placed]
