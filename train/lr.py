@@ -20,10 +20,9 @@ from matplotlib.figure import Figure
 from data_prep.errors import NotFinite, UserError, exit_on_user_error
 from data_prep.shards import Shards
 from train.bench_table import write_png
-from train.loop import SCORE
 from train.recipe import Recipe, differences, parse
 from train.sweep import end, plan, train_all
-from train.sweep_table import CONTROL, markdown, recipes_in, results, write
+from train.sweep_table import CONTROL, SCORE, markdown, recipes_in, results, write
 
 GRID = (0.1, 1 / 3, 1, 3, 10)
 

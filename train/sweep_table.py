@@ -7,10 +7,10 @@ from pathlib import Path
 
 from data_prep.atomic import atomic_file
 from train.bench_table import padded_table
-from train.loop import SCORE
+from train.choice import CONTROL, TRAINED, prefix
 from train.recipe import FREE_TO_CHANGE, Recipe, flags_of, leaves, parse
 
-CONTROL = "control/mean/R@1"  # on general pairs, where a run has them: what was forgotten
+SCORE = "val/mean/R@1"  # what rows are sorted by; each run has chosen its weights to use by its own best_by
 UNTOLD = {*FREE_TO_CHANGE} - {"workers", "micro_batch", "memory", "compile"}  # differences that no column is worth
 DIRECTIONS = ("image_to_text", "text_to_image")
 NOTE = (
@@ -33,7 +33,8 @@ def results(folder: Path, recipes: dict[str, Recipe | None], failed: dict[str, i
 
     Returns:
         For each: `run`, its folder's name; `state`; `varied`, the keys that differ between the runs; `score`, `metrics`, `epoch` and
-        `samples` at its best validation; `before`, the metrics before training; `pairs_per_s`, the median.
+        `samples` of its best checkpoint, and which `weights` that gives away; `before`, the metrics before training; `pairs_per_s`,
+        the median.
     """
     all_leaves = {name: leaves(dataclasses.asdict(recipe)) for name, recipe in recipes.items() if recipe}
     keys = list(dict.fromkeys(key for found in all_leaves.values() for key in found if key not in UNTOLD))
@@ -52,13 +53,18 @@ def _reached(run: Path) -> dict:
     lines = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be in the making
     validations = [line for line in lines if SCORE in line]
     trained = [line for line in validations if line["samples"]]  # the first is of the weights before training
-    best = max(trained, key=lambda line: line[SCORE], default=None)
+    state_file = run / "checkpoints" / "best" / "state.json"
+    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
+    best = next((line for line in trained if line["samples"] == state["samples"]), None) if state else None
+    weights = state.get("weights", TRAINED)
+    metrics = _metrics(best or {}, prefix(weights))
     speeds = [line["time/pairs_per_s"] for line in lines if "time/pairs_per_s" in line]
     found = {
-        "score": best and best[SCORE],
+        "score": metrics.get(SCORE),
         "epoch": best and 1 + trained.index(best),
         "samples": best and best["samples"],
-        "metrics": _metrics(best or {}),
+        "weights": best and weights,
+        "metrics": metrics,
         "before": _metrics(validations[0] if validations and not validations[0]["samples"] else {}),
         "pairs_per_s": statistics.median(speeds) if speeds else None,
     }
@@ -67,8 +73,8 @@ def _reached(run: Path) -> dict:
     return found
 
 
-def _metrics(line: dict) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name.startswith(("val/", "control/"))}
+def _metrics(line: dict, of: str = "") -> dict[str, float]:
+    return {name.removeprefix(of): value for name, value in line.items() if name.startswith((f"{of}val/", f"{of}control/"))}
 
 
 def markdown(rows: list[dict]) -> str:
