@@ -98,7 +98,7 @@ def main(
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = ENVIRONMENT["OMP_NUM_THREADS"] = "1"  # of the arms' processes; two at once are faster than one with two
-    quality_data.make(out, icons, packages, limit=2500 if smoke else 0)
+    quality_data.make(out, icons, packages, limit=1500 if smoke else 0)
     epochs = 1 if smoke else EPOCHS
     names = {(arm, seed): out / "arms" / f"{arm.replace(' ', '_')}-{seed}" for seed in seeds for arm in arms}
     with concurrent.futures.ProcessPoolExecutor(jobs or cores(), multiprocessing.get_context("spawn")) as pool:

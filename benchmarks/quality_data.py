@@ -41,7 +41,7 @@ def make(out: Path, icons: Path | None, packages: Path | None, limit: int = 0) -
     Args:
         icons: made by python -m data_prep icons; else it is drawn, to OUT/icons.
         packages: folder of npm packages (.tgz); else npm fetches them, to OUT/packages.
-        limit: icons to draw; 0 for all.
+        limit: icons to take; 0 for all.
 
     Raises:
         UserError: the packages are not there and cannot be fetched.
@@ -54,7 +54,7 @@ def make(out: Path, icons: Path | None, packages: Path | None, limit: int = 0) -
         if not (icons / "icons.csv").is_file():
             call("data_prep", "icons", "--out", icons, "--limit", limit)
     with open(icons / "icons.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))[: limit or None]
     for domain in SPLITS:
         with open(out / f"{domain}.csv", "w", newline="") as file:
             writer = csv.writer(file)
@@ -175,7 +175,10 @@ def synonyms(folder: Path) -> Synonyms:
         if len(icons) < least:
             raise UserError(f"{archive(folder, name)}: {len(icons)} icons, not {least} or more; delete it, and npm fetches it again")
     return {
-        (font, spaced(icon)): [*map(spaced, words)] for fonts, icons in found.items() for font in fonts for icon, words in icons.items()
+        (font, spaced(icon)): [*filter(None, map(spaced, words))]
+        for fonts, icons in found.items()
+        for font in fonts
+        for icon, words in icons.items()
     }
 
 

@@ -88,7 +88,7 @@ def test_synonyms_come_from_three_packages(tmp_path, monkeypatch):
     packed(tmp_path, "@mdi/svg", json.dumps([{"name": "access-point", "aliases": ["wireless"]}]))
     with pytest.raises(UserError, match="cannot be read"):
         synonyms(tmp_path)
-    packed(tmp_path, "@fortawesome/fontawesome-free", json.dumps({"house": {"search": {"terms": ["abode", "Main_place"]}}}))
+    packed(tmp_path, "@fortawesome/fontawesome-free", json.dumps({"house": {"search": {"terms": ["abode", "-", "Main_place"]}}}))
     with pytest.raises(UserError, match="1 icons, not 1800 or more"):
         synonyms(tmp_path)
     monkeypatch.setattr(quality_data, "PACKAGES", {name: (*about[:2], 1) for name, about in PACKAGES.items()})
