@@ -87,11 +87,11 @@ def poison(monkeypatch, bad) -> None:
     """From now on the gradients of the steps that `bad` chooses by the samples seen before them are not finite."""
     honest = train.loop.backward
 
-    def poisoned(towers, batch, micro_batch, world, seed, samples):
-        loss = honest(towers, batch, micro_batch, world, seed, samples)
+    def poisoned(towers, batch, micro_batch, world, seed, samples, loss):
+        value = honest(towers, batch, micro_batch, world, seed, samples, loss)
         if bad(samples):
             towers.model.visual.proj.grad[0, 0] = float("inf")
-        return loss
+        return value
 
     monkeypatch.setattr(train.loop, "backward", poisoned)
 
