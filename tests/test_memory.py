@@ -132,3 +132,13 @@ def test_too_little_memory_for_one_pair_is_said(clip, monkeypatch):
 def test_a_budget_wants_compiled_blocks():
     with pytest.raises(UserError, match="pass --compile yes"):
         parse(["--model", "a:none", "--data", "d", "--run", "r", "--memory", "budget", "--compile", "no"])
+
+
+def test_measuring_leaves_statistics_alone(tmp_path):
+    vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 32}
+    clip = load(f"local-dir:{save_tiny(tmp_path, vision_cfg=vision)}")
+    before = clip.fingerprint()
+    choose(clip.towers, dataclasses.replace(RECIPE, memory="none"), World())
+    assert clip.fingerprint() == before
+    clip.towers(*made_up_batch(clip.towers, 2, torch.device("cpu")))
+    assert clip.fingerprint() != before

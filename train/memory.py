@@ -130,6 +130,7 @@ def pairs_that_fit(towers: nn.Module, memory: str, recipe: Recipe, world: World,
     arrange(towers.model, memory, compiles(recipe, world.device))
     towers.train()
     batch = made_up_batch(towers, n, world.device)
+    buffers = {name: buffer.clone() for name, buffer in towers.named_buffers()}  # a BatchNorm's would remember the noise
     if world.device.type == "cuda":
         for _ in range(2):  # the first also makes the gradients, and compiles
             torch.cuda.reset_peak_memory_stats(world.device)
@@ -143,6 +144,8 @@ def pairs_that_fit(towers: nn.Module, memory: str, recipe: Recipe, world: World,
         if memory == "checkpoint":  # and one block at a time as a whole
             arrange(towers.model, "none", compiled=False)
             each += saved_bytes(towers, batch) / n / max(1, len(blocks(towers.model)))
+    for name, buffer in towers.named_buffers():
+        buffer.copy_(buffers[name])
     return int((SPARE * free - 3 * trained) / each)
 
 
