@@ -8,6 +8,7 @@ What is done already is not done again: an arm lies in OUT/arms/ARM-SEED, with i
 """
 
 import concurrent.futures
+import itertools
 import json
 import multiprocessing
 import os
@@ -54,7 +55,7 @@ OURS = {
     "averaged weights": ["--ema", 0.99],
     "replay": ["--replay", "A"],
 }
-SEED = ["--mates", "negatives", "--captions.pick", "first"]
+SEED = ["--mates", "negatives", "--captions.pick", "first"]  # a name alone is what open_clip_train sees
 PEER, PEER_WARM = "open_clip_train", "open_clip_train, warm-up 5 %"
 # open_clip_train's own warm-up is 10,000 steps; the seed trained for 2,400, so its rate ended at 0.24 of what was asked for.
 PEER_WARMUP = {PEER: 10_000 / 2_400, PEER_WARM: 0.05}
@@ -62,8 +63,8 @@ ARMS = {
     PEER: None,
     PEER_WARM: None,
     "the seed's recipe": SEED,
-    "ours": [word for words in OURS.values() for word in words],
-    **{f"ours without {name}": [word for other, words in OURS.items() if other != name for word in words] for name in OURS},
+    "ours": [*SEED, *itertools.chain(*OURS.values())],
+    **{f"ours without {name}": [*SEED, *itertools.chain(*(OURS[other] for other in OURS if other != name))] for name in OURS},
 }
 # The best of three for each, on validation; see --arms "ours@1e-3".
 RATES = {PEER: 1e-3, PEER_WARM: 1e-3, "the seed's recipe": 1e-3, "ours": 1e-3}
@@ -97,12 +98,12 @@ def main(
             raise UserError(f"--arms {arm!r}: no such arm; there are {', '.join(map(repr, ARMS))}")
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = ENVIRONMENT["OMP_NUM_THREADS"] = "1"  # of the arms' processes; two at once are faster than one with two
     quality_data.make(out, icons, packages, limit=1500 if smoke else 0)
     epochs = 1 if smoke else EPOCHS
     names = {(arm, seed): out / "arms" / f"{arm.replace(' ', '_')}-{seed}" for seed in seeds for arm in arms}
+    base(out, 1 if smoke else BASE_EPOCHS)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the arms: two at once, with a thread each, are faster than one with two
     with concurrent.futures.ProcessPoolExecutor(jobs or cores(), multiprocessing.get_context("spawn")) as pool:
-        pool.submit(base, out, 1 if smoke else BASE_EPOCHS).result()
         done = {pool.submit(one, out, folder, *key, epochs): key for key, folder in names.items()}
         for future in concurrent.futures.as_completed(done):
             print(f"{done[future][0]}, seed {done[future][1]}: {future.result()}", flush=True)
@@ -125,7 +126,6 @@ def base(out: Path, epochs: int) -> None:
 
 def one(out: Path, folder: Path, arm: str, seed: int, epochs: int) -> str:
     """Train and evaluate an arm; what there is to say of it in a line."""
-    torch.set_num_threads(1)
     name, _, rate = arm.partition("@")
     lr = float(rate) if rate else RATES.get(name, RATES["ours"])
     if not (folder / "model").is_dir():

@@ -89,6 +89,6 @@ def mixtures(seeds: list[list[dict]]) -> str:
     b, a = (np.mean([[point[name] for point in points] for points in seeds], axis=0) for name in "BA")
     rows = [["share of the tuned weights", "R@1 on B", "of the gain", "R@1 on A", "to the base's"]]
     for point, on_b, on_a in zip(seeds[0], b, a, strict=True):
-        gain = (on_b - b[0]) / (b[-1] - b[0]) if b[-1] != b[0] else 0.0
-        rows.append([f"{point['share']:g}", f"{100 * on_b:.1f}", f"{100 * gain:.0f} %", f"{100 * on_a:.1f}", f"{100 * (on_a - a[0]):+.1f}"])
+        gain = f"{100 * (on_b - b[0]) / (b[-1] - b[0]):.0f} %" if b[-1] > b[0] else ""
+        rows.append([f"{point['share']:g}", f"{100 * on_b:.1f}", gain, f"{100 * on_a:.1f}", f"{100 * (on_a - a[0]):+.1f}"])
     return markdown_table(rows)
