@@ -39,7 +39,7 @@ from train.world import World
 
 # What all arms have in common.
 MODEL, SEED_RECIPE = "demo-vit:none", "train/recipes/spectrum_icons.yaml"
-BATCH, EPOCHS, BASE_EPOCHS = 128, 12, 12
+BATCH, EPOCHS, BASE_EPOCHS = 128, 8, 12
 CPU = ["--batch", BATCH, "--micro_batch", BATCH, "--precision", "fp32", "--memory", "none", "--compile", "no", "--workers", 0]
 CPU += ["--save_every_minutes", 1e6, "--keep", 1]
 BASE = ["--optim.lr", 1e-3, "--optim.weight_decay", 0.1, "--augment.color_jitter_prob", 0, "--augment.gray_scale_prob", 0]
@@ -70,7 +70,7 @@ ARMS = {
 RATES = {PEER: 1e-3, PEER_WARM: 1e-3, "the seed's recipe": 1e-3, "ours": 1e-3}
 
 DEGRADED = (("resample", 4), ("blur", 0.04), ("crop", 0.7))
-SHARES = tuple(number / 10 for number in range(11))  # of the tuned weights, in mixtures with the base's
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the tuned weights, in mixtures with the base's
 INFERENCE = Inference(batch=128, workers=0)
 
 
