@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks import quality_data
-from benchmarks.quality_data import call
+from benchmarks.quality_data import call, is_held_out
 from benchmarks.quality_table import SHOWN, page
 from data_prep.build import cores
 from data_prep.errors import Fault, UserError, exit_on_user_error
@@ -181,6 +181,8 @@ def judge(out: Path, folder: Path, with_curve: bool) -> None:
     found, each = examine(embedded, learned.groups, world, unseen)
     values = {name: each.values[f"{name}/R@1"] for name in each.groups}
     groups = dict(each.groups)
+    new = np.array([is_held_out(text) for text in asked.texts])
+    values["new_words"], groups["new_words"] = values["queries_to_image"][new], groups["queries_to_image"][new]
     values["degraded"], groups["degraded"] = degraded(clip, learned, embedded), learned.groups
     _, old = examine(embed(clip, known, world, INFERENCE), known.groups, world)
     for name in ("image_to_text", "text_to_image"):

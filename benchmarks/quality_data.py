@@ -2,7 +2,7 @@
 
     domain A   Font Awesome, Material Design, Elusive, Codicons    what the base model is trained on, and should not forget
     domain B   Phosphor (five styles of each icon), Remix (two)    what it is fine-tuned on
-    questions  synonyms of test icons of B that are in no caption of B's training
+    questions  synonyms of test icons of B: of no icon the caption, and half of them part of none; those words only the base can know
 
 Names come with the fonts; synonyms with the npm packages of three of them, in the versions that the fonts have.
 """
@@ -26,7 +26,7 @@ from data_prep.split import split_of
 
 DOMAIN_B = ("phosphor", "remixicon")
 SPLITS = {"A": {"val": 0.05, "test": 0.1}, "B": {"val": 0.1, "test": 0.3}}
-HELD_OUT = 0.5  # of the synonyms of B: only asked for, never trained on
+HELD_OUT = 0.5  # of the synonyms of B: only asked for, never trained on; the others are, with other icons
 PACKAGES = {  # npm package -> version, file, and icons in it, about
     "@fortawesome/fontawesome-free": ("6.7.2", "package/metadata/icon-families.json", 1800),
     "@mdi/svg": ("6.9.96", "package/meta.json", 6900),
@@ -67,9 +67,8 @@ def make(out: Path, icons: Path | None, packages: Path | None, limit: int = 0) -
         ]
         places = ["--out", out / domain, "--images", icons.absolute(), "--overwrite", "True"]
         call("data_prep", "build", out / f"{domain}.csv", *places, *columns)
-    trained = {part for caption in captions_of(out / "B", "train") for part in caption.split(", ")}
-    names = {caption for split in ("val", "test") for caption in captions_of(out / "B", split)}
-    asked = questions(rows, known, trained | names)
+    captions = {caption for split in ("train", "val", "test") for caption in captions_of(out / "B", split)}
+    asked = questions(rows, known, captions)
     with atomic_file(out / "questions.jsonl") as partial:
         partial.write_text("".join(json.dumps({"text": text, "keys": keys}) + "\n" for text, keys in asked.items()))
 
@@ -93,17 +92,18 @@ def captioned(rows: list[dict], known: Synonyms, domain: str) -> Iterable[tuple[
 
 
 def questions(rows: list[dict], known: Synonyms, captions: set[str]) -> dict[str, list[str]]:
-    """Held-out synonym -> images of B's test split that it stands for.
+    """Synonym -> images of B's test split that it stands for.
 
     Args:
-        captions: what is not asked: whatever is a caption of B, or a part of one.
+        captions: all of B; what is one of them is not asked, nor what is held out and part of one.
     """
     by_group = synonyms_of_groups(rows, known, "B")
+    parts = {part for caption in captions for part in caption.split(", ")}
     asked: dict[str, list[str]] = {}
     for row in rows:
         if row["set"] in DOMAIN_B and split_of(row["group"], **SPLITS["B"], seed=1) == "test":
             for word in by_group.get(row["group"], ()):
-                if is_held_out(word) and word not in captions:
+                if word not in captions and not (is_held_out(word) and word in parts):
                     asked.setdefault(word, []).append(row["file_path"])
     return asked
 

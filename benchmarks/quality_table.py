@@ -28,6 +28,7 @@ SHOWN = {
     "image to text": of("image_to_text"),
     "text to image": of("text_to_image"),
     "unseen captions": of("queries_to_image"),
+    "of new words": of("new_words"),
     "degraded images": of("degraded"),
     "image to image": of("image_to_image"),
     "kept on A": of("A_image_to_text", "A_text_to_image"),

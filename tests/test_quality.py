@@ -39,9 +39,13 @@ def test_no_question_and_no_held_out_icon_is_trained_on(rows, known):
     of_split = {split: [row for row in captioned(rows, known, "B") if row[3] == split] for split in ("train", "val", "test")}
     trained = {part for _, caption, *_ in of_split["train"] for part in caption.split(", ")}
     names = {caption for split in ("val", "test") for _, caption, *_ in of_split[split]}
-    asked = questions(rows, known, trained | names)
-    assert len(asked) > 5
-    assert not set(asked) & (trained | names)
+    captions = {caption for found in of_split.values() for _, caption, *_ in found}
+    asked = questions(rows, known, captions)
+    new = {word for word in asked if is_held_out(word)}
+    assert len(new) > 5
+    assert len(set(asked) - new) > 5
+    assert not set(asked) & captions
+    assert not new & (trained | names)
     assert trained & set(WORDS), "synonyms that are not held out are trained on"
     assert not any(is_held_out(word) for word in trained & set(WORDS))
     assert not any("," in caption for caption in names), "test icons have their names alone"
@@ -126,7 +130,7 @@ def test_an_arm_lacks_what_it_is_called_after_and_no_more():
 
 def scored(seed: int) -> Queries:
     rng = np.random.default_rng(seed)
-    sizes = {"image_to_text": 40, "text_to_image": 12, "queries_to_image": 9, "degraded": 40, "image_to_image": 30}
+    sizes = {"image_to_text": 40, "text_to_image": 12, "queries_to_image": 9, "new_words": 5, "degraded": 40, "image_to_image": 30}
     sizes |= {"A_image_to_text": 25, "A_text_to_image": 20}
     groups = {name: np.arange(size) // 3 for name, size in sizes.items()}
     return Queries({f"{name}/R@1": rng.integers(0, 2, size).astype(float) for name, size in sizes.items()}, groups)
