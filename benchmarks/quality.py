@@ -49,11 +49,17 @@ BASE += ["--augment.scale", 0.7, 1, "--captions.tag_dropout", 0.5]
 OURS = {
     "mates are positives": ["--mates", "positives"],
     "all captions": ["--captions.pick", "any"],
-    "tag dropout": ["--captions.tag_dropout", 0.5],
-    "small, themed, placed": ["--augment.small_prob", 0.3, "--augment.theme_prob", 0.3, "--augment.place_prob", 0.3],
+    "tag dropout": ["--captions.tag_dropout", 0.7],
+    "replay": ["--replay", "A"],
+}
+# What was tried beside them, and is not in the recipe.
+MORE = {
+    "small, themed, placed": ["--augment.small_prob", 0.2, "--augment.theme_prob", 0.2, "--augment.place_prob", 0.2],
     "layer decay": ["--optim.layer_decay", 0.8],
     "averaged weights": ["--ema", 0.99],
-    "replay": ["--replay", "A"],
+    "spread mates": ["--spread_mates", True],
+    "masked mates": ["--mates", "masked"],
+    "pull toward the base": ["--toward_base", 30],
 }
 SEED = ["--mates", "negatives", "--captions.pick", "first"]  # a name alone is what open_clip_train sees
 PEER, PEER_WARM = "open_clip_train", "open_clip_train, warm-up 5 %"
@@ -65,6 +71,7 @@ ARMS = {
     "the seed's recipe": SEED,
     "ours": [*SEED, *itertools.chain(*OURS.values())],
     **{f"ours without {name}": [*SEED, *itertools.chain(*(OURS[other] for other in OURS if other != name))] for name in OURS},
+    **{f"ours and {name}": [*SEED, *itertools.chain(*OURS.values()), *words] for name, words in MORE.items()},
 }
 # The best of three for each, on validation; see --arms "ours@1e-3".
 RATES = {PEER: 1e-3, PEER_WARM: 1e-3, "the seed's recipe": 1e-3, "ours": 1e-3}
