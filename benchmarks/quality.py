@@ -50,11 +50,12 @@ OURS = {
     "mates are positives": ["--mates", "positives"],
     "all captions": ["--captions.pick", "any"],
     "tag dropout": ["--captions.tag_dropout", 0.7],
+    "thumbnails": ["--augment.small_prob", 0.2],
     "replay": ["--replay", "A"],
 }
 # What was tried beside them, and is not in the recipe.
 MORE = {
-    "small, themed, placed": ["--augment.small_prob", 0.2, "--augment.theme_prob", 0.2, "--augment.place_prob", 0.2],
+    "themes and places": ["--augment.theme_prob", 0.2, "--augment.place_prob", 0.2],
     "layer decay": ["--optim.layer_decay", 0.8],
     "averaged weights": ["--ema", 0.99],
     "spread mates": ["--spread_mates", True],
