@@ -9,7 +9,7 @@ from conftest import noise_images
 from huggingface_hub import ModelCard
 
 from data_prep.errors import UserError
-from train.card import base_of, draw_curve, hub_id, seconds_of_steps, write_card
+from train.card import base_of, draw_curve, hub_id, recipe_table, seconds_of_steps, write_card
 from train.card_tables import read_tables
 from train.export import export
 from train.model import load, public_name
@@ -135,6 +135,14 @@ def test_mistakes_are_sentences(folder, tmp_path):
 def test_names_have_no_folders_of_this_machine(model, shown, repository):
     assert public_name(model) == shown
     assert hub_id(model) == repository
+
+
+def test_the_recipe_names_no_folders_of_this_machine():
+    table = recipe_table(
+        {"model": "local-dir:/home/me/base", "data": "/home/me/d", "control": "/home/me/general", "replay": "/home/me/old", "lock": "text"}
+    )
+    assert "/home" not in table
+    assert all(name in table for name in ("`base`", "`general`", "`old`", "`text`"))
 
 
 def test_the_base_of_a_chain_of_runs_is_its_first(tmp_path):

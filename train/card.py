@@ -120,6 +120,7 @@ def recipe_table(recipe: dict) -> str:
             leaves |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
     if leaves:
         leaves["model"] = public_name(leaves["model"])
+        leaves |= {key: Path(recipe[key]).name for key in ("replay", "control") if recipe.get(key)}  # no folders of this machine
     return markdown_table([["key", "value"], *([name, f"`{value}`"] for name, value in leaves.items())]) if leaves else ""
 
 
