@@ -2,7 +2,7 @@
 
     samples -> batch -> features -> loss -> gradients -> weights, and after each epoch: validation -> checkpoint
 
-`samples`, the pairs seen so far, is the only state beside weights and moments: data order, captions, augmentation,
+`samples`, the pairs seen so far, is the only state beside weights, their average and moments: data order, captions, augmentation,
 dropout and learning rate are functions of (seed, samples).
 """
 
