@@ -49,7 +49,8 @@ def test_the_gradient_by_hand(tiny_model, icon_shards, others, tmp_path):
     clip.towers.zero_grad()
     assert len(batches[1].images) == 6
     assert not torch.equal(batches[0].images, batches[1].images)
-    expected = sum((a - b).pow(2).sum(1).mean() for a, b in zip(clip.towers(*batches[1])[:2], base(*batches[1])[:2], strict=True))
+    inputs = batches[1].images, batches[1].tokens, batches[1].changes
+    expected = sum((a - b).pow(2).sum(1).mean() for a, b in zip(clip.towers(*inputs)[:2], base(*inputs)[:2], strict=True))
     (3 * expected).backward()
     assert expected > 0.01
     largest = max(parameter.grad.abs().max().item() for parameter in clip.towers.parameters() if parameter.grad is not None)
