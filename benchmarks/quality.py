@@ -61,6 +61,7 @@ MORE = {
     "spread mates": ["--spread_mates", True],
     "masked mates": ["--mates", "masked"],
     "pull toward the base": ["--toward_base", 30],
+    "four times the replay": ["--replay_weight", 4],
 }
 SEED = ["--mates", "negatives", "--captions.pick", "first"]  # a name alone is what open_clip_train sees
 PEER, PEER_WARM = "open_clip_train", "open_clip_train, warm-up 5 %"
@@ -74,6 +75,7 @@ ARMS = {
     **{f"ours without {name}": [*SEED, *itertools.chain(*(OURS[other] for other in OURS if other != name))] for name in OURS},
     **{f"ours and {name}": [*SEED, *itertools.chain(*OURS.values()), *words] for name, words in MORE.items()},
 }
+WITH_CURVE = ("the seed's recipe", "ours", "ours and four times the replay")
 # The best of three for each, on validation; see --arms "ours@1e-3".
 RATES = {PEER: 1e-3, PEER_WARM: 1e-3, "the seed's recipe": 1e-3, "ours": 1e-3}
 
@@ -147,7 +149,7 @@ def one(out: Path, folder: Path, arm: str, seed: int, epochs: int) -> str:
             keep(load(str(folder / "run")), folder / "model")
             shutil.rmtree(folder / "run" / "checkpoints")
     if not (folder / "result.json").is_file():
-        judge(out, folder, with_curve=name in ("ours", "the seed's recipe"))
+        judge(out, folder, with_curve=name in WITH_CURVE)
     figures = json.loads((folder / "result.json").read_text())["figures"]
     return ", ".join(f"{measure} {100 * value:.1f}" for measure, value in figures.items())
 
