@@ -73,7 +73,7 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
         return time.perf_counter() - started
 
     started = time.perf_counter()
-    run.start("none", choice, optimizer)
+    run.start(choice, optimizer)
     found = {"model": model, "device": world.device.type, "batch": batch, "reserve_s": time.perf_counter() - started}
     step()
     found["copy_alone_s"] = median(copy_alone() for _ in range(3))

@@ -27,7 +27,7 @@ def test_a_wait_is_said_once_and_not_of_the_start(tmp_path, capsys):
     recipe = Recipe("demo-vit:none", "unused", str(tmp_path / "run"), workers=0, log_every_steps=2)
     run = Run(recipe, World())
     clip = load("demo-vit:none")
-    run.start("fingerprint", Choice(clip, recipe), build_optimizer(clip.towers, recipe.optim))
+    run.start(Choice(clip, recipe), build_optimizer(clip.towers, recipe.optim))
     said = []
     with Logbook(run, 0, 100, 100, World()) as log:
         log.say = said.append

@@ -65,7 +65,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     data = TrainPairs(pairs, order, clip.image_size, recipe.augment, recipe.captions)
     batches = train_loader(data, clip.tokenize, run.samples, end, world, recipe.workers)
     samples, saved_at = run.samples, time.monotonic()
-    run.start(pairs.fingerprint, choice, optimizer)
+    run.start(choice, optimizer)
     enough = choice.enough(run.best, run.best_samples, samples, order.samples_per_epoch)
 
     rolled_back, log = False, Logbook(run, samples, end, order.samples_per_epoch, world)

@@ -102,7 +102,7 @@ class Run:
             named, kind = getattr(self.recipe, key) or f"no --{key}", "weights" if key == "model" else "shards"
             raise UserError(f"{named}: not the {kind} that {self.folder} began with; pass another --run, or the old --{key}")
 
-    def start(self, data_fingerprint: str, choice: Choice, optimizer: torch.optim.Optimizer) -> None:
+    def start(self, choice: Choice, optimizer: torch.optim.Optimizer) -> None:
         """Write what the run is, before its first step, and take the memory in which checkpoints wait to be written."""
         self.world.barrier()  # all ranks have looked at the folder as it was
         if self.world.is_first:
@@ -111,7 +111,7 @@ class Run:
             clear(self.folder / "checkpoints")
             if not self.samples:
                 with atomic_file(self.folder / "environment.json") as partial:
-                    environment = _environment(self.world, data_fingerprint) | self.fingerprints
+                    environment = _environment(self.world) | self.fingerprints
                     partial.write_text(json.dumps(environment, indent=1) + "\n")
                 with atomic_file(self.folder / "recipe.yaml") as partial:
                     partial.write_text(to_yaml(self.recipe))
@@ -282,7 +282,7 @@ def _may_precede(path: Path) -> bool:
     return path.name in BEFORE or path.name.endswith(".partial")
 
 
-def _environment(world: World, data_fingerprint: str) -> dict:
+def _environment(world: World) -> dict:
     commit = None
     if shutil.which("git"):
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -290,7 +290,6 @@ def _environment(world: World, data_fingerprint: str) -> dict:
     return {
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
-        "data_fingerprint": data_fingerprint,
         "git_commit": commit,
         "world_size": world.world_size,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
