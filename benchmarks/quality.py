@@ -39,7 +39,7 @@ from train.world import World
 
 # What all arms have in common.
 MODEL, SEED_RECIPE = "demo-vit:none", "train/recipes/spectrum_icons.yaml"
-BATCH, EPOCHS, BASE_EPOCHS = 128, 8, 12
+BATCH, EPOCHS, BASE_EPOCHS = 128, 8, 24
 CPU = ["--batch", BATCH, "--micro_batch", BATCH, "--precision", "fp32", "--memory", "none", "--compile", "no", "--workers", 0]
 CPU += ["--save_every_minutes", 1e6, "--keep", 1]
 BASE = ["--optim.lr", 1e-3, "--optim.weight_decay", 0.1, "--augment.color_jitter_prob", 0, "--augment.gray_scale_prob", 0]
@@ -88,7 +88,6 @@ def main(
     out: Path,
     seeds: tuple[int, ...] = (0, 1, 2),
     arms: tuple[str, ...] = tuple(ARMS),
-    icons: Path | None = None,
     packages: Path | None = None,
     jobs: int = 0,
     smoke: bool = False,
@@ -98,7 +97,6 @@ def main(
     Args:
         out: Folder for all of it; the same command goes on with what is there.
         arms: Of the table at the top of this file; NAME@RATE is one with another learning rate.
-        icons: Made by python -m data_prep icons; else drawn to OUT/icons.
         packages: Folder of the npm packages with synonyms; else npm fetches them to OUT/packages.
         jobs: Arms at a time, one thread each; 0 is one per core.
         smoke: A few icons and one epoch.
@@ -108,7 +106,7 @@ def main(
             raise UserError(f"--arms {arm!r}: no such arm; there are {', '.join(map(repr, ARMS))}")
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    quality_data.make(out, icons, packages, limit=1500 if smoke else 0)
+    quality_data.make(out, packages, limit=1500 if smoke else 0)
     epochs = 1 if smoke else EPOCHS
     names = {(arm, seed): out / "arms" / f"{arm.replace(' ', '_')}-{seed}" for seed in seeds for arm in arms}
     base(out, 1 if smoke else BASE_EPOCHS)

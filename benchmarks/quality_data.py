@@ -1,45 +1,37 @@
 """The data of benchmarks.quality, that anyone can make: icons of some fonts to know, icons of other fonts to learn, and questions.
 
-    domain A   Font Awesome, Material Design, Elusive, Codicons    what the base model is trained on, and should not forget
-    domain B   Phosphor (five styles of each icon), Remix (two)    what it is fine-tuned on
+    domain A   Font Awesome, Material Design, Elusive, Codicons, Tabler, Lucide, Bootstrap    what the base model is trained on
+    domain B   Phosphor (five styles of each icon), Remix (two)                               what it is fine-tuned on
     questions  synonyms of test icons of B: of no icon the caption, and half of them part of none; those words only the base can know
 
-Names come with the fonts; synonyms with the npm packages of three of them, in the versions that the fonts have.
+Fonts come with the package qtawesome and with npm packages, synonyms with npm packages.
 """
 
 import csv
 import hashlib
 import json
-import re
-import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.quality_icons import Synonyms, drawn, fetch, synonyms, table
 from data_prep.atomic import atomic_file
-from data_prep.errors import Fault, UserError
+from data_prep.errors import Fault
 from data_prep.icons import FONTS
 from data_prep.shards import Shards
 from data_prep.split import split_of
 
 DOMAIN_B = ("phosphor", "remixicon")
+STYLES = {font: FONTS[font] for font in DOMAIN_B} | {"tabler": {"filled"}}
 SPLITS = {"A": {"val": 0.05, "test": 0.1}, "B": {"val": 0.1, "test": 0.3}}
 HELD_OUT = 0.5  # of the synonyms of B: only asked for, never trained on; the others are, with other icons
-PACKAGES = {  # npm package -> version, file, and icons in it, about
-    "@fortawesome/fontawesome-free": ("6.7.2", "package/metadata/icon-families.json", 1800),
-    "@mdi/svg": ("6.9.96", "package/meta.json", 6900),
-    "@phosphor-icons/core": ("2.1.1", "package/dist/index.mjs", 1500),
-}
-Synonyms = dict[tuple[str, str], list[str]]  # domain and name of an icon -> other words for it
 
 
-def make(out: Path, icons: Path | None, packages: Path | None, limit: int = 0) -> None:
+def make(out: Path, packages: Path | None, limit: int = 0) -> None:
     """Write the shards OUT/A and OUT/B and OUT/questions.jsonl, or leave them as they are.
 
     Args:
-        icons: made by python -m data_prep icons; else it is drawn, to OUT/icons.
         packages: folder of npm packages (.tgz); else npm fetches them, to OUT/packages.
         limit: icons to take; 0 for all.
 
@@ -48,13 +40,10 @@ def make(out: Path, icons: Path | None, packages: Path | None, limit: int = 0) -
     """
     if (out / "questions.jsonl").is_file():
         return
-    known = synonyms(packages or fetch(out / "packages"))
-    if not icons:
-        icons = out / "icons"
-        if not (icons / "icons.csv").is_file():
-            call("data_prep", "icons", "--out", icons, "--limit", limit)
-    with open(icons / "icons.csv", newline="") as file:
-        rows = list(csv.DictReader(file))[: limit or None]
+    packages, icons = packages or fetch(out / "packages"), out / "icons"
+    known = synonyms(packages)
+    call("data_prep", "icons", "--out", icons, "--limit", limit, "--overwrite", "True")
+    rows = table(icons / "icons.csv") + drawn(packages, icons, limit // 8)
     for domain in SPLITS:
         with open(out / f"{domain}.csv", "w", newline="") as file:
             writer = csv.writer(file)
@@ -65,7 +54,7 @@ def make(out: Path, icons: Path | None, packages: Path | None, limit: int = 0) -
             for name, column in (("image", "file"), *((each, each) for each in ("caption", "group", "split")))
             for word in (f"--{name}-column", column)
         ]
-        places = ["--out", out / domain, "--images", icons.absolute(), "--overwrite", "True"]
+        places = ["--out", out / domain, "--images", icons, "--overwrite", "True"]
         call("data_prep", "build", out / f"{domain}.csv", *places, *columns)
     captions = {caption for split in ("train", "val", "test") for caption in captions_of(out / "B", split)}
     asked = questions(rows, known, captions)
@@ -124,76 +113,11 @@ def synonyms_of_groups(rows: list[dict], known: Synonyms, domain: str) -> dict[s
 
 
 def concept(row: dict) -> str:
-    """An icon's name without its style: "airplane bold" -> "airplane"."""
+    """An icon's name without its style, as its synonyms are listed: "airplane bold" -> "airplane"."""
     words = row["caption"].split()
-    while len(words) > 1 and words[-1] in FONTS[row["set"]] and row["set"] in DOMAIN_B:
+    while len(words) > 1 and words[-1] in STYLES.get(row["set"], ()):
         words.pop()
     return " ".join(words)
-
-
-def fetch(folder: Path) -> Path:
-    """The npm packages in `folder`, fetched by npm unless they are there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (version, *_) in PACKAGES.items():
-        if not archive(folder, name).is_file():
-            if not shutil.which("npm"):
-                raise UserError(
-                    f"{folder}: {archive(folder, name).name} is not there, and there is no npm to fetch it; install npm, "
-                    f"or run `npm pack {name}@{version}` where there is one, and pass its folder as --packages"
-                )
-            done = subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, capture_output=True, text=True)
-            if done.returncode or not archive(folder, name).is_file():
-                raise Fault(f"npm pack {name}@{version} failed: {(done.stdout + done.stderr)[-500:]}; the same command goes on")
-    return folder
-
-
-def archive(folder: Path, name: str) -> Path:
-    return folder / f"{name.lstrip('@').replace('/', '-')}-{PACKAGES[name][0]}.tgz"
-
-
-def synonyms(folder: Path) -> Synonyms:
-    """The synonyms in the npm packages of `folder`, in lower case; (font, name with blanks) -> words.
-
-    Raises:
-        UserError: a package is missing, or is not as it was when this was written.
-    """
-    texts = {}
-    for name, (_, member, _) in PACKAGES.items():
-        try:
-            with tarfile.open(archive(folder, name)) as tar:
-                texts[name] = tar.extractfile(member).read().decode()
-        except (OSError, KeyError, tarfile.TarError) as error:
-            raise UserError(f"{archive(folder, name)}: cannot be read ({error}); delete it, and npm fetches it again") from None
-    awesome, material, phosphor = texts.values()
-    awesome = {icon: about["search"]["terms"] for icon, about in json.loads(awesome).items()}
-    found = {
-        ("fontawesome6-solid", "fontawesome6-regular"): awesome,
-        ("materialdesignicons6",): {about["name"]: about["aliases"] for about in json.loads(material)},
-        ("phosphor",): phosphor_tags(phosphor),
-    }
-    for (name, (*_, least)), icons in zip(PACKAGES.items(), found.values(), strict=True):
-        if len(icons) < least:
-            raise UserError(f"{archive(folder, name)}: {len(icons)} icons, not {least} or more; delete it, and npm fetches it again")
-    return {
-        (font, spaced(icon)): [*filter(None, map(spaced, words))]
-        for fonts, icons in found.items()
-        for font in fonts
-        for icon, words in icons.items()
-    }
-
-
-def phosphor_tags(source: str) -> dict[str, list[str]]:
-    """Icon, also by its older name -> tags, from the list in Phosphor's JavaScript; "*new*" and its like are no tags."""
-    its_name, older = r'\{\s*name: "([^"]+)",\s*pascal_name: "\w+",\s*', r'(?:alias: \{ name: "([^"]+)"[^}]*\},\s*)?'
-    found = {}
-    for *names, tags in re.findall(its_name + older + r"categories: .*?\btags: \[([^\]]*)\]", source, re.DOTALL):
-        words = [tag for tag in re.findall('"([^"]+)"', tags) if not tag.startswith("*")]
-        found |= {name: words for name in names if name}
-    return found
-
-
-def spaced(name: str) -> str:
-    return " ".join(re.sub(r"[-_,]", " ", name).lower().split())
 
 
 def captions_of(shards: Path, split: str) -> set[str]:
