@@ -15,6 +15,13 @@
   python -m eval leaks ViT-B-32:laion2b_s34b_b79k --data data/icons/shards --csv leaks.csv
       lists images of val and test that have a twin in train, as this model sees them
 
+  python -m eval embed runs/icons --data data/icons/shards --out indexes/icons
+      makes an index of a corpus, for the four below; also under torchrun
+  python -m eval search indexes/icons --text "a bell with a slash"
+      finds pictures by a sentence, by a picture (--image FILE), or many (--batch queries.csv --out found.csv)
+  python -m eval export indexes/icons --out icons.sql
+      writes an index for pgvector (.sql), as .parquet or as .npy
+
 MODEL is a run folder (its best checkpoint), NAME:PRETRAINED as open_clip knows them (ViT-B-32:none for random
 weights), hf-hub:ID or local-dir:PATH. Under torchrun the ranks share the work. Each command has --help.
 """
@@ -32,6 +39,8 @@ from eval.confusion import confusion
 from eval.degrade import curves
 from eval.degrade import table as degraded_table
 from eval.embed import INFERENCE, Inference, embed, embed_images, embed_texts, ready
+from eval.export import export
+from eval.indexing import embed as embed_corpus
 from eval.leaks import leaks as leaks_of
 from eval.leaks import nearest, write_leaks
 from eval.page import write_page
@@ -39,6 +48,7 @@ from eval.probe import probe
 from eval.probes import probes
 from eval.queries import read_queries, slices
 from eval.retrieval import Queries, differences, examine, queries_file, read_json, table, write_json
+from eval.search import search
 from eval.zeroshot import zeroshot
 from train.model import Clip
 from train.world import World, joined_world
@@ -152,6 +162,7 @@ def main() -> None:
         return
     commands = {"retrieval": retrieval, "zeroshot": zeroshot, "probe": probe, "confusion": confusion}
     commands |= {"compare": compare, "probes": probes, "leaks": leaks}
+    commands |= {"embed": embed_corpus, "search": search, "export": export}
     tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m eval", description=__doc__, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     )

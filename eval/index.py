@@ -60,8 +60,11 @@ class Index:
 
     @cached_property
     def group_of(self) -> np.ndarray:
-        groups = self._table["group"].combine_chunks().dictionary_encode()
-        return groups.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        return self._table["group"].to_numpy()
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self._table.schema
 
     @cached_property
     def columns(self) -> list[str]:
@@ -73,7 +76,7 @@ class Index:
         return self._table["key"].to_pylist()
 
     def rows(self, numbers: Sequence[int]) -> list[dict]:
-        """Of each number: "number", "key", "split", "group", "captions" (a list) and "columns", name -> text or None."""
+        """Of each number: "number", "key", "split", "group" (a number), "captions" (a list) and "columns", name -> text or None."""
         taken = self._table.take(pa.array(numbers, pa.int64())).to_pylist()
         return [
             {"number": int(number), **{name: row.pop(name) for name in OWN_COLUMNS}, "columns": row}
@@ -86,7 +89,7 @@ class Index:
         Raises:
             UserError: no such column; those that there are are named.
         """
-        if column not in (*self.columns, "split", "key", "group"):
+        if column not in (*self.columns, "split", "key"):
             raise UserError(f"{self.folder}: no column {column!r}; it has {', '.join(self.columns) or 'none to filter by'}")
         return self._table[column]
 

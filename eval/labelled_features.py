@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 from data_prep.atomic import atomic_file
@@ -47,6 +48,30 @@ def checked(data: bytes | BadImage) -> bytes:
     if isinstance(data, BadImage):
         raise data
     return check(data, RULES).data or data
+
+
+def read_file(path: Path, option: str) -> bytes:
+    """The bytes of a file that the option `option` names.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror}); a picture is wanted") from None
+
+
+def picture_of(data: bytes, what: str) -> Image.Image:
+    """A picture that somebody shows, in RGB.
+
+    Raises:
+        UserError: it cannot be used; `what` names it.
+    """
+    try:
+        return decode(checked(data))
+    except BadImage as bad:
+        raise UserError(f"{what}: {bad.reason}{f' ({bad.detail})' if bad.detail else ''}; another picture is wanted") from None
 
 
 class Features(NamedTuple):

@@ -5,11 +5,8 @@ from pathlib import Path
 
 import torch
 
-from data_prep.errors import UserError
-from data_prep.images import BadImage
-from eval.labelled_features import checked
+from eval.labelled_features import picture_of, read_file
 from eval.metrics import check_finite
-from train.decode import decode
 from train.model import Clip
 
 
@@ -20,12 +17,7 @@ def shown(image: Path, captions: tuple[str, ...], clips: Iterable[Clip]) -> dict
         UserError: the picture cannot be read.
         NotFinite: a feature is not finite.
     """
-    try:
-        picture = decode(checked(image.read_bytes()))
-    except OSError as error:
-        raise UserError(f"--show {image}: cannot be read ({error.strerror}); a picture is wanted") from None
-    except BadImage as bad:
-        raise UserError(f"--show {image}: {bad.reason}{f' ({bad.detail})' if bad.detail else ''}; another picture is wanted") from None
+    picture = picture_of(read_file(image, "--show"), f"--show {image}")
     models = []
     for clip in clips:
         clip.towers.eval()

@@ -23,6 +23,7 @@ from data_prep.icons import icons
 from data_prep.shards import sha256_of
 from eval.compare import compare
 from eval.embed import Inference
+from eval.indexing import embed as embed_corpus
 from train.__main__ import validator
 from train.loop import fit
 from train.model import load
@@ -72,6 +73,15 @@ def build_icons(icon_folder: Path, out: Path, processes: int = 1, **options) -> 
 def tiny_model(tmp_path_factory) -> str:
     """A MODEL: weights and config as open_clip publishes them, with a mean and std of their own."""
     return f"local-dir:{save_tiny(tmp_path_factory.mktemp('tiny'))}"
+
+
+@pytest.fixture(scope="session")
+def icon_index(tmp_path_factory, tiny_model, icon_shards) -> Path:
+    """An index of all splits of the icons by the tiny model."""
+    out = tmp_path_factory.mktemp("index") / "icons"
+    with contextlib.redirect_stdout(io.StringIO()):
+        embed_corpus(tiny_model, icon_shards, out, inference=Inference(workers=0))
+    return out
 
 
 def save_tiny(folder: Path, **changes) -> Path:
