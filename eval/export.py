@@ -40,10 +40,8 @@ def export(index: Annotated[Path, tyro.conf.Positional], out: Path, table: str =
         writers[out.suffix](partial, opened, table)
     if out.suffix == ".npy":
         write_keys(out.with_suffix(".csv"), opened)
-    print(
-        f"{len(opened)} pictures: {out}"
-        + (f"    load it with: psql -v ON_ERROR_STOP=1 -1 -f {out} DATABASE" if out.suffix == ".sql" else "")
-    )
+    load = f"    load it: psql -v ON_ERROR_STOP=1 -1 -f {out} DATABASE" if out.suffix == ".sql" else ""
+    print(f"{len(opened)} pictures: {out}{load}")
 
 
 def parts(index: Index) -> Iterator[tuple[list[dict], np.ndarray]]:
@@ -54,7 +52,10 @@ def parts(index: Index) -> Iterator[tuple[list[dict], np.ndarray]]:
 
 
 def write_sql(path: Path, index: Index, table: str) -> None:
-    """COPY in PostgreSQL's CSV format: whatever a caption holds, it is data; halfvec keeps each fp16 value exactly."""
+    """COPY in PostgreSQL's text format: whatever a caption holds, it is data; halfvec keeps each fp16 value exactly.
+
+    Its CSV format would be shorter here, but psql 18 and older ones end it differently.
+    """
     d, name = index.manifest["d"], '"' + table.replace('"', '""') + '"'
     said = f"{index.manifest['model']}, sha256 {index.manifest['model_sha256']}".replace("'", "''").replace("\n", " ")
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -64,9 +65,9 @@ def write_sql(path: Path, index: Index, table: str) -> None:
         )
         file.write(f"  captions text[] NOT NULL, columns jsonb NOT NULL, image_features halfvec({d}) NOT NULL);\n")
         file.write(f"COMMENT ON TABLE {name} IS '{said}';\n")
-        file.write(f"COPY {name} FROM STDIN WITH (FORMAT csv);\n")
+        file.write(f"COPY {name} FROM STDIN;\n")
         for rows, features in parts(index):
-            csv.writer(file, lineterminator="\n").writerows(map(_cells, rows, features.tolist()))
+            file.writelines("\t".join(map(_escaped, _cells(*each))) + "\n" for each in zip(rows, features.tolist(), strict=True))
         file.write("\\.\n")
         if d <= HNSW_MOST:
             file.write(f"CREATE INDEX ON {name} USING hnsw (image_features halfvec_cosine_ops);\n")
@@ -78,6 +79,10 @@ def _cells(row: dict, features: list[float]) -> list:
     captions = ",".join('"' + caption.replace("\\", "\\\\").replace('"', '\\"') + '"' for caption in row["captions"])
     known = [row[name] for name in ("number", "key", "split", "group")]
     return [*known, f"{{{captions}}}", json.dumps(columns, ensure_ascii=False), json.dumps(features)]
+
+
+def _escaped(cell: object) -> str:
+    return str(cell).translate({ord("\\"): "\\\\", ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"})
 
 
 def write_parquet(path: Path, index: Index, table: str) -> None:

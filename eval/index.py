@@ -45,7 +45,7 @@ class Index:
         self.manifest = read_manifest(folder)
         n, d = self.manifest["n"], self.manifest["d"]
         try:
-            self.features = np.load(folder / "features.npy", mmap_mode="r" if n else None, allow_pickle=False)
+            self.features = np.load(folder / "features.npy", mmap_mode="c" if n else None, allow_pickle=False)
             self._table = pq.read_table(folder / "metadata.parquet", memory_map=True)
             self._thumbnail_at = np.load(folder / "thumbnails.npy", allow_pickle=False)
             stored = (folder / "thumbnails.bin").stat().st_size

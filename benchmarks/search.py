@@ -1,0 +1,122 @@
+"""What a search costs beside the encoder, and what an index costs beside the model's forward.
+
+    python -m benchmarks.search nearest                       100 thousand x 768, one thread: faiss, torch; --n 1000000 --approximate True
+    python -m benchmarks.search embed MODEL --data SHARDS     `python -m eval embed` against its forward alone, in turns
+
+The first makes an index of random features in a temporary folder; what is nearest among them costs what it costs among others.
+"""
+
+import contextlib
+import io
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+import tyro
+
+from data_prep.errors import exit_on_user_error
+from eval import nearest as nearest_module
+from eval.embed import Inference, ready
+from eval.index import FORMAT, Index
+from eval.indexing import INFERENCE, SCHEMA
+from eval.indexing import embed as embed_corpus
+from eval.nearest import Nearest
+from train.card_tables import markdown_table
+from train.world import World
+
+
+def nearest(n: int = 100_000, d: int = 768, k: int = 50, queries: int = 30, approximate: bool = False) -> None:
+    """Milliseconds of a query, median and slowest, on one thread, its groups joined."""
+    torch.set_num_threads(1)
+    if nearest_module.faiss:
+        nearest_module.faiss.omp_set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        index = Index(random_index(Path(folder), n, d))
+        asked = F.normalize(torch.randn(queries, d, generator=torch.Generator().manual_seed(1)), dim=-1)
+        ways = {"faiss": Nearest(index), "torch": Nearest(index, library=False)} if nearest_module.faiss else {"torch": Nearest(index)}
+        if approximate:
+            begun = time.perf_counter()
+            ways["approximate"] = Nearest(index, approximate=True)
+            recall = ways["approximate"].recall()
+            made = f"approximate: made and measured in {time.perf_counter() - begun:.0f} s, recall@10 {recall:.3f} of random queries among them"
+            print(made)
+        rows = [["", "median ms", "slowest ms"]]
+        for name, way in ways.items():
+            way.top(asked[:1], k)
+            seconds = []
+            for query in asked:
+                begun = time.perf_counter()
+                way.top(query[None], k)
+                seconds.append(time.perf_counter() - begun)
+            rows.append([name, f"{1000 * np.median(seconds):.1f}", f"{1000 * max(seconds):.1f}"])
+    print(f"{n} x {d}, the {k} best groups, one thread\n\n{markdown_table(rows)}")
+
+
+def random_index(folder: Path, n: int, d: int) -> Path:
+    """An index without pictures, of random features in clusters, four pictures in a group."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(max(1, n // 500), d, generator=generator)
+    features = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (n, d))
+    for start in range(0, n, 1 << 16):
+        count = min(1 << 16, n - start)
+        near = centers[torch.randint(len(centers), (count,), generator=generator)]
+        features[start : start + count] = F.normalize(near + torch.randn(count, d, generator=generator), dim=-1).half()
+    features.flush()
+    numbers = np.arange(n)
+    known = {
+        "key": numbers.astype(str),
+        "split": np.full(n, "train"),
+        "group": numbers // 4,
+        "captions": pa.array([[]] * n, SCHEMA["captions"]),
+    }
+    pq.write_table(pa.table({name: pa.array(column, SCHEMA[name]) for name, column in known.items()}), folder / "metadata.parquet")
+    np.save(folder / "thumbnails.npy", np.zeros(n + 1, np.int64))
+    (folder / "thumbnails.bin").write_bytes(b"")
+    manifest = {"index_format": FORMAT, "model": "none", "model_sha256": "", "data": "random", "n": n, "d": d}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def embed(model: Annotated[str, tyro.conf.Positional], data: Path, turns: int = 3, inference: Inference = INFERENCE) -> None:
+    """Pictures per second of `eval embed`, as it says itself, and of the forward of as many random pictures."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clip = ready(model, inference, World(device=device))
+    pixels = torch.randint(0, 256, (inference.batch, 3, *clip.image_size), dtype=torch.uint8, device=device)
+    rates = {"embed": [], "forward": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(turns):
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                embed_corpus(model, data, Path(folder) / "index", overwrite=True, inference=inference)
+            count, _, _, _, rate, *_ = said.getvalue().split()
+            rates["embed"].append(float(rate))
+            with torch.inference_mode():
+                clip.towers.image_features(pixels)
+                begun = time.perf_counter()
+                batches = min(200, int(count) // inference.batch + 1)
+                for _ in range(batches):
+                    features = clip.towers.image_features(pixels)
+                features.cpu()
+            rates["forward"].append(batches * inference.batch / (time.perf_counter() - begun))
+    middle = {name: float(np.median(values)) for name, values in rates.items()}
+    rows = [
+        ["pictures/s", "median", "of each turn"],
+        *([name, f"{middle[name]:.1f}", ", ".join(f"{one:.1f}" for one in rates[name])] for name in rates),
+    ]
+    print(
+        f"{model}, batch {inference.batch}, {inference.precision}, {inference.workers} workers, {torch.get_num_threads()} threads, {device.type}"
+    )
+    print(f"\n{markdown_table(rows)}\n\nembed reaches {middle['embed'] / middle['forward']:.1%} of its forward")
+
+
+if __name__ == "__main__":
+    commands = {"nearest": nearest, "embed": embed}
+    config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+    exit_on_user_error(lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=config))
