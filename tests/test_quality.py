@@ -2,18 +2,22 @@
 
 import csv
 import dataclasses
+import io
 import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import quality_data
+from benchmarks import quality_data, quality_icons
 from benchmarks.quality import ARMS, OURS, RATES, SEED_RECIPE
-from benchmarks.quality_data import DOMAIN_B, PACKAGES, archive, captioned, is_held_out, phosphor_tags, questions, synonyms
+from benchmarks.quality_data import DOMAIN_B, captioned, concept, is_held_out, questions
+from benchmarks.quality_icons import LEAST, PACKAGES, archive, drawn, phosphor_tags, synonyms
 from benchmarks.quality_table import SHOWN, differences, figures, mixtures
 from data_prep.errors import UserError
+from data_prep.icons import _charmap, _font_files
 from data_prep.split import split_of
 from eval.intervals import mean_interval, paired_difference
 from eval.retrieval import Queries
@@ -32,7 +36,7 @@ def rows(icon_folder) -> list[dict]:
 def known(rows) -> dict:
     """Five of forty words for every icon, so that each word belongs to icons of train and of test."""
     rng = np.random.default_rng(0)
-    return {(row["set"], quality_data.concept(row)): list(rng.choice(WORDS, 5, replace=False)) for row in rows}
+    return {(row["set"], concept(row)): list(rng.choice(WORDS, 5, replace=False)) for row in rows}
 
 
 def test_no_question_and_no_held_out_icon_is_trained_on(rows, known):
@@ -58,7 +62,7 @@ def test_no_question_and_no_held_out_icon_is_trained_on(rows, known):
             assert set_of[file] in DOMAIN_B
             assert file in {row[0] for row in of_split["test"]}
             members = [row for row in rows if row["group"] == group_of[file] and row["set"] in DOMAIN_B]
-            assert any(word in known[row["set"], quality_data.concept(row)] for row in members)
+            assert any(word in known[row["set"], concept(row)] for row in members)
     a = {row[0] for row in captioned(rows, known, "A")}
     assert a.isdisjoint(row[0] for found in of_split.values() for row in found)
     assert len(a) + sum(len({row[0] for row in found}) for found in of_split.values()) == len({row["file_path"] for row in rows})
@@ -75,28 +79,40 @@ def test_a_held_out_synonym_that_is_a_name_is_not_asked():
     assert questions([row, namesake], known, set()) == {}
 
 
-def packed(folder: Path, name: str, text: str) -> None:
-    member = folder / "member"
-    member.write_text(text)
+def packed(folder: Path, name: str, *contents: str | bytes) -> None:
     with tarfile.open(archive(folder, name), "w:gz") as tar:
-        tar.add(member, PACKAGES[name][1])
+        for member, content in zip(PACKAGES[name][1], contents, strict=True):
+            data = content.encode() if isinstance(content, str) else content
+            about = tarfile.TarInfo(f"package/{member}")
+            about.size = len(data)
+            tar.addfile(about, io.BytesIO(data))
 
 
-def test_synonyms_come_from_three_packages(tmp_path, monkeypatch):
+def test_words_and_fonts_come_from_packages(tmp_path, monkeypatch):
     phosphor = """const n = [{ name: "acorn", pascal_name: "Acorn", categories: [e.N], tags: ["*new*", "nut"], codepoint: 1 },
       { name: "airplane-tilt", pascal_name: "AirplaneTilt", alias: { name: "plane", pascal_name: "Plane" }, categories: [],
         tags: ["Vehicles", "air port"] },
       { name: "plain", pascal_name: "Plain", categories: [], tags: [] }];"""
     tags = ["Vehicles", "air port"]
     assert phosphor_tags(phosphor) == {"acorn": ["nut"], "airplane-tilt": tags, "plane": tags, "plain": []}
+    font = _font_files()["phosphor"]
+    home, star, umbrella = (ord(_charmap(font)[name]) for name in ("house", "star", "umbrella"))
     packed(tmp_path, "@phosphor-icons/core", phosphor)
     packed(tmp_path, "@mdi/svg", json.dumps([{"name": "access-point", "aliases": ["wireless"]}]))
+    tabler = {
+        "home-2": {"tags": ["House", 2], "styles": {"outline": {"unicode": f"{home:x}"}, "filled": {"unicode": f"{star:x}"}}},
+        "brand-x": {"tags": [], "styles": {"outline": {"unicode": f"{star:x}"}}},
+        "vary": {"tags": [], "styles": {"filled": {"unicode": "fe0f"}}},
+    }
+    packed(tmp_path, "@tabler/icons", json.dumps(tabler))
+    packed(tmp_path, "@tabler/icons-webfont", font.read_bytes(), font.read_bytes())
+    packed(tmp_path, "lucide-static", json.dumps({"umbrella": ["rain"]}), json.dumps({"umbrella": umbrella}), font.read_bytes())
     with pytest.raises(UserError, match="cannot be read"):
         synonyms(tmp_path)
     packed(tmp_path, "@fortawesome/fontawesome-free", json.dumps({"house": {"search": {"terms": ["abode", "-", "Main_place"]}}}))
-    with pytest.raises(UserError, match="1 icons, not 1800 or more"):
+    with pytest.raises(UserError, match="words for 1 icons of fontawesome6-solid, not 1800 or more"):
         synonyms(tmp_path)
-    monkeypatch.setattr(quality_data, "PACKAGES", {name: (*about[:2], 1) for name, about in PACKAGES.items()})
+    monkeypatch.setattr(quality_icons, "LEAST", dict.fromkeys(LEAST, 1))
     assert synonyms(tmp_path) == {
         ("fontawesome6-solid", "house"): ["abode", "main place"],
         ("fontawesome6-regular", "house"): ["abode", "main place"],
@@ -105,13 +121,28 @@ def test_synonyms_come_from_three_packages(tmp_path, monkeypatch):
         ("phosphor", "airplane tilt"): ["vehicles", "air port"],
         ("phosphor", "plane"): ["vehicles", "air port"],
         ("phosphor", "plain"): [],
+        ("tabler", "home 2"): ["house", "2"],
+        ("tabler", "brand x"): [],
+        ("tabler", "vary"): [],
+        ("lucide", "umbrella"): ["rain"],
     }
+    packed(tmp_path, "bootstrap-icons", json.dumps({"star-fill": star}), font.read_bytes())
+    rows = drawn(tmp_path, tmp_path / "icons")
+    assert [(row["set"], row["caption"], row["group"]) for row in rows] == [
+        ("tabler", "home 2", "home 2"),
+        ("tabler", "home 2 filled", "home 2"),
+        ("lucide", "umbrella", "umbrella"),
+        ("bootstrap", "star fill", "star"),
+    ]
+    assert [concept(row) for row in rows] == ["home 2", "home 2", "umbrella", "star fill"]
+    images = [Image.open(tmp_path / "icons" / row["file_path"]) for row in rows]
+    assert all(image.getextrema()[3] == (0, 255) for image in images), "each shows something"
 
 
 def test_without_npm_the_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(quality_data.shutil, "which", lambda name: None)
+    monkeypatch.setattr(quality_icons.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="npm pack @fortawesome/fontawesome-free"):
-        quality_data.fetch(tmp_path / "packages")
+        quality_icons.fetch(tmp_path / "packages")
 
 
 def recipe_of(arm: str) -> dict:
