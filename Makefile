@@ -28,9 +28,13 @@ demo: $(DATA)/shards/manifest.json
 	@echo; echo "== Before training, and after, on the test split: icons of groups that training never saw"
 	@$(PY) -m eval retrieval demo-vit:none --data $(DATA)/shards --split test --json $(RUN)/test-before.json > /dev/null
 	@$(PY) -m eval retrieval $(RUN) --data $(DATA)/shards --split test --json $(RUN)/test.json --against $(RUN)/test-before.json --page $(RUN)/test.html
-	@echo; echo "Open next:  $(CURDIR)/$(RUN)/test.html"
-	@echo "  curves:   .venv/bin/tensorboard --logdir $(RUN)"
-	@echo "  numbers:  $(RUN)/test.json      what was built, and from what: $(DATA)/shards/report.json"
+	@echo; echo "== An index of all icons"
+	@$(PY) -m eval embed $(RUN) --data $(DATA)/shards --out $(RUN)/index --overwrite True > /dev/null
+	@$(PY) -m eval search $(RUN)/index --text "bell with a slash" --k 5
+	@echo; echo "Search them: $(PY) -m eval serve $(RUN)/index      then open http://127.0.0.1:8000: type, or drop a picture"
+	@echo "Open next:   $(CURDIR)/$(RUN)/test.html"
+	@echo "  curves:    .venv/bin/tensorboard --logdir $(RUN)"
+	@echo "  numbers:   $(RUN)/test.json      what was built, and from what: $(DATA)/shards/report.json"
 
 test: | .venv/installed
 	$(PY) -m ruff check .
