@@ -28,7 +28,7 @@ from slurm.lab import drills_path as path
 from slurm.lab.faults import faults
 from slurm.lab.ground import Ground
 
-QUICK = (training.mistake, training.preempted_with_grace, training.cancelled, training.always_crashes, path.lost_task)
+QUICK = (training.mistake, training.preempted_with_grace, training.always_crashes, path.lost_task)
 DRILLS = (
     training.two_nodes,
     training.time_limit,
