@@ -10,9 +10,10 @@ from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -55,11 +56,14 @@ def application(page: Path, routes: Sequence[Route], host: str = LOOPBACK[0]) ->
     async def mistaken(_: Request, error: UserError) -> Response:
         return JSONResponse({"error": str(error)}, 400)
 
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        return JSONResponse({"error": f"{request.method} {request.url.path}: {error.detail}"}, error.status_code, error.headers)
+
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
     return Starlette(
         routes=[Route("/", show), *routes],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False), Middleware(_Guarded)],
-        exception_handlers={Refused: refused, UserError: mistaken},
+        middleware=[Middleware(_Guarded), Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+        exception_handlers={Refused: refused, UserError: mistaken, HTTPException: unknown},
     )
 
 
@@ -79,17 +83,23 @@ class _Guarded:
 
 
 async def body(request: Request, most: int = MAX_BODY_BYTES) -> bytes:
-    """The request's body, read no further than `most` bytes.
+    """The request's body; of a larger one no more than `most` bytes are ever held.
 
     Raises:
-        Refused: it is larger.
+        Refused: it is larger, or whoever sent it has gone.
     """
     parts, size = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        size += len(part)
-        if size > most:
-            raise Refused(f"more than {most >> 20} MiB were sent; a smaller file is wanted", 413)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size <= most:
+                parts.append(part)
+            elif size > 8 * most:  # up to here it is read and dropped: a browser hears no answer before it has sent all
+                break
+    except ClientDisconnect:
+        raise Refused("the request ended before its body did") from None
+    if size > most:
+        raise Refused(f"more than {most >> 20} MiB were sent; a smaller file is wanted", 413)
     return b"".join(parts)
 
 

@@ -19,6 +19,8 @@
       makes an index of a corpus, for the four below; also under torchrun
   python -m eval search indexes/icons --text "a bell with a slash"
       finds pictures by a sentence, by a picture (--image FILE), or many (--batch queries.csv --out found.csv)
+  python -m eval serve indexes/base indexes/icons
+      opens a page to search in: sentences, pictures, filters, models side by side
   python -m eval export indexes/icons --out icons.sql
       writes an index for pgvector (.sql), as .parquet or as .npy
 
@@ -49,6 +51,7 @@ from eval.probes import probes
 from eval.queries import read_queries, slices
 from eval.retrieval import Queries, differences, examine, queries_file, read_json, table, write_json
 from eval.search import search
+from eval.serve import serve
 from eval.zeroshot import zeroshot
 from train.model import Clip
 from train.world import World, joined_world
@@ -162,7 +165,7 @@ def main() -> None:
         return
     commands = {"retrieval": retrieval, "zeroshot": zeroshot, "probe": probe, "confusion": confusion}
     commands |= {"compare": compare, "probes": probes, "leaks": leaks}
-    commands |= {"embed": embed_corpus, "search": search, "export": export}
+    commands |= {"embed": embed_corpus, "search": search, "serve": serve, "export": export}
     tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m eval", description=__doc__, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     )

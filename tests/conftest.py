@@ -84,6 +84,15 @@ def icon_index(tmp_path_factory, tiny_model, icon_shards) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def narrow_index(tmp_path_factory, icon_shards) -> Path:
+    """The same icons by another model, of fewer dimensions."""
+    folder = tmp_path_factory.mktemp("narrow")
+    with contextlib.redirect_stdout(io.StringIO()):
+        embed_corpus(f"local-dir:{save_tiny(folder, embed_dim=8)}", icon_shards, folder / "narrow", inference=Inference(workers=0))
+    return folder / "narrow"
+
+
 def save_tiny(folder: Path, **changes) -> Path:
     torch.manual_seed(1)
     config = {**TINY, **changes}
