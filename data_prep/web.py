@@ -3,6 +3,7 @@
 A page is one HTML file that loads nothing from elsewhere. Nothing but its own routes is answered: no folder is served.
 """
 
+import contextlib
 import socket
 import sys
 from collections.abc import Sequence
@@ -137,4 +138,6 @@ def serve(app: Starlette, host: str, port: int, what: str) -> None:
     print(f"{what}: http://{shown}:{listening.getsockname()[1]}    (Ctrl-C ends it)", flush=True)
     if host not in LOOPBACK:
         print(f"anyone who reaches {host} can see this; nobody is asked for a password", file=sys.stderr, flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)).run(sockets=[listening])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
+    with contextlib.suppress(KeyboardInterrupt):  # it has ended in good order, and then says so once more
+        server.run(sockets=[listening])

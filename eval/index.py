@@ -90,7 +90,7 @@ class Index:
             UserError: no such column; those that there are are named.
         """
         if column not in (*self.columns, "split", "key"):
-            raise UserError(f"{self.folder}: no column {column!r}; it has {', '.join(self.columns) or 'none to filter by'}")
+            raise UserError(f"{self.name}: no column {column!r}; it has {', '.join(self.columns) or 'none to filter by'}")
         return self._table[column]
 
     def choices(self, most: int = 50) -> dict[str, list[tuple[str, int]]]:

@@ -52,12 +52,12 @@ def filter_rows(index: Index, filters: Sequence[str]) -> np.ndarray | None:
     for each in filters:
         column, equals, value = each.partition("=")
         if not equals:
-            raise UserError(f"--filter {each!r}: COLUMN=VALUE is wanted; the columns are {', '.join(index.columns) or 'none'}")
+            raise UserError(f"filter {each!r}: COLUMN=VALUE is wanted; the columns are {', '.join(index.columns) or 'none'}")
         rows &= pc.fill_null(pc.equal(index.values(column), value), False).to_numpy()
         if not rows.any():
             known = dict(index.choices()).get(column, [])
             having = f"; {column} has {', '.join(name for name, _ in known[:12])}" if known else ""
-            raise UserError(f"--filter {each!r}: no picture of {index.folder} is left{having}")
+            raise UserError(f"filter {each!r}: no picture of {index.name} is left{having}")
     return rows if filters else None
 
 

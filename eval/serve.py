@@ -29,7 +29,7 @@ from data_prep.web import Refused
 from eval.index import Index
 from eval.nearest import Nearest
 from eval.search import filter_rows, image_query, text_query
-from train.model import Clip
+from train.model import Clip, public_name
 
 PAGE = Path(__file__).with_name("serve.html")
 MAX_K, MAX_TEXT, MAX_FILTERS, MAX_JSON_BYTES = 100, 2000, 20, 1 << 20
@@ -236,7 +236,7 @@ def about(columns: Sequence[Column]) -> dict:
     return {
         "n": len(first),
         "said": "" if len(first) else NOTHING,
-        "indexes": [{"name": column.index.name, "model": column.index.manifest["model"]} for column in columns],
+        "indexes": [{"name": column.index.name, "model": public_name(column.index.manifest["model"])} for column in columns],
         "filters": first.choices(),
         "examples": list(dict.fromkeys(row["captions"][0] for row in rows if row["captions"])),
         "version": hashlib.sha256(json.dumps(first.manifest, sort_keys=True).encode()).hexdigest()[:16],

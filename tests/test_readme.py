@@ -54,7 +54,7 @@ def test_the_other_commands_parse(monkeypatch):
     called = []
     for room, names in (
         (data_prep.__main__, "build index merge verify"),
-        (eval.__main__, "retrieval zeroshot probe compare confusion probes leaks"),
+        (eval.__main__, "retrieval zeroshot probe compare confusion probes leaks embed_corpus search serve cluster export"),
         (slurm.__main__, "submit sweep pipeline status"),
         (train.export, "command"),
         (train.publish, "publish"),
@@ -79,7 +79,8 @@ def test_the_other_commands_parse(monkeypatch):
             ROOMS[words[2]].main()
     names = ["build", "build", "build", "index", "build", "merge", "search", "sweep", "table"]
     names += ["submit", "pipeline", "sweep", "status", "retrieval", "retrieval"]
-    names += ["zeroshot", "zeroshot", "probe", "compare", "confusion", "probes", "command", "publish", "fetch"]
+    names += ["zeroshot", "zeroshot", "probe", "compare", "confusion", "probes"]
+    names += ["embed_corpus", "search", "search", "serve", "serve", "cluster", "export", "command", "publish", "fetch"]
     assert [name for name, _ in called] == names
     assert called[1][1]["read"].images == "https://host/pictures/"
     assert called[0][1]["inputs"] == ["pairs.csv"]
