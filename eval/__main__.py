@@ -23,6 +23,8 @@
       opens a page to search in: sentences, pictures, filters, models side by side
   python -m eval export indexes/icons --out icons.sql
       writes an index for pgvector (.sql), as .parquet or as .npy
+  python -m eval cluster indexes/icons --page clusters.html --label set
+      what is in a corpus: clusters with names and a map of them, and near duplicates
 
 MODEL is a run folder (its best checkpoint), NAME:PRETRAINED as open_clip knows them (ViT-B-32:none for random
 weights), hf-hub:ID or local-dir:PATH. Under torchrun the ranks share the work. Each command has --help.
@@ -36,6 +38,7 @@ import tyro
 
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.shards import Shards, read_manifest
+from eval.cluster import cluster
 from eval.compare import compare
 from eval.confusion import confusion
 from eval.degrade import curves
@@ -165,7 +168,7 @@ def main() -> None:
         return
     commands = {"retrieval": retrieval, "zeroshot": zeroshot, "probe": probe, "confusion": confusion}
     commands |= {"compare": compare, "probes": probes, "leaks": leaks}
-    commands |= {"embed": embed_corpus, "search": search, "serve": serve, "export": export}
+    commands |= {"embed": embed_corpus, "search": search, "serve": serve, "cluster": cluster, "export": export}
     tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m eval", description=__doc__, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     )
