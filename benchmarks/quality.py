@@ -62,6 +62,7 @@ MORE = {
     "masked mates": ["--mates", "masked"],
     "pull toward the base": ["--toward_base", 30],
     "four times the replay": ["--replay_weight", 4],
+    "sixteen times the replay": ["--replay_weight", 16],
 }
 SEED = ["--mates", "negatives", "--captions.pick", "first"]  # a name alone is what open_clip_train sees
 PEER, PEER_WARM = "open_clip_train", "open_clip_train, warm-up 5 %"
@@ -75,12 +76,12 @@ ARMS = {
     **{f"ours without {name}": [*SEED, *itertools.chain(*(OURS[other] for other in OURS if other != name))] for name in OURS},
     **{f"ours and {name}": [*SEED, *itertools.chain(*OURS.values()), *words] for name, words in MORE.items()},
 }
-WITH_CURVE = ("the seed's recipe", "ours", "ours and four times the replay")
-# The best of three for each, on validation; see --arms "ours@1e-3".
-RATES = {PEER: 1e-3, PEER_WARM: 1e-3, "the seed's recipe": 1e-3, "ours": 1e-3}
+WITH_CURVE = ("the seed's recipe", "ours", "ours and four times the replay", "ours and sixteen times the replay")
+# The best of each on validation, of 3e-4, 1e-3 and for ours 2e-3; see --arms "ours@2e-3".
+RATES = {PEER: 3e-4, PEER_WARM: 3e-4, "the seed's recipe": 3e-4, "ours": 1e-3}
 
 DEGRADED = (("resample", 4), ("blur", 0.04), ("crop", 0.7))
-SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the tuned weights, in mixtures with the base's
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # of the tuned weights, in mixtures with the base's
 INFERENCE = Inference(batch=128, workers=0)
 
 
