@@ -228,8 +228,8 @@ def summary(index: Index, found: Clusters, agreements: dict, alike: Pairs, asked
 def told(result: dict) -> str:
     """The figures for a terminal."""
     tried = result["silhouettes"]
-    chosen = tried.get(str(result["chosen"]), 0)
-    how = f"; of {len(tried)} numbers tried the best by silhouette, {chosen:.3f} ({min(tried.values()):.3f} is the worst)" if tried else ""
+    best = max(tried.values(), default=0)
+    how = f", the largest of {len(tried)} numbers tried that is within {TIE:g} of the best silhouette, {best:.3f}" if tried else ""
     lines = [f"{result['k']} clusters of {result['pictures']:,} pictures{how}"]
     lines += [f"{each['cluster']:4} {each['count']:9,} {each['share']:7.1%}  {each['name']}" for each in result["clusters"]]
     if not any(each["terms"] for each in result["clusters"]):
