@@ -19,6 +19,7 @@ import simplejpeg
 import tyro
 
 from data_prep.atomic import check_replaceable, sync
+from data_prep.decisions import DROPPED, REMOVED, read_decisions
 from data_prep.errors import UserError
 from data_prep.images import Rules, parse_color
 from data_prep.plan import Plan, Splitting, check_parts
@@ -26,7 +27,7 @@ from data_prep.records import Part, Reading, load
 from data_prep.report import print_report, summarize, write_json, write_rejects, write_report
 from data_prep.scan import Checks, check_root, scan
 from data_prep.shards import FORMAT
-from data_prep.sources import digest, expand, is_url, kind_of
+from data_prep.sources import digest, expand, images_of, is_url
 from data_prep.write import index_in_place, write_shards
 
 WORK = "begun.json"
@@ -155,14 +156,15 @@ def _run(command, inputs, out, read, check, split, work, writing, overwrite) -> 
         raise UserError(f"--val {split.val} and --test {split.test}: fractions that leave something for train are wanted")
     work, checks = work.settled(), check.checks(in_place=command == "index")
     inputs = expand([str(source) for source in inputs])
-    read = replace(read, images=read.images or _images_of(inputs))
+    read = replace(read, images=read.images or images_of(inputs))
     check_root(read.images)
+    decisions, decided = read_decisions(Path(read.decisions)) if read.decisions else ({}, "")
     folder = partial_of(out)
     begun = {
         "command": command,
         "format": FORMAT,
         "inputs": {source: digest(source) for source in inputs},
-        "read": asdict(read),
+        "read": {**asdict(read), "decisions": decided},
         "check": {name: value for name, value in asdict(check).items() if name != "max_rejects"},
         "split": asdict(split),
         "write": writing,
@@ -173,7 +175,7 @@ def _run(command, inputs, out, read, check, split, work, writing, overwrite) -> 
     if not (folder / "manifest.json").exists():
         part = Part(folder, work.task, work.num_tasks)
         try:
-            load(part, inputs, read)
+            load(part, inputs, read, decisions.values())
             scan(part, inputs, read.images, checks, work.processes)
         finally:
             part.close()
@@ -186,14 +188,6 @@ def _run(command, inputs, out, read, check, split, work, writing, overwrite) -> 
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _images_of(inputs: list[str]) -> str:
-    """The folder that image paths are relative to where nobody said."""
-    folders = {source if kind_of(source) == "folder" else source.rpartition("/")[0] or "." for source in inputs}
-    if len(folders) > 1 and any(kind_of(source) in ("csv", "jsonl", "folder") for source in inputs):
-        raise UserError(f"the inputs lie in several folders, {', '.join(sorted(folders)[:3])}; pass --images, where image paths begin")
-    return sorted(folders)[0]
 
 
 def _begin(folder: Path, begun: dict, overwrite: bool) -> None:
@@ -283,7 +277,8 @@ def _assemble(folder: Path, out: Path, max_rejects: float, processes: int) -> No
 
 
 def _check_rejects(folder: Path, begun: dict, plan: Plan, summary: dict, max_rejects: float) -> None:
-    if summary["rejects"] <= max_rejects * summary["rows"] and summary["records"]:
+    intended = sum(summary["reasons"].get(reason, 0) for reason in (DROPPED, REMOVED))
+    if summary["rejects"] - intended <= max_rejects * summary["rows"] and summary["records"]:
         return
     write_rejects(folder / "rejects.csv", plan, list(begun["inputs"]))
     table = "".join(f"\n  {count:8} x {reason}" for reason, count in summary["reasons"].items())

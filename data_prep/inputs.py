@@ -23,6 +23,7 @@ from typing import NamedTuple
 import fsspec
 
 from data_prep.errors import UserError
+from data_prep.names import key_of
 from data_prep.sources import IMAGE_EXTENSIONS, kind_of, walk
 from data_prep.tars import tar_samples
 
@@ -273,5 +274,10 @@ def _tar(label: str, file, columns: Columns) -> Iterator[Row]:
         if sample.problem:
             yield Row(number, name, "", problem=sample.problem)
             continue
+        image, group = sample.name_and_group()
+        if image and key_of(image) == sample.key:  # a tar of ours: its images keep their names, and so their keys and groups
+            name, group = image, "" if group == f"image:{image}" else group
+        else:
+            group = ""
         for caption in sample.captions(columns.caption) or [""]:
-            yield _checked(Row(number, name, caption, columns=sample.columns(), data=sample.image, at=sample.image_at))
+            yield _checked(Row(number, name, caption, group, columns=sample.columns(), data=sample.image, at=sample.image_at))

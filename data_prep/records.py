@@ -8,7 +8,6 @@
 records + rejects = rows, in every part and so in the whole.
 """
 
-import hashlib
 import html
 import json
 import os
@@ -19,10 +18,11 @@ from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from urllib.parse import unquote
 
+from data_prep.decisions import Decided, Decision
 from data_prep.errors import UserError
 from data_prep.inputs import Columns, read
+from data_prep.names import Names, key_of
 from data_prep.progress import progress
 from data_prep.sources import COMPRESSED, is_url
 
@@ -50,7 +50,7 @@ class Picture:
     held: int | None = None  # None: a file of its own; SPOOLED: in the part's .bytes; else the number of the input that holds it
     at: int | None = None
     size: int | None = None
-    rows: list[tuple] = field(default_factory=list)  # (ordinal, input, line, caption, group, split, columns)
+    rows: list[tuple] = field(default_factory=list)  # (ordinal, input, line, caption, group, split, columns, held, at)
 
 
 class Part:
@@ -132,13 +132,15 @@ class Reading:
     """Of CSV and JSONL, as Python names it: utf-8, latin-1, utf-16."""
     context_length: int = 77
     """Tokens that the model to be trained can read; captions that will be cut are counted. 0 does not look."""
+    decisions: str = ""
+    """CSV of what was decided with `python -m data_prep review`: images that are dropped, captions that are put right."""
 
     @property
     def columns(self) -> Columns:
         return Columns(self.image_column, self.caption_column, self.group_column, self.split_column)
 
 
-def load(part: Part, inputs: list[str], reading: Reading) -> None:
+def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[Decision] = ()) -> None:
     """Read all inputs and keep the rows of this part, in one transaction: after a kill it starts again.
 
     Raises:
@@ -152,20 +154,28 @@ def load(part: Part, inputs: list[str], reading: Reading) -> None:
     labels = [os.path.basename(source.rstrip("/")) for source in inputs]
     if len(set(labels)) < len(labels):
         labels = [f"{at}/{label}" for at, label in enumerate(labels)]
-    names, cuts, kept, ordinal, stored = _Names(reading.images), _Cuts(reading.context_length), [], 0, None
+    names, cuts, kept, ordinal, stored = Names(reading.images), _Cuts(reading.context_length), [], 0, None
+    decided, first = Decided(decisions), {}
+
+    def keep(row: tuple) -> None:
+        if tokens := cuts.tokens(row[5]):
+            part.db.execute("INSERT INTO cut VALUES (?, ?, ?, ?, ?)", (*row[:3], tokens, row[5]))
+        kept.append(row)
+
     for at, source in enumerate(inputs):
         for row in read(source, reading.columns, reading.delimiter, reading.encoding, labels[at]):
             ordinal += 1
             if ordinal % 10_000 == 0:
                 bar.update(10_000)
-                kept = _keep(part, kept)
+                _keep(part, kept)
             name, problem = (row.image, row.problem) if row.problem or row.data is not None else names.inside(row.image)
             caption = " ".join(row.caption.split())
             problem = problem or (("empty caption", "") if not caption else None)
             split = SPLIT_NAMES.get(row.split.lower()) if row.split else ""
             if split is None and not problem:
                 problem = ("unknown split", f"{row.split!r}; train, val or test is wanted")
-            key = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest() if name else f"{ordinal:016x}"
+            key = key_of(name) if name else f"{ordinal:016x}"
+            caption, unwanted = (caption, None) if problem else decided(key, caption)
             if part.parts > 1 and int(key, 16) * part.parts >> 64 != part.number:
                 continue
             if problem:
@@ -177,15 +187,23 @@ def load(part: Part, inputs: list[str], reading: Reading) -> None:
                     in_place = row.at is not None and not is_url(source) and not source.endswith(COMPRESSED)
                     stored = (key, (at, row.at, len(row.data)) if in_place else part.store(row.data))
                 place = stored[1]
-            if tokens := cuts.tokens(caption):
-                part.db.execute("INSERT INTO cut VALUES (?, ?, ?, ?, ?)", (ordinal, at, row.line, tokens, caption))
-            kept.append((ordinal, at, row.line, key, name, caption, row.group, split, row.columns, *place))
-    _keep(part, kept)
+            found = (ordinal, at, row.line, key, name, caption, row.group, split, row.columns, *place)
+            if key in decided.adding:
+                first.setdefault(key, found)
+            if unwanted:
+                part.reject([(*found[:3], name)], *unwanted)
+            else:
+                keep(found)
     bar.close()
     if not ordinal:
         raise UserError(f"{', '.join(inputs)}: no rows; a header and one row per caption are wanted")
+    for key, caption in decided.added():  # as rows below all others, which move none of them
+        ordinal += 1
+        if key in first:
+            keep((ordinal, *first[key][1:5], caption, *first[key][6:]))
+    _keep(part, kept)
     part.db.execute("CREATE INDEX rows_by_key ON rows (key, ordinal)")
-    part.set(loaded=1, total_rows=ordinal)
+    part.set(loaded=1, total_rows=ordinal, decided=json.dumps(decided.counts()))
     part.commit()
 
 
@@ -193,43 +211,9 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _keep(part: Part, rows: list[tuple]) -> list[tuple]:
+def _keep(part: Part, rows: list[tuple]) -> None:
     part.db.executemany(f"INSERT INTO rows VALUES ({', '.join('?' * 12)})", rows)
-    return []
-
-
-class _Names:
-    """Image paths as names relative to a root that they may not leave; judged by their text alone."""
-
-    def __init__(self, root: str):
-        self.is_url = is_url(root)
-        self.root = root if not self.is_url or root.endswith("/") else f"{root}/"
-        self.real = root if self.is_url else os.path.realpath(root)
-
-    def inside(self, image: str) -> tuple[str, tuple[str, str] | None]:
-        """The name of an image below the root, and a problem or None."""
-        name = image.strip()
-        if not name or "\0" in name:
-            return "", ("no image path", "")
-        if is_url(name):
-            if name.startswith("file://"):
-                name = name.removeprefix("file://")
-            elif not self.is_url or not name.startswith(self.root):
-                return name, ("outside of the images folder", f"not under {self.root}; pass --images, for example https://")
-            else:
-                name = name[len(self.root) :]
-                if self.root.endswith("://"):
-                    return name, None
-        if self.is_url:
-            name = name.lstrip("/")
-            leaves = ".." in unquote(name).split("/")
-        else:
-            if name.startswith("/"):
-                name = os.path.relpath(name, self.real if name.startswith(os.path.join(self.real, "")) else os.path.abspath(self.root))
-            elif "." in name.split("/") or ".." in name or "//" in name:
-                name = os.path.normpath(name)
-            leaves = name == ".." or name.startswith("../")
-        return name, ("outside of the images folder", f"not under {self.root}; see --images") if leaves else None
+    rows.clear()
 
 
 class _Cuts:
@@ -258,7 +242,7 @@ def pictures(part: Part) -> Iterator[Picture]:
     """The images of a part that are not checked yet, in the order of their keys; rows that cannot be joined are rejected."""
     (last,) = part.db.execute("SELECT value FROM state WHERE name = 'last_key'").fetchone() or ("",)
     cursor = part.db.cursor().execute(
-        "SELECT key, image, held, at, size, ordinal, input, line, caption, grp, split, columns FROM rows "
+        "SELECT key, image, held, at, size, ordinal, input, line, caption, grp, split, columns, held, at FROM rows "
         "WHERE key > ? ORDER BY key, ordinal",
         (last,),
     )
@@ -271,7 +255,12 @@ def pictures(part: Part) -> Iterator[Picture]:
 def join(part: Part, picture: Picture) -> dict:
     """What the rows of one image say together; rows that add nothing or contradict become rejects."""
     captions, groups, split = {}, {}, ""
-    for ordinal, at, line, caption, group, row_split, _ in picture.rows:
+    for ordinal, at, line, caption, group, row_split, _, *place in picture.rows:
+        if place != [picture.held, picture.at]:
+            part.reject(
+                [(ordinal, at, line, picture.image)], "name in two inputs", "the image that an earlier input has by this name is taken"
+            )
+            continue
         if split and row_split and split != row_split:
             part.reject([(ordinal, at, line, picture.image)], "conflicting splits", f"{row_split} here, {split} before")
         elif caption in captions:

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.atomic import atomic_file
+from data_prep.decisions import WANTS, Decision, write_decisions
 from data_prep.plan import Plan
 from data_prep.report_page import write_page
 from data_prep.split import SPLITS
 
+UNUSED = "unused_decisions.csv"
 SIDES_PX = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -55,7 +57,13 @@ def summarize(plan: Plan) -> dict:
         "shorter_side_px": {str(side): sides[side] for side in sorted(sides)},
         "caption_characters": {str(length): lengths[length] for length in sorted(lengths)},
         "group_images": {str(size): int(count) for size, count in enumerate(np.bincount(members)) if size and count},
+        "decisions": {**(decided := _decided(plan)), "unused": len(decided["unused"])},
     }
+
+
+def _decided(plan: Plan) -> dict:
+    """See data_prep.decisions.Decided.counts; every part read all rows, so all say the same."""
+    return json.loads(plan.parts[0].get("decided"))
 
 
 def write_report(folder: Path, plan: Plan, summary: dict, begun: dict) -> None:
@@ -67,6 +75,8 @@ def write_report(folder: Path, plan: Plan, summary: dict, begun: dict) -> None:
         writer.writerow(["image", "split", "near_identical_image", "its_split", "difference"])
         for a, b, difference in plan.leaks():
             writer.writerow([plan.image_of(a)[2], plan.split_of(a), plan.image_of(b)[2], plan.split_of(b), f"{difference:.4f}"])
+    if unused := _decided(plan)["unused"]:
+        write_decisions(folder / UNUSED, (Decision(*each) for each in unused))
     write_page(folder / "report.html", plan, summary, begun)
 
 
@@ -90,6 +100,10 @@ def print_report(out: Path, report: dict, splitting: dict) -> None:
         print(f"  rejected: {count} x {reason}")
     for fix, count in report["fixes"].items():
         print(f"  put right: {count} x {fix}")
+    if any(report["decisions"].values()):
+        print("  decisions applied: " + ", ".join(f"{report['decisions'][action]} {action}" for action in WANTS))
+    if unused := report["decisions"]["unused"]:
+        print(f"  {unused} decisions fit no image or caption of the inputs, and changed nothing; they are in {out / UNUSED}")
     if report["captions_cut"]:
         print(f"  {report['captions_cut']} captions are longer than the model can read, and will be cut")
     for split, counts in report["splits"].items():

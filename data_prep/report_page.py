@@ -208,6 +208,8 @@ def _warnings(summary: dict, begun: dict, groups: list[tuple[int, list]]) -> str
             said.append(f"{split} is empty.")
         elif images >= 200 and not begun["read"]["split_column"] and wanted and not wanted / 2 <= share <= 2 * wanted:
             said.append(f"{split} has {share:.1%} of the images, not {wanted:.1%}: there are few groups, or very large ones.")
+    if unused := summary["decisions"]["unused"]:
+        said.append(f"{_many(unused, 'decision')} fit no image or caption of the inputs, and changed nothing: see unused_decisions.csv.")
     if summary["captions_cut"]:
         said.append(f"{_many(summary['captions_cut'], 'caption')} will be cut: longer than the model can read.")
     if summary["leaks"] and not splitting["drop_leaks"]:

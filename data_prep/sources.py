@@ -34,6 +34,18 @@ def kind_of(source: str) -> str:
     return kinds.get(os.path.splitext(name)[1].lower(), "csv")
 
 
+def images_of(inputs: list[str]) -> str:
+    """The folder that image paths are relative to where nobody said.
+
+    Raises:
+        UserError: there is no one such folder.
+    """
+    folders = {source if kind_of(source) == "folder" else source.rpartition("/")[0] or "." for source in inputs}
+    if len(folders) > 1 and any(kind_of(source) in ("csv", "jsonl", "folder") for source in inputs):
+        raise UserError(f"the inputs lie in several folders, {', '.join(sorted(folders)[:3])}; pass --images, where image paths begin")
+    return sorted(folders)[0]
+
+
 def is_url(path: str) -> bool:
     return "://" in path
 

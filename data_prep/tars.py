@@ -35,6 +35,10 @@ class TarSample:
             return [self.members["txt"][0].decode("utf-8", "surrogateescape")]
         return [_word(self._json.get(column))]
 
+    def name_and_group(self) -> tuple[str, str]:
+        """What the .json that data_prep writes calls the image, and its group."""
+        return _word(self._json.get("image")), _word(self._json.get("group"))
+
     def columns(self) -> str:
         """What else the .json says, as JSON."""
         if isinstance(self._json.get("columns"), dict):
