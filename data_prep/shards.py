@@ -141,7 +141,7 @@ class Shards:
         self.entries = self.manifest["splits"][split]["shards"]
         self.fingerprint = hashlib.sha256(json.dumps(self.manifest["splits"], sort_keys=True).encode()).hexdigest()
         self.shard_sizes = np.array([entry["samples"] for entry in self.entries])
-        keys, numbers = zip(*(_read_index(self.folder, entry) for entry in self.entries), strict=True)
+        keys, numbers = zip(*(read_index(self.folder, entry) for entry in self.entries), strict=True)
         self._ends = np.cumsum(self.shard_sizes)
         self._keys = np.concatenate(keys)
         self.groups = np.concatenate([table[:, 0] for table in numbers])
@@ -228,7 +228,7 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
+def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
     """Keys [n], and int64 [n, 7]: the other INDEX_COLUMNS."""
     import pandas as pd  # here, because building does without, and it takes a quarter of a second
 
