@@ -53,7 +53,7 @@ def test_the_walk_by_hand(tmp_path):
 def test_the_other_commands_parse(monkeypatch):
     called = []
     for room, names in (
-        (data_prep.__main__, "build index merge verify"),
+        (data_prep.__main__, "build index review merge verify"),
         (eval.__main__, "retrieval zeroshot probe compare confusion probes leaks embed_corpus search serve cluster export"),
         (slurm.__main__, "submit sweep pipeline status"),
         (train.export, "command"),
@@ -77,7 +77,7 @@ def test_the_other_commands_parse(monkeypatch):
         else:
             monkeypatch.setattr("sys.argv", words[2:])
             ROOMS[words[2]].main()
-    names = ["build", "build", "build", "index", "build", "merge", "search", "sweep", "table"]
+    names = ["build", "build", "build", "index", "review", "build", "build", "merge", "search", "sweep", "table"]
     names += ["submit", "pipeline", "sweep", "status", "retrieval", "retrieval"]
     names += ["zeroshot", "zeroshot", "probe", "compare", "confusion", "probes"]
     names += ["embed_corpus", "search", "search", "serve", "serve", "cluster", "export", "command", "publish", "fetch"]
