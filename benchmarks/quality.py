@@ -145,6 +145,8 @@ def one(out: Path, folder: Path, arm: str, seed: int, epochs: int) -> str:
             theirs(parse(list(map(str, shared))), PEER_WARMUP[name], folder)
         else:
             call("train", *shared, *(out / "A" if word == "A" else word for word in ARMS[name]))
+            if (state := json.loads((folder / "run" / "status.json").read_text())["state"]) != "finished":
+                raise Fault(f"{folder / 'run'}: {state} before its end; the same command goes on with it")
             keep(load(str(folder / "run")), folder / "model")
             shutil.rmtree(folder / "run" / "checkpoints")
     if not (folder / "result.json").is_file():
