@@ -90,6 +90,7 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     arms: tuple[str, ...] = tuple(ARMS),
     packages: Path | None = None,
+    epochs: int = EPOCHS,
     jobs: int = 0,
     smoke: bool = False,
 ) -> None:
@@ -99,6 +100,7 @@ def main(
         out: Folder for all of it; the same command goes on with what is there.
         arms: Of the table at the top of this file; NAME@RATE is one with another learning rate.
         packages: Folder of the npm packages with synonyms; else npm fetches them to OUT/packages.
+        epochs: Of an arm; another number wants another OUT, whose data and base may be links to those of this one.
         jobs: Arms at a time, one thread each; 0 is one per core.
         smoke: A few icons and one epoch.
     """
@@ -108,7 +110,7 @@ def main(
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     quality_data.make(out, packages, limit=1500 if smoke else 0)
-    epochs = 1 if smoke else EPOCHS
+    epochs = 1 if smoke else epochs
     names = {(arm, seed): out / "arms" / f"{arm.replace(' ', '_')}-{seed}" for seed in seeds for arm in arms}
     base(out, 1 if smoke else BASE_EPOCHS)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the arms: two at once, with a thread each, are faster than one with two
