@@ -253,7 +253,7 @@ def test_a_server_of_its_own_bears_load_and_refuses_400_megapixels_by_their_head
         status, _, answer = ask(f"http://{host}", "/api/search", huge_png(20_000), {"content-type": "image/png"})
         assert (status, "too many pixels (20000 x 20000" in answer["error"]) == (400, True), answer
         assert peak_mb(server.pid) < before + 20  # as 8-bit gray it is 400 MB
-    assert (server.returncode, "Traceback" in capfd.readouterr().err) == (130, False)
+    assert (server.returncode, "Traceback" in capfd.readouterr().err) == (0, False)
     assert (found["errors"], sum(found[kind]["requests"] for kind in ("text", "picture"))) == (0, found["requests"])
     for kind in ("text", "picture"):
         assert found[kind]["requests"] > 0
