@@ -20,7 +20,7 @@ try:
 except ImportError:
     faiss = None
 
-CHUNK_ROWS = 512  # cast to fp32 at a time: they stay in the cache until they are multiplied
+CHUNK = 3 << 16  # numbers cast to fp32 at a time: less than a MiB, which stays in the cache
 SCORES_AT_ONCE = 1 << 25
 APPROXIMATE_FILE = "approximate.faiss"
 RECALL_QUERIES, RECALL_K = 200, 10
@@ -91,7 +91,8 @@ class Nearest:
                 parameters = faiss.SearchParametersIVF(nprobe=self._inverted.nprobe, **chosen)
                 return self._inverted.search(queries.numpy(), count, params=parameters)
             return self._flat.search(queries.numpy(), count, params=faiss.SearchParameters(**chosen))
-        scores = torch.cat([queries @ chunk.float().T for chunk in torch.from_numpy(self.index.features).split(CHUNK_ROWS)], dim=1)
+        chunks = torch.from_numpy(self.index.features).split(max(1, CHUNK // queries.shape[1]))
+        scores = torch.cat([queries @ chunk.float().T for chunk in chunks], dim=1)
         if rows is not None:
             scores[:, torch.from_numpy(~rows)] = -torch.inf
         best = scores.topk(count, dim=1)

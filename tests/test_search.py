@@ -59,7 +59,7 @@ def test_nearest_is_brute_force(index, library, grouped, monkeypatch):
     few = np.zeros(len(index), bool)
     few[3::11] = True
     monkeypatch.setattr(nearest_module, "SCORES_AT_ONCE", 3 * len(index))  # three queries at a time
-    monkeypatch.setattr(nearest_module, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(nearest_module, "CHUNK", 50 * index.manifest["d"])
     found = Nearest(index, library=library)
     for k, rows in ((5, None), (5, few), (len(index) + 9, None), (40, few)):
         top = found.top(queries, k, rows, grouped)
