@@ -30,7 +30,7 @@ demo: $(DATA)/shards/manifest.json
 	@$(PY) -m eval retrieval $(RUN) --data $(DATA)/shards --split test --json $(RUN)/test.json --against $(RUN)/test-before.json --page $(RUN)/test.html
 	@echo; echo "== An index of all icons"
 	@$(PY) -m eval embed $(RUN) --data $(DATA)/shards --out $(RUN)/index --overwrite True > /dev/null
-	@$(PY) -m eval search $(RUN)/index --text "bell with a slash" --k 5
+	@$(PY) -m eval search $(RUN)/index --text "calendar check" --k 5
 	@echo; echo "Search them: $(PY) -m eval serve $(RUN)/index      then open http://127.0.0.1:8000: type, or drop a picture"
 	@echo "Open next:   $(CURDIR)/$(RUN)/test.html"
 	@echo "  curves:    .venv/bin/tensorboard --logdir $(RUN)"
