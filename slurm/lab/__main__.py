@@ -28,7 +28,7 @@ from slurm.lab import drills_path as path
 from slurm.lab.faults import faults
 from slurm.lab.ground import Ground
 
-QUICK = (training.mistake, training.preempted_with_grace, training.always_crashes, path.lost_task)
+QUICK = (training.mistake, training.preempted_with_grace, path.lost_task)
 DRILLS = (
     training.two_nodes,
     training.time_limit,
@@ -76,7 +76,7 @@ def drills(names: Annotated[list[str], tyro.conf.Positional] = [], quick: bool =
 
     Args:
         names: Drills to run; none are all.
-        quick: Only the short ones, about half of the kinds of fault.
+        quick: Only three short ones: those of the tests.
         json: File to write the results to.
     """
     known = {drill.__name__: drill for drill in DRILLS}
