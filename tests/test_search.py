@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_mistake, call_here, save_tiny
 from PIL import Image
-from test_index import empty_index
+from test_indexing import empty_index
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards

@@ -18,7 +18,7 @@ import torch
 import uvicorn
 from conftest import assert_mistake, call_here, picture, png
 from starlette.applications import Starlette
-from test_index import empty_index
+from test_indexing import empty_index
 
 import eval.__main__
 from benchmarks.serve import load, started, table

@@ -12,7 +12,7 @@ from browser import chromium, expect, opened, overflow_px, screenshot
 from conftest import noise_images, picture, png
 from PIL import Image
 from playwright.sync_api import Browser, Page
-from test_index import empty_index
+from test_indexing import empty_index
 from test_serve import ask, running
 
 from data_prep.build import Reading, Splitting, Work, build
