@@ -1,11 +1,14 @@
-"""Pictures by number, with what is known of each: of a folder of shards, or of any folder of pictures."""
+"""Pictures by number, with what is known of each: of a folder of shards, or of any folder of pictures.
+
+Both kinds have `place`, for people, and a `sha256` of what they are; read() gives a picture in RGB and {"key", "split", "group",
+"captions", "columns"}, or raises BadImage.
+"""
 
 import hashlib
 import io
 import json
 import os
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,20 +25,6 @@ from train.decode import decode
 from train.model import Clip
 
 THUMBNAIL_PX = 192
-
-
-class Corpus(Protocol):
-    """Pictures by number, with `place` for people, and a `sha256` of what they are."""
-
-    place: str
-    sha256: str
-
-    def __len__(self) -> int: ...
-
-    def read(self, number: int) -> tuple[Image.Image, dict]:
-        """The picture in RGB, and {"key", "split", "group", "captions", "columns"}; or raises BadImage."""
-
-    def key(self, number: int) -> str: ...
 
 
 class ShardsCorpus:
@@ -97,6 +86,9 @@ class FolderCorpus:
         return self.names[number]
 
 
+Corpus = ShardsCorpus | FolderCorpus
+
+
 class Pictures(Dataset):
     """(uint8 [3, H, W] or None, thumbnail or why there is no picture, metadata) by number."""
 
@@ -107,7 +99,7 @@ class Pictures(Dataset):
         try:
             picture, known = self.corpus.read(number)
         except BadImage as bad:
-            return None, f"{bad.reason} ({bad.detail})" if bad.detail else bad.reason, {"key": self.corpus.key(number)}
+            return None, str(bad), {"key": self.corpus.key(number)}
         return self.transform(picture), thumbnail(picture), known
 
 
@@ -125,7 +117,7 @@ def together(samples: list[tuple]) -> tuple[torch.Tensor | None, list[tuple]]:
     return torch.stack(pixels) if pixels else None, [(one, known) for _, one, known in samples]
 
 
-def corpus_at(data: Path, split: str) -> ShardsCorpus | FolderCorpus:
+def corpus_at(data: Path, split: str) -> Corpus:
     """The pictures of a folder.
 
     Raises:

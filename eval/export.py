@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,12 +33,12 @@ def export(index: Annotated[Path, tyro.conf.Positional], out: Path, table: str =
         out: File to write.
         table: Of the .sql: it is created, and must not be there.
     """
-    writers = {".sql": write_sql, ".parquet": write_parquet, ".npy": write_npy}
+    writers = {".sql": partial(write_sql, table=table), ".parquet": write_parquet, ".npy": write_npy}
     if out.suffix not in writers:
         raise UserError(f"--out {out}: a file that ends in {', '.join(writers)} is wanted")
     opened = not_empty(Index(index))
-    with atomic_file(out) as partial:
-        writers[out.suffix](partial, opened, table)
+    with atomic_file(out) as unfinished:
+        writers[out.suffix](unfinished, opened)
     if out.suffix == ".npy":
         write_keys(out.with_suffix(".csv"), opened)
     load = f"    load it: psql -v ON_ERROR_STOP=1 -1 -f {out} DATABASE" if out.suffix == ".sql" else ""
@@ -85,7 +86,7 @@ def _escaped(cell: object) -> str:
     return str(cell).translate({ord("\\"): "\\\\", ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"})
 
 
-def write_parquet(path: Path, index: Index, table: str) -> None:
+def write_parquet(path: Path, index: Index) -> None:
     d, writer = index.manifest["d"], None
     for rows, features in parts(index):
         flat = [{**{name: row[name] for name in ("key", "split", "group", "captions")}, **row["columns"]} for row in rows]
@@ -97,13 +98,13 @@ def write_parquet(path: Path, index: Index, table: str) -> None:
     writer.close()
 
 
-def write_npy(path: Path, index: Index, table: str) -> None:
+def write_npy(path: Path, index: Index) -> None:
     with open(path, "wb") as file:
         np.lib.format.write_array(file, index.features)
 
 
 def write_keys(path: Path, index: Index) -> None:
-    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["number", "key", "caption"])
         for rows, _ in parts(index):

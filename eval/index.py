@@ -31,7 +31,7 @@ class Index:
 
     Attributes:
         name: of the folder, for people.
-        manifest: "model", "model_sha256", "data", "data_sha256", "n", "d" and what eval/corpus.py adds.
+        manifest: "model", "model_sha256", "data", "data_sha256", "n", "d" and what eval/indexing.py adds.
         features: fp16 [n, d], L2-normed, memory-mapped.
         group_of: int64 [n]; pictures with one number are variants of one thing.
         columns: names of the columns that came with the data, and "split" where there is more than one.

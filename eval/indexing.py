@@ -26,7 +26,7 @@ from data_prep.atomic import atomic_file, atomic_folder, check_replaceable
 from data_prep.errors import NotFinite, UserError
 from data_prep.progress import progress
 from data_prep.report import write_json
-from eval.corpus import THUMBNAIL_PX, Corpus, FolderCorpus, Pictures, ShardsCorpus, corpus_at, together
+from eval.corpus import THUMBNAIL_PX, Corpus, Pictures, ShardsCorpus, corpus_at, together
 from eval.embed import Inference, ready
 from eval.index import FORMAT, OWN_COLUMNS
 from train.loader import loader
@@ -78,18 +78,16 @@ def embed(
             print(f"search:  python -m eval search {out} --text '...'      open its page:  python -m eval serve {out}")
 
 
-def prepare(
-    model: str, data: Path, out: Path, split: str, overwrite: bool, inference: Inference, world: World
-) -> tuple[ShardsCorpus | FolderCorpus, Clip]:
+def prepare(model: str, data: Path, out: Path, split: str, overwrite: bool, inference: Inference, world: World) -> tuple[Corpus, Clip]:
     """The corpus and the model; the cheap ones first, so that a mistake costs no time."""
     check_replaceable(out, "manifest.json", overwrite)
     corpus = corpus_at(data, split)
-    for shards in getattr(corpus, "parts", ()):
+    for shards in corpus.parts if isinstance(corpus, ShardsCorpus) else ():
         shards.verify(world.rank, world.world_size)
     return corpus, ready(model, inference, world)
 
 
-def describe(model: str, corpus: ShardsCorpus | FolderCorpus, clip: Clip, inference: Inference) -> dict:
+def describe(model: str, corpus: Corpus, clip: Clip, inference: Inference) -> dict:
     """What the manifest says of an index before it is made."""
     of_model = {"model": model, "model_sha256": clip.fingerprint(), "precision": inference.precision}
     of_data = {"data": corpus.place, "data_sha256": corpus.sha256}

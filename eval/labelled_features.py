@@ -71,7 +71,7 @@ def picture_of(data: bytes, what: str) -> Image.Image:
     try:
         return decode(checked(data))
     except BadImage as bad:
-        raise UserError(f"{what}: {bad.reason}{f' ({bad.detail})' if bad.detail else ''}; another picture is wanted") from None
+        raise UserError(f"{what}: {bad}; another picture is wanted") from None
 
 
 class Features(NamedTuple):
@@ -127,7 +127,7 @@ def _problem(data: bytes | BadImage) -> str:
     try:
         checked(data)
     except BadImage as bad:
-        return f"{bad.reason} ({bad.detail})" if bad.detail else bad.reason
+        return str(bad)
     return "was not readable before, and is now"
 
 
