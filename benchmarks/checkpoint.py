@@ -1,10 +1,11 @@
-"""How long a step waits for a checkpoint, and how much slower steps are while it is written; beside a save that training waits for.
+"""How long a step waits for a checkpoint, and how much slower steps are while it is written; beside a save
+that training waits for.
 
     python -m benchmarks.checkpoint                          the rows of checkpoint.md
     python -m benchmarks.checkpoint --only ViT-B-32 --folder /disk/to/measure
 
-Full-size models with random weights, the loop's own step and train.run's own save, on a GPU if there is one.
-"""
+Full-size models with random weights, the loop's own step and train.run.folder's own save, on a GPU if there
+is one."""
 
 import json
 import subprocess
@@ -26,13 +27,13 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
     """Steps, saves and steps in this process, in a run of its own in `folder`; seconds, and bytes written."""
     import torch
 
-    from train.choice import Choice, Pick
-    from train.loader import Batch
-    from train.memory import arrange
-    from train.model import load
+    from train.data.loader import Batch
+    from train.model.activation_memory import arrange
+    from train.model.clip import load
     from train.optim import build_optimizer
     from train.recipe import Recipe
-    from train.run import Run
+    from train.retain.select import Choice, Pick
+    from train.run.folder import Run
     from train.step import backward
     from train.world import World
 
@@ -46,12 +47,17 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
     optimizer = build_optimizer(clip.towers, recipe.optim)
     choice = Choice(clip, recipe)
     images = torch.randint(0, 256, (batch, 3, *clip.image_size), dtype=torch.uint8)
-    tokens, ids = torch.randint(1, 49000, (batch, 77), device=world.device), torch.arange(2 * batch, device=world.device).view(batch, 2)
+    tokens, ids = (
+        torch.randint(1, 49000, (batch, 77), device=world.device),
+        torch.arange(2 * batch, device=world.device).view(batch, 2),
+    )
     data = Batch(images.to(world.device), tokens, torch.zeros(batch, 0), ids)
     run, samples = Run(recipe, world), 0
 
     def step() -> tuple[float, float, float]:
-        """Seconds; those in which this thread computed; those in which it waited, but not for a core: for Python, the copy, a disk."""
+        """Seconds; those in which this thread computed; those in which it waited, but not for a core: for
+        Python, the copy, a disk.
+        """
         nonlocal samples
         started, before = time.perf_counter(), _scheduled()
         backward(clip.towers, data, batch, world, 0, samples)
@@ -74,7 +80,12 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
 
     started = time.perf_counter()
     run.start(choice, optimizer)
-    found = {"model": model, "device": world.device.type, "batch": batch, "reserve_s": time.perf_counter() - started}
+    found = {
+        "model": model,
+        "device": world.device.type,
+        "batch": batch,
+        "reserve_s": time.perf_counter() - started,
+    }
     step()
     found["copy_alone_s"] = median(copy_alone() for _ in range(3))
     if alone:
@@ -119,8 +130,13 @@ def main(only: str = "", folder: Path | None = None, alone: bool = False) -> Non
     for arguments in ROWS:
         if only in arguments[0]:
             with tempfile.TemporaryDirectory(dir=folder) as place:
-                code = f"import json; from benchmarks.checkpoint import row; print(json.dumps(row(*{arguments!r}, {place!r}, {alone})))"
-                done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+                code = (
+                    "import json; from benchmarks.checkpoint import row;"
+                    f" print(json.dumps(row(*{arguments!r}, {place!r}, {alone})))"
+                )
+                done = subprocess.run(
+                    [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+                )
             found = json.loads(done.stdout.splitlines()[-1], parse_float=lambda text: round(float(text), 3))
             print(json.dumps(found), flush=True)
 

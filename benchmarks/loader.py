@@ -1,10 +1,13 @@
-"""CPU time per image of the training data path, tokenising included: open_clip_train's tar pipeline and ours, on the same shards.
+"""CPU time per image of the training data path, tokenising included: open_clip_train's tar pipeline and ours,
+on the same shards.
 
     python -m benchmarks.loader                     both of them, on icons and photo-like JPEGs that it makes first
 
-User + system time of this process and of its one loader worker, the worker's start included, one thread each; the two take
-turns, and medians are printed. Both crop, jitter and turn gray as the seed recipe says; ours leaves the last two, and normalising,
-to the device: what that takes on this CPU, where there is no other device, is a row of its own. Start-up is not counted.
+User + system time of this process and of its one loader worker, the worker's start included, one thread each;
+the two take turns, and medians are printed. Both crop, jitter and turn gray as the seed recipe says; ours
+leaves the last two, and normalising,
+to the device: what that takes on this CPU, where there is no other device, is a row of its own. Start-up is
+    not counted.
 """
 
 import argparse
@@ -28,10 +31,10 @@ from open_clip_train import data as open_clip_data
 
 from benchmarks.data_prep import draw_icon, draw_photo, make
 from data_prep.shards import Shards
-from train.augment import CROP_DRAWS, DRAWS, change, draw_changes
-from train.decode import decoded
-from train.loader import TrainPairs, train_loader
-from train.order import Order
+from train.data.augment import CROP_DRAWS, DRAWS, change, draw_changes
+from train.data.decode import decoded
+from train.data.loader import TrainPairs, train_loader
+from train.data.order import Order
 from train.recipe import Augment, Captions
 from train.world import World
 
@@ -41,7 +44,17 @@ OURS, THEIRS = "ours: loader", "open_clip_train: loader"
 
 def build(folder: Path, shards: Path) -> None:
     if not (shards / "manifest.json").exists():
-        command = [sys.executable, "-m", "data_prep", "build", folder / "captions.csv", "--out", shards, "--image-column", "file"]
+        command = [
+            sys.executable,
+            "-m",
+            "data_prep",
+            "build",
+            folder / "captions.csv",
+            "--out",
+            shards,
+            "--image-column",
+            "file",
+        ]
         command += ["--caption-column", "caption", "--val", 0, "--test", 0, "--images-per-shard", 200]
         subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
 
@@ -53,7 +66,10 @@ def ours(shards: Shards, tokenizer: Callable) -> Iterator:
 
 def theirs(shards: Shards, tokenizer: Callable) -> Iterator:
     augment = Augment()
-    chosen = {name: getattr(augment, name) for name in ("scale", "color_jitter", "color_jitter_prob", "gray_scale_prob")}
+    chosen = {
+        name: getattr(augment, name)
+        for name in ("scale", "color_jitter", "color_jitter_prob", "gray_scale_prob")
+    }
     arguments = argparse.Namespace(
         train_data=f"{shards.folder}/train/train-{{000000..{len(shards.shard_sizes) - 1:06d}}}.tar",
         train_num_samples=len(shards) // BATCH * BATCH,
@@ -65,7 +81,9 @@ def theirs(shards: Shards, tokenizer: Callable) -> Iterator:
         world_size=1,
     )
     transform = image_transform_v2(PreprocessCfg(size=SIZE_PX), is_train=True, aug_cfg=chosen)
-    return iter(open_clip_data.get_wds_dataset(arguments, transform, is_train=True, tokenizer=tokenizer).dataloader)
+    return iter(
+        open_clip_data.get_wds_dataset(arguments, transform, is_train=True, tokenizer=tokenizer).dataloader
+    )
 
 
 def cpu_s(who: int) -> float:
@@ -116,7 +134,10 @@ def main(icons: int = 2000, photos: int = 1000, repeats: int = 3, folder: str = 
     # webdataset 1.0 ends each tar with a marker that open_clip_train 3.3 takes for a file.
     open_clip_data.tar_file_expander = functools.partial(open_clip_data.tar_file_expander, eof_value=None)
     tokenizer, columns = open_clip.get_tokenizer(MODEL), {}
-    for kind, draw, extension, count in (("icon", draw_icon, "png", icons), ("photo", draw_photo, "jpg", photos)):
+    for kind, draw, extension, count in (
+        ("icon", draw_icon, "png", icons),
+        ("photo", draw_photo, "jpg", photos),
+    ):
         made = Path(folder).absolute() / f"{kind}s-{count}"
         make(made, draw, count, extension)
         build(made, made.with_suffix(".shards"))
@@ -124,18 +145,33 @@ def main(icons: int = 2000, photos: int = 1000, repeats: int = 3, folder: str = 
         found: dict[str, list[float]] = {}
         for _ in range(repeats):
             for name, batches in ((THEIRS, theirs), (OURS, ours)):
-                found.setdefault(name, []).append(ms_per_image(lambda batches=batches, shards=shards: batches(shards, tokenizer)))
+                found.setdefault(name, []).append(
+                    ms_per_image(lambda batches=batches, shards=shards: batches(shards, tokenizer))
+                )
             for name, value in parts(shards, tokenizer).items():
                 found.setdefault(name, []).append(value)
         columns[kind] = {name: median(values) for name, values in found.items()}
         ratios = [their / our for their, our in zip(found[THEIRS], found[OURS], strict=True)]
-        print(f"{kind}: theirs to ours {median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in sorted(ratios))})", flush=True)
-    print(f"\n| CPU time | {' | '.join(f'ms per {kind} | to ours' for kind in columns)} |\n|---{'|---|---' * len(columns)}|")
+        print(
+            f"{kind}: theirs to ours {median(ratios):.2f}"
+            f" ({', '.join(f'{ratio:.2f}' for ratio in sorted(ratios))})",
+            flush=True,
+        )
+    print(
+        f"\n| CPU time | {' | '.join(f'ms per {kind} | to ours' for kind in columns)}"
+        f" |\n|---{'|---|---' * len(columns)}|"
+    )
     for name in columns["icon"]:
-        print(f"| {name} |", *(f"{values[name]:.3f} | {values[name] / values[OURS]:.2f} |" for values in columns.values()))
+        print(
+            f"| {name} |",
+            *(f"{values[name]:.3f} | {values[name] / values[OURS]:.2f} |" for values in columns.values()),
+        )
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     packages = ("torch", "torchvision", "open_clip_torch", "webdataset", "pillow", "simplejpeg", "pyspng")
-    print(f"\n{cpu[1] if cpu else platform.machine()}, {', '.join(f'{name} {version(name)}' for name in packages)}")
+    print(
+        f"\n{cpu[1] if cpu else platform.machine()},"
+        f" {', '.join(f'{name} {version(name)}' for name in packages)}"
+    )
 
 
 if __name__ == "__main__":

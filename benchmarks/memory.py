@@ -1,12 +1,12 @@
-"""What one pair keeps for the backward pass, in each memory mode, beside open_clip's own model; and which products are computed twice.
+"""What one pair keeps for the backward pass, in each memory mode, beside open_clip's own model; and which
+products are computed twice.
 
     python -m benchmarks.memory                                       ViT-L-14: a table, then one line of JSON
     python -m benchmarks.memory --model ViT-B-32 --precision fp32     another one
 
-Bytes are of the tensors that autograd saves (torch's saved_tensors_hooks), per pair of noise, without weights. "budget" is
-compiled, as in training. Products are those that ran in one forward and backward pass of one block of the image tower,
-counted by torch's profiler.
-"""
+Bytes are of the tensors that autograd saves (torch's saved_tensors_hooks), per pair of noise, without
+weights. "budget" is compiled, as in training. Products are those that ran in one forward and backward pass of
+one block of the image tower, counted by torch's profiler."""
 
 import json
 from collections.abc import Callable
@@ -19,12 +19,18 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from data_prep.errors import exit_on_user_error
-from train.memory import MODES, arrange, blocks, made_up_batch, saved_bytes
-from train.model import load
-from train.text import MULTIPLE
+from train.model.activation_memory import MODES, arrange, blocks, made_up_batch, saved_bytes
+from train.model.clip import load
+from train.model.text import MULTIPLE
 
 PAIRS = 3  # of one pair, tokens times width has the shape of the positional embedding
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product_flash_attention_for_cpu")
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+)
 
 
 class Part(nn.Module):
@@ -46,7 +52,9 @@ def count_products(step: Callable[[], None]) -> int:
 
 
 def measure(name: str, length: int, precision: str) -> list[dict]:
-    """A row for open_clip's model, and for each memory mode of ours: MB per pair of both towers, and products."""
+    """A row for open_clip's model, and for each memory mode of ours: MB per pair of both towers, and
+    products.
+    """
     torch.manual_seed(0)
     towers = load(f"{name}:none").towers.train()
     towers.bf16, model = precision == "bf16", towers.model
@@ -61,27 +69,45 @@ def measure(name: str, length: int, precision: str) -> list[dict]:
         for part, inputs in parts if who == "ours" else parts[:2]:
             part(*inputs)  # compiles
             megabytes.append(saved_bytes(part, inputs) / PAIRS / 1e6)
-        block, inputs = blocks(model.visual)[0], torch.randn(1, len(model.visual.positional_embedding), model.visual.conv1.out_channels)
-        through = checkpoint if model.visual.transformer.grad_checkpointing else lambda block, inputs, **_: block(inputs)
+        block, inputs = (
+            blocks(model.visual)[0],
+            torch.randn(1, len(model.visual.positional_embedding), model.visual.conv1.out_channels),
+        )
+        through = (
+            checkpoint
+            if model.visual.transformer.grad_checkpointing
+            else lambda block, inputs, **_: block(inputs)
+        )
 
         def step() -> None:
             through(autocast(block), inputs.requires_grad_(), use_reentrant=False).sum().backward()
 
         step()  # compiles
         count = count_products(step)
-        return {"who": who, **kind, "image_mb": megabytes[0], "text_mb": megabytes[1], "cut_text_mb": megabytes[-1], "products": count}
+        return {
+            "who": who,
+            **kind,
+            "image_mb": megabytes[0],
+            "text_mb": megabytes[1],
+            "cut_text_mb": megabytes[-1],
+            "products": count,
+        }
 
     def autocast(function: Callable) -> Callable:
         return torch.autocast("cpu", torch.bfloat16, enabled=towers.bf16)(function)
 
-    rows = [row("open_clip", autocast(model.encode_image), autocast(model.encode_text), pixels, memory="eager")]
+    rows = [
+        row("open_clip", autocast(model.encode_image), autocast(model.encode_text), pixels, memory="eager")
+    ]
     for mode in MODES:
         arrange(model, mode, compiled=mode == "budget")
         rows.append(row("ours", towers.image_features, towers.text_features, images, memory=mode))
     return rows
 
 
-def main(model: str = "ViT-L-14", length: int = 3 * MULTIPLE, precision: Literal["bf16", "fp32"] = "bf16") -> None:
+def main(
+    model: str = "ViT-L-14", length: int = 3 * MULTIPLE, precision: Literal["bf16", "fp32"] = "bf16"
+) -> None:
     """Args:
     model: An architecture of open_clip.
     length: Tokens of the longest caption in the batch.
@@ -89,13 +115,16 @@ def main(model: str = "ViT-L-14", length: int = 3 * MULTIPLE, precision: Literal
     """
     rows = measure(model, length, precision)
     eager = rows[0]["image_mb"] + rows[0]["text_mb"]
-    print(f"| {model}, {precision} | image tower | text, 77 tokens | text, cut to {length} | both, cut, of eager's | products of a block |")
+    print(
+        f"| {model}, {precision} | image tower | text, 77 tokens | text, cut to {length} | both, cut, of"
+        " eager's | products of a block |"
+    )
     print("|---|---|---|---|---|---|")
     for row in rows:
         row["of_eager"] = (row["image_mb"] + row["cut_text_mb"]) / eager
         print(
-            f"| {row['who']}, {row['memory']} | {row['image_mb']:.1f} MB | {row['text_mb']:.1f} MB | {row['cut_text_mb']:.1f} MB | "
-            f"{row['of_eager']:.3f} | {row['products']} |"
+            f"| {row['who']}, {row['memory']} | {row['image_mb']:.1f} MB | {row['text_mb']:.1f} MB |"
+            f" {row['cut_text_mb']:.1f} MB | {row['of_eager']:.3f} | {row['products']} |"
         )
     print(json.dumps(rows))
 

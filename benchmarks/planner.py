@@ -1,12 +1,14 @@
-"""Peak memory of the steps of a build that see every row, at 1 and 10 million rows: reading, keeping results, planning.
+"""Peak memory of the steps of a build that see every row, at 1 and 10 million rows: reading, keeping results,
+planning.
 
     python -m benchmarks.planner                     wants half a kB of disk per row, and more to sort
     python -m benchmarks.planner --rows 100000
 
-No image is there or read: the checks are replaced by made-up results. The rows are a CSV of images with one to three captions;
-four images are a group, some captions are shared, 1 % of images have the pixels of another, 1 % look nearly like another.
-Each step is a process of its own, measured by os.wait4. Pages of mapped files count as memory there.
-"""
+No image is there or read: the checks are replaced by made-up results. The rows are a CSV of images with one
+    to three captions;
+four images are a group, some captions are shared, 1 % of images have the pixels of another, 1 % look nearly
+like another. Each step is a process of its own, measured by os.wait4. Pages of mapped files count as memory
+there."""
 
 import hashlib
 import os
@@ -23,10 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(command: list, log: Path) -> tuple[float, float, float]:
-    """Run a command to its end: CPU seconds of it and all that it waited for, wall seconds, peak RSS of its largest process in MiB."""
+    """Run a command to its end: CPU seconds of it and all that it waited for, wall seconds, peak RSS of its
+    largest process in MiB.
+    """
     started = time.monotonic()
     with open(log, "w") as file:
-        process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+        process = subprocess.Popen(
+            [str(word) for word in command], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT
+        )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -35,9 +41,15 @@ def measure(command: list, log: Path) -> tuple[float, float, float]:
 
 
 def call(function: Callable, *words, python: str | Path = sys.executable) -> list:
-    """The command that calls a function of this folder in a process of its own, in another environment if `python` is of one."""
+    """The command that calls a function of this folder in a process of its own, in another environment if
+    `python` is of one.
+    """
     module = Path(function.__code__.co_filename).stem
-    return [python, "-c", f"from benchmarks.{module} import {function.__name__} as f; f(*{[str(word) for word in words]})"]
+    return [
+        python,
+        "-c",
+        f"from benchmarks.{module} import {function.__name__} as f; f(*{[str(word) for word in words]})",
+    ]
 
 
 def write_rows(path: Path, rows: int) -> int:
@@ -50,7 +62,13 @@ def write_rows(path: Path, rows: int) -> int:
                 draw = rng.random()
                 caption = f"caption {number} of picture {image} in a made-up table of rows"
                 caption = (
-                    "icon" if draw < 0.01 else f"a caption that about two share, {rng.randrange(rows // 100)}" if draw < 0.03 else caption
+                    "icon"
+                    if draw < 0.01
+                    else (
+                        f"a caption that about two share, {rng.randrange(rows // 100)}"
+                        if draw < 0.03
+                        else caption
+                    )
                 )
                 file.write(f'{image // 1000:05d}/{image:08d}.png,"{caption}",group {image // 4}\n')
                 row += 1
@@ -70,17 +88,21 @@ def made_up(sources: list) -> list:
         number = int(re.search(r"(\d+)\.png", source.name)[1])
         own = noise(number)
         pixels = noise("pixels", number // 200)[:16] if number % 100 == 0 else own[16:32]
-        look = noise("look", number // 200)[:31] + bytes([number % 200 // 100]) if number % 100 == 50 else own[32:]
+        look = (
+            noise("look", number // 200)[:31] + bytes([number % 200 // 100])
+            if number % 100 == 50
+            else own[32:]
+        )
         results.append(CheckedImage("png", 224, 224, own[:16], pixels, look + b"\xff\xff\xff", (), None))
     return results
 
 
 def nothing(folder: str) -> None:
-    import data_prep.build  # noqa: F401
+    import data_prep.build.pipeline  # noqa: F401
 
 
 def reading(folder: str) -> None:
-    from data_prep.build import Part, Reading, load
+    from data_prep.build.pipeline import Part, Reading, load
 
     part = Part(Path(folder), 0, 1)
     load(part, [f"{folder}/rows.csv"], Reading(group_column="group", images=folder))
@@ -88,7 +110,7 @@ def reading(folder: str) -> None:
 
 
 def keeping(folder: str) -> None:
-    from data_prep.build import Part, scan
+    from data_prep.build.pipeline import Part, scan
 
     part = Part(Path(folder), 0, 1)
     scan(part, [f"{folder}/rows.csv"], folder, made_up, processes=1)
@@ -96,7 +118,7 @@ def keeping(folder: str) -> None:
 
 
 def planning(folder: str) -> None:
-    from data_prep.build import Part, Plan, Splitting, summarize
+    from data_prep.build.pipeline import Part, Plan, Splitting, summarize
 
     part = Part(Path(folder), 0, 1, read_only=True)
     plan = Plan(Path(folder), [part], Splitting(), [f"{folder}/rows.csv"], folder)
@@ -106,7 +128,12 @@ def planning(folder: str) -> None:
     print(summary["images"], "images,", summary["groups"], "groups,", summary["leaks"], "leaks")
 
 
-STEPS = {"imports alone": nothing, "reading rows": reading, "keeping made-up results": keeping, "plan, images, report": planning}
+STEPS = {
+    "imports alone": nothing,
+    "reading rows": reading,
+    "keeping made-up results": keeping,
+    "plan, images, report": planning,
+}
 
 
 def main(rows: tuple[int, ...] = (1_000_000, 10_000_000), folder: Path | None = None) -> None:
@@ -116,7 +143,10 @@ def main(rows: tuple[int, ...] = (1_000_000, 10_000_000), folder: Path | None = 
         rows: Sizes to run.
         folder: Where the work files go for as long as it takes; by default the system's temporary folder.
     """
-    print("| rows | images | step | seconds | CPU seconds | peak RSS | bytes per row above imports |\n|---|---|---|---|---|---|---|")
+    print(
+        "| rows | images | step | seconds | CPU seconds | peak RSS | bytes per row above imports"
+        " |\n|---|---|---|---|---|---|---|"
+    )
     for count in rows:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             images, bare_mib = write_rows(Path(work, "rows.csv"), count), None
@@ -124,7 +154,10 @@ def main(rows: tuple[int, ...] = (1_000_000, 10_000_000), folder: Path | None = 
                 cpu_s, wall_s, peak_mib = measure(call(step, work), Path(work, "log"))
                 bare_mib = bare_mib or peak_mib
                 per_row = (peak_mib - bare_mib) * 2**20 / count
-                cells = f"{count:,} | {images:,} | {name} | {wall_s:.1f} | {cpu_s:.1f} | {peak_mib:.0f} MiB | {per_row:.1f}"
+                cells = (
+                    f"{count:,} | {images:,} | {name} | {wall_s:.1f} | {cpu_s:.1f} | {peak_mib:.0f} MiB |"
+                    f" {per_row:.1f}"
+                )
                 print(f"| {cells} |", flush=True)
             print(Path(work, "log").read_text().splitlines()[-1], file=sys.stderr)
 

@@ -1,10 +1,12 @@
-"""What each ingredient of the recipe is worth: the same base, pairs and steps with and without it, and open_clip_train beside.
+"""What each ingredient of the recipe is worth: the same base, pairs and steps with and without it, and
+open_clip_train beside.
 
     python -m benchmarks.quality --out OUT                             three seeds: an hour and a half on two CPU cores
     python -m benchmarks.quality --out OUT --smoke True                the same with a few icons, in two minutes: no figures to use
     python -m benchmarks.quality --out OUT --arms "ours" "ours@1e-3"   some arms, one of them with another learning rate
 
-What is done already is not done again: an arm lies in OUT/arms/ARM-SEED, with its model, its result and what each query scored.
+What is done already is not done again: an arm lies in OUT/arms/ARM-SEED, with its model, its result and what
+    each query scored.
 """
 
 import concurrent.futures
@@ -22,27 +24,49 @@ import torch
 from benchmarks import quality_data
 from benchmarks.quality_data import call, is_held_out
 from benchmarks.quality_table import SHOWN, page
-from data_prep.build import cores
+from data_prep.build.pipeline import cores
 from data_prep.errors import Fault, UserError, exit_on_user_error
 from data_prep.shards import Shards
-from eval.degrade import degrade
+from eval.compare.wise_ft import mix
 from eval.embed import Embedded, Inference, embed, embed_images, embed_texts, ready
-from eval.metrics import Relevance, query_values, ranks
-from eval.mixtures import mix
-from eval.queries import read_queries
-from eval.retrieval import Queries, examine, queries_file, score, write_json
-from train.bench_peer import ENVIRONMENT, their_words
-from train.model import Clip, load
-from train.order import Order
+from eval.retrieval.queries import read_queries
+from eval.retrieval.ranking import Relevance, query_values, ranks
+from eval.retrieval.robustness import degrade
+from eval.retrieval.score import Queries, examine, queries_file, score, write_json
+from train.bench.peer import ENVIRONMENT, their_words
+from train.data.order import Order
+from train.model.clip import Clip, load
 from train.recipe import Recipe, parse
 from train.world import World
 
 # What all arms have in common.
 MODEL, SEED_RECIPE = "demo-vit:none", "train/recipes/spectrum_icons.yaml"
 BATCH, EPOCHS, BASE_EPOCHS = 128, 8, 24
-CPU = ["--batch", BATCH, "--micro_batch", BATCH, "--precision", "fp32", "--memory", "none", "--compile", "no", "--workers", 0]
+CPU = [
+    "--batch",
+    BATCH,
+    "--micro_batch",
+    BATCH,
+    "--precision",
+    "fp32",
+    "--memory",
+    "none",
+    "--compile",
+    "no",
+    "--workers",
+    0,
+]
 CPU += ["--save_every_minutes", 1e6, "--keep", 1]
-BASE = ["--optim.lr", 1e-3, "--optim.weight_decay", 0.1, "--augment.color_jitter_prob", 0, "--augment.gray_scale_prob", 0]
+BASE = [
+    "--optim.lr",
+    1e-3,
+    "--optim.weight_decay",
+    0.1,
+    "--augment.color_jitter_prob",
+    0,
+    "--augment.gray_scale_prob",
+    0,
+]
 BASE += ["--augment.scale", 0.7, 1, "--captions.tag_dropout", 0.5]
 
 # The recipe: the seed's with these ingredients; "A" stands for the shards of domain A.
@@ -66,18 +90,29 @@ MORE = {
 }
 SEED = ["--mates", "negatives", "--captions.pick", "first"]  # a name alone is what open_clip_train sees
 PEER, PEER_WARM = "open_clip_train", "open_clip_train, warm-up 5 %"
-# The seed's published command left open_clip_train's warm-up of 10,000 steps in a run of about 5,700: the rate never arrived.
+# The seed's published command left open_clip_train's warm-up of 10,000 steps in a run of about 5,700: the
+# rate never arrived.
 PEER_WARMUP = {PEER: 10_000 / 5_700, PEER_WARM: 0.05}
 ARMS = {
     PEER: None,
     PEER_WARM: None,
     "the seed's recipe": SEED,
     "ours": [*SEED, *itertools.chain(*OURS.values())],
-    **{f"ours without {name}": [*SEED, *itertools.chain(*(OURS[other] for other in OURS if other != name))] for name in OURS},
-    **{f"ours with {name}": [*SEED, *itertools.chain(*OURS.values()), *words] for name, words in MORE.items()},
+    **{
+        f"ours without {name}": [*SEED, *itertools.chain(*(OURS[other] for other in OURS if other != name))]
+        for name in OURS
+    },
+    **{
+        f"ours with {name}": [*SEED, *itertools.chain(*OURS.values()), *words] for name, words in MORE.items()
+    },
 }
 DEFAULT = tuple(name for name in ARMS if not name.startswith("ours with "))
-WITH_CURVE = ("the seed's recipe", "ours", "ours with a quarter of the replay", "ours with four times the replay")
+WITH_CURVE = (
+    "the seed's recipe",
+    "ours",
+    "ours with a quarter of the replay",
+    "ours with four times the replay",
+)
 # The best on validation of 3e-4 and 1e-3, for ours of 2e-3 too; see --arms "ours@2e-3".
 RATES = {PEER: 3e-4, PEER_WARM: 3e-4, "the seed's recipe": 3e-4, "ours": 1e-3}
 
@@ -99,10 +134,11 @@ def main(
 
     Args:
         out: Folder for all of it; the same command goes on with what is there.
-        arms: Of the table at the top of this file; NAME@RATE is one with another learning rate. Those called "ours with" are only
-            trained where they are named.
+        arms: Of the table at the top of this file; NAME@RATE is one with another learning rate. Those called
+            "ours with" are only trained where they are named.
         packages: Folder of the npm packages with synonyms; else npm fetches them to OUT/packages.
-        epochs: Of an arm; another number wants another OUT, whose data and base may be links to those of this one.
+        epochs: Of an arm; another number wants another OUT, whose data and base may be links to those of this
+            one.
         jobs: Arms at a time, one thread each; 0 is one per core.
         smoke: A few icons and one epoch.
     """
@@ -115,13 +151,22 @@ def main(
     epochs = 1 if smoke else epochs
     names = {(arm, seed): out / "arms" / f"{arm.replace(' ', '_')}-{seed}" for seed in seeds for arm in arms}
     base(out, 1 if smoke else BASE_EPOCHS)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the arms: two at once, with a thread each, are faster than one with two
-    with concurrent.futures.ProcessPoolExecutor(jobs or cores(), multiprocessing.get_context("spawn")) as pool:
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # of the arms: two at once, with a thread each, are faster than one with two
+    )
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs or cores(), multiprocessing.get_context("spawn")
+    ) as pool:
         done = {pool.submit(one, out, folder, *key, epochs): key for key, folder in names.items()}
         for future in concurrent.futures.as_completed(done):
             print(f"{done[future][0]}, seed {done[future][1]}: {future.result()}", flush=True)
-    found = {arm: [Queries.load(queries_file(names[arm, seed] / "result.json")) for seed in seeds] for arm in arms}
-    curves = {arm: [json.loads((names[arm, seed] / "result.json").read_text())["curve"] for seed in seeds] for arm in arms}
+    found = {
+        arm: [Queries.load(queries_file(names[arm, seed] / "result.json")) for seed in seeds] for arm in arms
+    }
+    curves = {
+        arm: [json.loads((names[arm, seed] / "result.json").read_text())["curve"] for seed in seeds]
+        for arm in arms
+    }
     text = page({"base": [Queries.load(queries_file(out / "base" / "result.json"))], **found}, curves)
     (out / "quality.md").write_text(text, encoding="utf-8")
     print(text)
@@ -131,7 +176,19 @@ def base(out: Path, epochs: int) -> None:
     """Train the model that all arms begin with on domain A, to OUT/base/model, and evaluate it."""
     folder = out / "base"
     if not (folder / "model").is_dir():
-        call("train", "--model", MODEL, "--data", out / "A", "--run", folder / "run", "--epochs", epochs, *CPU, *BASE)
+        call(
+            "train",
+            "--model",
+            MODEL,
+            "--data",
+            out / "A",
+            "--run",
+            folder / "run",
+            "--epochs",
+            epochs,
+            *CPU,
+            *BASE,
+        )
         keep(load(str(folder / "run")), folder / "model")
     if not (folder / "result.json").is_file():
         judge(out, folder, with_curve=False)
@@ -143,7 +200,15 @@ def one(out: Path, folder: Path, arm: str, seed: int, epochs: int) -> str:
     lr = float(rate) if rate else RATES.get(name, RATES["ours"])
     if not (folder / "model").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        shared = [SEED_RECIPE, "--model", f"local-dir:{out / 'base' / 'model'}", "--data", out / "B", "--run", folder / "run"]
+        shared = [
+            SEED_RECIPE,
+            "--model",
+            f"local-dir:{out / 'base' / 'model'}",
+            "--data",
+            out / "B",
+            "--run",
+            folder / "run",
+        ]
         shared += ["--epochs", epochs, "--optim.lr", lr, "--seed", seed, *CPU]
         if ARMS[name] is None:
             theirs(parse(list(map(str, shared))), PEER_WARMUP[name], folder)
@@ -160,14 +225,22 @@ def one(out: Path, folder: Path, arm: str, seed: int, epochs: int) -> str:
 
 
 def theirs(recipe: Recipe, warmup: float, folder: Path) -> None:
-    """open_clip_train from the base with the recipe's flags, over as many pairs; FOLDER/model is what it has at its end."""
+    """open_clip_train from the base with the recipe's flags, over as many pairs; FOLDER/model is what it has
+    at its end.
+    """
     order = Order(Shards(recipe.data, "train").shard_sizes, recipe.batch, recipe.seed)
     words = their_words(recipe, order.steps_per_epoch, torch.device("cpu"))
-    more = {"epochs": recipe.epochs, "warmup": round(warmup * recipe.epochs * order.steps_per_epoch), "workers": 0}
+    more = {
+        "epochs": recipe.epochs,
+        "warmup": round(warmup * recipe.epochs * order.steps_per_epoch),
+        "workers": 0,
+    }
     more |= {"logs": folder, "name": "theirs", "save-frequency": recipe.epochs}
     words += [str(word) for flag, value in more.items() for word in (f"--{flag}", value)]
     shutil.rmtree(folder / "theirs", ignore_errors=True)  # it refuses to write where it wrote before
-    done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
         raise Fault(f"{' '.join(words)}\nended with {done.returncode}:\n{done.stdout[-2000:]}")
     checkpoint = folder / "theirs" / "checkpoints" / f"epoch_{recipe.epochs}.pt"
@@ -187,7 +260,9 @@ def keep(clip: Clip, folder: Path) -> None:
 
 
 def judge(out: Path, folder: Path, with_curve: bool) -> None:
-    """Evaluate FOLDER/model: FOLDER/result.json, and beside it what each query scored, by quality_table.MEASURES."""
+    """Evaluate FOLDER/model: FOLDER/result.json, and beside it what each query scored, by
+    quality_table.MEASURES.
+    """
     world, clip = World(), ready(f"local-dir:{folder / 'model'}", INFERENCE, World())
     learned, known, val = Shards(out / "B", "test"), Shards(out / "A", "test"), Shards(out / "B", "val")
     embedded = embed(clip, learned, world, INFERENCE)
@@ -197,7 +272,10 @@ def judge(out: Path, folder: Path, with_curve: bool) -> None:
     values = {name: each.values[f"{name}/R@1"] for name in each.groups}
     groups = dict(each.groups)
     new = np.array([is_held_out(text) for text in asked.texts])
-    values["new_words"], groups["new_words"] = values["queries_to_image"][new], groups["queries_to_image"][new]
+    values["new_words"], groups["new_words"] = (
+        values["queries_to_image"][new],
+        groups["queries_to_image"][new],
+    )
     values["degraded"], groups["degraded"] = degraded(clip, learned, embedded), learned.groups
     _, old = examine(embed(clip, known, world, INFERENCE), known.groups, world)
     for name in ("image_to_text", "text_to_image"):
@@ -207,11 +285,16 @@ def judge(out: Path, folder: Path, with_curve: bool) -> None:
     figures = {title: float(pooled(queries)[0].mean()) for title, pooled in SHOWN.items()}
     queries.save(queries_file(folder / "result.json"))
     points = curve(out, clip, learned, known) if with_curve else []
-    write_json(folder / "result.json", {"figures": {"B val": on_val, **figures}, "metrics": found["metrics"], "curve": points})
+    write_json(
+        folder / "result.json",
+        {"figures": {"B val": on_val, **figures}, "metrics": found["metrics"], "curve": points},
+    )
 
 
 def degraded(clip: Clip, shards: Shards, embedded: Embedded) -> np.ndarray:
-    """Of each image, the share of its DEGRADED versions that find an image of its group first: float [n_images]."""
+    """Of each image, the share of its DEGRADED versions that find an image of its group first: float
+    [n_images].
+    """
     to_image = Relevance(shards.groups, np.arange(len(shards)), shards.groups)
     hits = []
     for kind, level in DEGRADED:
@@ -227,7 +310,9 @@ def curve(out: Path, tuned: Clip, learned: Shards, known: Shards) -> list[dict]:
     for share in SHARES:
         clip, on = mix(first, tuned, share), {}
         for name, shards in (("B", learned), ("A", known)):
-            on[name] = score(embed(clip, shards, world, INFERENCE), shards.groups, world)["metrics"]["mean/R@1"]
+            on[name] = score(embed(clip, shards, world, INFERENCE), shards.groups, world)["metrics"][
+                "mean/R@1"
+            ]
         points.append({"share": share, **on})
     return points
 

@@ -1,8 +1,10 @@
-"""The data of benchmarks.quality, that anyone can make: icons of some fonts to know, icons of other fonts to learn, and questions.
+"""The data of benchmarks.quality, that anyone can make: icons of some fonts to know, icons of other fonts to
+learn, and questions.
 
     domain A   Font Awesome, Material Design, Elusive, Codicons, Tabler, Lucide, Bootstrap    what the base model is trained on
     domain B   Phosphor (five styles of each icon), Remix (two)                               what it is fine-tuned on
-    questions  synonyms of test icons of B: of no icon the caption, and half of them part of none; those words only the base can know
+    questions  synonyms of test icons of B: of no icon the caption, and half of them part of none; those words
+        only the base can know
 
 Fonts come with the package qtawesome and with npm packages, synonyms with npm packages.
 """
@@ -17,10 +19,10 @@ from pathlib import Path
 
 from benchmarks.quality_icons import Synonyms, drawn, fetch, synonyms, table
 from data_prep.atomic import atomic_file
+from data_prep.build.split import split_of
 from data_prep.errors import Fault
 from data_prep.icons import FONTS
 from data_prep.shards import Shards
-from data_prep.split import split_of
 
 DOMAIN_B = ("phosphor", "remixicon")
 STYLES = {font: FONTS[font] for font in DOMAIN_B} | {"tabler": {"filled"}}
@@ -59,11 +61,14 @@ def make(out: Path, packages: Path | None, limit: int = 0) -> None:
     captions = {caption for split in ("train", "val", "test") for caption in captions_of(out / "B", split)}
     asked = questions(rows, known, captions)
     with atomic_file(out / "questions.jsonl") as partial:
-        partial.write_text("".join(json.dumps({"text": text, "keys": keys}) + "\n" for text, keys in asked.items()))
+        partial.write_text(
+            "".join(json.dumps({"text": text, "keys": keys}) + "\n" for text, keys in asked.items())
+        )
 
 
 def captioned(rows: list[dict], known: Synonyms, domain: str) -> Iterable[tuple[str, str, str, str]]:
-    """(file, caption, group, split) of a domain: an icon's own names, and in train one more, its name and its synonyms, by commas.
+    """(file, caption, group, split) of a domain: an icon's own names, and in train one more, its name and its
+    synonyms, by commas.
 
     Args:
         rows: of icons.csv.
@@ -74,7 +79,9 @@ def captioned(rows: list[dict], known: Synonyms, domain: str) -> Iterable[tuple[
         if (row["set"] in DOMAIN_B) == (domain == "B"):
             split = split_of(row["group"], **SPLITS[domain], seed="AB".index(domain))
             yield row["file_path"], row["caption"], row["group"], split
-            words = [word for word in by_group.get(row["group"], ()) if domain == "A" or not is_held_out(word)]
+            words = [
+                word for word in by_group.get(row["group"], ()) if domain == "A" or not is_held_out(word)
+            ]
             if split == "train" and words and row["file_path"] not in done:
                 yield row["file_path"], ", ".join((concept(row), *words)), row["group"], split
             done.add(row["file_path"])
@@ -99,7 +106,10 @@ def questions(rows: list[dict], known: Synonyms, captions: set[str]) -> dict[str
 
 def is_held_out(word: str) -> bool:
     """Whether a synonym is only asked for: by its own hash, so in every icon that has it."""
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8, key=b"held out").digest(), "big") < HELD_OUT * 2**64
+    return (
+        int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8, key=b"held out").digest(), "big")
+        < HELD_OUT * 2**64
+    )
 
 
 def synonyms_of_groups(rows: list[dict], known: Synonyms, domain: str) -> dict[str, list[str]]:
@@ -107,7 +117,9 @@ def synonyms_of_groups(rows: list[dict], known: Synonyms, domain: str) -> dict[s
     found: dict[str, dict[str, None]] = {}
     for row in rows:
         if (row["set"] in DOMAIN_B) == (domain == "B"):
-            found.setdefault(row["group"], {}).update(dict.fromkeys(known.get((row["set"], concept(row)), ())))
+            found.setdefault(row["group"], {}).update(
+                dict.fromkeys(known.get((row["set"], concept(row)), ()))
+            )
     names = {(row["group"], row["caption"]) for row in rows}
     return {group: [word for word in words if (group, word) not in names] for group, words in found.items()}
 

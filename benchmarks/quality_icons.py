@@ -1,4 +1,6 @@
-"""Icons and words of benchmarks.quality beyond those of qtawesome: fonts and synonyms in npm packages, read without running any of them."""
+"""Icons and words of benchmarks.quality beyond those of qtawesome: fonts and synonyms in npm packages, read
+without running any of them.
+"""
 
 import csv
 import json
@@ -17,11 +19,20 @@ PACKAGES = {  # npm package -> its version, and the files in it that are read; t
     "@mdi/svg": ("6.9.96", ["meta.json"]),
     "@phosphor-icons/core": ("2.1.1", ["dist/index.mjs"]),
     "@tabler/icons": ("3.49.0", ["icons.json"]),
-    "@tabler/icons-webfont": ("3.49.0", ["dist/fonts/tabler-icons.ttf", "dist/fonts/tabler-icons-filled.ttf"]),
+    "@tabler/icons-webfont": (
+        "3.49.0",
+        ["dist/fonts/tabler-icons.ttf", "dist/fonts/tabler-icons-filled.ttf"],
+    ),
     "lucide-static": ("1.62.0", ["tags.json", "font/codepoints.json", "font/lucide.ttf"]),
     "bootstrap-icons": ("1.13.2", ["font/bootstrap-icons.json", "font/fonts/bootstrap-icons.woff"]),
 }
-LEAST = {"fontawesome6-solid": 1800, "materialdesignicons6": 6900, "phosphor": 1500, "tabler": 5000, "lucide": 1500}  # icons with words
+LEAST = {
+    "fontawesome6-solid": 1800,
+    "materialdesignicons6": 6900,
+    "phosphor": 1500,
+    "tabler": 5000,
+    "lucide": 1500,
+}  # icons with words
 Synonyms = dict[tuple[str, str], list[str]]  # font and name of an icon -> other words for it
 
 
@@ -32,12 +43,18 @@ def fetch(folder: Path) -> Path:
         if not archive(folder, name).is_file():
             if not shutil.which("npm"):
                 raise UserError(
-                    f"{folder}: {archive(folder, name).name} is not there, and there is no npm to fetch it; install npm, "
-                    f"or run `npm pack {name}@{version}` where there is one, and pass its folder as --packages"
+                    f"{folder}: {archive(folder, name).name} is not there, and there is no npm to fetch it;"
+                    f" install npm, or run `npm pack {name}@{version}` where there is one, and pass its"
+                    " folder as --packages"
                 )
-            done = subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, capture_output=True, text=True)
+            done = subprocess.run(
+                ["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, capture_output=True, text=True
+            )
             if done.returncode or not archive(folder, name).is_file():
-                raise Fault(f"npm pack {name}@{version} failed: {(done.stdout + done.stderr)[-500:]}; the same command goes on")
+                raise Fault(
+                    f"npm pack {name}@{version} failed: {(done.stdout + done.stderr)[-500:]}; the same"
+                    " command goes on"
+                )
     return folder
 
 
@@ -55,7 +72,9 @@ def read(folder: Path, name: str) -> list[bytes]:
         with tarfile.open(archive(folder, name)) as tar:
             return [tar.extractfile(f"package/{member}").read() for member in PACKAGES[name][1]]
     except (OSError, KeyError, tarfile.TarError) as error:
-        raise UserError(f"{archive(folder, name)}: cannot be read ({error}); delete it, and npm fetches it again") from None
+        raise UserError(
+            f"{archive(folder, name)}: cannot be read ({error}); delete it, and npm fetches it again"
+        ) from None
 
 
 def synonyms(folder: Path) -> Synonyms:
@@ -65,7 +84,8 @@ def synonyms(folder: Path) -> Synonyms:
         UserError: a package is missing, or is not as it was when this was written.
     """
     awesome, material, tabler = (
-        json.loads(read(folder, name)[0]) for name in ("@fortawesome/fontawesome-free", "@mdi/svg", "@tabler/icons")
+        json.loads(read(folder, name)[0])
+        for name in ("@fortawesome/fontawesome-free", "@mdi/svg", "@tabler/icons")
     )
     awesome = {icon: about["search"]["terms"] for icon, about in awesome.items()}
     found = {
@@ -78,15 +98,29 @@ def synonyms(folder: Path) -> Synonyms:
     }
     for font, least in LEAST.items():
         if len(found[font]) < least:
-            raise UserError(f"{folder}: words for {len(found[font])} icons of {font}, not {least} or more; delete its packages there")
-    return {(font, spaced(icon)): [*filter(None, map(spaced, words))] for font, icons in found.items() for icon, words in icons.items()}
+            raise UserError(
+                f"{folder}: words for {len(found[font])} icons of {font}, not {least} or more; delete its"
+                " packages there"
+            )
+    return {
+        (font, spaced(icon)): [*filter(None, map(spaced, words))]
+        for font, icons in found.items()
+        for icon, words in icons.items()
+    }
 
 
 def phosphor_tags(source: str) -> dict[str, list[str]]:
-    """Icon, also by its older name -> tags, from the list in Phosphor's JavaScript; "*new*" and its like are no tags."""
-    its_name, older = r'\{\s*name: "([^"]+)",\s*pascal_name: "\w+",\s*', r'(?:alias: \{ name: "([^"]+)"[^}]*\},\s*)?'
+    """Icon, also by its older name -> tags, from the list in Phosphor's JavaScript; "*new*" and its like are
+    no tags.
+    """
+    its_name, older = (
+        r'\{\s*name: "([^"]+)",\s*pascal_name: "\w+",\s*',
+        r'(?:alias: \{ name: "([^"]+)"[^}]*\},\s*)?',
+    )
     found = {}
-    for *names, tags in re.findall(its_name + older + r"categories: .*?\btags: \[([^\]]*)\]", source, re.DOTALL):
+    for *names, tags in re.findall(
+        its_name + older + r"categories: .*?\btags: \[([^\]]*)\]", source, re.DOTALL
+    ):
         words = [tag for tag in re.findall('"([^"]+)"', tags) if not tag.startswith("*")]
         found |= {name: words for name in names if name}
     return found
@@ -100,7 +134,9 @@ def drawn(folder: Path, out: Path, limit: int = 0) -> list[dict]:
     """
     rows, seen = [], set()
     for font, style, codes, file in fonts(folder, out):
-        for name, code in progress(list(codes.items())[: limit or None], desc=f"drawing {font} {style}".strip(), unit="icon"):
+        for name, code in progress(
+            list(codes.items())[: limit or None], desc=f"drawing {font} {style}".strip(), unit="icon"
+        ):
             caption = f"{spaced(name)} {style}".strip()
             path = Path(font) / f"{caption.replace(' ', '-')}.png"
             image = draw(file, chr(code), SIZES_PX[len(rows) % len(SIZES_PX)])
@@ -109,7 +145,14 @@ def drawn(folder: Path, out: Path, limit: int = 0) -> list[dict]:
             seen.add(path)
             (out / path).parent.mkdir(parents=True, exist_ok=True)
             image.save(out / path)
-            rows.append({"file_path": str(path), "caption": caption, "group": spaced(name.removesuffix("-fill")), "set": font})
+            rows.append(
+                {
+                    "file_path": str(path),
+                    "caption": caption,
+                    "group": spaced(name.removesuffix("-fill")),
+                    "set": font,
+                }
+            )
     return rows
 
 
@@ -121,7 +164,11 @@ def fonts(folder: Path, out: Path) -> list[tuple[str, str, dict[str, int], Path]
     outline, filled = read(folder, "@tabler/icons-webfont")
 
     def codes(style: str) -> dict[str, int]:
-        found = {name: int(about["styles"][style]["unicode"], 16) for name, about in tabler.items() if style in about["styles"]}
+        found = {
+            name: int(about["styles"][style]["unicode"], 16)
+            for name, about in tabler.items()
+            if style in about["styles"]
+        }
         # What stands at a variation selector cannot be drawn alone.
         return {name: code for name, code in found.items() if not 0xFE00 <= code <= 0xFE0F}
 

@@ -1,18 +1,22 @@
-"""From what each query scored to the tables of benchmarks/quality.md: means over seeds, intervals, paired differences."""
+"""From what each query scored to the tables of benchmarks/quality.md: means over seeds, intervals, paired
+differences.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 
-from eval.intervals import mean_interval, paired_difference
-from eval.retrieval import Queries
-from train.card_tables import markdown_table
+from eval.retrieval.intervals import mean_interval, paired_difference
+from eval.retrieval.score import Queries
+from train.publish.card_tables import markdown_table
 
 Pooled = tuple[np.ndarray, np.ndarray]  # what each query scored, float [n], and its group, int64 [n]
 
 
 def of(*directions: str) -> Callable[[Queries], Pooled]:
-    """R@1 of these directions' queries, so weighted that the mean of all is the mean of the directions' means."""
+    """R@1 of these directions' queries, so weighted that the mean of all is the mean of the directions'
+    means.
+    """
 
     def pooled(queries: Queries) -> Pooled:
         values = [queries.values[f"{direction}/R@1"] for direction in directions]
@@ -42,12 +46,20 @@ def page(found: dict[str, list[Queries]], curves: dict[str, list]) -> str:
         found: arm -> what its queries scored, for each seed.
         curves: arm -> for each seed, the points of benchmarks.quality.curve; without points, no table.
     """
-    parts = [f"R@1 in percent, mean of the seeds [95 % interval over groups; least and most of the seeds]\n\n{figures(found)}"]
+    parts = [
+        "R@1 in percent, mean of the seeds [95 % interval over groups; least and most of the"
+        f" seeds]\n\n{figures(found)}"
+    ]
     for reference in ("ours", "the seed's recipe", "base"):
         if reference in found and len(found) > 1:
-            parts.append(f"Difference to *{reference}* in points, query by query [95 % interval], p\n\n{differences(found, reference)}")
+            parts.append(
+                f"Difference to *{reference}* in points, query by query [95 % interval],"
+                f" p\n\n{differences(found, reference)}"
+            )
     parts += [
-        f"Mixtures of the base's weights with those of *{arm}*\n\n{mixtures(points)}" for arm, points in curves.items() if all(points)
+        f"Mixtures of the base's weights with those of *{arm}*\n\n{mixtures(points)}"
+        for arm, points in curves.items()
+        if all(points)
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -74,7 +86,10 @@ def differences(found: dict[str, list[Queries]], reference: str) -> str:
         for pooled in SHOWN.values():
             (first, groups), (second, _) = over_seeds(found[reference], pooled), over_seeds(seeds, pooled)
             value, low, high, p = paired_difference(first, second, groups)
-            rows[-1].append(f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] p {'<' if p < 0.001 else ''}{max(p, 0.001):.2g}")
+            rows[-1].append(
+                f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] p"
+                f" {'<' if p < 0.001 else ''}{max(p, 0.001):.2g}"
+            )
     return markdown_table(rows)
 
 
@@ -86,10 +101,20 @@ def over_seeds(seeds: list[Queries], pooled: Callable[[Queries], Pooled]) -> Poo
 
 
 def mixtures(seeds: list[list[dict]]) -> str:
-    """For each share of tuned weights: R@1 on B, the part of the whole gain that this is, and R@1 on A; means over seeds."""
+    """For each share of tuned weights: R@1 on B, the part of the whole gain that this is, and R@1 on A; means
+    over seeds.
+    """
     b, a = (np.mean([[point[name] for point in points] for points in seeds], axis=0) for name in "BA")
     rows = [["share of the tuned weights", "R@1 on B", "of the gain", "R@1 on A", "to the base's"]]
     for point, on_b, on_a in zip(seeds[0], b, a, strict=True):
         gain = f"{100 * (on_b - b[0]) / (b[-1] - b[0]):.0f} %" if b[-1] > b[0] else ""
-        rows.append([f"{point['share']:g}", f"{100 * on_b:.1f}", gain, f"{100 * on_a:.1f}", f"{100 * (on_a - a[0]):+.1f}"])
+        rows.append(
+            [
+                f"{point['share']:g}",
+                f"{100 * on_b:.1f}",
+                gain,
+                f"{100 * on_a:.1f}",
+                f"{100 * (on_a - a[0]):+.1f}",
+            ]
+        )
     return markdown_table(rows)

@@ -1,11 +1,11 @@
-"""What retrieval costs: both directions by counting, against the bare matrix product, and against open_clip's get_clip_metrics.
+"""What retrieval costs: both directions by counting, against the bare matrix product, and against open_clip's
+get_clip_metrics.
 
     python -m benchmarks.retrieval --pairs 25000
     python -m benchmarks.retrieval --pairs 100000 --no-peers
 
-Each is a process of its own, on the same made-up features (768 dimensions, fp32): CPU seconds of the part that is timed,
-and peak memory above that of the features.
-"""
+Each is a process of its own, on the same made-up features (768 dimensions, fp32): CPU seconds of the part
+that is timed, and peak memory above that of the features."""
 
 import json
 import re
@@ -24,7 +24,9 @@ def features(n: int):
 
     generator = torch.Generator().manual_seed(0)
     image_features = torch.nn.functional.normalize(torch.randn(n, D, generator=generator), dim=1)
-    text_features = torch.nn.functional.normalize(image_features + 0.3 * torch.randn(n, D, generator=generator), dim=1)
+    text_features = torch.nn.functional.normalize(
+        image_features + 0.3 * torch.randn(n, D, generator=generator), dim=1
+    )
     return image_features, text_features
 
 
@@ -36,7 +38,16 @@ def timed(work: Callable[[], dict]) -> None:
     found = work()
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(json.dumps({"cpu_s": cpu_s, "wall_s": time.monotonic() - started, "peak_mb": (peak_kb() - resident_kb) / 1e3, **found}))
+    print(
+        json.dumps(
+            {
+                "cpu_s": cpu_s,
+                "wall_s": time.monotonic() - started,
+                "peak_mb": (peak_kb() - resident_kb) / 1e3,
+                **found,
+            }
+        )
+    )
 
 
 def peak_kb() -> int:
@@ -55,7 +66,7 @@ def bare_product(n: int) -> None:
 
 
 def ours(n: int) -> None:
-    from eval.metrics import Relevance, ranks, summarize
+    from eval.retrieval.ranking import Relevance, ranks, summarize
 
     image_features, text_features = features(n)
     relevance = Relevance.diagonal(n)
@@ -88,7 +99,10 @@ def main(pairs: int = 25_000, peers: bool = True) -> None:
         peers: Run open_clip too, which wants 8 * pairs^2 bytes and more.
     """
     print(f"{pairs:,} pairs of {D} dimensions\n")
-    print("| | CPU s | to the bare product | peak MB beside the features | R@1 both ways |\n|---|---|---|---|---|")
+    print(
+        "| | CPU s | to the bare product | peak MB beside the features | R@1 both ways"
+        " |\n|---|---|---|---|---|"
+    )
     base = None
     for name, function in (
         ("bare fp32 product", bare_product),
@@ -101,7 +115,11 @@ def main(pairs: int = 25_000, peers: bool = True) -> None:
         found = json.loads(subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1])
         base = base or found["cpu_s"]
         shown = " / ".join(f"{value:.4f}" for value in found.get("R@1", []))
-        print(f"| {name} | {found['cpu_s']:.1f} | {found['cpu_s'] / base:.2f} | {found['peak_mb']:.0f} | {shown} |", flush=True)
+        print(
+            f"| {name} | {found['cpu_s']:.1f} | {found['cpu_s'] / base:.2f} | {found['peak_mb']:.0f} |"
+            f" {shown} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

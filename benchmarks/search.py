@@ -3,8 +3,8 @@
     python -m benchmarks.search nearest                       100 thousand x 768, one thread: faiss, torch; --n 1000000 --approximate True
     python -m benchmarks.search embed MODEL --data SHARDS     `python -m eval embed` against its forward alone, in turns
 
-The first makes an index of random features in a temporary folder; what is nearest among them costs what it costs among others.
-"""
+The first makes an index of random features in a temporary folder; what is nearest among them costs what it
+costs among others."""
 
 import contextlib
 import io
@@ -22,17 +22,19 @@ import torch.nn.functional as F
 import tyro
 
 from data_prep.errors import exit_on_user_error
-from eval import nearest as nearest_module
 from eval.embed import Inference, ready
-from eval.index import FORMAT, Index
-from eval.indexing import INFERENCE, SCHEMA
-from eval.indexing import embed as embed_corpus
-from eval.nearest import Nearest
-from train.card_tables import markdown_table
+from eval.search import nearest as nearest_module
+from eval.search.index import FORMAT, Index
+from eval.search.indexing import INFERENCE, SCHEMA
+from eval.search.indexing import embed as embed_corpus
+from eval.search.nearest import Nearest
+from train.publish.card_tables import markdown_table
 from train.world import World
 
 
-def nearest(n: int = 100_000, d: int = 768, k: int = 50, queries: int = 30, approximate: bool = False) -> None:
+def nearest(
+    n: int = 100_000, d: int = 768, k: int = 50, queries: int = 30, approximate: bool = False
+) -> None:
     """Milliseconds of a query, median and slowest, on one thread, its groups joined."""
     torch.set_num_threads(1)
     if nearest_module.faiss:
@@ -40,12 +42,19 @@ def nearest(n: int = 100_000, d: int = 768, k: int = 50, queries: int = 30, appr
     with tempfile.TemporaryDirectory() as folder:
         index = Index(random_index(Path(folder), n, d))
         asked = F.normalize(torch.randn(queries, d, generator=torch.Generator().manual_seed(1)), dim=-1)
-        ways = {"faiss": Nearest(index), "torch": Nearest(index, library=False)} if nearest_module.faiss else {"torch": Nearest(index)}
+        ways = (
+            {"faiss": Nearest(index), "torch": Nearest(index, library=False)}
+            if nearest_module.faiss
+            else {"torch": Nearest(index)}
+        )
         if approximate:
             begun = time.perf_counter()
             ways["approximate"] = Nearest(index, approximate=True)
             recall = ways["approximate"].recall()
-            print(f"approximate: made and measured in {time.perf_counter() - begun:.0f} s, recall@10 {recall:.3f} of exact")
+            print(
+                f"approximate: made and measured in {time.perf_counter() - begun:.0f} s, recall@10"
+                f" {recall:.3f} of exact"
+            )
         rows = [["", "median ms", "slowest ms"]]
         for name, way in ways.items():
             way.top(asked[:1], k)
@@ -66,11 +75,21 @@ def random_index(folder: Path, n: int, d: int) -> Path:
     for start in range(0, n, 1 << 16):
         count = min(1 << 16, n - start)
         near = centers[torch.randint(len(centers), (count,), generator=generator)]
-        features[start : start + count] = F.normalize(near + torch.randn(count, d, generator=generator), dim=-1).half()
+        features[start : start + count] = F.normalize(
+            near + torch.randn(count, d, generator=generator), dim=-1
+        ).half()
     features.flush()
     numbers = np.arange(n)
-    known = {"key": numbers.astype(str), "split": np.full(n, "train"), "group": numbers // 4, "captions": [[]] * n}
-    pq.write_table(pa.table({name: pa.array(column, SCHEMA[name]) for name, column in known.items()}), folder / "metadata.parquet")
+    known = {
+        "key": numbers.astype(str),
+        "split": np.full(n, "train"),
+        "group": numbers // 4,
+        "captions": [[]] * n,
+    }
+    pq.write_table(
+        pa.table({name: pa.array(column, SCHEMA[name]) for name, column in known.items()}),
+        folder / "metadata.parquet",
+    )
     np.save(folder / "thumbnails.npy", np.zeros(n + 1, np.int64))
     (folder / "thumbnails.bin").write_bytes(b"")
     manifest = {"index_format": FORMAT, "model": "none", "model_sha256": "", "data": "random", "n": n, "d": d}
@@ -78,7 +97,9 @@ def random_index(folder: Path, n: int, d: int) -> Path:
     return folder
 
 
-def embed(model: Annotated[str, tyro.conf.Positional], data: Path, turns: int = 3, inference: Inference = INFERENCE) -> None:
+def embed(
+    model: Annotated[str, tyro.conf.Positional], data: Path, turns: int = 3, inference: Inference = INFERENCE
+) -> None:
     """Pictures per second of `eval embed`, as it says itself, and of the forward of as many random pictures."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clip = ready(model, inference, World(device=device))
@@ -100,14 +121,24 @@ def embed(model: Annotated[str, tyro.conf.Positional], data: Path, turns: int = 
                 features.cpu()
             rates["forward"].append(batches * inference.batch / (time.perf_counter() - begun))
     middle = {name: float(np.median(values)) for name, values in rates.items()}
-    rows = [[name, f"{middle[name]:.1f}", ", ".join(f"{one:.1f}" for one in found)] for name, found in rates.items()]
+    rows = [
+        [name, f"{middle[name]:.1f}", ", ".join(f"{one:.1f}" for one in found)]
+        for name, found in rates.items()
+    ]
     rows.insert(0, ["pictures/s", "median", "of each turn"])
-    how = f"{inference.precision}, {inference.workers} workers, {torch.get_num_threads()} threads, {device.type}"
+    how = (
+        f"{inference.precision}, {inference.workers} workers, {torch.get_num_threads()} threads,"
+        f" {device.type}"
+    )
     print(f"{model}, batch {inference.batch}, {how}")
-    print(f"\n{markdown_table(rows)}\n\nembed reaches {middle['embed'] / middle['forward']:.1%} of its forward")
+    print(
+        f"\n{markdown_table(rows)}\n\nembed reaches {middle['embed'] / middle['forward']:.1%} of its forward"
+    )
 
 
 if __name__ == "__main__":
     commands = {"nearest": nearest, "embed": embed}
     config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
-    exit_on_user_error(lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=config))
+    exit_on_user_error(
+        lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=config)
+    )

@@ -1,10 +1,11 @@
-"""What the search page's server bears: many people at once, who search for sentences and now and then for a picture.
+"""What the search page's server bears: many people at once, who search for sentences and now and then for a
+picture.
 
     python -m benchmarks.serve INDEX
 
-Each client asks, waits for the answer, and asks again; no two sentences are likely to be equal, so that the server's memory of
-texts is of no help. The server is a process of its own, on the same machine as the clients.
-"""
+Each client asks, waits for the answer, and asks again; no two sentences are likely to be equal, so that the
+server's memory of texts is of no help. The server is a process of its own, on the same machine as the
+clients."""
 
 import http.client
 import json
@@ -23,7 +24,7 @@ import numpy as np
 import tyro
 
 from data_prep.errors import UserError, exit_on_user_error
-from eval.index import Index, not_empty
+from eval.search.index import Index, not_empty
 
 
 def bench(
@@ -73,7 +74,10 @@ def started(*arguments) -> Iterator[tuple[subprocess.Popen, str]]:
 def load(host: str, index: Index, clients: int, seconds: float, pictures: float, k: int) -> dict:
     """A number of clients, each in a thread; see `summary`."""
     end, asked = time.monotonic() + seconds, [[] for _ in range(clients)]
-    threads = [threading.Thread(target=client, args=(host, index, seed, end, pictures, k, each)) for seed, each in enumerate(asked)]
+    threads = [
+        threading.Thread(target=client, args=(host, index, seed, end, pictures, k, each))
+        for seed, each in enumerate(asked)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -117,11 +121,19 @@ def summary(asked: list[tuple[str, float, bool]], seconds: float) -> dict:
 
 
 def table(found: dict, title: str) -> str:
-    lines = [title, "", "| | requests | a second | errors | p50 ms | p95 ms | slowest ms |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        title,
+        "",
+        "| | requests | a second | errors | p50 ms | p95 ms | slowest ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for kind in ("text", "picture"):
         one = found[kind]
         numbers = " | ".join(f"{one[name]:.0f}" for name in ("p50_ms", "p95_ms", "slowest_ms"))
-        lines.append(f"| {kind} | {one['requests']} | {one['requests'] / found['seconds']:.1f} | {one['errors']} | {numbers} |")
+        lines.append(
+            f"| {kind} | {one['requests']} | {one['requests'] / found['seconds']:.1f} | {one['errors']} |"
+            f" {numbers} |"
+        )
     return "\n".join([*lines, "", json.dumps(found)])
 
 

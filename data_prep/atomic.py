@@ -44,7 +44,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
-    """Refuse to write to a `path` that exists, unless it is to be overwritten and holds `mark`, so was made by us.
+    """Refuse to write to a `path` that exists, unless it is to be overwritten and holds `mark`, so was made
+    by us.
 
     Raises:
         UserError: it must stay as it is.
@@ -52,7 +53,10 @@ def check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already; pass another --out, or --overwrite True to make it again")
     if path.exists() and not (path / mark).is_file():
-        raise UserError(f"{path}: has no {mark}, so it was not made by this command, and is not deleted; pass another --out")
+        raise UserError(
+            f"{path}: has no {mark}, so it was not made by this command, and is not deleted; pass another"
+            " --out"
+        )
 
 
 def sync(path: Path) -> None:

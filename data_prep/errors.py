@@ -5,7 +5,13 @@ import os
 import sys
 from collections.abc import Callable
 
-NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a full disk, or one that may not be written
+NOT_OURS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+)  # a full disk, or one that may not be written
 
 
 class UserError(Exception):
@@ -16,7 +22,9 @@ class UserError(Exception):
 
 
 class Fault(UserError):
-    """The machine failed, and not the user: a full disk, a file that vanished, a process that was killed. Trying again may help."""
+    """The machine failed, and not the user: a full disk, a file that vanished, a process that was killed.
+    Trying again may help.
+    """
 
     exit_code = 1
 
@@ -52,13 +60,17 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if "DataLoader worker" not in str(error):  # torch says so in the midst of whatever is being done
             raise
         print(
-            f"\nerror: a process that reads images was killed, mostly for lack of memory ({str(error).splitlines()[0]}); "
-            "pass fewer --workers or ask for more memory: the same command goes on",
+            "\nerror: a process that reads images was killed, mostly for lack of memory"
+            f" ({str(error).splitlines()[0]}); pass fewer --workers or ask for more memory: the same command"
+            " goes on",
             file=sys.stderr,
         )
         sys.exit(Fault.exit_code)
     except OSError as error:
         if error.errno not in NOT_OURS:
             raise
-        print(f"error: {error}; nothing that was whole is lost: put this right, and run the same command again", file=sys.stderr)
+        print(
+            f"error: {error}; nothing that was whole is lost: put this right, and run the same command again",
+            file=sys.stderr,
+        )
         sys.exit(Fault.exit_code)

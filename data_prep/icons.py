@@ -1,4 +1,5 @@
-"""The demo's data: real UI icons, drawn from the icon fonts in the package qtawesome, named by their own names.
+"""The demo's data: real UI icons, drawn from the icon fonts in the package qtawesome, named by their own
+names.
 
 No Qt is started: fonts and charmaps are read as files, Pillow draws. Aliases of one glyph are captions of one
 image; style variants (fill, outline, thin, bold) and namesakes in other fonts share a group.
@@ -59,7 +60,14 @@ def icons(out: Path, limit: int = 0, seed: int = 0, overwrite: bool = False) -> 
             image.save(path)
             drawn += 1
             for name in glyph.names:
-                writer.writerow([path.relative_to(folder), name.replace("-", " ").replace("_", " "), glyph.group, glyph.font])
+                writer.writerow(
+                    [
+                        path.relative_to(folder),
+                        name.replace("-", " ").replace("_", " "),
+                        glyph.group,
+                        glyph.font,
+                    ]
+                )
     print(f"{drawn} icons in {len({glyph.group for glyph in glyphs})} groups; the CSV is {out / 'icons.csv'}")
 
 
@@ -92,12 +100,18 @@ def draw(font_file: Path, character: str, size_px: int) -> Image.Image | None:
 def _font_files() -> dict[str, Path]:
     spec = importlib.util.find_spec("qtawesome")
     if spec is None:
-        raise UserError("the package qtawesome is not installed, and the demo icons are drawn from its fonts; pip install qtawesome")
+        raise UserError(
+            "the package qtawesome is not installed, and the demo icons are drawn from its fonts; pip install"
+            " qtawesome"
+        )
     fonts = Path(spec.origin).parent / "fonts"  # found, not imported: importing it wants Qt
     files = {name: next(fonts.glob(f"{name}-*.ttf"), None) for name in (*FONTS, BRANDS)}
     missing = [name for name, file in files.items() if file is None]
     if missing:
-        raise UserError(f"qtawesome in {fonts} lacks {', '.join(missing)}; version 1.4 is wanted: pip install 'qtawesome>=1.4,<2'")
+        raise UserError(
+            f"qtawesome in {fonts} lacks {', '.join(missing)}; version 1.4 is wanted: pip install"
+            " 'qtawesome>=1.4,<2'"
+        )
     return files
 
 
@@ -131,7 +145,11 @@ def _glyphs() -> list[Glyph]:
 
 def _unwanted(name: str, brands: set[str]) -> bool:
     words = name.replace("_", "-").split("-")
-    return "logo" in words or bool(RUDE & set(words)) or any("-".join(words[:n]) in brands for n in range(1, len(words) + 1))
+    return (
+        "logo" in words
+        or bool(RUDE & set(words))
+        or any("-".join(words[:n]) in brands for n in range(1, len(words) + 1))
+    )
 
 
 def _base(name: str, style_words: set[str], font: str) -> str:

@@ -20,12 +20,24 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # nothing that starts a
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # formats that training reads as they are
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What Pillow raises on damaged files; the first three cover nearly all of two million mutated ones.
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError, struct.error, zlib.error)
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
 LOOK_PX = 16
 
 
 class BadImage(Exception):
-    """An image that training must not see: `reason` is a fixed phrase to count by, `detail` is about this one."""
+    """An image that training must not see: `reason` is a fixed phrase to count by, `detail` is about this
+    one.
+    """
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
@@ -54,7 +66,8 @@ class CheckedImage:
     height: int
     content: bytes  # xxh3 of the bytes that go into the shard
     pixels: bytes  # equal for equal pixels, however they were stored
-    look: bytes  # 256 bits and a color, that differ little between near-identical images; empty where nothing was decoded
+    # 256 bits and a color, that differ little between near-identical images; empty where nothing was decoded
+    look: bytes
     fixes: tuple[str, ...]  # what had to be put right, for the report
     data: bytes | None  # the new file where something had to change, else None
 
@@ -64,17 +77,20 @@ def parse_color(color: str) -> tuple[int, int, int]:
     try:
         return ImageColor.getrgb(color)[:3]
     except ValueError:
-        raise UserError(f"--background {color!r} is not a color; a name like white or a code like #ffffff is wanted") from None
+        raise UserError(
+            f"--background {color!r} is not a color; a name like white or a code like #ffffff is wanted"
+        ) from None
 
 
 def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:
     """Decode `data` in full and put it right: EXIF orientation applied, transparency composited, 8-bit RGB.
 
-    Plain RGB files, nearly all of most data sets, take a short way: a PNG's checksums are walked (a decoder alone
-    misses damage), a JPEG is decoded strictly. The rest goes through Pillow.
+    Plain RGB files, nearly all of most data sets, take a short way: a PNG's checksums are walked (a decoder
+    alone misses damage), a JPEG is decoded strictly. The rest goes through Pillow.
 
     Raises:
-        BadImage: not an image, too many pixels (judged by the header, before decoding), damaged, or of no use.
+        BadImage: not an image, too many pixels (judged by the header, before decoding), damaged, or of no
+            use.
     """
     try:
         if data.startswith(PNG_SIGNATURE):
@@ -84,7 +100,12 @@ def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:
         else:
             plain = None
         if plain is not None:
-            pixels, extension, fixes, changed = plain, "png" if data.startswith(PNG_SIGNATURE) else "jpg", [], False
+            pixels, extension, fixes, changed = (
+                plain,
+                "png" if data.startswith(PNG_SIGNATURE) else "jpg",
+                [],
+                False,
+            )
         else:
             with _quiet():
                 pixels, extension, fixes, changed = _any(data, rules)
@@ -107,7 +128,9 @@ def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:
     digest = xxhash.xxh3_128(struct.pack("<II", width, height))
     digest.update(np.ascontiguousarray(pixels).data)
     content = xxhash.xxh3_128_digest(stored)
-    return CheckedImage(extension, width, height, content, digest.digest(), look, tuple(fixes), stored if changed else None)
+    return CheckedImage(
+        extension, width, height, content, digest.digest(), look, tuple(fixes), stored if changed else None
+    )
 
 
 def trust(data: bytes) -> CheckedImage:
@@ -123,7 +146,9 @@ def trust(data: bytes) -> CheckedImage:
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         extension = "webp"
     else:
-        raise BadImage("not PNG, JPEG or WebP" if data else "empty file", "and --trust converts nothing" if data else "")
+        raise BadImage(
+            "not PNG, JPEG or WebP" if data else "empty file", "and --trust converts nothing" if data else ""
+        )
     content = xxhash.xxh3_128_digest(data)
     return CheckedImage(extension, 0, 0, content, content, b"", (), None)
 
@@ -138,7 +163,9 @@ def _check_size(width: int, height: int, rules: Rules) -> None:
 
 
 def _plain_png(data: bytes, rules: Rules) -> np.ndarray | None:
-    """uint8 [H, W, 3] of a PNG that needs no change; None where it needs one. Its checksums are right either way."""
+    """uint8 [H, W, 3] of a PNG that needs no change; None where it needs one. Its checksums are right either
+    way.
+    """
     kinds, at = set(), len(PNG_SIGNATURE)
     while at < len(data):
         if at + 12 > len(data):
@@ -169,7 +196,9 @@ def _plain_png(data: bytes, rules: Rules) -> np.ndarray | None:
 
 
 def _plain_jpeg(data: bytes, rules: Rules) -> np.ndarray | None:
-    """uint8 [H, W, 3] of a JPEG that needs no change; None where it needs one. It was decoded strictly either way."""
+    """uint8 [H, W, 3] of a JPEG that needs no change; None where it needs one. It was decoded strictly either
+    way.
+    """
     height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(width, height, rules)
     colorspace = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "GRAY"}.get(colors, "CMYK")
@@ -217,7 +246,9 @@ def _any(data: bytes, rules: Rules) -> tuple[np.ndarray, str, list[str], bool]:
     try:
         image.load()
     except OSError as error:
-        raise BadImage("truncated image" if "truncated" in str(error) else "damaged image", str(error)) from None
+        raise BadImage(
+            "truncated image" if "truncated" in str(error) else "damaged image", str(error)
+        ) from None
     turned = image.getexif().get(0x0112, 1) != 1
     upright = ImageOps.exif_transpose(image)
     if turned:
@@ -250,17 +281,19 @@ def _encode(pixels: np.ndarray, encode: str) -> tuple[str, bytes]:
     if encode == "jpeg":
         return "jpg", simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=95, colorsubsampling="444")
     buffer = io.BytesIO()
-    options = {"lossless": True, "method": 1} if encode == "webp" else {"compress_level": 4}  # 6 takes longer and saves nothing here
+    options = (
+        {"lossless": True, "method": 1} if encode == "webp" else {"compress_level": 4}
+    )  # 6 takes longer and saves nothing here
     Image.fromarray(pixels).save(buffer, encode.upper(), **options)
     return encode, buffer.getvalue()
 
 
 def _look(pixels: np.ndarray) -> bytes | None:
-    """256 bits: in a thumbnail, whether each cell is brighter than its right neighbor (dHash); and the upper edge's mean color.
+    """256 bits: in a thumbnail, whether each cell is brighter than its right neighbor (dHash); and the upper
+    edge's mean color.
 
-    It finds candidates for near-identical images, and has to be quick: green alone, and of large images not every pixel.
-    None if the image is of one color.
-    """
+    It finds candidates for near-identical images, and has to be quick: green alone, and of large images not
+    every pixel. None if the image is of one color."""
     step = max(1, min(pixels.shape[:2]) // 64)
     sampled = np.ascontiguousarray(pixels[::step, ::step, 1])
     cells = np.asarray(Image.fromarray(sampled).resize((LOOK_PX + 1, LOOK_PX), Image.BOX), dtype=np.int16)
@@ -278,7 +311,9 @@ def small(data: bytes) -> np.ndarray:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
-    """How much two `small` images differ, as a share of what there is to see in them: 0 is equal, 1 unrelated."""
+    """How much two `small` images differ, as a share of what there is to see in them: 0 is equal, 1
+    unrelated.
+    """
     a, b = a.astype(np.float32), b.astype(np.float32)
     seen = sum(float(((each - each.mean((0, 1))) ** 2).sum()) for each in (a, b))
     return float(((a - b) ** 2).sum()) / max(seen, 1e-9)

@@ -29,7 +29,16 @@ FORMAT = 2
 _TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8s1s100s8s247x")
 _REST_OF_SUM = sum(b"00004440000000000000000000000000        0ustar\x0000")  # all but name and size
 as_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
-INDEX_COLUMNS = ["key", "group", "image_offset", "image_size", "json_offset", "json_size", "txt_offset", "txt_size"]
+INDEX_COLUMNS = [
+    "key",
+    "group",
+    "image_offset",
+    "image_size",
+    "json_offset",
+    "json_size",
+    "txt_offset",
+    "txt_size",
+]
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,15 @@ def write_shard(path: Path, members: Iterable[Member]) -> dict:
         for member in members:
             meta = as_json(member.meta).encode()
             row = [member.key, member.group]
-            for extension, data in ((member.extension, member.image), ("json", meta), ("txt", member.captions[0].encode())):
+            for extension, data in (
+                (member.extension, member.image),
+                ("json", meta),
+                ("txt", member.captions[0].encode()),
+            ):
                 row += [end + 512, len(data)]
-                block = b"".join((_tar_header(f"{member.key}.{extension}", len(data)), data, bytes(-len(data) % 512)))
+                block = b"".join(
+                    (_tar_header(f"{member.key}.{extension}", len(data)), data, bytes(-len(data) % 512))
+                )
                 file.write(block)
                 sha256.update(block)
                 end += len(block)
@@ -105,14 +120,15 @@ def write_index(path: Path, places: list[list]) -> None:
 def _tar_header(name: str, size: int) -> bytes:
     """The header block of a plain file (POSIX.1-1988, ustar): mode 444, owner 0, time 0.
 
-    Written here because tarfile takes 13 us for one where this takes 0.6, three times per image, and webdataset's
-    writer brings torch; tests read the result back with both, and with GNU tar.
-    """
+    Written here because tarfile takes 13 us for one where this takes 0.6, three times per image, and
+    webdataset's writer brings torch; tests read the result back with both, and with GNU tar."""
     assert len(name) <= 100, name
     assert size < 8**11, size
     said, octal = name.encode(), b"%011o" % size
     checksum = b"%06o\0 " % (_REST_OF_SUM + sum(said) + sum(octal))
-    return _TAR_FIELDS.pack(said, b"0000444", b"0000000", b"0000000", octal, b"00000000000", checksum, b"0", b"", b"ustar\x0000")
+    return _TAR_FIELDS.pack(
+        said, b"0000444", b"0000000", b"0000000", octal, b"00000000000", checksum, b"0", b"", b"ustar\x0000"
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -124,7 +140,8 @@ def sha256_of(path: Path) -> str:
 
 
 class Shards:
-    """The samples of one split, by number. Cheap to hand to worker processes: files are opened where they are read.
+    """The samples of one split, by number. Cheap to hand to worker processes: files are opened where they are
+    read.
 
     Attributes:
         groups: int64 [n], the group number of each sample.
@@ -136,10 +153,14 @@ class Shards:
         self.folder, self.split = Path(folder), split
         self.manifest = read_manifest(self.folder)
         if not self.manifest["splits"].get(split, {}).get("samples"):
-            having = ", ".join(f"{name} ({entry['samples']})" for name, entry in self.manifest["splits"].items())
+            having = ", ".join(
+                f"{name} ({entry['samples']})" for name, entry in self.manifest["splits"].items()
+            )
             raise UserError(f"{folder}: no samples in split {split!r}; it has {having}")
         self.entries = self.manifest["splits"][split]["shards"]
-        self.fingerprint = hashlib.sha256(json.dumps(self.manifest["splits"], sort_keys=True).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            json.dumps(self.manifest["splits"], sort_keys=True).encode()
+        ).hexdigest()
         self.shard_sizes = np.array([entry["samples"] for entry in self.entries])
         keys, numbers = zip(*(read_index(self.folder, entry) for entry in self.entries), strict=True)
         self._ends = np.cumsum(self.shard_sizes)
@@ -162,7 +183,9 @@ class Shards:
         image_offset, image_size, json_offset, json_size = self._places[number].tolist()
         entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
         meta = json.loads(self._bytes(entry.get("json", entry["file"]), json_offset, json_size))
-        return Sample(self.key(number), self._bytes(entry["file"], image_offset, image_size), meta["captions"], meta)
+        return Sample(
+            self.key(number), self._bytes(entry["file"], image_offset, image_size), meta["captions"], meta
+        )
 
     def meta(self, number: int) -> dict:
         """KEY.json of sample `number`, without reading its image."""
@@ -192,7 +215,14 @@ class Shards:
         entries = self.entries[part::parts]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
             checked = pool.map(self._verify_one, entries)
-            for _ in progress(checked, total=len(entries), desc=f"verify {self.split}", unit="shard", delay=2, disable=part != 0):
+            for _ in progress(
+                checked,
+                total=len(entries),
+                desc=f"verify {self.split}",
+                unit="shard",
+                delay=2,
+                disable=part != 0,
+            ):
                 pass
 
     def _verify_one(self, entry: dict) -> None:
@@ -202,7 +232,11 @@ class Shards:
 
 def altered(folder: Path, entry: dict) -> Iterator[str]:
     """Sentences on the files of one shard that are not what was built."""
-    for name, expected in ((entry["file"], "sha256"), (entry["index"], "index_sha256"), (entry.get("json"), "json_sha256")):
+    for name, expected in (
+        (entry["file"], "sha256"),
+        (entry["index"], "index_sha256"),
+        (entry.get("json"), "json_sha256"),
+    ):
         if name is None:
             continue
         path = folder / name
@@ -210,8 +244,8 @@ def altered(folder: Path, entry: dict) -> Iterator[str]:
             yield f"{path}: missing, but listed in the manifest; restore it or build the shards again"
         elif sha256_of(path) != entry[expected]:
             yield (
-                f"{path}: altered since it was built (its sha256 is not the one in {folder / 'manifest.json'}); "
-                "build the shards again, or restore the file"
+                f"{path}: altered since it was built (its sha256 is not the one in"
+                f" {folder / 'manifest.json'}); build the shards again, or restore the file"
             )
 
 
@@ -220,11 +254,18 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: no manifest.json, so not a folder of shards; make one with: python -m data_prep build") from None
+        raise UserError(
+            f"{folder}: no manifest.json, so not a folder of shards; make one with: python -m data_prep build"
+        ) from None
     except ValueError as error:
-        raise UserError(f"{folder / 'manifest.json'}: not readable as JSON ({error}); build the shards again") from None
+        raise UserError(
+            f"{folder / 'manifest.json'}: not readable as JSON ({error}); build the shards again"
+        ) from None
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder}: format {manifest.get('format')} of shards, this version reads {FORMAT}; build the shards again")
+        raise UserError(
+            f"{folder}: format {manifest.get('format')} of shards, this version reads {FORMAT}; build the"
+            " shards again"
+        )
     return manifest
 
 
@@ -234,12 +275,17 @@ def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
 
     tar, path = folder / entry["file"], folder / entry["index"]
     if not tar.is_file() or not path.is_file():
-        raise UserError(f"{tar if path.is_file() else path}: missing, but listed in the manifest; restore it or build the shards again")
+        raise UserError(
+            f"{tar if path.is_file() else path}: missing, but listed in the manifest; restore it or build the"
+            " shards again"
+        )
     types = {"key": str} | dict.fromkeys(INDEX_COLUMNS[1:], np.int64)
     try:
         table = pd.read_csv(path, sep="\t", dtype=types, keep_default_na=False, quoting=csv.QUOTE_NONE)
     except (ValueError, UnicodeError) as error:
         raise UserError(f"{path}: not readable ({error}); build the shards again") from None
     if list(table.columns) != INDEX_COLUMNS or len(table) != entry["samples"]:
-        raise UserError(f"{path}: {len(table)} rows where the manifest has {entry['samples']}; build the shards again")
+        raise UserError(
+            f"{path}: {len(table)} rows where the manifest has {entry['samples']}; build the shards again"
+        )
     return table["key"].to_numpy(dtype="U"), table[INDEX_COLUMNS[1:]].to_numpy()

@@ -1,7 +1,8 @@
-"""What the pages that are served have in common: a loopback server, its guards, and answers that are sentences.
+"""What the pages that are served have in common: a loopback server, its guards, and answers that are
+sentences.
 
-A page is one HTML file that loads nothing from elsewhere. Nothing but its own routes is answered: no folder is served.
-"""
+A page is one HTML file that loads nothing from elsewhere. Nothing but its own routes is answered: no folder
+is served."""
 
 import contextlib
 import socket
@@ -23,8 +24,10 @@ from data_prep.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GUARDS = {
-    "content-security-policy": "default-src 'none'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "content-security-policy": (
+        "default-src 'none'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src"
+        " 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -43,8 +46,8 @@ def application(page: Path, routes: Sequence[Route], host: str = LOOPBACK[0]) ->
     """The app: `page` at /, and `routes`; a Refused or UserError of theirs becomes {"error": its sentence}.
 
     Args:
-        host: that it will be bound to. Bound to loopback it answers to loopback's names alone, so that no page from
-            elsewhere reaches it under a name of its own (DNS rebinding).
+        host: that it will be bound to. Bound to loopback it answers to loopback's names alone, so that no
+            page from elsewhere reaches it under a name of its own (DNS rebinding).
     """
     content = page.read_text(encoding="utf-8")
 
@@ -58,12 +61,19 @@ def application(page: Path, routes: Sequence[Route], host: str = LOOPBACK[0]) ->
         return JSONResponse({"error": str(error)}, 400)
 
     async def unknown(request: Request, error: HTTPException) -> Response:
-        return JSONResponse({"error": f"{request.method} {request.url.path}: {error.detail}"}, error.status_code, error.headers)
+        return JSONResponse(
+            {"error": f"{request.method} {request.url.path}: {error.detail}"},
+            error.status_code,
+            error.headers,
+        )
 
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
     return Starlette(
         routes=[Route("/", show), *routes],
-        middleware=[Middleware(_Guarded), Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+        middleware=[
+            Middleware(_Guarded),
+            Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
+        ],
         exception_handlers={Refused: refused, UserError: mistaken, HTTPException: unknown},
     )
 
@@ -77,7 +87,10 @@ class _Guarded:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def guarded(message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *((name.encode(), value.encode()) for name, value in GUARDS.items())]
+                message["headers"] = [
+                    *message["headers"],
+                    *((name.encode(), value.encode()) for name, value in GUARDS.items()),
+                ]
             await send(message)
 
         await self.app(scope, receive, guarded)
@@ -95,7 +108,9 @@ async def body(request: Request, most: int = MAX_BODY_BYTES) -> bytes:
             size += len(part)
             if size <= most:
                 parts.append(part)
-            elif size > 8 * most:  # up to here it is read and dropped: a browser hears no answer before it has sent all
+            elif (
+                size > 8 * most
+            ):  # up to here it is read and dropped: a browser hears no answer before it has sent all
                 break
     except ClientDisconnect:
         raise Refused("the request ended before its body did") from None
@@ -131,13 +146,20 @@ def serve(app: Starlette, host: str, port: int, what: str) -> None:
         listening.bind((host, port))
     except OSError as error:
         raise UserError(
-            f"--host {host} --port {port}: cannot be opened ({error.strerror}); pass another --port, or 0 for a free one"
+            f"--host {host} --port {port}: cannot be opened ({error.strerror}); pass another --port, or 0 for"
+            " a free one"
         ) from None
     listening.listen(256)
     shown = f"[{host}]" if ":" in host else host
     print(f"{what}: http://{shown}:{listening.getsockname()[1]}    (Ctrl-C ends it)", flush=True)
     if host not in LOOPBACK:
-        print(f"anyone who reaches {host} can see this; nobody is asked for a password", file=sys.stderr, flush=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
+        print(
+            f"anyone who reaches {host} can see this; nobody is asked for a password",
+            file=sys.stderr,
+            flush=True,
+        )
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+    )
     with contextlib.suppress(KeyboardInterrupt):  # it has ended in good order, and then says so once more
         server.run(sockets=[listening])

@@ -1,9 +1,11 @@
 """A model gets its numbers.
 
   python -m eval retrieval runs/icons --data data/icons/shards --split val --json out.json
-      finds texts by images, images by texts and images by images: R@1, 5, 10, ranks, MRR, mAP, nDCG, with intervals
+      finds texts by images, images by texts and images by images: R@1, 5, 10, ranks, MRR, mAP, nDCG, with
+      intervals
   python -m eval zeroshot runs/icons ViT-B-32:laion2b_s34b_b79k --data pictures/ --templates icons
-      classifies pictures by sentences on their classes; with --show IMAGE --captions ... one picture, looked at closely
+      classifies pictures by sentences on their classes; with --show IMAGE --captions ... one picture, looked
+      at closely
   python -m eval probe runs/icons --data pictures/ --save head/
       trains a linear head and a small network on the frozen features
   python -m eval confusion runs/icons demo-vit:none --data data/icons/shards --page out.html
@@ -38,25 +40,25 @@ import tyro
 
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.shards import Shards, read_manifest
-from eval.cluster import cluster
-from eval.compare import compare
-from eval.confusion import confusion
-from eval.degrade import curves
-from eval.degrade import table as degraded_table
+from eval.classify.linear_probe import probe
+from eval.classify.zeroshot import zeroshot
+from eval.cluster.clusters import cluster
+from eval.compare.compare import compare
+from eval.compare.confusion import confusion
+from eval.compositionality.scenes import probes
 from eval.embed import INFERENCE, Inference, embed, embed_images, embed_texts, ready
-from eval.export import export
-from eval.indexing import embed as embed_corpus
-from eval.leaks import leaks as leaks_of
-from eval.leaks import nearest, write_leaks
-from eval.page import write_page
-from eval.probe import probe
-from eval.probes import probes
-from eval.queries import read_queries, slices
-from eval.retrieval import Queries, differences, examine, queries_file, read_json, table, write_json
-from eval.search import search
-from eval.serve import serve
-from eval.zeroshot import zeroshot
-from train.model import Clip
+from eval.retrieval.leaks import leaks as leaks_of
+from eval.retrieval.leaks import nearest, write_leaks
+from eval.retrieval.page import write_page
+from eval.retrieval.queries import read_queries, slices
+from eval.retrieval.robustness import curves
+from eval.retrieval.robustness import table as degraded_table
+from eval.retrieval.score import Queries, differences, examine, queries_file, read_json, table, write_json
+from eval.search.export import export
+from eval.search.indexing import embed as embed_corpus
+from eval.search.query import search
+from eval.search.serve import serve
+from train.model.clip import Clip
 from train.world import World, joined_world
 
 
@@ -72,18 +74,22 @@ def retrieval(
     degrade: bool = False,
     inference: Inference = INFERENCE,
 ) -> None:
-    """R@1, 5, 10, ranks, MRR, mAP and nDCG@10 with 95 % intervals: image to text, text to image, image to image.
+    """R@1, 5, 10, ranks, MRR, mAP and nDCG@10 with 95 % intervals: image to text, text to image, image to
+    image.
 
     Args:
         model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder.
         data: Folder of shards.
         split: train, val or test.
         json: File to write the result to.
-        against: A result of another model on the same data, to print beside this one, with paired differences.
-        queries: JSONL of sentences that are no captions, each with the images it should find: {"text": ..., "keys": [...]}.
+        against: A result of another model on the same data, to print beside this one, with paired
+            differences.
+        queries: JSONL of sentences that are no captions, each with the images it should find: {"text": ...,
+            "keys": [...]}.
         slice: Column of the data_prep input; R@1 is printed for each of its values.
         degrade: Ask with images that were shrunk, blurred and cut off as well; nine times the work.
-        page: HTML file to write: the figures, and for some captions the pictures that they find; beside it a PNG.
+        page: HTML file to write: the figures, and for some captions the pictures that they find; beside it a
+            PNG.
         inference: How models are run.
     """
     with joined_world() as world:
@@ -96,7 +102,11 @@ def retrieval(
         found, each = examine(embedded, shards.groups, world, unseen)
         if slice:
             found["slices"] = slices(each.values, embedded, shards, slice)
-        names = {"weights_sha256": clip.fingerprint(), "data": f"{data}, {split}", "data_sha256": shards.fingerprint}
+        names = {
+            "weights_sha256": clip.fingerprint(),
+            "data": f"{data}, {split}",
+            "data_sha256": shards.fingerprint,
+        }
         result = {"model": model, **names, **found}
         if asked:
             result["queries_without_images"] = asked.missing
@@ -112,7 +122,9 @@ def retrieval(
                 write_json(json, result)
                 each.save(queries_file(json))
             if page:
-                write_page(page, embedded, shards, [other, result] if other else [result], table(result, other))
+                write_page(
+                    page, embedded, shards, [other, result] if other else [result], table(result, other)
+                )
                 print(f"pictures of what it finds: {page}; its figures: {page.with_suffix('.png')}")
 
 
@@ -123,13 +135,16 @@ def leaks(
     threshold: float = 0.97,
     inference: Inference = INFERENCE,
 ) -> None:
-    """Lists images of val and test whose nearest training image, by a model's image features, is nearly the same.
+    """Lists images of val and test whose nearest training image, by a model's image features, is nearly the
+    same.
 
-    An audit: nothing is changed. To look at it is to know whether the groups are right; data_prep's own audit compares
+    An audit: nothing is changed. To look at it is to know whether the groups are right; data_prep's own audit
+        compares
     pixels, and misses what was drawn again.
 
     Args:
-        model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder; better one that was not trained on this data.
+        model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder; better one that was not trained on
+            this data.
         data: Folder of shards.
         csv: File to write the pairs to, the most similar first.
         threshold: Cosine of image features from which on a pair is listed; it depends on the model.
@@ -146,19 +161,26 @@ def leaks(
                 counts[split] = f"{int((cosines >= threshold).sum())} of {len(shards)} images of {split}"
         if world.is_first:
             write_leaks(csv, sorted(rows, key=lambda row: -float(row[3])))
-            print(f"{', '.join(counts.values())} have a training image with a cosine of {threshold} or more: {csv}")
+            print(
+                f"{', '.join(counts.values())} have a training image with a cosine of {threshold} or more:"
+                f" {csv}"
+            )
 
 
 def prepare(
     model: str, data: Path, split: str, against: Path | None, inference: Inference, world: World
 ) -> tuple[Shards, dict | None, Clip]:
-    """The split, verified, the result to compare with, and the model; the cheap ones first, so that a mistake costs no time."""
+    """The split, verified, the result to compare with, and the model; the cheap ones first, so that a mistake
+    costs no time.
+    """
     shards = Shards(data, split)
     shards.verify(world.rank, world.world_size)
     other = read_json(against) if against else None
     if other and (other["n_images"], other.get("data_sha256")) != (len(shards), shards.fingerprint):
         made = f"{other.get('data')}, {other['n_images']} images"
-        raise UserError(f"{against}: made on other data ({made}) than {data}, {split}; compare on the same data")
+        raise UserError(
+            f"{against}: made on other data ({made}) than {data}, {split}; compare on the same data"
+        )
     return shards, other, ready(model, inference, world)
 
 
@@ -168,9 +190,18 @@ def main() -> None:
         return
     commands = {"retrieval": retrieval, "zeroshot": zeroshot, "probe": probe, "confusion": confusion}
     commands |= {"compare": compare, "probes": probes, "leaks": leaks}
-    commands |= {"embed": embed_corpus, "search": search, "serve": serve, "cluster": cluster, "export": export}
+    commands |= {
+        "embed": embed_corpus,
+        "search": search,
+        "serve": serve,
+        "cluster": cluster,
+        "export": export,
+    }
     tyro.extras.subcommand_cli_from_dict(
-        commands, prog="python -m eval", description=__doc__, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+        commands,
+        prog="python -m eval",
+        description=__doc__,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
     )
 
 

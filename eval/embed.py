@@ -11,9 +11,9 @@ from torchvision.transforms import Compose
 
 from data_prep.progress import progress
 from data_prep.shards import Shards
-from eval.metrics import check_finite
-from train.loader import EvalImages, loader
-from train.model import Clip, load
+from eval.retrieval.ranking import check_finite
+from train.data.loader import EvalImages, loader
+from train.model.clip import Clip, load
 from train.world import World
 
 
@@ -36,7 +36,7 @@ INFERENCE = Inference()
 
 
 def ready(name: str, inference: Inference, world: World) -> Clip:
-    """The model that `name` stands for (see train.model.load), on this rank's device, for evaluation."""
+    """The model that `name` stands for (see train.model.clip.load), on this rank's device, for evaluation."""
     clip = load(name)
     clip.towers.bf16 = inference.precision == "bf16"
     clip.towers.to(world.device).eval()
@@ -50,7 +50,8 @@ class Captions:
     Attributes:
         texts: the distinct captions, in order of appearance.
         first: int64 [n_images], the text that is each image's first caption.
-        text_of, group_of: int64 [pairs], which text stands in which image's group; see eval.metrics.Relevance.
+        text_of, group_of: int64 [pairs], which text stands in which image's group; see
+            eval.retrieval.ranking.Relevance.
         image_of: int64 [pairs], the image that the text is a caption of.
     """
 
@@ -120,7 +121,11 @@ def embed_texts(clip: Clip, texts: list[str], world: World, inference: Inference
 
 
 def embed_images(
-    clip: Clip, shards: Shards, world: World, inference: Inference, change: Callable[[Image.Image], Image.Image] | None = None
+    clip: Clip,
+    shards: Shards,
+    world: World,
+    inference: Inference,
+    change: Callable[[Image.Image], Image.Image] | None = None,
 ) -> torch.Tensor:
     """image_features [n_images, d] of a split: fp32, L2-normed, all of them on every rank.
 
@@ -146,10 +151,22 @@ def batches(n: int, size: int) -> list[list[int]]:
 
 
 def fill(n: int, numbers: list[list[int]], inputs, tower: Callable, world: World, what: str) -> torch.Tensor:
-    """Features of all ranks' batches, each written to its rows; the sum with the zeros of the other ranks is exact."""
-    bar = progress(inputs, total=len(numbers), desc=f"embedding {what}", unit="batch", leave=False, delay=1, disable=not world.is_first)
+    """Features of all ranks' batches, each written to its rows; the sum with the zeros of the other ranks is
+    exact.
+    """
+    bar = progress(
+        inputs,
+        total=len(numbers),
+        desc=f"embedding {what}",
+        unit="batch",
+        leave=False,
+        delay=1,
+        disable=not world.is_first,
+    )
     parts = [tower(batch.to(world.device)) for batch in bar]
-    width = world.max(torch.tensor([parts[0].shape[1] if parts else 0])).item()  # a rank may have no batch of its own
+    width = world.max(
+        torch.tensor([parts[0].shape[1] if parts else 0])
+    ).item()  # a rank may have no batch of its own
     features = torch.zeros(n, int(width), device=world.device)
     for rows, part in zip(numbers, parts, strict=True):
         features[rows] = part

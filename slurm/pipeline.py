@@ -30,7 +30,8 @@ def job(
 ) -> str:
     """Submits any other command of the project; it follows `--`, without `python -m`.
 
-    python -m slurm job eval --folder runs/mine --gpus 8 -- eval retrieval runs/mine --data shards --split test --json out.json
+    python -m slurm job eval --folder runs/mine --gpus 8 -- eval retrieval runs/mine --data shards --split
+    test --json out.json
 
     With GPUs it is run by torchrun, a process for each; without, by one Python.
 
@@ -39,7 +40,8 @@ def job(
         folder: Where script and logs go; a run folder for example.
         array: Indices of an array, 0-31: for data_prep build, each task prepares a part.
         after: Numbers of jobs that have to succeed before.
-        resumes: The command goes on where it was killed, as data_prep build does; so it is requeued at its time limit.
+        resumes: The command goes on where it was killed, as data_prep build does; so it is requeued at its
+            time limit.
         site: What the cluster wants; see slurm/site.yaml.
         dry_run: Write the script and print it, and submit nothing.
 
@@ -49,7 +51,9 @@ def job(
     shape.check()
     if not flags:
         raise UserError("no command: write it after --, as in: -- eval retrieval runs/mine --data shards")
-    return _submit(name, folder.absolute(), shape, read_site(site), list(flags), after, array, resumes, dry_run)
+    return _submit(
+        name, folder.absolute(), shape, read_site(site), list(flags), after, array, resumes, dry_run
+    )
 
 
 def pipeline(
@@ -70,10 +74,11 @@ def pipeline(
     flags: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = (),
     module: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "train",
 ) -> list[str]:
-    """Submits preparation, merge, training, evaluation and publishing at once; each begins when the one before succeeded.
+    """Submits preparation, merge, training, evaluation and publishing at once; each begins when the one
+    before succeeded.
 
-    The same command again does what is missing: shards that are there are used, parts that were prepared are kept, and
-    training goes on from its last checkpoint. What follows `--` is given to the training.
+    The same command again does what is missing: shards that are there are used, parts that were prepared are
+    kept, and training goes on from its last checkpoint. What follows `--` is given to the training.
 
     Args:
         inputs: What `python -m data_prep build` takes: CSV files, tars, folders, URLs.
@@ -86,7 +91,8 @@ def pipeline(
         chain: So many training jobs, for clusters where a job may not requeue itself.
         stage: Folder on each node's own disk to copy the shards to before training.
         split: What to evaluate on: val or test; "" does not evaluate.
-        publish: Options of `python -m train.publish RUN`, in quotes: "--repo ME/MODEL --license mit"; "" does not publish.
+        publish: Options of `python -m train.publish RUN`, in quotes: "--repo ME/MODEL --license mit"; "" does
+            not publish.
         site: What the cluster wants; see slurm/site.yaml.
         dry_run: Write the scripts and print them, and submit nothing.
 
@@ -100,24 +106,46 @@ def pipeline(
     check_training(recipe, run, data, shape, flags, data_comes_later=True)
     alone, last, numbers = Shape(gpus=0, time=prepare_time), [], []
 
-    def then(name: str, job_shape: Shape, words: list, array: str = "", resumes: bool = False, site: Site = cluster) -> None:
-        last[:] = [_submit(name, run, job_shape, site, [str(word) for word in words], last, array, resumes, dry_run)]
+    def then(
+        name: str, job_shape: Shape, words: list, array: str = "", resumes: bool = False, site: Site = cluster
+    ) -> None:
+        last[:] = [
+            _submit(name, run, job_shape, site, [str(word) for word in words], last, array, resumes, dry_run)
+        ]
         numbers.extend(last)
 
     if (data / "manifest.json").is_file():
         print(f"# {data}: made already")
     else:
         places = [source if "://" in source else Path(source).absolute() for source in inputs]
-        words = ["data_prep", "build", *places, "--out", data, "--processes", cluster.cpus_per_gpu, *shlex.split(build)]
+        words = [
+            "data_prep",
+            "build",
+            *places,
+            "--out",
+            data,
+            "--processes",
+            cluster.cpus_per_gpu,
+            *shlex.split(build),
+        ]
         then("prepare", alone, words, f"0-{tasks - 1}" if tasks > 1 else "", resumes=True)
         if tasks > 1:
-            then("merge", alone, ["data_prep", "merge", data, "--processes", cluster.cpus_per_gpu], resumes=True)
+            then(
+                "merge",
+                alone,
+                ["data_prep", "merge", data, "--processes", cluster.cpus_per_gpu],
+                resumes=True,
+            )
     trained = submit(recipe, run, data, shape, list(last), chain, stage, site, dry_run, flags, module)
     numbers += trained
     last = trained[-1:]
     if split:
         out = ["--json", run / f"{split}.json", "--page", run / f"{split}.html"]
-        then("eval", Shape(1, shape.gpus, prepare_time), ["eval", "retrieval", run, "--data", data, "--split", split, *out])
+        then(
+            "eval",
+            Shape(1, shape.gpus, prepare_time),
+            ["eval", "retrieval", run, "--data", data, "--split", split, *out],
+        )
     if publish:
         results = ["--results", run / f"{split}.json"] if split else []
         online = replace(cluster, environment={**cluster.environment, "HF_HUB_OFFLINE": "0"})
@@ -126,7 +154,15 @@ def pipeline(
 
 
 def _submit(
-    name: str, folder: Path, shape: Shape, site: Site, words: list[str], after: list[str], array: str, resumes: bool, dry_run: bool
+    name: str,
+    folder: Path,
+    shape: Shape,
+    site: Site,
+    words: list[str],
+    after: list[str],
+    array: str,
+    resumes: bool,
+    dry_run: bool,
 ) -> str:
     settings = [
         assign("RESUMES", "yes" if resumes else "no"),

@@ -1,4 +1,6 @@
-"""What Slurm knows about jobs: in the queue by squeue and scontrol, ended ones by sacct, where the cluster keeps books."""
+"""What Slurm knows about jobs: in the queue by squeue and scontrol, ended ones by sacct, where the cluster
+keeps books.
+"""
 
 import re
 import shutil
@@ -6,7 +8,17 @@ import subprocess
 from pathlib import Path
 
 JOBS = "slurm/jobs"  # in a run folder: a line for each job, its number and what it does
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+)
 
 
 def add_job(run: Path, number: str, kind: str) -> None:
@@ -24,14 +36,22 @@ def jobs_of(run: Path) -> list[tuple[str, str]]:
 def unfinished(run: Path) -> list[str]:
     """Numbers of the run's jobs that train or wait to train."""
     jobs = [number for number, kind in jobs_of(run) if kind == "train"]
-    return [number for number in jobs if look_up(number).get("JobState", "") not in ("", *ENDED)] if shutil.which("squeue") else []
+    return (
+        [number for number in jobs if look_up(number).get("JobState", "") not in ("", *ENDED)]
+        if shutil.which("squeue")
+        else []
+    )
 
 
 def look_up(number: str) -> dict[str, str]:
-    """What `scontrol show job` says, or in short what sacct does (JobState, Restarts, ExitCode, Reason); empty where neither knows."""
+    """What `scontrol show job` says, or in short what sacct does (JobState, Restarts, ExitCode, Reason);
+    empty where neither knows.
+    """
     if found := fields(_output("scontrol", "--oneliner", "show", "job", number)):
         return found
-    line = _output("sacct", "-X", "-n", "-P", "-j", number, "-o", "State,ExitCode,Restarts,Elapsed,NodeList").splitlines()
+    line = _output(
+        "sacct", "-X", "-n", "-P", "-j", number, "-o", "State,ExitCode,Restarts,Elapsed,NodeList"
+    ).splitlines()
     names = ("JobState", "ExitCode", "Restarts", "RunTime", "NodeList")
     known = dict(zip(names, line[-1].split("|"), strict=False)) if line else {}
     return {name: value.split()[0] if value else "" for name, value in known.items()}  # "CANCELLED by 1000"

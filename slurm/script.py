@@ -1,7 +1,8 @@
-"""A template and a site become a batch script that stands alone: what is submitted can be read, changed and submitted again.
+"""A template and a site become a batch script that stands alone: what is submitted can be read, changed and
+submitted again.
 
-train.sbatch or job.sbatch, with @OPTIONS@ (lines of #SBATCH), @SETTINGS@ (variables) and @COMMON@ (common.sh) filled in
-"""
+train.sbatch or job.sbatch, with @OPTIONS@ (lines of #SBATCH), @SETTINGS@ (variables) and @COMMON@ (common.sh)
+filled in"""
 
 import os
 import shlex
@@ -35,10 +36,14 @@ class Shape:
 
     def check(self) -> None:
         if self.nodes < 1 or self.gpus < 0:
-            raise UserError(f"--nodes {self.nodes} --gpus {self.gpus}: at least one node is wanted, and 0 or more GPUs")
+            raise UserError(
+                f"--nodes {self.nodes} --gpus {self.gpus}: at least one node is wanted, and 0 or more GPUs"
+            )
 
 
-def script(template: str, name: str, logs: Path, shape: Shape, site: Site, settings: list[str], array: str = "") -> str:
+def script(
+    template: str, name: str, logs: Path, shape: Shape, site: Site, settings: list[str], array: str = ""
+) -> str:
     """The text of a batch script.
 
     Args:
@@ -56,13 +61,27 @@ def script(template: str, name: str, logs: Path, shape: Shape, site: Site, setti
     for option in options:
         if "\n" in option:
             raise UserError(f"{option!r}: an option of sbatch is one line")
-    first = [f"cd {shlex.quote(str(HERE.parent))}", *(f"export {assign(key, value)}" for key, value in site.environment.items())]
-    first += [*site.setup, assign("PYTHON", site.interpreter), assign("CONTAINER", site.container), assign_list("SRUN", site.srun)]
-    first += [assign("WARN_S", site.warn_s), assign("SILENT_S", site.silent_s), assign("RANKS", shape.ranks_per_node)]
+    first = [
+        f"cd {shlex.quote(str(HERE.parent))}",
+        *(f"export {assign(key, value)}" for key, value in site.environment.items()),
+    ]
+    first += [
+        *site.setup,
+        assign("PYTHON", site.interpreter),
+        assign("CONTAINER", site.container),
+        assign_list("SRUN", site.srun),
+    ]
+    first += [
+        assign("WARN_S", site.warn_s),
+        assign("SILENT_S", site.silent_s),
+        assign("RANKS", shape.ranks_per_node),
+    ]
     parts = {
         "@OPTIONS@": "\n".join(f"#SBATCH {quoted(option)}" for option in options),
         "@SETTINGS@": "\n".join([*first, *settings]),
-        "@COMMON@": (HERE / "common.sh").read_text().rstrip() + f"\nLOG={shlex.quote(str(logs))}/{name}-$job.log",
+        "@COMMON@": (
+            (HERE / "common.sh").read_text().rstrip() + f"\nLOG={shlex.quote(str(logs))}/{name}-$job.log"
+        ),
     }
     text = (HERE / template).read_text()
     for mark, part in parts.items():
@@ -101,16 +120,31 @@ def sbatch(path: Path, after: list[str], kind: str = "afterok", dry_run: bool = 
     Raises:
         UserError: there is no Slurm here, or it refused; what it said.
     """
-    words = ["sbatch", "--parsable", *([f"--dependency={kind}:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []), str(path)]
+    words = [
+        "sbatch",
+        "--parsable",
+        *([f"--dependency={kind}:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []),
+        str(path),
+    ]
     if dry_run:
         print(f"# not submitted: {shlex.join(words)}")
         return path.stem.upper()
     if not shutil.which("sbatch"):
-        raise UserError(f"{path} is written, but there is no sbatch on this machine; --dry-run True writes and prints alone")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_")) or name == "SLURM_CONF"}
+        raise UserError(
+            f"{path} is written, but there is no sbatch on this machine; --dry-run True writes and prints"
+            " alone"
+        )
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "SBATCH_")) or name == "SLURM_CONF"
+    }
     result = subprocess.run(words, capture_output=True, text=True, env=clean, check=False)
     if result.returncode:
-        raise UserError(f"{path}: {' '.join(result.stderr.split())}; what the cluster wants stands in the site file (--site)")
+        raise UserError(
+            f"{path}: {' '.join(result.stderr.split())}; what the cluster wants stands in the site file"
+            " (--site)"
+        )
     number = result.stdout.strip().split(";")[0]
     print(f"# submitted: job {number}: {shlex.join(words)}")
     return number

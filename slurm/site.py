@@ -33,9 +33,17 @@ class Site:
 
     def options(self, nodes: int, gpus: int) -> list[str]:
         """Options of sbatch for one torchrun on each of `nodes` with `gpus` each."""
-        named = {"account": self.account, "partition": self.partition if gpus else self.cpu_partition or self.partition, "qos": self.qos}
+        named = {
+            "account": self.account,
+            "partition": self.partition if gpus else self.cpu_partition or self.partition,
+            "qos": self.qos,
+        }
         asked = [f"--{name}={value}" for name, value in named.items() if value]
-        asked += [f"--nodes={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={self.cpus_per_gpu * max(gpus, 1)}"]
+        asked += [
+            f"--nodes={nodes}",
+            "--ntasks-per-node=1",
+            f"--cpus-per-task={self.cpus_per_gpu * max(gpus, 1)}",
+        ]
         return [*asked, *([self.gpus.format(gpus=gpus)] if gpus else []), *self.sbatch]
 
     @property

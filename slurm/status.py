@@ -1,4 +1,6 @@
-"""Where a run stands, for whoever is woken by it: state, progress, jobs, the last lines that matter, and what to do."""
+"""Where a run stands, for whoever is woken by it: state, progress, jobs, the last lines that matter, and what
+to do.
+"""
 
 import json
 import re
@@ -25,7 +27,9 @@ def status(run: Annotated[Path, tyro.conf.Positional], lines: int = 8) -> None:
         lines: So many of the last lines of its log that matter.
     """
     if not (run / LOGS).is_dir() and not (run / "status.json").is_file():
-        raise UserError(f"{run}: neither a run nor submitted; python -m slurm submit RECIPE --run {run} --data SHARDS")
+        raise UserError(
+            f"{run}: neither a run nor submitted; python -m slurm submit RECIPE --run {run} --data SHARDS"
+        )
     said = json.loads((run / "status.json").read_text()) if (run / "status.json").is_file() else {}
     checkpoints = sorted(path.name for path in (run / "checkpoints").glob("samples-*"))
     print(f"run         {run}: {said.get('state', 'not begun')}")
@@ -41,12 +45,18 @@ def status(run: Annotated[Path, tyro.conf.Positional], lines: int = 8) -> None:
     states = [job.get("JobState", "") for _, kind, job in known if kind == "train"]
     waiting = any(state and state not in ENDED for state in states)
     of_sweep = (run.parent / LOGS / f"sweep-{number}.log" for number, _ in jobs_of(run))
-    logs = sorted([*(run / LOGS).glob("*.log"), *filter(Path.is_file, of_sweep)], key=lambda path: path.stat().st_mtime)
+    logs = sorted(
+        [*(run / LOGS).glob("*.log"), *filter(Path.is_file, of_sweep)], key=lambda path: path.stat().st_mtime
+    )
     if logs:
-        important = [line for line in logs[-1].read_text(errors="replace").splitlines() if MATTERS.search(line)]
+        important = [
+            line for line in logs[-1].read_text(errors="replace").splitlines() if MATTERS.search(line)
+        ]
         print(f"log         {logs[-1]}", *(f"  {line[:300]}" for line in important[-lines:]), sep="\n")
     last = "RUNNING" if "RUNNING" in states else (states or [""])[-1]  # of a chain, others wait
-    print(f"to do       {advice(said.get('state', ''), waiting, last, (run / 'stop').exists(), silent_s, run)}")
+    print(
+        f"to do       {advice(said.get('state', ''), waiting, last, (run / 'stop').exists(), silent_s, run)}"
+    )
 
 
 def describe(job: dict[str, str]) -> str:
@@ -68,7 +78,9 @@ def describe(job: dict[str, str]) -> str:
     return ", ".join(told)
 
 
-def advice(state: str, job_is_alive: bool, last_job: str, stop_asked: bool, silent_s: float, run: Path) -> str:
+def advice(
+    state: str, job_is_alive: bool, last_job: str, stop_asked: bool, silent_s: float, run: Path
+) -> str:
     """What to do about a run.
 
     Args:
@@ -83,8 +95,8 @@ def advice(state: str, job_is_alive: bool, last_job: str, stop_asked: bool, sile
         return f"nothing; numbers: python -m eval retrieval {run} --data SHARDS --split test"
     if last_job == "RUNNING" and silent_s > SILENT_S:
         return (
-            f"it has said nothing for {silent_s / 60:.0f} min: a rank hangs, or its node is cut off; after the recipe's timeout_minutes it "
-            f"ends and is requeued by itself; at once: scontrol requeue JOB"
+            f"it has said nothing for {silent_s / 60:.0f} min: a rank hangs, or its node is cut off; after"
+            " the recipe's timeout_minutes it ends and is requeued by itself; at once: scontrol requeue JOB"
         )
     if job_is_alive and stop_asked:
         return "nothing; it stops at the end of its step"
@@ -97,5 +109,7 @@ def advice(state: str, job_is_alive: bool, last_job: str, stop_asked: bool, sile
     if last_job == "TIMEOUT":
         return f"its time limit came before it could stop: raise warn_s in the site file; {again}"
     if last_job:
-        return f"it ended and was not requeued; the reason is in the log above. When that is put right, {again}"
+        return (
+            f"it ended and was not requeued; the reason is in the log above. When that is put right, {again}"
+        )
     return "submit it: python -m slurm submit RECIPE ..."

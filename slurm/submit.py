@@ -15,7 +15,7 @@ from slurm.queue import add_job, unfinished
 from slurm.script import LOGS, Shape, assign, assign_list, sbatch, script, write
 from slurm.site import SITE, read_site
 from train.recipe import Recipe, parse
-from train.vary import cases
+from train.tune.grid import cases
 
 
 def submit(
@@ -31,7 +31,8 @@ def submit(
     flags: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = (),
     module: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "train",
 ) -> list[str]:
-    """Submits a training that survives time limits, preemption, lost nodes and crashes, and goes on until it is finished.
+    """Submits a training that survives time limits, preemption, lost nodes and crashes, and goes on until it
+    is finished.
 
     What follows `--` is given to the training: ... --nodes 2 -- --optim.lr 1e-5 --micro_batch 32
     The same command again, when no job of the run is left, goes on with it.
@@ -41,8 +42,8 @@ def submit(
         run: Run folder; scripts and logs lie in RUN/slurm.
         data: Folder of shards; with --after it may come to be later.
         after: Numbers of jobs that have to succeed before.
-        chain: So many jobs, each going on where the one before it was stopped by its time limit: for clusters where a job may
-            not requeue itself.
+        chain: So many jobs, each going on where the one before it was stopped by its time limit: for clusters
+            where a job may not requeue itself.
         stage: Folder on each node's own disk to copy the shards to before training, '$TMPDIR' for example.
         site: What the cluster wants; see slurm/site.yaml.
         dry_run: Write the script and print it, and submit nothing.
@@ -56,7 +57,9 @@ def submit(
     cluster, run, data = read_site(site), run.absolute(), data.absolute()
     check_training(recipe, run, data, shape, flags, bool(after))
     if dry_run is False and (jobs := unfinished(run)):
-        raise UserError(f"{run}: has jobs in the queue, {', '.join(jobs)}; wait for them, or: scancel {' '.join(jobs)}")
+        raise UserError(
+            f"{run}: has jobs in the queue, {', '.join(jobs)}; wait for them, or: scancel {' '.join(jobs)}"
+        )
     settings = [*place(run, copied(recipe, run), flags), *common(data, stage, module, requeue=chain == 1)]
     path = run / LOGS / "train.sbatch"
     write(script("train.sbatch", "train", run / LOGS, shape, cluster, settings), path)
@@ -88,7 +91,8 @@ def sweep(
     flags: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = (),
     module: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "train",
 ) -> str:
-    """Submits one array: a run for each recipe and each combination of values, each as tough as one from `submit`.
+    """Submits one array: a run for each recipe and each combination of values, each as tough as one from
+    `submit`.
 
     What they reached, in one table: python -m train.sweep --table RUNS
 
@@ -113,7 +117,10 @@ def sweep(
         run, all_flags = runs / name, (*flags, *values)
         check_training(recipe, run, data, shape, all_flags, bool(after))
         if not dry_run and (jobs := unfinished(run)):
-            raise UserError(f"{run}: has jobs in the queue, {', '.join(jobs)}; wait for them, or: scancel {' '.join(jobs)}")
+            raise UserError(
+                f"{run}: has jobs in the queue, {', '.join(jobs)}; wait for them, or: scancel"
+                f" {' '.join(jobs)}"
+            )
         folders.append(run)
         tasks.append(f"{number}) {'; '.join(place(run, copied(recipe, run), all_flags))} ;;")
     settings = ["case $SLURM_ARRAY_TASK_ID in", *tasks, "esac", *common(data, stage, module, requeue=True)]
@@ -132,14 +139,21 @@ def sweep(
     return number
 
 
-def check_training(recipe: str, run: Path, data: Path, shape: Shape, flags: tuple[str, ...], data_comes_later: bool) -> Recipe:
+def check_training(
+    recipe: str, run: Path, data: Path, shape: Shape, flags: tuple[str, ...], data_comes_later: bool
+) -> Recipe:
     """The recipe as the job will read it; mistakes are found here, and not after a night in the queue."""
     parsed = parse([recipe, "--data", str(data), "--run", str(run), *flags])
     ranks = shape.nodes * shape.ranks_per_node
     if parsed.batch % ranks:
-        raise UserError(f"--batch {parsed.batch} cannot be shared evenly by {ranks} ranks ({shape.nodes} nodes x {shape.ranks_per_node})")
+        raise UserError(
+            f"--batch {parsed.batch} cannot be shared evenly by {ranks} ranks ({shape.nodes} nodes x"
+            f" {shape.ranks_per_node})"
+        )
     if not data_comes_later and not (data / "manifest.json").is_file():
-        raise UserError(f"{data}: no manifest.json, so no shards; make them, or name the job that does with --after")
+        raise UserError(
+            f"{data}: no manifest.json, so no shards; make them, or name the job that does with --after"
+        )
     return parsed
 
 
@@ -149,7 +163,12 @@ def place(run: Path, recipe: Path, flags: tuple[str, ...]) -> list[str]:
 
 def common(data: Path, stage: str, module: str, requeue: bool) -> list[str]:
     # left in double quotes, so that $TMPDIR is the node's
-    return [assign("DATA", data), f'STAGE="{stage}"', assign("MODULE", module), assign("REQUEUE", "yes" if requeue else "no")]
+    return [
+        assign("DATA", data),
+        f'STAGE="{stage}"',
+        assign("MODULE", module),
+        assign("REQUEUE", "yes" if requeue else "no"),
+    ]
 
 
 def copied(recipe: str, run: Path) -> Path:

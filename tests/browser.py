@@ -15,7 +15,13 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+QUIET = [
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 expect.set_options(timeout=15_000)  # a busy machine is slow
 
 
@@ -41,13 +47,24 @@ def opened(browser: Browser, url: str, **options) -> Iterator[Page]:
     origin, strangers, complaints = "/".join(url.split("/")[:3]), [], []
     with browser.new_context(**options) as context:
         page = context.new_page()
-        page.on("request", lambda request: request.url.startswith((origin, "data:", f"blob:{origin}")) or strangers.append(request.url))
+        page.on(
+            "request",
+            lambda request: (
+                request.url.startswith((origin, "data:", f"blob:{origin}")) or strangers.append(request.url)
+            ),
+        )
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+        page.on(
+            "console",
+            lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None,
+        )
         page.goto(url)
         yield page
         # A browser notes each answer that refuses; the page shows its sentence.
-        assert (strangers, [each for each in complaints if "the server responded with a status of" not in each]) == ([], [])
+        assert (
+            strangers,
+            [each for each in complaints if "the server responded with a status of" not in each],
+        ) == ([], [])
 
 
 def overflow_px(page: Page) -> int:

@@ -1,4 +1,6 @@
-"""What the tests share: drawn icons, their shards, and a tiny real CLIP in a folder; all made anew, nothing downloaded."""
+"""What the tests share: drawn icons, their shards, and a tiny real CLIP in a folder; all made anew, nothing
+downloaded.
+"""
 
 import contextlib
 import io
@@ -17,16 +19,16 @@ from hub import Hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_prep.build import Checking, Reading, Splitting, Work, build
+from data_prep.build.pipeline import Checking, Reading, Splitting, Work, build
 from data_prep.errors import exit_on_user_error
 from data_prep.icons import icons
 from data_prep.shards import sha256_of
-from eval.compare import compare
+from eval.compare.compare import compare
 from eval.embed import Inference
-from eval.indexing import embed as embed_corpus
+from eval.search.indexing import embed as embed_corpus
 from train.__main__ import validator
 from train.loop import fit
-from train.model import load
+from train.model.clip import load
 from train.recipe import Optim, Recipe
 from train.world import World
 
@@ -41,7 +43,17 @@ TINY = {
 
 def pytest_collection_modifyitems(items) -> None:
     """The longest files first: two at once then end at about the same time."""
-    items.sort(key=lambda item: item.path.name not in ("test_slurm_lab.py", "test_survival.py", "test_bad_steps.py", "test_loop.py"))
+    items.sort(
+        key=lambda item: (
+            item.path.name
+            not in (
+                "test_slurm_lab.py",
+                "test_survival.py",
+                "test_bad_steps.py",
+                "test_loop.py",
+            )
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -63,8 +75,12 @@ ICONS = Reading(image_column="file_path", caption_column="caption", group_column
 
 def build_icons(icon_folder: Path, out: Path, processes: int = 1, **options) -> dict:
     """Shards of the drawn icons; options are those of Splitting, Checking and build."""
-    split = Splitting(**{name: options.pop(name) for name in list(options) if name in Splitting.__dataclass_fields__})
-    check = Checking(**{name: options.pop(name) for name in list(options) if name in Checking.__dataclass_fields__})
+    split = Splitting(
+        **{name: options.pop(name) for name in list(options) if name in Splitting.__dataclass_fields__}
+    )
+    check = Checking(
+        **{name: options.pop(name) for name in list(options) if name in Checking.__dataclass_fields__}
+    )
     options = {"images_per_shard": 40, "min_shards": 1, **options}
     return build([str(icon_folder / "icons.csv")], out, ICONS, check, split, Work(processes), **options)
 
@@ -89,7 +105,12 @@ def narrow_index(tmp_path_factory, icon_shards) -> Path:
     """The same icons by another model, of fewer dimensions."""
     folder = tmp_path_factory.mktemp("narrow")
     with contextlib.redirect_stdout(io.StringIO()):
-        embed_corpus(f"local-dir:{save_tiny(folder, embed_dim=8)}", icon_shards, folder / "narrow", inference=Inference(workers=0))
+        embed_corpus(
+            f"local-dir:{save_tiny(folder, embed_dim=8)}",
+            icon_shards,
+            folder / "narrow",
+            inference=Inference(workers=0),
+        )
     return folder / "narrow"
 
 
@@ -97,21 +118,37 @@ def save_tiny(folder: Path, **changes) -> Path:
     torch.manual_seed(1)
     config = {**TINY, **changes}
     model = open_clip.model.CLIP(**config)
-    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.25, 0.2], "interpolation": "bicubic", "resize_mode": "shortest"}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    preprocess = {
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.5, 0.25, 0.2],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+    )
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return folder
 
 
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory) -> tuple[str, Path, dict]:
-    """An OpenAI-shaped model in small (quick_gelu, 77 tokens): a MODEL, its export in fp32, and what the export returned."""
-    from train.export import export
+    """An OpenAI-shaped model in small (quick_gelu, 77 tokens): a MODEL, its export in fp32, and what the
+    export returned.
+    """
+    from train.export.folder import export
 
     folder = tmp_path_factory.mktemp("quick")
-    vision, text = {**TINY["vision_cfg"], "image_size": 32, "layers": 2}, {**TINY["text_cfg"], "context_length": 77}
-    weights = load_file(save_tiny(folder, quick_gelu=True, vision_cfg=vision, text_cfg=text) / "open_clip_model.safetensors")
-    larger = {name: 5 * tensor if ".mlp.c_fc." in name else tensor for name, tensor in weights.items()}  # so that the activation matters
+    vision, text = (
+        {**TINY["vision_cfg"], "image_size": 32, "layers": 2},
+        {**TINY["text_cfg"], "context_length": 77},
+    )
+    weights = load_file(
+        save_tiny(folder, quick_gelu=True, vision_cfg=vision, text_cfg=text) / "open_clip_model.safetensors"
+    )
+    larger = {
+        name: 5 * tensor if ".mlp.c_fc." in name else tensor for name, tensor in weights.items()
+    }  # so that the activation matters
     save_file(larger, folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}", folder / "out", export(load(f"local-dir:{folder}"), folder / "out")
 
@@ -125,7 +162,9 @@ def tuned_run(tmp_path_factory, tiny_model, icon_shards) -> tuple[Path, Path]:
     """A run of a few steps with its validations, and eval's comparison of it with the model it came from."""
     folder = tmp_path_factory.mktemp("tuned")
     small = {"epochs": 3, "batch": 48, "micro_batch": 48, "precision": "fp32", "memory": "none", "workers": 0}
-    recipe = Recipe(tiny_model, str(icon_shards), str(folder / "run"), optim=Optim(lr=1e-3), log_every_steps=1, **small)
+    recipe = Recipe(
+        tiny_model, str(icon_shards), str(folder / "run"), optim=Optim(lr=1e-3), log_every_steps=1, **small
+    )
     fit(recipe, World(), validator(recipe, World()))
     with contextlib.redirect_stdout(io.StringIO()):
         compare(
@@ -149,12 +188,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def noise_images(folder: Path, n: int, groups: int = 0, mode: str = "RGB", size: tuple[int, int] = (16, 12)) -> Path:
+def noise_images(
+    folder: Path, n: int, groups: int = 0, mode: str = "RGB", size: tuple[int, int] = (16, 12)
+) -> Path:
     """0.png, 1.png, ... of noise, and pairs.csv (image, caption, group) with a caption of its own for each."""
     rng = np.random.default_rng(0)
     lines = ["image,caption,group"]
     for number in range(n):
-        Image.fromarray(rng.integers(0, 256, (*size[::-1], len(mode)), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], len(mode)), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
         lines.append(f"{number}.png,caption {number},{f'g{number % groups}' if groups else ''}")
     (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
     return folder / "pairs.csv"
@@ -173,7 +216,9 @@ def png(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 def command(*arguments, ranks: int = 0, **environment) -> list[str]:
     """A command line of ours; under torchrun where `ranks` is given."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    )
     return [sys.executable, *launcher, "-m", *(["--"] if ranks else []), *map(str, arguments)]
 
 
@@ -182,9 +227,20 @@ def environment(**more) -> dict:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **more}
 
 
-def call(*arguments, ranks: int = 0, expect: int = 0, cwd: Path = ROOT, **more) -> subprocess.CompletedProcess:
-    result = subprocess.run(command(*arguments, ranks=ranks), cwd=cwd, env=environment(**more), capture_output=True, text=True, check=False)
-    assert result.returncode == expect, f"{' '.join(map(str, arguments))}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+def call(
+    *arguments, ranks: int = 0, expect: int = 0, cwd: Path = ROOT, **more
+) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        command(*arguments, ranks=ranks),
+        cwd=cwd,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == expect, (
+        f"{' '.join(map(str, arguments))}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+    )
     return result
 
 

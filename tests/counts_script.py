@@ -1,4 +1,6 @@
-"""Run under torchrun by test_measures: the counts of retrieval on made-up features with ties, saved by the first rank as JSON."""
+"""Run under torchrun by test_measures: the counts of retrieval on made-up features with ties, saved by the
+first rank as JSON.
+"""
 
 import json
 import sys
@@ -7,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval.metrics import Relevance, positions, ranks
+from eval.retrieval.ranking import Relevance, positions, ranks
 from train.world import World, joined_world
 
 

@@ -14,7 +14,9 @@ SPLIT_HEADER = "image,caption,split"
 
 def noise(width: int = 32, height: int = 24, mode: str = "RGB", seed: int = 0) -> Image.Image:
     channels = len(Image.new(mode, (1, 1)).getbands())
-    values = np.random.default_rng((seed, width, height)).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    values = np.random.default_rng((seed, width, height)).integers(
+        0, 256, (height, width, channels), dtype=np.uint8
+    )
     return Image.fromarray(values.squeeze(-1) if channels == 1 else values, mode if mode != "1" else None)
 
 
@@ -32,7 +34,10 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG of these chunks, with right checksums."""
-    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -77,7 +82,10 @@ BAD_FILES = {
     "empty.png": (b"", "empty file"),
     "text.png": (b"hello\n", "not an image"),
     "page.jpg": (b"<!doctype html><title>404</title>", "not an image"),
-    "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "not an image"),
+    "drawing.svg": (
+        b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
+        "not an image",
+    ),
     "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "paper.pdf": (b"%PDF-1.7\n", "not an image"),
     "favicon.ico": (encoded(noise(32, 32), "ICO"), "not an image"),
@@ -87,13 +95,22 @@ BAD_FILES = {
     "flipped.png": (big[:500] + bytes([big[500] ^ 4]) + big[501:], "damaged image"),
     "holed.png": (zeroed(big, 20_000, 4096), "damaged image"),
     "signature.png": (big[:8], "damaged image"),
-    "garbage.png": (png_of(header(32, 32), (b"IDAT", b"not a zlib stream at all"), (b"IEND", b"")), "damaged image"),
-    "garbage_alpha.png": (png_of(header(32, 32, color=6), (b"IDAT", b"not a zlib stream"), (b"IEND", b"")), "damaged image"),
+    "garbage.png": (
+        png_of(header(32, 32), (b"IDAT", b"not a zlib stream at all"), (b"IEND", b"")),
+        "damaged image",
+    ),
+    "garbage_alpha.png": (
+        png_of(header(32, 32, color=6), (b"IDAT", b"not a zlib stream"), (b"IEND", b"")),
+        "damaged image",
+    ),
     "no_pixels.png": (png_of(header(32, 32), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")), "damaged image"),
     "no_header.png": (png_of((b"IDAT", idat), (b"IEND", b"")), "damaged image"),
     "zero.png": (png_of(header(0, 32), (b"IDAT", idat), (b"IEND", b"")), "too small"),
     "bomb.png": (png_of(header(60_000, 60_000), (b"IDAT", idat), (b"IEND", b"")), "too many pixels"),
-    "bomb_alpha.png": (png_of(header(60_000, 60_000, color=6), (b"IDAT", idat), (b"IEND", b"")), "too many pixels"),
+    "bomb_alpha.png": (
+        png_of(header(60_000, 60_000, color=6), (b"IDAT", idat), (b"IEND", b"")),
+        "too many pixels",
+    ),
     "text_bomb.png": (text_bomb(), "damaged image"),
     "half.jpg": (photo[: len(photo) // 2], "truncated image"),
     "holed.jpg": (zeroed(photo, 8000, 4096), "damaged image"),
@@ -102,9 +119,15 @@ BAD_FILES = {
     "half.gif": (encoded(noise(), "GIF")[:1000], "truncated image"),
     "half.webp": (encoded(noise(200, 160), "WEBP", lossless=True)[:9000], "damaged image"),
     "half.bmp": (encoded(noise(), "BMP")[:800], "truncated image"),
-    "bomb.bmp": (encoded(noise(), "BMP").replace(struct.pack("<ii", 32, 24), struct.pack("<ii", 90_000, 90_000), 1), "too many pixels"),
+    "bomb.bmp": (
+        encoded(noise(), "BMP").replace(struct.pack("<ii", 32, 24), struct.pack("<ii", 90_000, 90_000), 1),
+        "too many pixels",
+    ),
     "start.tiff": (b"II*\0", "not an image"),
-    "float.tiff": (encoded(Image.fromarray(np.random.default_rng(0).random((16, 16), np.float32)), "TIFF"), "unsupported pixel type"),
+    "float.tiff": (
+        encoded(Image.fromarray(np.random.default_rng(0).random((16, 16), np.float32)), "TIFF"),
+        "unsupported pixel type",
+    ),
     "pixel.gif": (encoded(Image.new("RGB", (1, 1)), "GIF"), "too small"),
     "thin.png": (encoded(noise(800, 9)), "extreme aspect"),
     "white.png": (encoded(Image.new("RGB", (32, 32), "white")), "blank image"),
@@ -120,9 +143,16 @@ GOOD_FILES = {
     "alpha_gray.png": (encoded(drawn((0, 0, 0, 0), (0, 40, 0, 255)).convert("LA")), "transparency"),
     "alpha_palette.png": (encoded(drawn((0, 0, 0, 0), (0, 0, 90, 255)).quantize(4)), "palette transparency"),
     "alpha_color.png": (transparent_color(), "transparency"),
-    "sixteen.png": (encoded(Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60)), "16 bit"),
+    "sixteen.png": (
+        encoded(Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60)),
+        "16 bit",
+    ),
     "sixteen_rgb.png": (
-        png_of(header(16, 16, depth=16), (b"IDAT", zlib.compress(b"".join(b"\0" + os.urandom(96) for _ in range(16)))), (b"IEND", b"")),
+        png_of(
+            header(16, 16, depth=16),
+            (b"IDAT", zlib.compress(b"".join(b"\0" + os.urandom(96) for _ in range(16)))),
+            (b"IEND", b""),
+        ),
         "16 bit",
     ),
     "gray.png": (encoded(noise(mode="L")), "gray to RGB"),
@@ -133,7 +163,10 @@ GOOD_FILES = {
     "turned.jpg": (exif_turned(), "orientation"),
     "film.gif": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "animated, first frame"),
     "film.png": (encoded(frames[0], save_all=True, append_images=frames[1:]), "animated, first frame"),
-    "film.webp": (encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]), "animated, first frame"),
+    "film.webp": (
+        encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        "animated, first frame",
+    ),
     "map.bmp": (encoded(noise(seed=7), "BMP"), "BMP to PNG"),
     "scan.tiff": (encoded(noise(seed=8), "TIFF"), "TIFF to PNG"),
     "web.webp": (encoded(noise(seed=9), "WEBP", lossless=True), None),
@@ -147,7 +180,8 @@ def make(folder: Path) -> tuple[Path, dict[int, str], dict[str, str | None]]:
     """Write images/, and evil.csv beside it.
 
     Returns:
-        The CSV; line -> the reason for which it must be rejected; image -> its fix, for those that must get in.
+        The CSV; line -> the reason for which it must be rejected; image -> its fix, for those that must get
+        in.
     """
     images = folder / "images"
     (images / "folder.png").mkdir(parents=True)
@@ -214,5 +248,9 @@ def make(folder: Path) -> tuple[Path, dict[int, str], dict[str, str | None]]:
         at += 1 + line.count(b"\n")
         text += line + b"\n"
     (folder / "evil.csv").write_bytes(text)
-    wanted = {name: fix for name, (_, fix) in GOOD_FILES.items()} | {"plain.png": None, "twice.png": None, "link_in.png": None}
+    wanted = {name: fix for name, (_, fix) in GOOD_FILES.items()} | {
+        "plain.png": None,
+        "twice.png": None,
+        "link_in.png": None,
+    }
     return folder / "evil.csv", reasons, wanted

@@ -1,4 +1,5 @@
-"""python -m train with a fault in it, for test_bad_steps.py: the last rank's gradient is not finite at the steps of BAD_STEPS.
+"""python -m train with a fault in it, for test_bad_steps.py: the last rank's gradient is not finite at the
+steps of BAD_STEPS.
 
 BAD_STEPS="96 120" python tests/faulty.py RECIPE.yaml: the steps that begin after 96 and after 120 pairs.
 """

@@ -1,12 +1,12 @@
-"""A Hugging Face hub on the loopback, for huggingface_hub's own client: repositories, LFS, commits, tags, and failures on demand.
+"""A Hugging Face hub on the loopback, for huggingface_hub's own client: repositories, LFS, commits, tags, and
+failures on demand.
 
     with Hub() as hub:
         hub.put("laion/some-clip", {"open_clip_config.json": b"..."})
         call("eval", "retrieval", "hf-hub:laion/some-clip", ..., **hub.environment(cache))
 
-The answers are those that huggingface.co gives; the Xet protocol is left out (HF_HUB_DISABLE_XET=1). One user, "me", with the
-token TOKEN and the organisation "my-org".
-"""
+The answers are those that huggingface.co gives; the Xet protocol is left out (HF_HUB_DISABLE_XET=1). One
+user, "me", with the token TOKEN and the organisation "my-org"."""
 
 import hashlib
 import http.server
@@ -28,7 +28,10 @@ class Repo:
         return list(self.commits)[-1]
 
     def commit(self, files: dict[str, bytes]) -> str:
-        said = "".join(f"{len(self.commits)} {path} {hashlib.sha256(data).hexdigest()}\n" for path, data in sorted(files.items()))
+        said = "".join(
+            f"{len(self.commits)} {path} {hashlib.sha256(data).hexdigest()}\n"
+            for path, data in sorted(files.items())
+        )
         sha = hashlib.sha1(said.encode()).hexdigest()
         self.commits[sha] = files
         return sha
@@ -46,8 +49,10 @@ class Hub:
     Attributes:
         repos: "me/clip", or "datasets/me/icons" -> Repo.
         blobs: sha256 -> bytes, large files that were uploaded, committed or not.
-        log: "METHOD /path" of every request; "PUT sha256" of a blob that came in whole, "CUT sha256 after n" of one that did not.
-        cut: (k, n) ends the network in the k-th PUT from now on, after n of its bytes, until `down` is set False again.
+        log: "METHOD /path" of every request; "PUT sha256" of a blob that came in whole, "CUT sha256 after n"
+            of one that did not.
+        cut: (k, n) ends the network in the k-th PUT from now on, after n of its bytes, until `down` is set
+            False again.
         spoiled: paths of which other bytes are given back than came.
     """
 
@@ -79,8 +84,17 @@ class Hub:
 
     def environment(self, cache: Path, token: str | None = TOKEN) -> dict[str, str]:
         """What a command wants in its environment to see this hub, and no other."""
-        values = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache)}
-        values |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": token or "", "HF_TOKEN_PATH": str(cache / "no-token")}
+        values = {
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(cache),
+        }
+        values |= {
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_TOKEN": token or "",
+            "HF_TOKEN_PATH": str(cache / "no-token"),
+        }
         return values
 
     def count(self, start: str) -> int:

@@ -1,4 +1,5 @@
-"""The requests that the loopback hub of tests/hub.py answers, and how: what huggingface_hub 0.34 to 2.4 ask for.
+"""The requests that the loopback hub of tests/hub.py answers, and how: what huggingface_hub 0.34 to 2.4 ask
+for.
 
 Uploading: whoami-v2, repos/create, refs, tree, validate-yaml, preupload, LFS batch, PUT, verify, commit, tag.
 Downloading: revision, tree, paths-info, HEAD and GET of resolve.
@@ -29,7 +30,11 @@ def is_large(path: str) -> bool:
 
 def oid(path: str, data: bytes) -> str:
     """What the hub calls a file's content: sha256 of a large one, git's sha1 of the others."""
-    return hashlib.sha256(data).hexdigest() if is_large(path) else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return (
+        hashlib.sha256(data).hexdigest()
+        if is_large(path)
+        else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    )
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -46,7 +51,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         path = unquote(address.path)
         self.query = {name: values[0] for name, values in parse_qs(address.query).items()}
-        self.body = b"" if self.command == "PUT" else self._read()  # in whole, or the client waits for ever after a refusal
+        self.body = (
+            b"" if self.command == "PUT" else self._read()
+        )  # in whole, or the client waits for ever after a refusal
         try:
             for methods, pattern, answer in ROUTES:
                 if self.command in methods and (match := re.fullmatch(pattern, path)):
@@ -105,12 +112,21 @@ class Answers(http.server.BaseHTTPRequestHandler):
         if not self.user:
             raise Refused(401, "", "Invalid username or password.")
         if namespace not in (USER, ORGANISATION):
-            raise Refused(403, "", f'You don\'t have the rights to create a model under the namespace "{namespace}"')
+            raise Refused(
+                403, "", f'You don\'t have the rights to create a model under the namespace "{namespace}"'
+            )
 
     def whoami(self) -> None:
         if not self.user:
             raise Refused(401, "", "Invalid username or password.")
-        self._answer({"type": "user", "name": USER, "orgs": [{"name": ORGANISATION}], "auth": {"accessToken": {"role": "write"}}})
+        self._answer(
+            {
+                "type": "user",
+                "name": USER,
+                "orgs": [{"name": ORGANISATION}],
+                "auth": {"accessToken": {"role": "write"}},
+            }
+        )
 
     def create(self) -> None:
         said = json.loads(self.body)
@@ -120,7 +136,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
         if name in self.hub.repos:
             return self._answer({**url, "error": "You already created this model repo"}, 409)
         private = said.get("visibility") == "private" or said.get("private") is True
-        self.hub.create(name, private, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        self.hub.create(
+            name, private, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+        )
         self._answer(url)
 
     def validate_yaml(self) -> None:
@@ -129,7 +147,10 @@ class Answers(http.server.BaseHTTPRequestHandler):
         card, problems = yaml.safe_load(front[1]) if front else {}, []
         for model in card.get("model-index", []):
             for result in model.get("results", [{"dataset": {}}]):
-                if not {"task", "metrics"} <= result.keys() or not {"type", "name"} <= result["dataset"].keys():
+                if (
+                    not {"task", "metrics"} <= result.keys()
+                    or not {"type", "name"} <= result["dataset"].keys()
+                ):
                     problems.append({"message": f"model-index: {result}"})
         self._answer({"errors": problems, "warnings": []}, 400 if problems else 200)
 
@@ -140,14 +161,24 @@ class Answers(http.server.BaseHTTPRequestHandler):
         for each in asked:
             path = each["path"]
             known = {"oid": oid(path, there[path])} if path in there else {}
-            files.append({"path": path, "uploadMode": "lfs" if is_large(path) else "regular", "shouldIgnore": False, **known})
+            files.append(
+                {
+                    "path": path,
+                    "uploadMode": "lfs" if is_large(path) else "regular",
+                    "shouldIgnore": False,
+                    **known,
+                }
+            )
         self._answer({"files": files, "commitOid": repo.at(revision)})
 
     def batch(self, name: str) -> None:
         self._repo(name, to_write=True)
         objects = []
         for each in json.loads(self.body)["objects"]:
-            place = {"upload": {"href": f"{self.hub.url}/lfs/{each['oid']}"}, "verify": {"href": f"{self.hub.url}/lfs-verify"}}
+            place = {
+                "upload": {"href": f"{self.hub.url}/lfs/{each['oid']}"},
+                "verify": {"href": f"{self.hub.url}/lfs-verify"},
+            }
             objects.append({**each} if each["oid"] in self.hub.blobs else {**each, "actions": place})
         self._answer({"transfer": "basic", "objects": objects})
 
@@ -184,7 +215,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
                 if value["oid"] not in self.hub.blobs:
-                    raise Refused(400, "", f"LFS pointer pointed to a file that does not exist: {value['path']}")
+                    raise Refused(
+                        400, "", f"LFS pointer pointed to a file that does not exist: {value['path']}"
+                    )
                 files[value["path"]] = self.hub.blobs[value["oid"]]
             elif key == "deletedFile":
                 del files[value["path"]]
@@ -200,7 +233,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
     def refs(self, name: str) -> None:
         repo = self._repo(name)
-        tags = [{"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": sha} for tag, sha in repo.tags.items()]
+        tags = [
+            {"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": sha} for tag, sha in repo.tags.items()
+        ]
         head = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.head}
         self._answer({"branches": [head], "converts": [], "tags": tags})
 
@@ -208,7 +243,15 @@ class Answers(http.server.BaseHTTPRequestHandler):
         repo = self._repo(name)
         sha = repo.at(revision or "main")
         files = [{"rfilename": path} for path in repo.commits[sha]]
-        self._answer({"id": name.removeprefix("datasets/"), "sha": sha, "private": repo.private, "siblings": files, "tags": []})
+        self._answer(
+            {
+                "id": name.removeprefix("datasets/"),
+                "sha": sha,
+                "private": repo.private,
+                "siblings": files,
+                "tags": [],
+            }
+        )
 
     def tree(self, name: str, revision: str, under: str | None = None) -> None:
         files = self._repo(name).commits[self._repo(name).at(revision)]
@@ -226,7 +269,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
         files = self._repo(name).commits[self._repo(name).at(revision)]
         paths = json.loads(self.body)["paths"]
         known = [_entry(path, files[path]) for path in paths if path in files]
-        self._answer(known + [_folder(path) for path in paths if any(other.startswith(f"{path}/") for other in files)])
+        self._answer(
+            known + [_folder(path) for path in paths if any(other.startswith(f"{path}/") for other in files)]
+        )
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         sha = self._repo(name).at(revision)

@@ -1,4 +1,6 @@
-"""The same pictures with labels in every format that eval.labelled reads, written as those formats are published."""
+"""The same pictures with labels in every format that eval.classify.labelled reads, written as those formats
+are published.
+"""
 
 import json
 from pathlib import Path
@@ -29,7 +31,9 @@ def pictures(seed: int = 0) -> list[tuple[int, bytes]]:
     return found
 
 
-def as_folder(folder: Path, found: list[tuple[int, bytes]], classes: list[str] = CLASSES, split: str = "") -> Path:
+def as_folder(
+    folder: Path, found: list[tuple[int, bytes]], classes: list[str] = CLASSES, split: str = ""
+) -> Path:
     for number, (label, data) in enumerate(found):
         place = folder / split / classes[label]
         place.mkdir(parents=True, exist_ok=True)
@@ -47,12 +51,20 @@ def as_csv(folder: Path, found: list[tuple[int, bytes]]) -> Path:
 
 
 def as_parquet(path: Path, found: list[tuple[int, bytes]], **options) -> Path:
-    """With the schema metadata of the hub's library: {"info": {"features": {column: {"_type": "ClassLabel", ...}}}}."""
+    """With the schema metadata of the hub's library: {"info": {"features": {column: {"_type": "ClassLabel",
+    ...}}}}.
+    """
     features = {"image": {"_type": "Image"}, "label": {"names": CLASSES, "_type": "ClassLabel"}}
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    schema = pa.schema([("image", kind), ("label", pa.int64())], {b"huggingface": json.dumps({"info": {"features": features}}).encode()})
+    schema = pa.schema(
+        [("image", kind), ("label", pa.int64())],
+        {b"huggingface": json.dumps({"info": {"features": features}}).encode()},
+    )
     images = [{"bytes": data, "path": f"{number}.png"} for number, (_, data) in enumerate(found)]
-    table = pa.table({"image": pa.array(images, kind), "label": pa.array([label for label, _ in found], pa.int64())}, schema)
+    table = pa.table(
+        {"image": pa.array(images, kind), "label": pa.array([label for label, _ in found], pa.int64())},
+        schema,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(table, path, **options)
     return path

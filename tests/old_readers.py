@@ -1,4 +1,6 @@
-"""Run by test_build.py with webdataset 0.2.86: what it and open_clip_train's pipeline make of our tars, as JSON."""
+"""Run by test_build.py with webdataset 0.2.86: what it and open_clip_train's pipeline make of our tars, as
+JSON.
+"""
 
 import argparse
 import glob
@@ -24,7 +26,9 @@ arguments = argparse.Namespace(
     world_size=1,
     use_long_id=False,
 )
-data = get_wds_dataset(arguments, lambda image: image.size[0], is_train=True, tokenizer=lambda caption: [caption])
+data = get_wds_dataset(
+    arguments, lambda image: image.size[0], is_train=True, tokenizer=lambda caption: [caption]
+)
 captions = [caption for _, texts in data.dataloader for caption in texts]
 print(
     json.dumps(

@@ -1,19 +1,27 @@
-"""Run under torchrun by test_step: one gradient of the global batch, this rank holding its share; saved by the first rank."""
+"""Run under torchrun by test_step: one gradient of the global batch, this rank holding its share; saved by
+the first rank.
+"""
 
 import sys
 
 import numpy as np
 import torch
 
-from train.augment import CROP_DRAWS, DRAWS, draw_changes
-from train.loader import Batch
+from train.data.augment import CROP_DRAWS, DRAWS, draw_changes
+from train.data.loader import Batch
 from train.loss import loss_of, train_logit_bias
-from train.model import load
+from train.model.clip import load
 from train.recipe import Augment, Recipe
 from train.step import backward, distribute
 from train.world import World, joined_world
 
-LOSSES = [("clip", "masked"), ("clip", "positives"), ("siglip", "negatives"), ("siglip", "masked"), ("siglip", "positives")]
+LOSSES = [
+    ("clip", "masked"),
+    ("clip", "positives"),
+    ("siglip", "negatives"),
+    ("siglip", "masked"),
+    ("siglip", "positives"),
+]
 
 
 def gradients(model: str, micro_batch: int, out: str, compress: bool, losses: list[tuple[str, str]]) -> None:
@@ -26,7 +34,12 @@ def gradients(model: str, micro_batch: int, out: str, compress: bool, losses: li
 
 
 def gradients_of_two_steps(
-    model: str, micro_batch: int, world: World, compress: bool = False, loss: str = "clip", mates: str = "negatives"
+    model: str,
+    micro_batch: int,
+    world: World,
+    compress: bool = False,
+    loss: str = "clip",
+    mates: str = "negatives",
 ) -> list[dict]:
     clip = load(model)
     train_logit_bias(clip, loss)
@@ -41,7 +54,11 @@ def gradients_of_two_steps(
         clip.towers.zero_grad()
         value = backward(towers, mine, micro_batch, world, seed=0, samples=samples, loss=loss_of_recipe)
         value = world.sum(value.clone()) / world.world_size
-        trained = {name: parameter.grad.clone() for name, parameter in clip.towers.named_parameters() if parameter.requires_grad}
+        trained = {
+            name: parameter.grad.clone()
+            for name, parameter in clip.towers.named_parameters()
+            if parameter.requires_grad
+        }
         saved.append({"loss": value, **trained})
     return saved
 
@@ -52,12 +69,16 @@ def global_batch() -> Batch:
     tokens = torch.randint(1, 49406, (16, 10), generator=generator)
     tokens[:, 7] = 49407  # the end of a text, where the tower reads its feature
     # Groups across the ranks' border, in their halves, and captions that cross the groups.
-    ids = torch.stack([torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 6, 7, 1, 8, 9, 9, 9, 10]), 100 + torch.arange(16) % 11], dim=1)
+    ids = torch.stack(
+        [torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 6, 7, 1, 8, 9, 9, 9, 10]), 100 + torch.arange(16) % 11], dim=1
+    )
     return Batch(images, tokens, global_changes(), ids)
 
 
 def global_changes() -> torch.Tensor:
-    augment = Augment(color_jitter=(0.2, 0.2, 0.1, 0.1), gray_scale_prob=0.2, flip_prob=0.5, blur_prob=0.2, theme_prob=0.5)
+    augment = Augment(
+        color_jitter=(0.2, 0.2, 0.1, 0.1), gray_scale_prob=0.2, flip_prob=0.5, blur_prob=0.2, theme_prob=0.5
+    )
     drawn = np.random.default_rng(0).random((16, DRAWS - CROP_DRAWS))
     return torch.tensor([draw_changes(augment, uniforms) for uniforms in drawn.tolist()])
 

@@ -17,7 +17,14 @@ def test_two_ranks_say_what_one_says(tiny_model, icon_shards, tmp_path):
     paths = [icon_shards, tmp_path / "pictures"]
     every_command(tiny_model, *paths, tmp_path / "one")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    line = [sys.executable, *launcher, str(ROOT / "tests" / "every_command.py"), tiny_model, *map(str, paths), str(tmp_path / "two")]
+    line = [
+        sys.executable,
+        *launcher,
+        str(ROOT / "tests" / "every_command.py"),
+        tiny_model,
+        *map(str, paths),
+        str(tmp_path / "two"),
+    ]
     result = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for name in NAMES:
@@ -26,7 +33,9 @@ def test_two_ranks_say_what_one_says(tiny_model, icon_shards, tmp_path):
 
 
 def close(one, two) -> bool:
-    """Equal, but for the last digits of losses; a count, a rank or an accuracy of these few pictures would differ by far more."""
+    """Equal, but for the last digits of losses; a count, a rank or an accuracy of these few pictures would
+    differ by far more.
+    """
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(close(one[key], two[key]) for key in one)
     if isinstance(one, list):

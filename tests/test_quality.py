@@ -1,4 +1,6 @@
-"""The pure parts of benchmarks.quality: what is asked was never trained on, arms are what they are called, tables tell the truth."""
+"""The pure parts of benchmarks.quality: what is asked was never trained on, arms are what they are called,
+tables tell the truth.
+"""
 
 import csv
 import dataclasses
@@ -16,11 +18,11 @@ from benchmarks.quality import ARMS, OURS, RATES, SEED_RECIPE
 from benchmarks.quality_data import DOMAIN_B, captioned, concept, is_held_out, questions
 from benchmarks.quality_icons import LEAST, PACKAGES, archive, drawn, phosphor_tags, synonyms
 from benchmarks.quality_table import SHOWN, differences, figures, mixtures
+from data_prep.build.split import split_of
 from data_prep.errors import UserError
 from data_prep.icons import _charmap, _font_files
-from data_prep.split import split_of
-from eval.intervals import mean_interval, paired_difference
-from eval.retrieval import Queries
+from eval.retrieval.intervals import mean_interval, paired_difference
+from eval.retrieval.score import Queries
 from train.recipe import leaves, parse
 
 WORDS = [f"word {number}" for number in range(40)]
@@ -40,7 +42,10 @@ def known(rows) -> dict:
 
 
 def test_no_question_and_no_held_out_icon_is_trained_on(rows, known):
-    of_split = {split: [row for row in captioned(rows, known, "B") if row[3] == split] for split in ("train", "val", "test")}
+    of_split = {
+        split: [row for row in captioned(rows, known, "B") if row[3] == split]
+        for split in ("train", "val", "test")
+    }
     trained = {part for _, caption, *_ in of_split["train"] for part in caption.split(", ")}
     names = {caption for split in ("val", "test") for _, caption, *_ in of_split[split]}
     captions = {caption for found in of_split.values() for _, caption, *_ in found}
@@ -65,12 +70,16 @@ def test_no_question_and_no_held_out_icon_is_trained_on(rows, known):
             assert any(word in known[row["set"], concept(row)] for row in members)
     a = {row[0] for row in captioned(rows, known, "A")}
     assert a.isdisjoint(row[0] for found in of_split.values() for row in found)
-    assert len(a) + sum(len({row[0] for row in found}) for found in of_split.values()) == len({row["file_path"] for row in rows})
+    assert len(a) + sum(len({row[0] for row in found}) for found in of_split.values()) == len(
+        {row["file_path"] for row in rows}
+    )
 
 
 def test_a_held_out_synonym_that_is_a_name_is_not_asked():
     word = next(word for word in WORDS if is_held_out(word))
-    group = next(f"g{at}" for at in range(100) if split_of(f"g{at}", **quality_data.SPLITS["B"], seed=1) == "test")
+    group = next(
+        f"g{at}" for at in range(100) if split_of(f"g{at}", **quality_data.SPLITS["B"], seed=1) == "test"
+    )
     row = {"file_path": "phosphor/x.png", "caption": "x bold", "group": group, "set": "phosphor"}
     known = {("phosphor", "x"): [word]}
     assert questions([row], known, set()) == {word: ["phosphor/x.png"]}
@@ -100,16 +109,29 @@ def test_words_and_fonts_come_from_packages(tmp_path, monkeypatch):
     packed(tmp_path, "@phosphor-icons/core", phosphor)
     packed(tmp_path, "@mdi/svg", json.dumps([{"name": "access-point", "aliases": ["wireless"]}]))
     tabler = {
-        "home-2": {"tags": ["House", 2], "styles": {"outline": {"unicode": f"{home:x}"}, "filled": {"unicode": f"{star:x}"}}},
+        "home-2": {
+            "tags": ["House", 2],
+            "styles": {"outline": {"unicode": f"{home:x}"}, "filled": {"unicode": f"{star:x}"}},
+        },
         "brand-x": {"tags": [], "styles": {"outline": {"unicode": f"{star:x}"}}},
         "vary": {"tags": [], "styles": {"filled": {"unicode": "fe0f"}}},
     }
     packed(tmp_path, "@tabler/icons", json.dumps(tabler))
     packed(tmp_path, "@tabler/icons-webfont", font.read_bytes(), font.read_bytes())
-    packed(tmp_path, "lucide-static", json.dumps({"umbrella": ["rain"]}), json.dumps({"umbrella": umbrella}), font.read_bytes())
+    packed(
+        tmp_path,
+        "lucide-static",
+        json.dumps({"umbrella": ["rain"]}),
+        json.dumps({"umbrella": umbrella}),
+        font.read_bytes(),
+    )
     with pytest.raises(UserError, match="cannot be read"):
         synonyms(tmp_path)
-    packed(tmp_path, "@fortawesome/fontawesome-free", json.dumps({"house": {"search": {"terms": ["abode", "-", "Main_place"]}}}))
+    packed(
+        tmp_path,
+        "@fortawesome/fontawesome-free",
+        json.dumps({"house": {"search": {"terms": ["abode", "-", "Main_place"]}}}),
+    )
     with pytest.raises(UserError, match="words for 1 icons of fontawesome6-solid, not 1800 or more"):
         synonyms(tmp_path)
     monkeypatch.setattr(quality_icons, "LEAST", dict.fromkeys(LEAST, 1))
@@ -153,7 +175,10 @@ def recipe_of(arm: str) -> dict:
 def test_an_arm_lacks_what_it_is_called_after_and_no_more():
     ours, seed = recipe_of("ours"), recipe_of("the seed's recipe")
     for name, words in OURS.items():
-        arm, keys = recipe_of(f"ours without {name}"), {word[2:] for word in map(str, words) if word.startswith("--")}
+        arm, keys = (
+            recipe_of(f"ours without {name}"),
+            {word[2:] for word in map(str, words) if word.startswith("--")},
+        )
         assert {key for key in arm if arm[key] != ours[key]} <= keys
         assert {key: arm[key] for key in keys} == {key: seed[key] for key in keys}
     assert {name.partition("@")[0] for name in RATES} <= set(ARMS)
@@ -161,17 +186,31 @@ def test_an_arm_lacks_what_it_is_called_after_and_no_more():
 
 def scored(seed: int) -> Queries:
     rng = np.random.default_rng(seed)
-    sizes = {"image_to_text": 40, "text_to_image": 12, "queries_to_image": 9, "new_words": 5, "degraded": 40, "image_to_image": 30}
+    sizes = {
+        "image_to_text": 40,
+        "text_to_image": 12,
+        "queries_to_image": 9,
+        "new_words": 5,
+        "degraded": 40,
+        "image_to_image": 30,
+    }
     sizes |= {"A_image_to_text": 25, "A_text_to_image": 20}
     groups = {name: np.arange(size) // 3 for name, size in sizes.items()}
-    return Queries({f"{name}/R@1": rng.integers(0, 2, size).astype(float) for name, size in sizes.items()}, groups)
+    return Queries(
+        {f"{name}/R@1": rng.integers(0, 2, size).astype(float) for name, size in sizes.items()}, groups
+    )
 
 
 def test_the_tables_say_what_was_scored():
     seeds = [scored(1), scored(2)]
-    for title, names in (("group R@1", ("image_to_text", "text_to_image")), ("unseen captions", ("queries_to_image",))):
+    for title, names in (
+        ("group R@1", ("image_to_text", "text_to_image")),
+        ("unseen captions", ("queries_to_image",)),
+    ):
         values, _ = SHOWN[title](seeds[0])
-        assert values.mean() == pytest.approx(np.mean([seeds[0].values[f"{name}/R@1"].mean() for name in names]))
+        assert values.mean() == pytest.approx(
+            np.mean([seeds[0].values[f"{name}/R@1"].mean() for name in names])
+        )
     table = figures({"base": [scored(0)], "ours": seeds}).splitlines()
     cells = dict(zip(SHOWN, table[3].strip("| ").split(" | ")[1:], strict=True))
     both = np.mean([queries.values["degraded/R@1"] for queries in seeds], axis=0)
@@ -181,11 +220,19 @@ def test_the_tables_say_what_was_scored():
 
     rows = differences({"base": [scored(0)], "ours": seeds, "same": seeds}, "ours").splitlines()[2:]
     assert rows[1] == f"| same |{' +0.0 [+0.0, +0.0] p 1 |' * len(SHOWN)}"
-    value, low, high, p = paired_difference(both, scored(0).values["degraded/R@1"], seeds[0].groups["degraded"])
+    value, low, high, p = paired_difference(
+        both, scored(0).values["degraded/R@1"], seeds[0].groups["degraded"]
+    )
     assert f"| {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] p {p:.2g} |" in rows[0]
 
 
 def test_the_part_of_the_gain_is_of_the_means_over_seeds():
-    points = [[{"share": 0.0, "B": 0.1, "A": 0.5}, {"share": 0.5, "B": 0.3, "A": 0.5}, {"share": 1.0, "B": 0.4, "A": 0.3}]] * 2
+    points = [
+        [
+            {"share": 0.0, "B": 0.1, "A": 0.5},
+            {"share": 0.5, "B": 0.3, "A": 0.5},
+            {"share": 1.0, "B": 0.4, "A": 0.3},
+        ]
+    ] * 2
     points[1] = [{**point, "B": point["B"] + 0.1} for point in points[1]]
     assert mixtures(points).splitlines()[3] == "| 0.5 | 35.0 | 67 % | 50.0 | +0.0 |"

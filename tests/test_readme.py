@@ -10,11 +10,11 @@ from conftest import ROOT, call
 import data_prep.__main__
 import eval.__main__
 import slurm.__main__
-import train.export
-import train.fetch
-import train.lr
-import train.publish
-import train.sweep
+import train.export.folder
+import train.model.fetch
+import train.publish.hub
+import train.tune.lr
+import train.tune.sweep
 from train.recipe import parse
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -54,7 +54,13 @@ def test_the_other_commands_parse(monkeypatch):
     called = []
     for room, names in (
         (data_prep.__main__, "build index review merge verify"),
-        (eval.__main__, "retrieval zeroshot probe compare confusion probes leaks embed_corpus search serve cluster export"),
+        (
+            eval.__main__,
+            (
+                "retrieval zeroshot probe compare confusion probes leaks embed_corpus search serve cluster"
+                " export"
+            ),
+        ),
         (slurm.__main__, "submit sweep pipeline status"),
         (train.export, "command"),
         (train.publish, "publish"),
@@ -63,7 +69,9 @@ def test_the_other_commands_parse(monkeypatch):
         (train.sweep, "sweep table"),
     ):
         for name in names.split():
-            stand_in = functools.wraps(getattr(room, name))(lambda *_, name=name, **given: called.append((name, given)))
+            stand_in = functools.wraps(getattr(room, name))(
+                lambda *_, name=name, **given: called.append((name, given))
+            )
             monkeypatch.setattr(room, name, stand_in)
     for words in commands("sh"):
         if words[0] == "sbatch":
@@ -77,15 +85,40 @@ def test_the_other_commands_parse(monkeypatch):
         else:
             monkeypatch.setattr("sys.argv", words[2:])
             ROOMS[words[2]].main()
-    names = ["build", "build", "build", "index", "review", "build", "build", "merge", "search", "sweep", "table"]
+    names = [
+        "build",
+        "build",
+        "build",
+        "index",
+        "review",
+        "build",
+        "build",
+        "merge",
+        "search",
+        "sweep",
+        "table",
+    ]
     names += ["submit", "pipeline", "sweep", "status", "retrieval", "retrieval"]
     names += ["zeroshot", "zeroshot", "probe", "compare", "confusion", "probes"]
-    names += ["embed_corpus", "search", "search", "serve", "serve", "cluster", "export", "command", "publish", "fetch"]
+    names += [
+        "embed_corpus",
+        "search",
+        "search",
+        "serve",
+        "serve",
+        "cluster",
+        "export",
+        "command",
+        "publish",
+        "fetch",
+    ]
     assert [name for name, _ in called] == names
     assert called[1][1]["read"].images == "https://host/pictures/"
     assert called[0][1]["inputs"] == ["pairs.csv"]
 
 
-@pytest.mark.parametrize("path", [path for path in re.findall(r"\]\((?!http|#)([^)]+)\)", (ROOT / "README.md").read_text())])
+@pytest.mark.parametrize(
+    "path", [path for path in re.findall(r"\]\((?!http|#)([^)]+)\)", (ROOT / "README.md").read_text())]
+)
 def test_links_lead_somewhere(path):
     assert (ROOT / path).is_file()

@@ -20,13 +20,13 @@ import numpy as np
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.shards import Shards, read_manifest
 from eval.embed import Inference
-from eval.retrieval import DIRECTIONS, evaluate, metric_names
-from train.choice import TRAINED, Validate, check_best_by, prefix
+from eval.retrieval.score import DIRECTIONS, evaluate, metric_names
 from train.loop import fit
-from train.memory import uncompiled
-from train.model import Clip
+from train.model.activation_memory import uncompiled
+from train.model.clip import Clip
 from train.recipe import Recipe, parse
-from train.run import Run
+from train.retain.select import TRAINED, Validate, check_best_by, prefix
+from train.run.folder import Run
 from train.world import World, joined_world
 
 
@@ -43,14 +43,21 @@ def main() -> None:
 
 
 def validator(recipe: Recipe, world: World) -> Validate:
-    """Retrieval on the shards' val split, as metrics under val/, and on the control set; on shards without a val split, nothing."""
+    """Retrieval on the shards' val split, as metrics under val/, and on the control set; on shards without a
+    val split, nothing.
+    """
     held_out = {}
     if has_split(recipe.data, "val"):
         held_out["val"] = Shards(recipe.data, "val")
         if shared := np.intersect1d(held_out["val"].groups, Shards(recipe.data, "train").groups).size:
-            raise UserError(f"{recipe.data}: {shared} groups are in train and in val, so validation would flatter; build the shards again")
+            raise UserError(
+                f"{recipe.data}: {shared} groups are in train and in val, so validation would flatter; build"
+                " the shards again"
+            )
         if recipe.control:
-            held_out["control"] = Shards(recipe.control, "val" if has_split(recipe.control, "val") else "test")
+            held_out["control"] = Shards(
+                recipe.control, "val" if has_split(recipe.control, "val") else "test"
+            )
     for shards in held_out.values():
         shards.verify(world.rank, world.world_size)
     check_best_by(recipe, [f"{name}/{metric}" for name in held_out for metric in metric_names()])
@@ -61,7 +68,11 @@ def validator(recipe: Recipe, world: World) -> Validate:
         metrics = {}
         for name, shards in held_out.items():
             result = evaluate(clip, shards, world, inference)
-            metrics |= {f"{name}/{metric}": value for metric, value in result["metrics"].items() if not metric.startswith("chance/")}
+            metrics |= {
+                f"{name}/{metric}": value
+                for metric, value in result["metrics"].items()
+                if not metric.startswith("chance/")
+            }
         return metrics
 
     return validate
@@ -76,21 +87,28 @@ def closing_words(run: Run) -> str:
     recipe_file = run.folder / "recipe.yaml"
     status = json.loads((run.folder / "status.json").read_text())
     if status["state"] != "finished":
-        return f"stopped after {status['samples']} pairs; this goes on from there: python -m train {recipe_file}"
+        return (
+            f"stopped after {status['samples']} pairs; this goes on from there: python -m train {recipe_file}"
+        )
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     validations = [line for line in lines if "val/mean/R@1" in line]
     reason = f", {status['reason']}" if "reason" in status else ""
     words = [f"{run.folder} is finished: {status['samples']} pairs{reason}; a new run wants a new --run"]
     best = json.loads((run.folder / "checkpoints" / "best" / "state.json").read_text())
     weights = best.get("weights", TRAINED)  # the state of an older run has no such key
-    for line in validations[1:]:  # the first is of the weights before training, which are no checkpoint of this run
+    for line in validations[
+        1:
+    ]:  # the first is of the weights before training, which are no checkpoint of this run
         if line["samples"] != best["samples"]:
             continue
         of = "" if weights == TRAINED else f", of the {weights}"
         for direction in DIRECTIONS:
             key = f"val/{direction}/R@1"
             before, after = f"{100 * validations[0][key]:.1f} %", f"{100 * line[prefix(weights) + key]:.1f} %"
-            words.append(f"  {direction} R@1 on val: {before} before, {after} at its best, after {best['samples']} pairs{of}")
+            words.append(
+                f"  {direction} R@1 on val: {before} before, {after} at its best, after {best['samples']}"
+                f" pairs{of}"
+            )
     words.append(f"numbers: python -m eval retrieval {run.folder} --data {run.recipe.data} --split test")
     words.append(f"curves:  tensorboard --logdir {run.folder}")
     return "\n".join(words)

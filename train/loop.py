@@ -1,10 +1,10 @@
 """fit(): a recipe and shards become a run. Read this first.
 
-    samples -> batch -> features -> loss -> gradients -> weights, and after each epoch: validation -> checkpoint
+    samples -> batch -> features -> loss -> gradients -> weights, and after each epoch: validation ->
+    checkpoint
 
-`samples`, the pairs seen so far, is the only state beside weights, their average and moments: data order, captions, augmentation,
-dropout and learning rate are functions of (seed, samples).
-"""
+`samples`, the pairs seen so far, is the only state beside weights, their average and moments: data order,
+captions, augmentation, dropout and learning rate are functions of (seed, samples)."""
 
 import time
 
@@ -12,24 +12,24 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
-from train.anchor import Anchor
-from train.bad_steps import BadSteps
-from train.choice import Choice, Pick, Validate, prefix
-from train.layers import lock
-from train.loader import Batch, TrainPairs, train_loader
-from train.logbook import Logbook
-from train.lora import adapt
+from train.data.loader import Batch, TrainPairs, train_loader
+from train.data.order import Order
 from train.loss import loss_of, train_logit_bias
-from train.memory import arrange, choose, compiles
-from train.model import Clip, clamp_logit_scale, load
+from train.model.activation_memory import arrange, choose, compiles
+from train.model.clip import Clip, clamp_logit_scale, load
+from train.model.layers import lock
+from train.model.lora import adapt
+from train.model.patch_dropout import drop, install
 from train.optim import build_optimizer, lr_at, set_lr
-from train.order import Order
-from train.patches import drop, install
 from train.recipe import Recipe
-from train.replay import Replay, replay_pairs
-from train.run import Run
+from train.retain.l2sp import Anchor
+from train.retain.replay import Replay, replay_pairs
+from train.retain.select import Choice, Pick, Validate, prefix
+from train.run.folder import Run
+from train.run.logger import Logbook
+from train.run.nonfinite import BadSteps
+from train.run.stop import Stop
 from train.step import backward, distribute
-from train.stop import Stop
 from train.world import World
 
 
@@ -40,9 +40,11 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
         validate: gives metrics of a model, the same on every rank; `best_by` among them, or none at all.
 
     Raises:
-        UserError: the shards, the model or the run folder do not fit the recipe; nothing was trained or written.
+        UserError: the shards, the model or the run folder do not fit the recipe; nothing was trained or
+            written.
         NotFinite: too many steps in a row had a loss or gradient that is not; none reached the weights.
-        Fault, Fenced: the machine failed, or another attempt has taken over; the last whole checkpoint is safe.
+        Fault, Fenced: the machine failed, or another attempt has taken over; the last whole checkpoint is
+            safe.
     """
     run = world.together(lambda: Run(recipe, world))
     if run.is_finished:
@@ -53,7 +55,9 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     clip.towers.bf16 = recipe.precision == "bf16"
     clip.towers.to(world.device)
     choice = Choice(clip, recipe)
-    anchor = Anchor(clip.towers, recipe.toward_base)  # while the weights are those of the base, and before choose() counts memory
+    anchor = Anchor(
+        clip.towers, recipe.toward_base
+    )  # while the weights are those of the base, and before choose() counts memory
     replay = Replay(to_replay, clip, recipe, world, run.samples, end) if to_replay else None
     memory, micro_batch = choose(clip.towers, recipe, world)
     arrange(clip.towers.model, memory, compiles(recipe, world.device))
@@ -69,10 +73,21 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     enough = choice.enough(run.best, run.best_samples, samples, order.samples_per_epoch)
 
     rolled_back, log = False, Logbook(run, samples, end, order.samples_per_epoch, world)
-    bad = BadSteps(run.folder, samples, lambda start: [pairs.key(order.sample_at(at)) for at in range(start, start + recipe.batch)], world)
+    bad = BadSteps(
+        run.folder,
+        samples,
+        lambda start: [pairs.key(order.sample_at(at)) for at in range(start, start + recipe.batch)],
+        world,
+    )
     with log, bad, Stop(run.stop_file) as stop, run:
-        log.say(f"{recipe.model} on {len(pairs)} images, {world.world_size} x {world.device.type}: {steps} steps of {recipe.batch} pairs")
-        log.say(f"memory: {memory}, micro_batch: {micro_batch}, {'compiled' if compiles(recipe, world.device) else 'not compiled'}")
+        log.say(
+            f"{recipe.model} on {len(pairs)} images, {world.world_size} x {world.device.type}: {steps} steps"
+            f" of {recipe.batch} pairs"
+        )
+        log.say(
+            f"memory: {memory}, micro_batch: {micro_batch},"
+            f" {'compiled' if compiles(recipe, world.device) else 'not compiled'}"
+        )
         if samples:
             log.say(f"going on after {samples} pairs, from {run.checkpoint}")
         else:
@@ -87,7 +102,9 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             set_lr(optimizer, lr)
             values = {"train/lr": lr}
             if replay:
-                values["train/replay_loss"] = world.sum(replay.backward(towers, micro_batch)) / world.world_size
+                values["train/replay_loss"] = (
+                    world.sum(replay.backward(towers, micro_batch)) / world.world_size
+                )
             batch = Batch(*(tensor.to(world.device, non_blocking=True) for tensor in batch))
             loss = backward(towers, batch, micro_batch, world, recipe.seed, samples, loss_of(recipe))
             loss = world.sum(loss) / world.world_size
@@ -101,7 +118,10 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
                 clamp_logit_scale(clip.towers)
             samples += recipe.batch
             choice.after_step(samples // recipe.batch, optimizer.found_inf)
-            values |= {"train/grad_norm": grad_norm, "train/logit_scale": clip.towers.model.logit_scale.detach().exp()}
+            values |= {
+                "train/grad_norm": grad_norm,
+                "train/logit_scale": clip.towers.model.logit_scale.detach().exp(),
+            }
             log.step(samples, recipe.batch, loss, values, data_s, time.perf_counter() - started)
 
             epoch_ends = samples % order.samples_per_epoch == 0
@@ -128,7 +148,16 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             started = time.perf_counter()
     if rolled_back:
         run.close()
-        del clip, choice, towers, optimizer, anchor, replay, batches, batch  # or memory would have to hold two of each
+        del (
+            clip,
+            choice,
+            towers,
+            optimizer,
+            anchor,
+            replay,
+            batches,
+            batch,
+        )  # or memory would have to hold two of each
         return fit(recipe, world, validate)
     if samples == end or enough:
         run.finish("finished", samples, **({"reason": enough} if enough else {}))
@@ -138,7 +167,9 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
 
 
 def prepare(recipe: Recipe, run: Run) -> tuple[Shards, Shards | None, Clip]:
-    """The training pairs and those to replay, their bytes verified (each rank its part), and the model as it was before training."""
+    """The training pairs and those to replay, their bytes verified (each rank its part), and the model as it
+    was before training.
+    """
     pairs = Shards(recipe.data, "train")
     run.check_data(pairs.fingerprint)
     check_batch(recipe, len(pairs), run.world)
@@ -160,9 +191,13 @@ def prepare(recipe: Recipe, run: Run) -> tuple[Shards, Shards | None, Clip]:
 def check_batch(recipe: Recipe, n_pairs: int, world: World) -> None:
     """Refuse a batch that the data cannot fill or the ranks cannot share."""
     if recipe.batch > n_pairs:
-        raise UserError(f"{recipe.data}: {n_pairs} training images are fewer than one batch of {recipe.batch}; pass a smaller --batch")
+        raise UserError(
+            f"{recipe.data}: {n_pairs} training images are fewer than one batch of {recipe.batch}; pass a"
+            " smaller --batch"
+        )
     if recipe.batch % world.world_size:
         fitting = recipe.batch - recipe.batch % world.world_size
         raise UserError(
-            f"--batch {recipe.batch} cannot be shared evenly by {world.world_size} ranks; pass --batch {fitting or world.world_size}"
+            f"--batch {recipe.batch} cannot be shared evenly by {world.world_size} ranks; pass --batch"
+            f" {fitting or world.world_size}"
         )

@@ -14,7 +14,12 @@ import torch.distributed as dist
 from data_prep.errors import Fault, UserError
 
 T = TypeVar("T")
-LOST = ("gloo", "NCCL", "Connection closed", "Timed out")  # in the errors of a collective whose other end is gone
+LOST = (
+    "gloo",
+    "NCCL",
+    "Connection closed",
+    "Timed out",
+)  # in the errors of a collective whose other end is gone
 ANSWER_S = 20  # how long the others have to answer a roll call
 
 
@@ -31,7 +36,9 @@ class World:
         return self.rank == 0
 
     def gather(self, features: torch.Tensor) -> torch.Tensor:
-        """The rows of all ranks in rank order, [b, d] -> [b * world_size, d]; gradients flow back to each row's owner."""
+        """The rows of all ranks in rank order, [b, d] -> [b * world_size, d]; gradients flow back to each
+        row's owner.
+        """
         return features if self.world_size == 1 else _Gather.apply(features, self.rank, self.world_size)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -54,7 +61,8 @@ class World:
         self.sum(torch.zeros(1))
 
     def together(self, prepare: Callable[[], T]) -> T:
-        """prepare() of each rank; where it ends in a UserError on any, that is raised on all, so that none waits for ever.
+        """prepare() of each rank; where it ends in a UserError on any, that is raised on all, so that none
+        waits for ever.
 
         `prepare` must not talk to the other ranks.
         """
@@ -96,9 +104,8 @@ class _Gather(torch.autograd.Function):
 def _store() -> dist.Store:
     """Where the ranks find each other, anew for each start.
 
-    torchrun's agent keeps its store when it starts its workers again (--max-restarts), and with torch 2.15 these then look for
-    each other where their predecessors were.
-    """
+    torchrun's agent keeps its store when it starts its workers again (--max-restarts), and with torch 2.15
+    these then look for each other where their predecessors were."""
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*place, is_master=os.environ["RANK"] == "0" and not hosted, wait_for_workers=False)
@@ -111,8 +118,14 @@ def _silent_ranks(world: World) -> str:
         dist.monitored_barrier(world.roll_call, timedelta(seconds=ANSWER_S), wait_all_ranks=True)
     except RuntimeError as error:
         if found := re.search(r"[Rr]anks? ([\d, ]+) failed", str(error)):
-            return f"rank {found[1].strip()} of {world.world_size} (from 0) is silent: it was killed, hangs, or its node is gone"
-    return f"rank {world.rank} of {world.world_size} (from 0) lost the others: one was killed, hangs, or the network is cut"
+            return (
+                f"rank {found[1].strip()} of {world.world_size} (from 0) is silent: it was killed, hangs, or"
+                " its node is gone"
+            )
+    return (
+        f"rank {world.rank} of {world.world_size} (from 0) lost the others: one was killed, hangs, or the"
+        " network is cut"
+    )
 
 
 @contextmanager
@@ -140,7 +153,13 @@ def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
         world_size=int(os.environ["WORLD_SIZE"]),
     )
     host_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
-    world = World(dist.get_rank(), dist.get_world_size(), device, host_group, dist.new_group(backend="gloo", timeout=timeout))
+    world = World(
+        dist.get_rank(),
+        dist.get_world_size(),
+        device,
+        host_group,
+        dist.new_group(backend="gloo", timeout=timeout),
+    )
     try:
         yield world
     except UserError as error:
@@ -149,13 +168,16 @@ def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory is full ({str(error).splitlines()[0][:120]}); pass --micro_batch with half as many pairs, or "
-            "--memory checkpoint: the gradients are the same"
+            f"the GPU's memory is full ({str(error).splitlines()[0][:120]}); pass --micro_batch with half as"
+            " many pairs, or --memory checkpoint: the gradients are the same"
         ) from None
     except RuntimeError as error:  # torch has no type of its own for a collective of gloo that failed
         if not any(sign in str(error) for sign in LOST):
             raise
         cause = " ".join(str(error).split())[:160]
-        raise Fault(f"{_silent_ranks(world)} ({cause}); give the same command again: training goes on from its last checkpoint") from None
+        raise Fault(
+            f"{_silent_ranks(world)} ({cause}); give the same command again: training goes on from its last"
+            " checkpoint"
+        ) from None
     world.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Rows become checked, grouped and split shards."""

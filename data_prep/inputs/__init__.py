@@ -1,0 +1,1 @@
+"""Tables, folders and tars, local or remote, become rows."""

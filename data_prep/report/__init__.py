@@ -1,0 +1,1 @@
+"""What a build made of its rows: JSON, CSV and a page."""

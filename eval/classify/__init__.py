@@ -1,0 +1,1 @@
+"""Images with labels: zero-shot, linear probes and heads."""

@@ -1,0 +1,1 @@
+"""What is in a corpus: named clusters, a map, near-duplicates."""

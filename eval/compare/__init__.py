@@ -1,0 +1,1 @@
+"""Models beside each other: differences, confusion, forgetting, WiSE-FT."""

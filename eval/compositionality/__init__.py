@@ -1,0 +1,1 @@
+"""Drawn scenes that ask about counting, binding and relations."""

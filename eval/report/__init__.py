@@ -1,0 +1,1 @@
+"""HTML and plots that every command uses."""

@@ -1,0 +1,1 @@
+"""Captions find images, images find captions and each other."""

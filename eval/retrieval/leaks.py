@@ -1,0 +1,51 @@
+"""Images of val and test that a model takes for images of train: an audit of the splits by more than a hash
+of pixels.
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from data_prep.atomic import atomic_file
+from data_prep.shards import Shards
+
+HEADER = ["image", "split", "train_image", "cosine"]
+
+
+def nearest(
+    image_features: torch.Tensor, train_features: torch.Tensor, chunk: int = 1024
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most similar training image of each image.
+
+    Args:
+        image_features: [n, d], L2-normed.
+        train_features: [m, d], L2-normed.
+        chunk: Rows compared at once; memory is chunk * m.
+
+    Returns:
+        Cosines [n], and numbers of training images [n].
+    """
+    best = [(part @ train_features.T).max(1) for part in image_features.split(chunk)]
+    return torch.cat([found.values for found in best]), torch.cat([found.indices for found in best])
+
+
+def leaks(
+    shards: Shards, train: Shards, cosines: torch.Tensor, numbers: torch.Tensor, threshold: float
+) -> Iterator[list]:
+    """Rows of HEADER for images whose nearest training image is at least as similar as `threshold`, the most
+    similar first.
+    """
+    for at in cosines.argsort(descending=True, stable=True).tolist():
+        if cosines[at] < threshold:
+            return
+        train_image = train.read(int(numbers[at])).meta["image"]
+        yield [shards.read(at).meta["image"], shards.split, train_image, f"{cosines[at]:.4f}"]
+
+
+def write_leaks(path: Path, rows: list[list]) -> None:
+    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(HEADER)
+        writer.writerows(rows)

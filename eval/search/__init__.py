@@ -1,0 +1,1 @@
+"""An index of a corpus, and what is nearest in it."""

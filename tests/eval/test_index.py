@@ -1,0 +1,115 @@
+"""Tars of others are checked and indexed where they lie, and training reads them."""
+
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from conftest import assert_mistake, call_here, command, environment, png
+from PIL import Image
+
+import data_prep.__main__
+from data_prep.build.pipeline import Checking, Splitting, Work, index
+from data_prep.build.split import SPLITS
+from data_prep.errors import UserError
+from data_prep.shards import Shards
+from train.data.loader import TrainPairs
+from train.data.order import Order
+from train.recipe import Augment, Captions
+
+
+def write_tars(folder, n=90):
+    """Two tars of webdataset's own writer, with an image that cannot be used in place; image -> captions."""
+    rng = np.random.default_rng(0)
+    expected, files = {}, []
+    for shard in range(2):
+        path = folder / f"{shard:05d}.tar"
+        files.append(str(path))
+        with webdataset.TarWriter(str(path)) as tar:
+            for number in range(shard, n, 2):
+                data = png(
+                    Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)),
+                    "PNG" if number % 3 else "JPEG",
+                )
+                extension = "png" if number % 3 else "jpg"
+                sample = {
+                    "__key__": f"{number:09d}",
+                    extension: data,
+                    "txt": f"thing {number}",
+                    "json": {"label": number % 5},
+                }
+                tar.write(sample)
+                expected[data] = [f"thing {number}"]
+            if shard:
+                tar.write(
+                    {
+                        "__key__": "icon",
+                        "png": png(Image.linear_gradient("L").convert("LA")),
+                        "txt": "transparent",
+                    }
+                )
+                tar.write({"__key__": "broken", "png": data[:99], "txt": "broken"})
+    return files, expected
+
+
+def test_tars_are_indexed_in_place(tmp_path):
+    (tmp_path / "tars").mkdir()
+    files, expected = write_tars(tmp_path / "tars")
+    before = {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
+    report = index(
+        files, tmp_path / "indexed", check=Checking(max_rejects=0.1), split=Splitting(val=0.2), work=Work(2)
+    )
+    assert report["reasons"] == {"needs a change": 1, "truncated image": 1}
+    assert {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()} == before
+    assert not list((tmp_path / "indexed").rglob("*.tar"))
+    (tmp_path / "indexed").rename(tmp_path / "moved")  # what is relative stays valid beside the tars
+    found, groups = {}, {}
+    for split in SPLITS:
+        shards = Shards(tmp_path / "moved", split)
+        shards.verify()
+        for number in range(len(shards)):
+            sample = shards.read(number)
+            found[sample.image] = sample.captions
+            assert sample.captions == shards.captions(number)
+            assert sample.meta["columns"]["label"] == int(sample.captions[0].split()[1]) % 5
+            assert groups.setdefault(shards.groups[number], split) == split
+    assert found == expected
+    shards = Shards(tmp_path / "moved", "train")
+    pairs = TrainPairs(shards, Order(shards.shard_sizes, 8, 0), (16, 16), Augment(), Captions())
+    image, caption, changes, group = pairs[3]
+    assert (image.shape, image.dtype, caption.split()[0], len(changes)) == (
+        torch.Size([16, 16, 3]),
+        torch.uint8,
+        "thing",
+        9,
+    )
+    assert group == shards.groups[pairs.order.sample_at(3)]
+    with open(files[0], "r+b") as file:
+        file.seek(600)
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"00000\.tar: altered"):
+        shards.verify()
+
+
+def test_what_cannot_be_indexed_is_explained(tmp_path):
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(UserError, match=r"a\.csv: only local, uncompressed"):
+        index([str(tmp_path / "a.csv")], tmp_path / "out")
+    assert_mistake(
+        call_here(data_prep.__main__.main, "index", "none.tar", "--out", tmp_path / "out"),
+        "none.tar: no such file",
+    )
+
+
+def test_the_commands_of_the_help_exist():
+    for name in ("build", "index", "merge", "verify", "icons"):
+        result = subprocess.run(
+            command("data_prep", name, "--help"),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0
+        assert name in data_prep.__main__.__doc__

@@ -1,0 +1,208 @@
+"""An index holds each picture once, as the model sees it, whatever ranks and stops there were on the way."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_mistake, call, call_here, noise_images, png, save_tiny
+from PIL import Image
+
+from data_prep.errors import NotFinite, UserError
+from data_prep.shards import Shards
+from eval.__main__ import main
+from eval.embed import Inference, ready
+from eval.search import indexing
+from eval.search.corpus import FolderCorpus, ShardsCorpus
+from eval.search.index import Index, not_empty
+from eval.search.indexing import embed
+from train.data.decode import decode
+from train.world import World
+
+HERE = Inference(workers=0)
+SPLITS = ("train", "val", "test")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_picture_once_as_the_model_sees_it(icon_index, icon_shards, tiny_model):
+    index, clip = Index(icon_index), ready(tiny_model, HERE, World())
+    keys, features, groups, captions, pictures = [], [], [], [], []
+    for split in SPLITS:
+        shards = Shards(icon_shards, split)
+        for number in range(len(shards)):
+            sample = shards.read(number)
+            pictures.append(decode(sample.image))
+            keys.append(sample.key)
+            groups.append(shards.groups[number])
+            captions.append(sample.captions)
+            with torch.inference_mode():
+                features.append(
+                    clip.towers.image_features(clip.eval_transform(pictures[-1])[None])[0].half().numpy()
+                )
+    assert index.keys == keys
+    assert len(set(keys)) == len(index)
+    np.testing.assert_allclose(
+        index.features.astype(np.float32), np.stack(features).astype(np.float32), atol=1e-3
+    )
+    assert index.group_of.tolist() == groups
+    rows = index.rows(range(len(index)))
+    assert [row["captions"] for row in rows] == captions
+    assert {row["split"] for row in rows} == set(SPLITS)
+    assert {row["columns"]["set"] for row in rows} == {name for name, _ in index.choices()["set"]}
+    assert sum(count for _, count in index.choices()["split"]) == len(index)
+    for number in (0, len(index) // 2, len(index) - 1):
+        small = Image.open(io.BytesIO(index.thumbnail(number)))
+        assert max(small.size) <= index.manifest["thumbnail_px"]
+        whole = pictures[number].copy()
+        whole.thumbnail((192, 192))
+        assert small.size == whole.size
+        assert np.abs(np.asarray(small.convert("RGB"), float) - np.asarray(whole, float)).mean() < 8
+    assert index.model().fingerprint() == index.manifest["model_sha256"]
+
+
+def test_blocks_ranks_and_stops_change_no_byte(
+    icon_index, icon_shards, tiny_model, tmp_path, monkeypatch, capsys
+):
+    """32 pictures in a block, begun by rank 1 of 3 alone, then gone on with by one process; another time by
+    two.
+    """
+    monkeypatch.setattr(indexing, "BLOCK", 32)
+    small = Inference(batch=16, workers=0)
+    embed(tiny_model, icon_shards, tmp_path / "at once", inference=small)
+    for world_size in (2, 3):
+        out, corpus, clip = (
+            tmp_path / f"of {world_size}",
+            ShardsCorpus(icon_shards, ""),
+            ready(tiny_model, small, World()),
+        )
+        begun = out.with_name(f".{out.name}.begun")
+        indexing.begin(begun, indexing.describe(tiny_model, corpus, clip, small), False)
+        blocks = [begun / f"block-{block:06d}.npz" for block in range(-(-len(corpus) // 32))]
+        mine = range(len(blocks))[1::world_size]
+        _, count = indexing.write_blocks(blocks, mine, corpus, clip, small, World(1, world_size))
+        assert [path.name for path in sorted(begun.glob("block-*"))] == [blocks[block].name for block in mine]
+        capsys.readouterr()
+        embed(tiny_model, icon_shards, out, inference=small)
+        said = capsys.readouterr().out
+        assert "going on" in said
+        assert f"{len(corpus) - count} embedded now" in said
+        assert files(out) == files(tmp_path / "at once")
+        assert not begun.exists()
+    two = tmp_path / "two ranks"
+    call("eval", "embed", tiny_model, "--data", icon_shards, "--out", two, "--workers", 0, ranks=2)
+    assert files(two) == files(icon_index)
+
+
+def test_a_folder_of_pictures_with_bad_ones(tiny_model, tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    noise_images(folder, 3)
+    (folder / "1.txt").write_text("a first caption\n\n a second\n")
+    faint = Image.new("RGBA", (20, 20), (255, 0, 0, 9))
+    faint.paste((0, 0, 255, 200), (3, 3, 9, 9))
+    (folder / "deep" / "faint.webp").write_bytes(png(faint, "WEBP", lossless=True))
+    noise = Image.open(folder / "0.png")
+    noise.save(folder / "deep" / "b.jpg")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:200])
+    (folder / "huge.png").write_bytes(png(Image.new("1", (20_000, 20_000))))
+    (tmp_path / "secret.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    embed(tiny_model, folder, tmp_path / "index", inference=HERE)
+    index = Index(tmp_path / "index")
+    known = {row["key"]: row["captions"] for row in index.rows(range(len(index)))}
+    with open(tmp_path / "index" / "unreadable.csv", newline="") as file:
+        reasons = {row["key"]: row["reason"] for row in csv.DictReader(file)}
+    assert set(reasons) == {"broken.png", "huge.png", "link.png"}
+    assert "pixels" in reasons["huge.png"]
+    assert "leads out" in reasons["link.png"]
+    assert set(known) | set(reasons) == set(FolderCorpus(folder).names)
+    assert not set(known) & set(reasons)
+    assert known["1.png"] == ["a first caption", "a second"]
+    assert known["0.png"] == []
+    assert len(set(index.group_of)) == len(index)
+    assert index.manifest["unreadable"] == 3
+
+
+def test_a_feature_that_is_not_finite_is_named(tiny_model, icon_shards, tmp_path):
+    clip = ready(tiny_model, HERE, World())
+    clip.towers.model.visual.proj.data[0, 0] = torch.inf
+    clip.save(save_tiny(tmp_path))
+    with pytest.raises(NotFinite, match=r"not finite, the first of [0-9a-f]{16}"):
+        embed(f"local-dir:{tmp_path}", icon_shards, tmp_path / "index", inference=HERE)
+    assert not (tmp_path / "index").exists()
+
+
+def test_mistakes_are_sentences(icon_index, icon_shards, tiny_model, tmp_path):
+    def mistake(*arguments, of: str = "embed"):
+        return call_here(main, of, *arguments)
+
+    out = ("--out", tmp_path / "new")
+    assert_mistake(mistake(tiny_model, "--data", tmp_path / "none", *out), "no such folder")
+    assert_mistake(
+        mistake(tiny_model, "--data", icon_shards, "--split", "dev", *out), "no samples in split 'dev'"
+    )
+    (tmp_path / "empty").mkdir()
+    assert_mistake(mistake(tiny_model, "--data", tmp_path / "empty", *out), "no pictures in it")
+    assert_mistake(mistake(tiny_model, "--data", icon_shards, "--out", icon_index), "exists already")
+    assert_mistake(mistake("no-model", "--data", icon_shards, *out), "no model 'no-model'")
+    (tmp_path / "empty" / "a.png").write_bytes(b"no picture")
+    assert_mistake(
+        mistake(tiny_model, "--data", tmp_path / "empty", "--workers", 0, *out),
+        "none of 1 pictures can be read",
+    )
+    assert_mistake(
+        mistake(tiny_model, "--data", icon_shards, *out),
+        "begun with another",
+        "data_sha256",
+        "--overwrite True",
+    )
+    assert_mistake(
+        mistake(tmp_path / "none", "--text", "bell", of="search"), "no index is there", "python -m eval embed"
+    )
+    assert_mistake(mistake(icon_shards, "--text", "bell", of="search"), "holds shards, not an index")
+
+
+def test_a_damaged_index_is_not_used(icon_index, tmp_path):
+    for name in ("features.npy", "metadata.parquet", "thumbnails.bin", "thumbnails.npy", "manifest.json"):
+        broken = tmp_path / name
+        shutil.copytree(icon_index, broken)
+        (broken / name).write_bytes((broken / name).read_bytes()[:-40])
+        with pytest.raises(UserError, match=r"make (it|the index) again"):
+            Index(broken)
+    shutil.copytree(icon_index, tmp_path / "other")
+    manifest = json.loads((icon_index / "manifest.json").read_text())
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps({**manifest, "model_sha256": "0" * 64}))
+    with pytest.raises(UserError, match="features do not compare"):
+        Index(tmp_path / "other").model()
+
+
+def test_an_empty_index_opens_and_is_named(icon_index, tmp_path):
+    empty = empty_index(icon_index, tmp_path / "empty")
+    index = Index(empty)
+    assert len(index) == 0
+    assert index.columns == ["set"]
+    assert index.choices() == {}
+    assert index.group_of.tolist() == []
+    with pytest.raises(UserError, match="holds no picture"):
+        not_empty(index)
+
+
+def empty_index(of: Path, out: Path) -> Path:
+    """An index of nothing."""
+    import pyarrow.parquet as pq
+
+    shutil.copytree(of, out)
+    manifest = json.loads((of / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "n": 0}))
+    np.save(out / "features.npy", np.zeros((0, manifest["d"]), np.float16))
+    pq.write_table(pq.read_table(of / "metadata.parquet").slice(0, 0), out / "metadata.parquet")
+    np.save(out / "thumbnails.npy", np.zeros(1, np.int64))
+    (out / "thumbnails.bin").write_bytes(b"")
+    return out

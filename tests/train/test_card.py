@@ -1,0 +1,206 @@
+"""Every figure of the card is one of a file, no path of this machine is in it, and its metadata is what the
+hub reads.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import noise_images
+from huggingface_hub import ModelCard
+
+from data_prep.errors import UserError
+from train.export.folder import export
+from train.model.clip import load, public_name
+from train.publish.card import base_of, draw_curve, hub_id, recipe_table, seconds_of_steps, write_card
+from train.publish.card_tables import read_tables
+
+
+@pytest.fixture(scope="module")
+def exported(tuned_run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "export"
+    export(load(str(tuned_run[0])), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(exported, tmp_path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "export"))
+
+
+def test_the_figures_are_those_of_the_files(tuned_run, icon_shards, folder, tmp_path):
+    run, results = tuned_run
+    noise_images(tmp_path, 1)
+    text = write_card(folder, "me/clip", run, (results,), (tmp_path / "0.png",), ("me/icons",), "mit")
+    assert text == (folder / "README.md").read_text()
+    compared = json.loads(results.read_text())
+    base, tuned = compared["models"]
+    cells = []
+    for model in (base, tuned):
+        shown = [
+            100 * model["metrics"]["text_to_image/R@1"],
+            *(100 * each for each in model["intervals"]["text_to_image/R@1"]),
+        ]
+        cells.append(" {:.1f} % [{:.1f}, {:.1f}] ".format(*shown))
+    value, low, high, _ = (100 * each for each in tuned["differences"]["text_to_image/R@1"])
+    row = next(line for line in text.splitlines() if line.startswith("| text to image, R@1 |"))
+    assert row.split("|")[3:5] == cells
+    assert row.endswith(f"| {value:+.1f} [{low:+.1f}, {high:+.1f}] |")
+    assert f"| chance | {public_name(base['model'])} | **this model** |" in text
+    assert text.count("| text to image, R@1 |") == 2  # and the control set
+    report = json.loads((icon_shards / "report.json").read_text())["splits"]["train"]
+    assert f"| train | {report['images']} | {report['captions']} | {report['groups']} |" in text
+    state = json.loads((run / "checkpoints" / "best" / "state.json").read_text())
+    assert f"\n{state['samples']:,} pairs were seen" in text
+    assert "| optim.lr | `0.001` |" in text
+    assert json.loads((run / "environment.json").read_text())["data_fingerprint"] in text
+    assert "Made from `icons.csv`." in text
+    assert "(pictures/validation.png)" in text
+    assert "(pictures/0.png)" in text
+    assert {path.name for path in (folder / "pictures").iterdir()} == {"validation.png", "0.png"}
+    for mine in (tmp_path, run, icon_shards, Path.home()):
+        assert str(mine) not in text
+
+
+def test_the_metadata_is_what_the_hub_reads(tuned_run, folder):
+    run, results = tuned_run
+    write_card(folder, "me/clip", run, (results,), dataset=("me/icons",), license="mit")
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.license, data.library_name, data.pipeline_tag) == (
+        "mit",
+        "open_clip",
+        "zero-shot-image-classification",
+    )
+    assert data.datasets == ["me/icons"]
+    tuned = json.loads(results.read_text())["models"][1]["metrics"]
+    found = {
+        (each.task_type, each.metric_type, each.dataset_split): each.metric_value
+        for each in data.eval_results
+    }
+    assert found["text-to-image-retrieval", "R@1", "test"] == tuned["text_to_image/R@1"]
+    assert found["image-to-text-retrieval", "median_rank", "test"] == tuned["image_to_text/median_rank"]
+    assert len(found) == 2 * 3 * 6
+
+
+def test_what_is_not_known_is_left_out(folder):
+    text = write_card(folder, "me/clip")
+    for word in (
+        "## Data",
+        "## Training",
+        "## Results",
+        "## Licence",
+        "pictures/",
+        "None",
+        "fine-tuned from",
+        "license",
+        "model-index",
+    ):
+        assert word not in text, word
+    assert not (folder / "pictures").exists()
+    assert "hf-hub:me/clip" in text
+
+
+def test_a_run_whose_shards_are_gone_still_has_their_sha256(tuned_run, folder, tmp_path):
+    run = Path(shutil.copytree(tuned_run[0], tmp_path / "run", symlinks=True))
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(
+        "\n".join(f"data: {tmp_path}/gone" if "data:" in line else line for line in recipe.splitlines())
+    )
+    text = write_card(folder, "me/clip", run)
+    assert "sha256 of the data: `" in text
+    assert "| train |" not in text
+    assert str(tmp_path) not in text
+
+
+def test_results_that_were_made_apart_stand_in_one_table(tuned_run, folder, tmp_path):
+    compared = json.loads(tuned_run[1].read_text())
+    files = []
+    for number, model in enumerate(compared["models"]):
+        shared = {name: compared[name] for name in ("data", "data_sha256", "n_images", "n_texts")}
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps({**model, **shared}))
+    ours = compared["models"][1]["weights_sha256"]
+    (table,) = read_tables(tuple(files), ours)
+    assert [public_name(model["model"]) for model in table.models] == [
+        public_name(model["model"]) for model in compared["models"]
+    ]
+    assert "change" not in table.markdown()["table"]
+    with pytest.raises(UserError, match="not the weights to publish"):
+        write_card(folder, "me/clip", None, (files[0],))
+    with pytest.raises(UserError, match="not the weights to publish"):
+        read_tables(tuple(files), "0" * 64)
+
+
+def test_mistakes_are_sentences(folder, tmp_path):
+    (tmp_path / "other.json").write_text("[]")
+    for name, said in (("gone.json", "not readable"), ("other.json", "not a result of")):
+        with pytest.raises(UserError, match=said):
+            write_card(folder, "me/clip", None, (tmp_path / name,))
+    for name in ("gone.png", "other.json"):
+        with pytest.raises(UserError, match=r"\.png, \.jpg"):
+            write_card(folder, "me/clip", None, (), (tmp_path / name,))
+    noise_images(tmp_path, 1)
+    with pytest.raises(UserError, match=r"there is another 0\.png"):
+        write_card(folder, "me/clip", None, (), (tmp_path / "0.png", tmp_path / "0.png"))
+
+
+@pytest.mark.parametrize(
+    ("model", "shown", "repository"),
+    [
+        ("ViT-L-14:laion2b_s32b_b82k", "ViT-L-14:laion2b_s32b_b82k", "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"),
+        ("ViT-B-32-quickgelu:openai", "ViT-B-32-quickgelu:openai", "timm/vit_base_patch32_clip_224.openai"),
+        ("demo-vit:none", "demo-vit:none", None),
+        ("ViT-B-32:/home/me/weights.pt", "ViT-B-32:weights.pt", None),
+        ("hf-hub:me/clip@v2", "me/clip@v2", "me/clip"),
+        ("local-dir:/home/me/base", "base", None),
+        ("/home/me/runs/icons", "icons", None),
+        ("local-dir:/home/me/runs/icons/checkpoints/best", "icons", None),
+    ],
+)
+def test_names_have_no_folders_of_this_machine(model, shown, repository):
+    assert public_name(model) == shown
+    assert hub_id(model) == repository
+
+
+def test_the_recipe_names_no_folders_of_this_machine():
+    table = recipe_table(
+        {
+            "model": "local-dir:/home/me/base",
+            "data": "/home/me/d",
+            "control": "/home/me/general",
+            "replay": "/home/me/old",
+            "lock": "text",
+        }
+    )
+    assert "/home" not in table
+    assert all(name in table for name in ("`base`", "`general`", "`old`", "`text`"))
+
+
+def test_the_base_of_a_chain_of_runs_is_its_first(tmp_path):
+    for name, model in (("one", "ViT-B-32:laion2b_s34b_b79k"), ("two", tmp_path / "one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(f"model: {model}\n")
+    assert base_of(str(tmp_path / "two")) == "ViT-B-32:laion2b_s34b_b79k"
+
+
+def test_time_is_that_of_the_logged_steps():
+    log = [
+        {"samples": 0, "val/mean/R@1": 0.1},
+        {"samples": 200, "time/pairs_per_s": 50},
+        {"samples": 300, "time/pairs_per_s": 10},
+    ]
+    assert seconds_of_steps(log) == 200 / 50 + 100 / 10
+    assert seconds_of_steps([]) == 0
+
+
+def test_the_curve_is_small_and_the_same_every_time(tmp_path):
+    log = [
+        {"samples": at * 384, "val/image_to_text/R@1": at % 7 / 10, "val/text_to_image/R@1": at % 5 / 10}
+        for at in range(400)
+    ]
+    assert draw_curve(log, tmp_path / "a.png")
+    assert draw_curve(log, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a.png").stat().st_size < 200_000
+    assert not draw_curve(log[:1], tmp_path / "c.png")

@@ -1,0 +1,169 @@
+"""Each memory mode has the gradient of the one that keeps everything, keeps less, and recomputes what it
+says.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import TINY, save_tiny
+from ranks_script import global_batch
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.memory import count_products
+from data_prep.errors import UserError
+from train.model import activation_memory as memory
+from train.model.activation_memory import arrange, blocks, choose, made_up_batch, saved_bytes, uncompiled
+from train.model.clip import Clip, load
+from train.recipe import Recipe, parse
+from train.step import backward
+from train.world import World
+
+RECIPE = Recipe("tiny:none", "data", "run", batch=16, precision="fp32")
+
+
+@pytest.fixture
+def clip(tmp_path) -> Clip:
+    """Blocks large enough for what a norm keeps beside its input not to count."""
+    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+    clip = load(
+        f"local-dir:{save_tiny(tmp_path, vision_cfg=vision, text_cfg={**TINY['text_cfg'], 'layers': 2})}"
+    )
+    yield clip
+    arrange(clip.towers.model, "none", compiled=False)
+
+
+class Autocast(torch.nn.Module):
+    def __init__(self, block: torch.nn.Module, bf16: bool):
+        super().__init__()
+        self.block, self.bf16 = block, bf16
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return self.block(tokens)
+
+
+@pytest.fixture
+def without_a_compiler(monkeypatch):
+    """Compiled graphs, cut by the same partitioner, run by torch's own kernels: no C++ is compiled."""
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compile_in_place(self, backend="aot_eager_decomp_partition")
+    )
+
+
+def gradients(clip: Clip, mode: str, compiled: bool = False) -> dict[str, torch.Tensor]:
+    arrange(clip.towers.model, mode, compiled)
+    clip.towers.train()
+    clip.towers.zero_grad()
+    batch = global_batch()
+    backward(
+        clip.towers, batch._replace(images=batch.images.repeat(1, 1, 2, 2)), 16, World(), seed=0, samples=0
+    )
+    return {name: parameter.grad.clone() for name, parameter in clip.towers.named_parameters()}
+
+
+def test_the_blocks_of_both_towers_are_found(clip):
+    assert [type(block).__name__ for block in blocks(clip.towers.model)] == ["ResidualAttentionBlock"] * 4
+
+
+def test_gradients_are_equal(clip, without_a_compiler):
+    expected = gradients(clip, "none")
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for mode, compiled in (("checkpoint", False), ("none", True), ("budget", True)):
+        for name, gradient in gradients(clip, mode, compiled).items():
+            torch.testing.assert_close(
+                gradient, expected[name], rtol=1e-5, atol=2e-6 * largest, msg=f"{mode}: {name}"
+            )
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_budget_keeps_what_matmuls_give_and_recomputes_none(clip, without_a_compiler, bf16):
+    """Of a ViT block's 16 widths, 10 are needed: input, q, k, v, attention, input of the MLP, and its four."""
+    block, tokens, kept, products = (
+        blocks(clip.towers.model)[0],
+        torch.randn(4, 17, 64, requires_grad=True),
+        {},
+        {},
+    )
+    for mode in ("none", "budget"):
+        arrange(clip.towers.model, mode, compiled=mode == "budget")
+        step = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(lambda: block(tokens).sum().backward())
+        step()  # compiles
+        kept[mode] = saved_bytes(Autocast(block, bf16), (tokens,))
+        products[mode] = count_products(step)
+    arrange(clip.towers.model, "checkpoint", compiled=False)
+    assert 0.60 < kept["budget"] / kept["none"] < 0.64
+    assert products == {"none": 13, "budget": 13}
+    assert (
+        count_products(lambda: checkpoint(block, tokens, use_reentrant=False).sum().backward()) == 18
+    )  # it would be seen
+
+
+def test_evaluation_compiles_nothing(clip, without_a_compiler):
+    arrange(clip.towers.model, "none", compiled=True)
+    before = torch._dynamo.utils.counters["frames"]["total"]
+    with uncompiled():
+        clip.towers(*made_up_batch(clip.towers, 2, torch.device("cpu")))
+    assert torch._dynamo.utils.counters["frames"]["total"] == before
+    clip.towers(*made_up_batch(clip.towers, 2, torch.device("cpu")))
+    assert torch._dynamo.utils.counters["frames"]["total"] > before
+
+
+def need(clip: Clip, mode: str, pairs: int) -> float:
+    """The free memory at which `pairs` just fit."""
+    arrange(clip.towers.model, mode, compiled=False)
+    batch = made_up_batch(clip.towers, 4, torch.device("cpu"))
+    each = saved_bytes(clip.towers, batch) / 4
+    if mode == "checkpoint":
+        arrange(clip.towers.model, "none", compiled=False)
+        each += saved_bytes(clip.towers, batch) / 4 / len(blocks(clip.towers.model))
+    return (
+        each * pairs + 3 * sum(parameter.nbytes for parameter in clip.towers.parameters())
+    ) / memory.SPARE + 1000
+
+
+@pytest.mark.parametrize(
+    ("fits", "asked", "expected"),
+    [
+        (("none", 16), {}, ("none", 16)),
+        (("none", 15), {}, ("checkpoint", 16)),
+        (("none", 6), {"memory": "none"}, ("none", 6)),  # three chunks: 6, 6 and 4
+        (("none", 15), {"memory": "none"}, ("none", 8)),  # two even ones, not 15 and 1
+        (("checkpoint", 5), {}, ("checkpoint", 4)),
+        (("none", 5), {"micro_batch": 4}, ("none", 4)),
+        (
+            ("checkpoint", 3),
+            {"micro_batch": 8},
+            ("checkpoint", 8),
+        ),  # what was asked for, and the least for it
+        (("checkpoint", 3), {"micro_batch": 40, "memory": "none"}, ("none", 16)),  # nothing to find out
+    ],
+)
+def test_what_fits_is_chosen(clip, monkeypatch, fits, asked, expected):
+    free = need(clip, *fits)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    assert choose(clip.towers, dataclasses.replace(RECIPE, **asked), World()) == expected
+
+
+def test_too_little_memory_for_one_pair_is_said(clip, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000_000)
+    with pytest.raises(
+        UserError, match=r"memory: checkpoint, weights, moments and one pair do not fit in the free 0\.0 GB"
+    ):
+        choose(clip.towers, RECIPE, World())
+
+
+def test_a_budget_wants_compiled_blocks():
+    with pytest.raises(UserError, match="pass --compile yes"):
+        parse(["--model", "a:none", "--data", "d", "--run", "r", "--memory", "budget", "--compile", "no"])
+
+
+def test_measuring_leaves_statistics_alone(tmp_path):
+    vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 32}
+    clip = load(f"local-dir:{save_tiny(tmp_path, vision_cfg=vision)}")
+    before = clip.fingerprint()
+    choose(clip.towers, dataclasses.replace(RECIPE, memory="none"), World())
+    assert clip.fingerprint() == before
+    clip.towers(*made_up_batch(clip.towers, 2, torch.device("cpu")))
+    assert clip.fingerprint() != before

@@ -1,0 +1,66 @@
+"""Cutting captions changes no feature and no gradient, and is not done where it would."""
+
+import copy
+import pickle
+
+import open_clip
+import pytest
+import torch
+from conftest import TINY
+from open_clip.coca_model import CoCa
+
+from train.model.text import causal_tower, cutter, encode_text
+
+TOKENIZE = open_clip.get_tokenizer("ViT-B-32")
+CAPTIONS = ["a bell", "", "an arrow that points to the left of a small house", "a bell " * 100]
+TEXT = {**TINY["text_cfg"], "context_length": 77}
+EXACT = {torch.float32: 1e-6, torch.float64: 1e-15}
+
+
+def build(kind: type, **text) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return kind(16, TINY["vision_cfg"], {**TEXT, **text})
+
+
+@pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
+@pytest.mark.parametrize("pool", ["argmax", "eos"])
+@pytest.mark.parametrize("dtype", EXACT)
+def test_features_and_gradients_are_those_of_whole_captions(kind, pool, dtype):
+    model = build(kind, pool_type=pool, eos_id=49407).to(dtype)
+    whole = copy.deepcopy(model)
+    for captions, length in (CAPTIONS[:1], 8), (CAPTIONS[1:2], 8), (CAPTIONS[:3], 16), (CAPTIONS, 77):
+        tokens = cutter(model, TOKENIZE)(captions)
+        assert tokens.shape == (len(captions), length)
+        features, expected = encode_text(model, tokens), whole.encode_text(TOKENIZE(captions))
+        torch.testing.assert_close(features, expected, rtol=0, atol=EXACT[dtype])
+        gradients = (
+            torch.autograd.grad(
+                each.pow(3).sum(),
+                [p for name, p in of.named_parameters() if "visual" not in name and "logit" not in name],
+            )
+            for each, of in ((features, model), (expected, whole))
+        )
+        for found, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(
+                found, wanted, rtol=0, atol=10 * EXACT[dtype] * wanted.abs().max().item()
+            )
+
+
+# What SigLIP's tower and one with a class token behind the caption are in open_clip's configs.
+@pytest.mark.parametrize(
+    "text", [{"no_causal_mask": True, "pool_type": "last"}, {"embed_cls": True}, {"pool_type": "last"}]
+)
+def test_a_tower_that_looks_behind_the_caption_gets_it_whole(text):
+    model, tokens = build(open_clip.CustomTextCLIP, **text), TOKENIZE(CAPTIONS[:1])
+    assert torch.equal(cutter(model, TOKENIZE)(CAPTIONS[:1]), tokens)
+    assert torch.equal(encode_text(model, tokens), model.encode_text(tokens))
+
+
+def test_an_unknown_class_gets_whole_captions():
+    torch.manual_seed(0)
+    coca = CoCa(16, {**TEXT, "heads": 2, "layers": 1}, {**TEXT, "embed_cls": True}, TINY["vision_cfg"])
+    assert causal_tower(coca) is None
+
+
+def test_what_goes_to_the_workers_holds_no_weights():
+    assert len(pickle.dumps(cutter(build(open_clip.CLIP), len))) < 1000

@@ -1,0 +1,1 @@
+"""Sample numbers become batches; seed and position decide everything in them."""

@@ -1,0 +1,1 @@
+"""A model becomes one folder that open_clip and transformers both load."""

@@ -1,0 +1,213 @@
+"""What the forward pass keeps for the backward pass, and how many pairs of it fit in memory.
+
+memory      kept                                                computed again
+none        everything                                          nothing
+budget      what blocks, products and attention give            norms, activations and sums, within each compiled block
+checkpoint  the input of each block                             each block: a third more time
+
+"budget" is torch's selective checkpointing, and not its activation_memory_budget: that is a part of all bytes
+kept, among them the casts of weights, and where these are many (bf16, few tokens) 0.7 recomputed every
+product of a block, without a word. A batch that does not fit is taken in chunks of micro_batch pairs
+(train.step), which is exact and computes every forward twice."""
+
+import contextlib
+import functools
+import logging
+import math
+import os
+from collections.abc import Iterator
+
+import psutil
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from data_prep.errors import UserError
+from train.recipe import Recipe
+from train.world import World
+
+MODES = ("none", "budget", "checkpoint")  # each takes less memory, and more time, than the one before
+# It warns of in-place operations in what is computed again; these blocks have none, or "checkpoint" would be
+# wrong as well.
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+ATEN = torch.ops.aten
+PRODUCTS = {ATEN.mm, ATEN.addmm, ATEN.bmm, ATEN.baddbmm, ATEN.convolution}
+ATTENTION = {
+    getattr(ATEN, f"_scaled_dot_product_{name}")
+    for name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention")
+}
+ATTENTION |= {ATEN._scaled_dot_product_cudnn_attention}
+SPARE = 0.85  # of the free memory; the rest is for workspaces, the loss and fragments
+LEAST_CHUNK = 16  # pairs; smaller chunks leave a GPU idle, and recomputing blocks is the lesser evil
+
+
+def compiles(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the blocks of the towers are compiled."""
+    return (
+        recipe.compile == "yes"
+        or recipe.memory == "budget"
+        or (recipe.compile == "auto" and device.type == "cuda")
+    )
+
+
+def arrange(model: nn.Module, memory: str, compiled: bool) -> None:
+    """Make an open_clip model keep what `memory` says; equal blocks are compiled once for all of them."""
+    torch.compiler.reset()
+    model.set_grad_checkpointing(memory == "checkpoint")
+    for block in blocks(model):
+        kind = getattr(type(block), "kind_before", type(block))
+        block.__class__ = _keeping_products(kind) if memory == "budget" else kind
+        block._compiled_call_impl = None
+        if compiled:
+            block.compile()
+
+
+@functools.cache
+def _keeping_products(kind: type) -> type:
+    """A class of blocks like `kind`, of whose forward only PRODUCTS and ATTENTION are kept; one class, so
+    that one is compiled.
+    """
+
+    def policy(_, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
+        kept = getattr(operation, "overloadpacket", None) in PRODUCTS | ATTENTION
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    class KeepingProducts(kind):
+        kind_before = kind
+
+        def forward(self, *inputs, **options):
+            contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+            return checkpoint(super().forward, *inputs, use_reentrant=False, context_fn=contexts, **options)
+
+    return KeepingProducts
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of both towers: the outermost modules of which a list holds several of one class."""
+    found = []
+    for child in model.children():
+        layers = list(child) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
+        found += layers if len(layers) > 1 and len({type(layer) for layer in layers}) == 1 else blocks(child)
+    return found
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Evaluation in here compiles nothing; its batches and modes would each want code of their own."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def choose(towers: nn.Module, recipe: Recipe, world: World) -> tuple[str, int]:
+    """The recipe's memory and micro_batch, with "auto" replaced by what a step of a few pairs measures; alike
+    on all ranks.
+
+    The fastest that fits: the share of the batch whole, in the first of MODES that can; else in the fewest
+        chunks.
+
+    Args:
+        towers: train.model.clip.Towers, on the device, as they were loaded; their gradients are emptied.
+
+    Raises:
+        UserError: not even one pair fits.
+    """
+    share = recipe.batch // world.world_size
+    asked = share if recipe.micro_batch == "auto" else min(recipe.micro_batch, share)
+    possible = [mode for mode in MODES if mode != "budget" or compiles(recipe, world.device)]
+    modes = possible if recipe.memory == "auto" else [recipe.memory]
+    if len(modes) == 1 and recipe.micro_batch != "auto":
+        return modes[0], asked
+    fits = {}
+    for mode in modes:
+        mine = torch.tensor([pairs_that_fit(towers, mode, recipe, world, min(8, share))])
+        fits[mode] = -int(world.max(-mine))
+        if fits[mode] >= asked:
+            return mode, asked
+    if recipe.micro_batch != "auto":
+        return modes[-1], asked
+    mode = next((mode for mode in modes if fits[mode] >= LEAST_CHUNK), modes[-1])
+    if fits[mode] < 1:
+        raise UserError(
+            f"{recipe.model}: with memory: {mode}, weights, moments and one pair do not fit in the free "
+            f"{free_bytes(world.device) / 1e9:.1f} GB; free some, or take a smaller model"
+        )
+    return mode, math.ceil(share / math.ceil(share / fits[mode]))
+
+
+def pairs_that_fit(towers: nn.Module, memory: str, recipe: Recipe, world: World, n: int) -> int:
+    """How many pairs one forward and backward pass can hold beside weights, gradients and moments, measured
+    on n of them.
+    """
+    free = free_bytes(world.device)
+    trained = sum(parameter.nbytes for parameter in towers.parameters() if parameter.requires_grad)
+    arrange(towers.model, memory, compiles(recipe, world.device))
+    towers.train()
+    batch = made_up_batch(towers, n, world.device)
+    buffers = {
+        name: buffer.clone() for name, buffer in towers.named_buffers()
+    }  # a BatchNorm's would remember the noise
+    if world.device.type == "cuda":
+        for _ in range(2):  # the first also makes the gradients, and compiles
+            torch.cuda.reset_peak_memory_stats(world.device)
+            before = torch.cuda.memory_allocated(world.device)
+            made_up_loss(towers(*batch)).backward()
+        each = (torch.cuda.max_memory_allocated(world.device) - before) / n
+        towers.zero_grad()
+        torch.cuda.empty_cache()
+    else:
+        each = saved_bytes(towers, batch) / n
+        if memory == "checkpoint":  # and one block at a time as a whole
+            arrange(towers.model, "none", compiled=False)
+            each += saved_bytes(towers, batch) / n / max(1, len(blocks(towers.model)))
+    for name, buffer in towers.named_buffers():
+        buffer.copy_(buffers[name])
+    return int((SPARE * free - 3 * trained) / each)
+
+
+def saved_bytes(towers: nn.Module, batch: tuple) -> int:
+    """Bytes that a forward pass keeps for the backward pass, and that grow with the batch: no weights, nor
+    casts of them.
+    """
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+    weights = {tuple(parameter.shape) for parameter in towers.parameters()}
+    weights |= {shape[::-1] for shape in weights}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tuple(tensor.shape) not in weights:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # the tensor, so that its address is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = towers(*batch)
+    del outputs
+    return sum(size for size, _ in kept.values())
+
+
+def made_up_batch(towers: nn.Module, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise, and captions that fill the whole context."""
+    size = towers.model.visual.image_size
+    images = torch.randint(
+        0, 256, (n, 3, *((size, size) if isinstance(size, int) else size)), dtype=torch.uint8, device=device
+    )
+    length, words = towers.model.context_length, towers.model.vocab_size
+    return images, torch.randint(1, words, (n, length), device=device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take; on a CPU, its part of what is free on the machine."""
+    if device.type == "cuda":
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def made_up_loss(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    image_features, text_features, logit_scale, *_ = outputs
+    return (image_features @ text_features.T).mean() * logit_scale

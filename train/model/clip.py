@@ -1,0 +1,341 @@
+"""Clip: a model with its preprocessing and tokenizer, from a name, the hub, a folder or a run.
+
+All that knows open_clip's insides is here.
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.transforms import Compose, Normalize, PILToTensor
+
+from data_prep.errors import UserError
+from train.data.augment import change
+from train.model.text import cutter, encode_text
+
+MODELS = Path(__file__).parent / "configs"  # architectures of ours, in open_clip's format
+CONFIG_FILE, WEIGHTS_FILE = (
+    "open_clip_config.json",
+    "open_clip_model.safetensors",
+)  # what local-dir: and hf-hub: read
+NOTATION = (
+    "a MODEL is NAME:PRETRAINED (ViT-L-14:laion2b_s32b_b82k; ViT-B-32:none for random weights), hf-hub:ID,"
+    " local-dir:PATH or a run folder"
+)
+
+open_clip.add_model_config(MODELS)
+
+
+class Towers(nn.Module):
+    """Both towers in one forward, the same for training and evaluation.
+
+    Args:
+        model: any open_clip model with encode_image, encode_text and logit_scale.
+        mean, std: what the model's preprocessing normalises with, per channel.
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.bf16 = False
+        self.locked: list[
+            nn.Module
+        ] = []  # parts of the model that training leaves as they are; see train.model.layers.lock
+
+    def train(self, mode: bool = True) -> "Towers":
+        super().train(mode)
+        for part in self.locked:
+            part.eval()
+        return self
+
+    def forward(
+        self, images: torch.Tensor, tokens: torch.Tensor, changes: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """image_features and text_features, logit_scale exponentiated, and logit_bias of a model that has
+        one.
+
+        The last two are returned, and not read as parameters by the loss, because DDP reduces the gradients
+        only of what the forward used."""
+        scalars = [self.model.logit_scale.exp(), *([] if self.logit_bias is None else [self.logit_bias])]
+        return self.image_features(images, changes), self.text_features(tokens), *scalars
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        return getattr(self.model, "logit_bias", None)
+
+    def image_features(self, images: torch.Tensor, changes: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [b, 3, H, W], and in training what is done to each (train.data.augment) -> fp32 [b, d],
+        L2-normed.
+        """
+        pixels = (change(images, changes) - self.mean) / self.std
+        with self._autocast(images.device):
+            features = self.model.encode_image(pixels)
+        return F.normalize(features.float(), dim=-1)
+
+    def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int64 [b, L], cut or whole (see Clip.tokenize) -> fp32 [b, d], L2-normed."""
+        with self._autocast(tokens.device):
+            features = encode_text(self.model, tokens)
+        return F.normalize(features.float(), dim=-1)
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+
+
+@dataclass
+class Clip:
+    """A model, how it wants its pictures and its captions, and what it takes to write it down.
+
+    Attributes:
+        towers: the model; `towers.model` is open_clip's own.
+        tokenizer: list of captions -> int64 [n, L].
+        config: {"model_cfg", "preprocess_cfg"}, as in open_clip_config.json.
+    """
+
+    name: str
+    towers: Towers
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    config: dict
+
+    @property
+    def preprocess(self) -> Compose:
+        """open_clip's own evaluation transform: PIL -> fp32 [3, H, W], normalised."""
+        return image_transform_v2(PreprocessCfg(**self.towers.model.visual.preprocess_cfg), is_train=False)
+
+    @property
+    def eval_transform(self) -> Compose:
+        """The same up to the division: PIL RGB -> uint8 [3, H, W]; `Towers` normalises on the device."""
+        *steps, _to_tensor, normalize = self.preprocess.transforms
+        assert isinstance(normalize, Normalize), normalize
+        return Compose([*steps, PILToTensor()])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        size = self.towers.model.visual.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def tokenize(self) -> Callable[[list[str]], torch.Tensor]:
+        """The tokenizer, with its tokens cut after the longest caption where that changes nothing: int64 [n,
+        L].
+        """
+        return cutter(self.towers.model, self.tokenizer)
+
+    def fingerprint(self) -> str:
+        """sha256 of the weights: what a result is of, whatever its file was called."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.towers.model.state_dict().items()):
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+                if tensor.dim()
+                else repr(tensor.item()).encode()
+            )
+        return sha.hexdigest()
+
+    def weights(
+        self, dtype: torch.dtype = torch.float32, state: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The weights as they are written: in `dtype`, but logit_scale in fp32; it is one number, and bf16
+        would make 98.9 of 100.
+
+        Args:
+            state: what towers.model.state_dict() was at another time, to take in its place.
+        """
+        state = {
+            name: tensor.detach().cpu() for name, tensor in (state or self.towers.model.state_dict()).items()
+        }
+        return {
+            name: tensor.to(dtype).contiguous() if tensor.is_floating_point() and tensor.dim() else tensor
+            for name, tensor in state.items()
+        }
+
+    def save(
+        self, folder: Path, dtype: torch.dtype = torch.float32, state: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write a folder that open_clip loads as `local-dir:FOLDER`; `state` as in weights()."""
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
+        save_file(self.weights(dtype, state), folder / WEIGHTS_FILE)
+        shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors writes for its user alone
+        if hasattr(self.tokenizer, "save_pretrained"):  # a Hugging Face tokenizer has files of its own
+            self.tokenizer.save_pretrained(folder)
+
+
+def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
+    """The model that `name` stands for, in fp32 on the CPU.
+
+    Args:
+        name: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH, or a run folder (its best checkpoint).
+        weights: False keeps the architecture and the preprocessing, with random weights, and downloads
+            nothing.
+        seed: of random weights.
+
+    Raises:
+        UserError: no such model, tag or folder; no network for a download; weights of another architecture or
+            activation.
+    """
+    if (Path(name) / "recipe.yaml").is_file():
+        name = f"local-dir:{_checkpoint_of_run(Path(name))}"
+    if name.startswith(("hf-hub:", "local-dir:")):
+        identifier, pretrained, options = name, None, {}
+        model_cfg = None
+    else:
+        identifier, pretrained, options = _parse_name(name)
+        model_cfg = open_clip.get_model_config(identifier)
+        if not weights:
+            pretrained = None
+    wants_weights = weights and not name.endswith(":none")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        logging.disable(
+            logging.NOTSET if wants_weights else logging.WARNING
+        )  # it warns of the random weights that were asked for
+        try:
+            if name.startswith("hf-hub:") and "@" in name:
+                identifier = _at_revision(name)
+            model = open_clip.create_model(
+                identifier,
+                pretrained,
+                load_weights=weights,
+                require_pretrained=wants_weights,
+                pretrained_text=False,
+                **options,
+            )
+            tokenizer = open_clip.get_tokenizer(identifier)
+        except (OSError, RuntimeError, ValueError, KeyError, HfHubHTTPError) as error:
+            if _wants_network(error):
+                raise UserError(
+                    f"{name}: not in the cache ({constants.HF_HUB_CACHE}), and the hub cannot be reached"
+                    f"{' with HF_HUB_OFFLINE=1' if constants.HF_HUB_OFFLINE else ''}; "
+                    f"where there is a network, fill the cache with: python -m train.fetch {name}"
+                ) from None
+            raise UserError(
+                f"{name}: cannot be loaded: {' '.join(str(error).split())[:600]}; {_advice(name)}"
+            ) from None
+        finally:
+            logging.disable(logging.NOTSET)
+    if model_cfg is None:
+        model_cfg = _config_of(identifier)["model_cfg"]
+    preprocess = model.visual.preprocess_cfg
+    config = {
+        "model_cfg": model_cfg,
+        "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")},
+    }
+    return Clip(name, Towers(model, preprocess["mean"], preprocess["std"]), tokenizer, config)
+
+
+def public_name(model: str) -> str:
+    """A MODEL without the folders of this machine: "local-dir:/home/me/base" -> "base", "runs/icons" ->
+    "icons".
+    """
+    scheme, colon, rest = model.partition(":")
+    if scheme == "hf-hub":
+        return rest
+    path = Path(rest if colon else model)
+    if path.parent.name == "checkpoints":  # of a run
+        path = path.parent.parent
+    return f"{scheme}:{path.name}" if colon and scheme != "local-dir" else path.name
+
+
+def clamp_logit_scale(towers: Towers) -> None:
+    """Keep the temperature at or above 1/100 (Radford et al. 2021, section 2.5)."""
+    with torch.no_grad():
+        towers.model.logit_scale.clamp_(0, math.log(100))
+
+
+def _parse_name(name: str) -> tuple[str, str | None, dict]:
+    """NAME:PRETRAINED -> architecture, tag or file, options that give the tag's preprocessing."""
+    architecture, colon, pretrained = name.partition(":")
+    known = open_clip.list_models()
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=1)
+        raise UserError(
+            f"{name}: no model {architecture!r}; "
+            + (f"perhaps you meant {near[0]!r}; " if near else "")
+            + NOTATION
+        )
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if not colon or not pretrained:
+        choice = ", ".join(tags) or "none"
+        raise UserError(
+            f"{name}: which weights? Write {architecture}:none for random ones, or {architecture}:TAG, with"
+            f" TAG one of {choice}"
+        )
+    if pretrained == "none":
+        return architecture, None, {}
+    if Path(pretrained).is_file():
+        return architecture, pretrained, {}
+    if pretrained not in tags:
+        raise UserError(
+            f"{name}: {architecture} has no weights {pretrained!r}; it has {', '.join(tags) or 'none'}"
+        )
+    tag = open_clip.get_pretrained_cfg(architecture, pretrained)
+    quick = bool(open_clip.get_model_config(architecture).get("quick_gelu"))
+    if bool(tag.get("quick_gelu")) != quick:
+        # open_clip only warns, and the features are wrong (open_clip#771).
+        other = architecture.removesuffix("-quickgelu") if quick else f"{architecture}-quickgelu"
+        raise UserError(
+            f"{name}: these weights were trained with another activation; use {other}:{pretrained}"
+        )
+    return (
+        architecture,
+        pretrained,
+        {
+            "force_preprocess_cfg": {
+                key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag
+            }
+        },
+    )
+
+
+def _advice(name: str) -> str:
+    if name.startswith("local-dir:"):
+        return f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE} is wanted"
+    return "check the name and the network" + (
+        f"; HF_HUB_OFFLINE=1 wants python -m train.fetch {name} before" if constants.HF_HUB_OFFLINE else ""
+    )
+
+
+def _wants_network(error: BaseException | None) -> bool:
+    """Whether the hub could not be asked; open_clip wraps what says so in errors of its own."""
+    while error and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__context__
+    return error is not None
+
+
+def _checkpoint_of_run(run: Path) -> Path:
+    best = run / "checkpoints" / "best"
+    if not best.is_dir():
+        raise UserError(
+            f"{run}: this run has no checkpoint yet; python -m train {run / 'recipe.yaml'} goes on with it"
+        )
+    return best
+
+
+def _at_revision(name: str) -> str:
+    """hf-hub:ID@REVISION as the local-dir: of its download; open_clip knows the newest revision alone."""
+    model_id, _, revision = name.removeprefix("hf-hub:").partition("@")
+    return f"local-dir:{snapshot_download(model_id, revision=revision, allow_patterns=['*.json', '*.txt', '*.model', WEIGHTS_FILE])}"
+
+
+def _config_of(identifier: str) -> dict:
+    """open_clip_config.json of a local-dir: or hf-hub: model that was just loaded, so that it is at hand."""
+    scheme, _, place = identifier.partition(":")
+    file = hf_hub_download(place, CONFIG_FILE) if scheme == "hf-hub" else Path(place) / CONFIG_FILE
+    return json.loads(Path(file).read_text())

@@ -1,0 +1,89 @@
+"""Captions cut to the longest of their batch, which changes nothing: a causal tower never looks behind a
+caption's end.
+
+captions -> tokenizer -> int64 [n, 77] -> cut -> int64 [n, L], L a multiple of 8 -> encode_text -> features
+
+Where the tower does look there (SigLIP's, CoCa's, Hugging Face's), nothing is cut.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer import TextTransformer, text_global_pool
+from torch import nn
+
+MULTIPLE = 8  # tensor cores want it, and it leaves few lengths to compile for
+
+
+def causal_tower(model: nn.Module) -> nn.Module | None:
+    """The part of an open_clip model that encodes text, if cutting is exact for it: causal, and read at the
+    end-of-text token.
+    """
+    if type(model) not in (CLIP, CustomTextCLIP):
+        return None
+    tower = getattr(model, "text", model)
+    if (
+        type(tower) not in (CLIP, TextTransformer)
+        or tower.attn_mask is None
+        or _pool(tower)[0] not in ("argmax", "eos")
+    ):
+        return None
+    if type(tower) is TextTransformer and (
+        tower.use_pad_mask or tower.cls_emb is not None or tower.output_tokens
+    ):
+        return None
+    return tower
+
+
+def cutter(model: nn.Module, tokenizer: Callable) -> Callable[[list[str]], torch.Tensor]:
+    """`tokenizer` with its tokens cut as is exact for `model`; it holds no weights, and goes to workers
+    however they start.
+    """
+    tower = causal_tower(model)
+    return functools.partial(_tokenized, tokenizer, tower and _pool(tower))
+
+
+def _tokenized(tokenizer: Callable, pool: tuple[str, int | None] | None, captions: list[str]) -> torch.Tensor:
+    return cut(tokenizer(captions), pool)
+
+
+def cut(tokens: torch.Tensor, pool: tuple[str, int | None] | None) -> torch.Tensor:
+    """int64 [n, L] up to the end of its longest caption, and to the next multiple of 8; whole where `pool` is
+    None.
+    """
+    if pool is None:
+        return tokens
+    kind, eos_id = pool
+    ends = (tokens if kind == "argmax" else (tokens == eos_id).int()).argmax(dim=1)
+    return tokens[:, : -(-(int(ends.max()) + 1) // MULTIPLE) * MULTIPLE]
+
+
+def encode_text(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """model.encode_text for tokens that may be cut: int64 [n, L] -> [n, d], not normed.
+
+    open_clip 3.3 adds its whole positional embedding and mask, whatever the length.
+    """
+    length, tower = tokens.shape[1], causal_tower(model)
+    if tower is None or length == len(tower.positional_embedding):
+        return model.encode_text(tokens)
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+    kind, eos_id = _pool(tower)
+    x = text_global_pool(tower.ln_final(x), tokens, kind, eos_token_id=eos_id)
+    if tower.text_projection is None:
+        return x
+    return (
+        tower.text_projection(x)
+        if isinstance(tower.text_projection, nn.Linear)
+        else x @ tower.text_projection
+    )
+
+
+def _pool(tower: nn.Module) -> tuple[str, int | None]:
+    """Which token's feature a tower takes, and the number of that token where it is found by number."""
+    if type(tower) is CLIP:
+        return tower.text_pool_type, getattr(tower, "text_eos_id", None)
+    return tower.pool_type, getattr(tower, "eos_id", None)

@@ -1,0 +1,41 @@
+"""The anchor: what was learned before holds on to each weight, and the new data has to earn every move
+(L2-SP, Li et al. 2018).
+"""
+
+import torch
+
+from train.model.clip import Towers
+from train.model.layers import tower_of
+
+
+class Anchor:
+    """The base's weights on the device, in fp32, and the way back to them; of what is trained of the towers,
+    without logit_scale.
+    """
+
+    def __init__(self, towers: Towers, toward_base: float):
+        """Args:
+        towers: as they were loaded, before a checkpoint is restored.
+        toward_base: as in the recipe.
+        """
+        self.toward_base = toward_base
+        self.base = {
+            parameter: parameter.detach().clone()
+            for name, parameter in towers.model.named_parameters()
+            if toward_base and parameter.requires_grad and tower_of(name)
+        }
+
+    @torch.no_grad()
+    def pull(self, optimizer: torch.optim.Optimizer) -> None:
+        """After a step: each weight goes lr * toward_base of its way back, but never beyond the base.
+
+        Decoupled from AdamW's moments, as its weight decay is (Loshchilov & Hutter 2019). The way is 0 where
+        train.run.nonfinite made the step change nothing; that is known to the device alone, so the host does
+        not ask."""
+        if not self.base:
+            return
+        for group in optimizer.param_groups:
+            way = min(1.0, group["lr"] * self.toward_base) * (1 - optimizer.found_inf)
+            for parameter in group["params"]:
+                if parameter in self.base:
+                    parameter.lerp_(self.base[parameter], way)
