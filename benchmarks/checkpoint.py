@@ -28,24 +28,23 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
     import torch
 
     from train.data.loader import Batch
-    from train.model.activation_memory import arrange
     from train.model.clip import load
     from train.optim import build_optimizer
     from train.recipe import Recipe
-    from train.retain.select import Choice, Pick
+    from train.retain.select import Selection, WeightSelector
     from train.run.folder import Run
     from train.step import backward
     from train.world import World
 
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     batch = GPU_BATCH if world.device.type == "cuda" else batch
-    recipe = Recipe(model, "none", f"{folder}/run", batch=batch, keep=1)
+    recipe = Recipe(model, "none", f"{folder}/run", batch=batch, keep_checkpoints=1)
     clip = load(model)
-    arrange(clip.towers.model, memory, compiled=False)
+    apply_checkpointing(clip.towers.model, memory, compiled=False)
     clip.towers.bf16 = world.device.type == "cuda"
     clip.towers.to(world.device).train()
     optimizer = build_optimizer(clip.towers, recipe.optim)
-    choice = Choice(clip, recipe)
+    choice = WeightSelector(clip, recipe)
     images = torch.randint(0, 256, (batch, 3, *clip.image_size), dtype=torch.uint8)
     tokens, ids = (
         torch.randint(1, 49000, (batch, 77), device=world.device),
@@ -62,7 +61,7 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
         started, before = time.perf_counter(), _scheduled()
         backward(clip.towers, data, batch, world, 0, samples)
         torch.nn.utils.clip_grad_norm_(clip.towers.parameters(), 1.0).item()  # waits for the device
-        run.writer.await_copy()
+        run.writer.wait_for_snapshot()
         optimizer.step()
         optimizer.zero_grad()
         samples += batch
@@ -94,7 +93,7 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
     with run:
         found["quiet_steps_s"] = [step() for _ in range(QUIET_STEPS)]
         for name in ("first_", ""):
-            run.save(choice, optimizer, samples, Pick())
+            run.save(choice, optimizer, samples, Selection())
             steps = [step()]
             stall_s = run.writer.times.pop("time/save_stall_s")
             while not run.writer.writing.done():
@@ -104,7 +103,7 @@ def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
             found |= {f"{name}steps_while_writing_s": steps}
         run.writer.snapshot = None  # what was done before: the live tensors are written, and training waits
         started = time.perf_counter()
-        run.save(choice, optimizer, samples + 1, Pick())
+        run.save(choice, optimizer, samples + 1, Selection())
         run.wait()
         found["synchronous_s"] = time.perf_counter() - started
     found["quiet_steps_after_s"] = [step() for _ in range(QUIET_STEPS)]

@@ -5,7 +5,7 @@ products are computed twice.
     python -m benchmarks.memory --model ViT-B-32 --precision fp32     another one
 
 Bytes are of the tensors that autograd saves (torch's saved_tensors_hooks), per pair of noise, without
-weights. "budget" is compiled, as in training. Products are those that ran in one forward and backward pass of
+weights. "selective" is compiled, as in training. Products are those that ran in one forward and backward pass of
 one block of the image tower, counted by torch's profiler."""
 
 import json
@@ -19,7 +19,7 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from data_prep.errors import exit_on_user_error
-from train.model.activation_memory import MODES, arrange, blocks, made_up_batch, saved_bytes
+from train.model.activation_memory import MODES, apply_checkpointing, blocks, dummy_batch, saved_bytes
 from train.model.clip import load
 from train.model.text import MULTIPLE
 
@@ -58,7 +58,7 @@ def measure(name: str, length: int, precision: str) -> list[dict]:
     torch.manual_seed(0)
     towers = load(f"{name}:none").towers.train()
     towers.bf16, model = precision == "bf16", towers.model
-    images, tokens = made_up_batch(towers, PAIRS, torch.device("cpu"))
+    images, tokens = dummy_batch(towers, PAIRS, torch.device("cpu"))
     cut = tokens[:, :length].clone()
     tokens[:, length - 1] = cut[:, -1] = model.vocab_size - 1  # the end of the caption
     pixels = images.float() / 255
@@ -100,8 +100,10 @@ def measure(name: str, length: int, precision: str) -> list[dict]:
         row("open_clip", autocast(model.encode_image), autocast(model.encode_text), pixels, memory="eager")
     ]
     for mode in MODES:
-        arrange(model, mode, compiled=mode == "budget")
-        rows.append(row("ours", towers.image_features, towers.text_features, images, memory=mode))
+        apply_checkpointing(model, mode, compiled=mode == "selective")
+        rows.append(
+            row("ours", towers.image_features, towers.text_features, images, activation_checkpointing=mode)
+        )
     return rows
 
 

@@ -43,20 +43,20 @@ from train.world import World
 MODEL, SEED_RECIPE = "demo-vit:none", "train/recipes/spectrum_icons.yaml"
 BATCH, EPOCHS, BASE_EPOCHS = 128, 8, 24
 CPU = [
-    "--batch",
+    "--global_batch_size",
     BATCH,
-    "--micro_batch",
+    "--micro_batch_size",
     BATCH,
     "--precision",
     "fp32",
-    "--memory",
+    "--activation_checkpointing",
     "none",
     "--compile",
     "no",
     "--workers",
     0,
 ]
-CPU += ["--save_every_minutes", 1e6, "--keep", 1]
+CPU += ["--save_every_minutes", 1e6, "--keep_checkpoints", 1]
 BASE = [
     "--optim.lr",
     1e-3,
@@ -71,10 +71,10 @@ BASE += ["--augment.scale", 0.7, 1, "--captions.tag_dropout", 0.5]
 
 # The recipe: the seed's with these ingredients; "A" stands for the shards of domain A.
 OURS = {
-    "mates are positives": ["--mates", "positives"],
-    "all captions": ["--captions.pick", "any"],
+    "mates are positives": ["--same_group", "positive"],
+    "all captions": ["--captions.sample", "any"],
     "tag dropout": ["--captions.tag_dropout", 0.7],
-    "thumbnails": ["--augment.small_prob", 0.2],
+    "thumbnails": ["--augment.downscale_prob", 0.2],
     "replay": ["--replay", "A", "--replay_weight", 4],
 }
 # What was tried beside them, and is not in the recipe.
@@ -83,12 +83,17 @@ MORE = {
     "layer decay": ["--optim.layer_decay", 0.8],
     "averaged weights": ["--ema", 0.99],
     "spread mates": ["--spread_mates", True],
-    "masked mates": ["--mates", "masked"],
-    "pull toward the base": ["--toward_base", 30],
+    "masked mates": ["--same_group", "masked"],
+    "pull toward the base": ["--l2_sp", 30],
     "a quarter of the replay": ["--replay_weight", 1],
     "four times the replay": ["--replay_weight", 16],
 }
-SEED = ["--mates", "negatives", "--captions.pick", "first"]  # a name alone is what open_clip_train sees
+SEED = [
+    "--same_group",
+    "negatives",
+    "--captions.sample",
+    "first",
+]  # a name alone is what open_clip_train sees
 PEER, PEER_WARM = "open_clip_train", "open_clip_train, warm-up 5 %"
 # The seed's published command left open_clip_train's warm-up of 10,000 steps in a run of about 5,700: the
 # rate never arrived.
@@ -118,7 +123,7 @@ RATES = {PEER: 3e-4, PEER_WARM: 3e-4, "the seed's recipe": 3e-4, "ours": 1e-3}
 
 DEGRADED = (("resample", 4), ("blur", 0.04), ("crop", 0.7))
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # of the tuned weights, in mixtures with the base's
-INFERENCE = Inference(batch=128, workers=0)
+INFERENCE = Inference(global_batch_size=128, workers=0)
 
 
 def main(
@@ -228,7 +233,7 @@ def theirs(recipe: Recipe, warmup: float, folder: Path) -> None:
     """open_clip_train from the base with the recipe's flags, over as many pairs; FOLDER/model is what it has
     at its end.
     """
-    order = Order(Shards(recipe.data, "train").shard_sizes, recipe.batch, recipe.seed)
+    order = Order(Shards(recipe.data, "train").shard_sizes, recipe.global_batch_size, recipe.seed)
     words = their_words(recipe, order.steps_per_epoch, torch.device("cpu"))
     more = {
         "epochs": recipe.epochs,

@@ -93,7 +93,9 @@ def retrieval(
         inference: How models are run.
     """
     with joined_world() as world:
-        shards, other, clip = world.together(lambda: prepare(model, data, split, against, inference, world))
+        shards, other, clip = world.all_or_raise(
+            lambda: prepare(model, data, split, against, inference, world)
+        )
         embedded = embed(clip, shards, world, inference)
         asked, unseen = None, None
         if queries:
@@ -151,7 +153,7 @@ def leaks(
         inference: How models are run.
     """
     with joined_world() as world:
-        train, _, clip = world.together(lambda: prepare(model, data, "train", None, inference, world))
+        train, _, clip = world.all_or_raise(lambda: prepare(model, data, "train", None, inference, world))
         train_features, rows, counts = embed_images(clip, train, world, inference), [], {}
         for split in ("val", "test"):
             if read_manifest(data)["splits"][split]["samples"]:

@@ -15,7 +15,7 @@ from slurm.queue import add_job, unfinished
 from slurm.script import LOGS, Shape, assign, assign_list, sbatch, script, write
 from slurm.site import SITE, read_site
 from train.recipe import Recipe, parse
-from train.tune.grid import cases
+from train.tune.grid import expand_grid
 
 
 def submit(
@@ -34,7 +34,7 @@ def submit(
     """Submits a training that survives time limits, preemption, lost nodes and crashes, and goes on until it
     is finished.
 
-    What follows `--` is given to the training: ... --nodes 2 -- --optim.lr 1e-5 --micro_batch 32
+    What follows `--` is given to the training: ... --nodes 2 -- --optim.lr 1e-5 --micro_batch_size 32
     The same command again, when no job of the run is left, goes on with it.
 
     Args:
@@ -113,7 +113,7 @@ def sweep(
     shape.check()
     cluster, runs, data = read_site(site), runs.absolute(), data.absolute()
     tasks, folders = [], []
-    for number, (name, (recipe, values)) in enumerate(cases(recipes, vary).items()):
+    for number, (name, (recipe, values)) in enumerate(expand_grid(recipes, vary).items()):
         run, all_flags = runs / name, (*flags, *values)
         check_training(recipe, run, data, shape, all_flags, bool(after))
         if not dry_run and (jobs := unfinished(run)):
@@ -145,9 +145,9 @@ def check_training(
     """The recipe as the job will read it; mistakes are found here, and not after a night in the queue."""
     parsed = parse([recipe, "--data", str(data), "--run", str(run), *flags])
     ranks = shape.nodes * shape.ranks_per_node
-    if parsed.batch % ranks:
+    if parsed.global_batch_size % ranks:
         raise UserError(
-            f"--batch {parsed.batch} cannot be shared evenly by {ranks} ranks ({shape.nodes} nodes x"
+            f"--global_batch_size {parsed.global_batch_size} cannot be shared evenly by {ranks} ranks ({shape.nodes} nodes x"
             f" {shape.ranks_per_node})"
         )
     if not data_comes_later and not (data / "manifest.json").is_file():

@@ -161,7 +161,14 @@ def picture(width: int = 48, height: int = 48) -> Image.Image:
 def tuned_run(tmp_path_factory, tiny_model, icon_shards) -> tuple[Path, Path]:
     """A run of a few steps with its validations, and eval's comparison of it with the model it came from."""
     folder = tmp_path_factory.mktemp("tuned")
-    small = {"epochs": 3, "batch": 48, "micro_batch": 48, "precision": "fp32", "memory": "none", "workers": 0}
+    small = {
+        "epochs": 3,
+        "global_batch_size": 48,
+        "micro_batch_size": 48,
+        "precision": "fp32",
+        "activation_checkpointing": "none",
+        "workers": 0,
+    }
     recipe = Recipe(
         tiny_model, str(icon_shards), str(folder / "run"), optim=Optim(lr=1e-3), log_every_steps=1, **small
     )

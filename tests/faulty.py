@@ -14,15 +14,15 @@ BAD_STEPS = {int(samples) for samples in os.environ["BAD_STEPS"].split()}
 honest = train.loop.backward
 
 
-def poisoned(towers, batch, micro_batch, world, seed, samples, loss):
+def poisoned(towers, batch, micro_batch_size, world, seed, samples, loss):
     if samples in BAD_STEPS and world.rank == world.world_size - 1:
         parameter = getattr(towers, "module", towers).model.logit_scale
         hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
         try:
-            return honest(towers, batch, micro_batch, world, seed, samples, loss)
+            return honest(towers, batch, micro_batch_size, world, seed, samples, loss)
         finally:
             hook.remove()
-    return honest(towers, batch, micro_batch, world, seed, samples, loss)
+    return honest(towers, batch, micro_batch_size, world, seed, samples, loss)
 
 
 if __name__ == "__main__":

@@ -12,47 +12,49 @@ from train.data.loader import Batch
 from train.loss import loss_of, train_logit_bias
 from train.model.clip import load
 from train.recipe import Augment, Recipe
-from train.step import backward, distribute
+from train.step import backward
 from train.world import World, joined_world
 
 LOSSES = [
-    ("clip", "masked"),
-    ("clip", "positives"),
-    ("siglip", "negatives"),
-    ("siglip", "masked"),
-    ("siglip", "positives"),
+    ("clip", "ignore"),
+    ("clip", "positive"),
+    ("siglip", "negative"),
+    ("siglip", "ignore"),
+    ("siglip", "positive"),
 ]
 
 
-def gradients(model: str, micro_batch: int, out: str, compress: bool, losses: list[tuple[str, str]]) -> None:
+def gradients(
+    model: str, micro_batch_size: int, out: str, compress: bool, losses: list[tuple[str, str]]
+) -> None:
     with joined_world() as world:
         saved = []
-        for loss, mates in losses:
-            saved += gradients_of_two_steps(model, micro_batch, world, compress, loss, mates)
+        for loss, same_group in losses:
+            saved += gradients_of_two_steps(model, micro_batch_size, world, compress, loss, same_group)
         if world.is_first:
             torch.save(saved, out)
 
 
 def gradients_of_two_steps(
     model: str,
-    micro_batch: int,
+    micro_batch_size: int,
     world: World,
     compress: bool = False,
     loss: str = "clip",
-    mates: str = "negatives",
+    same_group: str = "negative",
 ) -> list[dict]:
     clip = load(model)
     train_logit_bias(clip, loss)
-    loss_of_recipe = loss_of(Recipe(model, "", "", loss=loss, mates=mates))
+    loss_of_recipe = loss_of(Recipe(model, "", "", loss=loss, same_group=same_group))
     clip.towers.train()
     whole = global_batch()
     share = len(whole.images) // world.world_size
-    towers = distribute(clip.towers, world, chunked=micro_batch < share, compress=compress)
+    towers = wrap_ddp(clip.towers, world, chunked=micro_batch_size < share, compress=compress)
     mine = Batch(*(tensor[world.rank * share :][:share] for tensor in whole))
     saved = []
     for samples in (0, 100):  # the second call meets DDP's rebuilt buckets
         clip.towers.zero_grad()
-        value = backward(towers, mine, micro_batch, world, seed=0, samples=samples, loss=loss_of_recipe)
+        value = backward(towers, mine, micro_batch_size, world, seed=0, samples=samples, loss=loss_of_recipe)
         value = world.sum(value.clone()) / world.world_size
         trained = {
             name: parameter.grad.clone()
@@ -84,5 +86,5 @@ def global_changes() -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    wanted = LOSSES if "losses" in sys.argv else [("clip", "negatives")]
+    wanted = LOSSES if "losses" in sys.argv else [("clip", "negative")]
     gradients(sys.argv[1], int(sys.argv[2]), sys.argv[3], "compress" in sys.argv, wanted)

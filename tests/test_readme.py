@@ -23,7 +23,7 @@ ROOMS |= {f"train.{name}": getattr(train, name) for name in ("export", "publish"
 SMALLER = {
     "data_prep icons": "--limit 240",
     "data_prep build": "--images-per-shard 50",
-    "train": "--epochs 2 --batch 32 --micro_batch 32 --log_every_steps 1",
+    "train": "--epochs 2 --global_batch_size 32 --micro_batch_size 32 --log_every_steps 1",
     "eval retrieval": "--workers 0",
 }
 

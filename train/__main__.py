@@ -6,7 +6,7 @@
       one process per GPU, or two on the CPU; the same batches, the same loss
       (the -- keeps torchrun from taking --run for its own --run-path)
 
-Any key of the recipe can be typed as a flag and then wins: --optim.lr 1e-5 --batch 128. All of them: --help.
+Any key of the recipe can be typed as a flag and then wins: --optim.lr 1e-5 --global_batch_size 128. All of them: --help.
 The same command again goes on with an unfinished run, from the very step of its last checkpoint.
 To stop a run cleanly: touch RUN/stop, or Ctrl-C. To watch it: tensorboard --logdir RUN.
 """
@@ -25,7 +25,7 @@ from train.loop import fit
 from train.model.activation_memory import uncompiled
 from train.model.clip import Clip
 from train.recipe import Recipe, parse
-from train.retain.select import TRAINED, Validate, check_best_by, prefix
+from train.retain.select import TRAINED, Validate, check_best_metric, prefix
 from train.run.folder import Run
 from train.world import World, joined_world
 
@@ -36,7 +36,7 @@ def main() -> None:
         return
     recipe = parse(sys.argv[1:])
     with joined_world(recipe.timeout_minutes) as world:
-        validate = world.together(lambda: validator(recipe, world))
+        validate = world.all_or_raise(lambda: validator(recipe, world))
         run = fit(recipe, world, validate)
         if world.is_first:
             print(closing_words(run))
@@ -54,17 +54,19 @@ def validator(recipe: Recipe, world: World) -> Validate:
                 f"{recipe.data}: {shared} groups are in train and in val, so validation would flatter; build"
                 " the shards again"
             )
-        if recipe.control:
+        if recipe.retention_set:
             held_out["control"] = Shards(
-                recipe.control, "val" if has_split(recipe.control, "val") else "test"
+                recipe.retention_set, "val" if has_split(recipe.retention_set, "val") else "test"
             )
     for shards in held_out.values():
         shards.verify(world.rank, world.world_size)
-    check_best_by(recipe, [f"{name}/{metric}" for name in held_out for metric in metric_names()])
+    check_best_metric(recipe, [f"{name}/{metric}" for name in held_out for metric in metric_names()])
 
     @uncompiled()
     def validate(clip: Clip, world: World) -> dict[str, float]:
-        inference = Inference(64 if recipe.micro_batch == "auto" else recipe.micro_batch, recipe.workers)
+        inference = Inference(
+            64 if recipe.micro_batch_size == "auto" else recipe.micro_batch_size, recipe.workers
+        )
         metrics = {}
         for name, shards in held_out.items():
             result = evaluate(clip, shards, world, inference)

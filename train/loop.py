@@ -15,21 +15,21 @@ from data_prep.shards import Shards
 from train.data.loader import Batch, TrainPairs, train_loader
 from train.data.order import Order
 from train.loss import loss_of, train_logit_bias
-from train.model.activation_memory import arrange, choose, compiles
+from train.model.activation_memory import apply_checkpointing, fit_micro_batch, should_compile
 from train.model.clip import Clip, clamp_logit_scale, load
 from train.model.layers import lock
 from train.model.lora import adapt
 from train.model.patch_dropout import drop, install
 from train.optim import build_optimizer, lr_at, set_lr
 from train.recipe import Recipe
-from train.retain.l2sp import Anchor
+from train.retain.l2sp import L2SP
 from train.retain.replay import Replay, replay_pairs
-from train.retain.select import Choice, Pick, Validate, prefix
+from train.retain.select import Selection, Validate, WeightSelector, prefix
 from train.run.folder import Run
-from train.run.logger import Logbook
-from train.run.nonfinite import BadSteps
+from train.run.logger import Logger
+from train.run.nonfinite import NonFiniteGuard
 from train.run.stop import Stop
-from train.step import backward, distribute
+from train.step import backward
 from train.world import World
 
 
@@ -37,7 +37,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     """Train, or go on where the run in `recipe.run` was left.
 
     Args:
-        validate: gives metrics of a model, the same on every rank; `best_by` among them, or none at all.
+        validate: gives metrics of a model, the same on every rank; `best_metric` among them, or none at all.
 
     Raises:
         UserError: the shards, the model or the run folder do not fit the recipe; nothing was trained or
@@ -46,25 +46,30 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
         Fault, Fenced: the machine failed, or another attempt has taken over; the last whole checkpoint is
             safe.
     """
-    run = world.together(lambda: Run(recipe, world))
+    run = world.all_or_raise(lambda: Run(recipe, world))
     if run.is_finished:
         return run
-    pairs, to_replay, clip = world.together(lambda: prepare(recipe, run))
-    order = Order(pairs.shard_sizes, recipe.batch, recipe.seed, pairs.groups if recipe.spread_mates else None)
+    pairs, to_replay, clip = world.all_or_raise(lambda: prepare(recipe, run))
+    order = Order(
+        pairs.shard_sizes,
+        recipe.global_batch_size,
+        recipe.seed,
+        pairs.groups if recipe.spread_mates else None,
+    )
     steps, end = recipe.epochs * order.steps_per_epoch, recipe.epochs * order.samples_per_epoch
     clip.towers.bf16 = recipe.precision == "bf16"
     clip.towers.to(world.device)
-    choice = Choice(clip, recipe)
-    anchor = Anchor(
-        clip.towers, recipe.toward_base
-    )  # while the weights are those of the base, and before choose() counts memory
+    choice = WeightSelector(clip, recipe)
+    anchor = L2SP(
+        clip.towers, recipe.l2_sp
+    )  # while the weights are those of the base, and before fit_micro_batch() counts memory
     replay = Replay(to_replay, clip, recipe, world, run.samples, end) if to_replay else None
-    memory, micro_batch = choose(clip.towers, recipe, world)
-    arrange(clip.towers.model, memory, compiles(recipe, world.device))
-    optimizer = world.together(lambda: build_optimizer(clip.towers, recipe.optim))
+    memory, micro_batch_size = fit_micro_batch(clip.towers, recipe, world)
+    apply_checkpointing(clip.towers.model, memory, should_compile(recipe, world.device))
+    optimizer = world.all_or_raise(lambda: build_optimizer(clip.towers, recipe.optim))
     run.restore(choice, optimizer)
-    chunked = micro_batch * world.world_size < recipe.batch or replay is not None
-    towers = distribute(clip.towers, world, chunked, recipe.compress_gradients)
+    chunked = micro_batch_size * world.world_size < recipe.global_batch_size or replay is not None
+    towers = wrap_ddp(clip.towers, world, chunked, recipe.compress_gradients)
 
     data = TrainPairs(pairs, order, clip.image_size, recipe.augment, recipe.captions)
     batches = train_loader(data, clip.tokenize, run.samples, end, world, recipe.workers)
@@ -72,21 +77,23 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
     run.start(choice, optimizer)
     enough = choice.enough(run.best, run.best_samples, samples, order.samples_per_epoch)
 
-    rolled_back, log = False, Logbook(run, samples, end, order.samples_per_epoch, world)
-    bad = BadSteps(
+    rolled_back, log = False, Logger(run, samples, end, order.samples_per_epoch, world)
+    bad = NonFiniteGuard(
         run.folder,
         samples,
-        lambda start: [pairs.key(order.sample_at(at)) for at in range(start, start + recipe.batch)],
+        lambda start: [
+            pairs.key(order.sample_at(at)) for at in range(start, start + recipe.global_batch_size)
+        ],
         world,
     )
     with log, bad, Stop(run.stop_file) as stop, run:
         log.say(
             f"{recipe.model} on {len(pairs)} images, {world.world_size} x {world.device.type}: {steps} steps"
-            f" of {recipe.batch} pairs"
+            f" of {recipe.global_batch_size} pairs"
         )
         log.say(
-            f"memory: {memory}, micro_batch: {micro_batch},"
-            f" {'compiled' if compiles(recipe, world.device) else 'not compiled'}"
+            f"memory: {memory}, micro_batch_size: {micro_batch_size},"
+            f" {'compiled' if should_compile(recipe, world.device) else 'not compiled'}"
         )
         if samples:
             log.say(f"going on after {samples} pairs, from {run.checkpoint}")
@@ -98,43 +105,43 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
             data_s = time.perf_counter() - started
             if recipe.patch_dropout:
                 drop(clip.towers.model.visual, recipe.patch_dropout, samples / end)
-            lr = lr_at(samples // recipe.batch, steps, recipe.optim)
+            lr = lr_at(samples // recipe.global_batch_size, steps, recipe.optim)
             set_lr(optimizer, lr)
             values = {"train/lr": lr}
             if replay:
                 values["train/replay_loss"] = (
-                    world.sum(replay.backward(towers, micro_batch)) / world.world_size
+                    world.sum(replay.backward(towers, micro_batch_size)) / world.world_size
                 )
             batch = Batch(*(tensor.to(world.device, non_blocking=True) for tensor in batch))
-            loss = backward(towers, batch, micro_batch, world, recipe.seed, samples, loss_of(recipe))
+            loss = backward(towers, batch, micro_batch_size, world, recipe.seed, samples, loss_of(recipe))
             loss = world.sum(loss) / world.world_size
-            grad_norm = torch.nn.utils.clip_grad_norm_(clip.towers.parameters(), recipe.optim.clip)
+            grad_norm = torch.nn.utils.clip_grad_norm_(clip.towers.parameters(), recipe.optim.max_grad_norm)
             bad.judge(optimizer, samples, loss, grad_norm)
-            run.writer.await_copy()
+            run.writer.wait_for_snapshot()
             optimizer.step()
             anchor.pull(optimizer)
             optimizer.zero_grad()
             if recipe.loss == "clip":  # SigLIP's are above 100 from the start
                 clamp_logit_scale(clip.towers)
-            samples += recipe.batch
-            choice.after_step(samples // recipe.batch, optimizer.found_inf)
+            samples += recipe.global_batch_size
+            choice.after_step(samples // recipe.global_batch_size, optimizer.found_inf)
             values |= {
                 "train/grad_norm": grad_norm,
                 "train/logit_scale": clip.towers.model.logit_scale.detach().exp(),
             }
-            log.step(samples, recipe.batch, loss, values, data_s, time.perf_counter() - started)
+            log.step(samples, recipe.global_batch_size, loss, values, data_s, time.perf_counter() - started)
 
             epoch_ends = samples % order.samples_per_epoch == 0
             save_is_due = run.has_failed or time.monotonic() - saved_at > 60 * recipe.save_every_minutes
             stopping, saving, by_file = world.any(stop.asked(), save_is_due, stop.file.exists())
             is_due = epoch_ends or stopping or saving
-            n_bad = bad.look() if is_due or log.is_due(samples, recipe.batch) else 0
-            if n_bad >= recipe.max_bad_steps and not stopping:
+            n_bad = bad.look() if is_due or log.is_due(samples, recipe.global_batch_size) else 0
+            if n_bad >= recipe.max_nonfinite_steps and not stopping:
                 run.roll_back(samples, n_bad)
                 rolled_back = True
                 break
             if is_due:
-                metrics, pick = choice.validate(validate, world) if epoch_ends else ({}, Pick())
+                metrics, pick = choice.validate(validate, world) if epoch_ends else ({}, Selection())
                 log.validation(samples, metrics, prefix(pick.weights))
                 log.sync()
                 run.save(choice, optimizer, samples, pick)
@@ -177,7 +184,7 @@ def prepare(recipe: Recipe, run: Run) -> tuple[Shards, Shards | None, Clip]:
     run.check_data(to_replay and to_replay.fingerprint, "replay")
     pairs.verify(run.world.rank, run.world.world_size)
     clip = load(recipe.model, seed=recipe.seed)
-    if to_replay or recipe.toward_base:
+    if to_replay or recipe.l2_sp:
         run.check_data(clip.fingerprint(), "model")
     if recipe.lora_rank:
         adapt(clip.towers, recipe.lora_rank, recipe.seed)
@@ -190,14 +197,14 @@ def prepare(recipe: Recipe, run: Run) -> tuple[Shards, Shards | None, Clip]:
 
 def check_batch(recipe: Recipe, n_pairs: int, world: World) -> None:
     """Refuse a batch that the data cannot fill or the ranks cannot share."""
-    if recipe.batch > n_pairs:
+    if recipe.global_batch_size > n_pairs:
         raise UserError(
-            f"{recipe.data}: {n_pairs} training images are fewer than one batch of {recipe.batch}; pass a"
-            " smaller --batch"
+            f"{recipe.data}: {n_pairs} training images are fewer than one batch of {recipe.global_batch_size}; pass a"
+            " smaller --global_batch_size"
         )
-    if recipe.batch % world.world_size:
-        fitting = recipe.batch - recipe.batch % world.world_size
+    if recipe.global_batch_size % world.world_size:
+        fitting = recipe.global_batch_size - recipe.global_batch_size % world.world_size
         raise UserError(
-            f"--batch {recipe.batch} cannot be shared evenly by {world.world_size} ranks; pass --batch"
+            f"--global_batch_size {recipe.global_batch_size} cannot be shared evenly by {world.world_size} ranks; pass --global_batch_size"
             f" {fitting or world.world_size}"
         )

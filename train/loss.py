@@ -1,5 +1,5 @@
 """The contrastive losses over the global batch, of which each rank holds its own rows; and what they make of
-mates.
+same_group.
 
 Mates are two pairs of a batch that share a group (drawings of one thing) or a caption: each one's text fits
 the other's picture."""
@@ -28,7 +28,9 @@ def loss_of(recipe: Recipe) -> Loss:
 
     The mean of all ranks' losses is the loss of one process that holds the whole batch; with gradients
     averaged over ranks, as DDP does, so are the gradients, those of logit_scale and logit_bias included."""
-    return functools.partial({"clip": clip_loss, "siglip": siglip_loss}[recipe.loss], mates=recipe.mates)
+    return functools.partial(
+        {"clip": clip_loss, "siglip": siglip_loss}[recipe.loss], same_group=recipe.same_group
+    )
 
 
 def train_logit_bias(clip: Clip, loss: str) -> None:
@@ -49,7 +51,7 @@ def train_logit_bias(clip: Clip, loss: str) -> None:
 
 
 def clip_loss(
-    outputs: Sequence[torch.Tensor], ids: torch.Tensor, world: World, mates: str = "negatives"
+    outputs: Sequence[torch.Tensor], ids: torch.Tensor, world: World, same_group: str = "negative"
 ) -> torch.Tensor:
     """The symmetric cross-entropy of this rank's pairs against all pairs, fp32 [] (Radford et al. 2021,
     figure 3).
@@ -59,8 +61,8 @@ def clip_loss(
             logit_scale, fp32 [], already exponentiated; a logit_bias is not looked at, no softmax changes by
             it.
         ids: int64 [b, 2], train.data.loader.Batch's, of the same pairs.
-        mates: "negatives": pairs like any other. "masked": left out of the softmax. "positives": the target
-            is uniform over the pair itself and its mates (L_out of Khosla et al. 2020, equation 2, across the
+        same_group: "negative": pairs like any other. "ignore": left out of the softmax. "positive": the target
+            is uniform over the pair itself and its same_group (L_out of Khosla et al. 2020, equation 2, across the
             two towers as in Yang et al. 2022, UniCL).
     """
     image_features, text_features, logit_scale, *_ = outputs
@@ -72,9 +74,9 @@ def clip_loss(
         torch.arange(len(image_features), device=device) + world.rank * len(image_features),
         None,
     )
-    if mates != "negatives":
-        is_positive, left_out = _relations(ids, world.gather(ids), labels, mates)
-        if mates == "positives":
+    if same_group != "negative":
+        is_positive, left_out = _relations(ids, world.gather(ids), labels, same_group)
+        if same_group == "positive":
             labels = is_positive / is_positive.sum(1, keepdim=True)
     halves = []
     for features, columns in ((image_features, all_text_features), (text_features, all_image_features)):
@@ -87,7 +89,7 @@ def clip_loss(
 
 
 def siglip_loss(
-    outputs: Sequence[torch.Tensor], ids: torch.Tensor, world: World, mates: str = "negatives"
+    outputs: Sequence[torch.Tensor], ids: torch.Tensor, world: World, same_group: str = "negative"
 ) -> torch.Tensor:
     """A yes or no for each of this rank's pictures with each text of all ranks, fp32 [] (Zhai et al. 2023,
     equation 1, algorithm 1).
@@ -97,7 +99,7 @@ def siglip_loss(
 
     Args:
         outputs, ids: as clip_loss has them, and logit_bias, fp32 [].
-        mates: "negatives": answered with no, as any other two. "masked": not asked about. "positives":
+        same_group: "negative": answered with no, as any other two. "ignore": not asked about. "positive":
             answered with yes.
     """
     image_features, text_features, logit_scale, logit_bias = outputs
@@ -114,7 +116,7 @@ def siglip_loss(
             ids,
             all_ids[some],
             own - start,
-            mates,
+            same_group,
         )
         total = total + checkpoint(_sigmoid_sum, *block, use_reentrant=False, preserve_rng_state=False)
     return total / len(ids)
@@ -128,19 +130,19 @@ def _sigmoid_sum(
     ids: torch.Tensor,
     text_ids: torch.Tensor,
     own: torch.Tensor,
-    mates: str,
+    same_group: str,
 ) -> torch.Tensor:
     with fp32_products(
         "highest", image_features.device
     ):  # here, so that it holds when this is computed again
         logits = logit_scale * image_features @ text_features.T + logit_bias
-    is_positive, left_out = _relations(ids, text_ids, own, mates)
+    is_positive, left_out = _relations(ids, text_ids, own, same_group)
     losses = -F.logsigmoid(torch.where(is_positive, logits, -logits))
     return (losses if left_out is None else losses.masked_fill(left_out, 0)).sum()
 
 
 def _relations(
-    ids: torch.Tensor, column_ids: torch.Tensor, own: torch.Tensor, mates: str
+    ids: torch.Tensor, column_ids: torch.Tensor, own: torch.Tensor, same_group: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Which columns each row is to be near to, and which the loss leaves out, bool [b, n]; None for no
     column.
@@ -149,10 +151,10 @@ def _relations(
         own: int64 [b], the column of each row's own pair; one that is not there matches none.
     """
     is_own = own[:, None] == torch.arange(len(column_ids), device=own.device)
-    if mates == "negatives":
+    if same_group == "negative":
         return is_own, None
     are_mates = (ids[:, None] == column_ids).any(2)
-    return (are_mates, None) if mates == "positives" else (is_own, are_mates & ~is_own)
+    return (are_mates, None) if same_group == "positive" else (is_own, are_mates & ~is_own)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def build_optimizer(towers: Towers, optim: Optim) -> torch.optim.AdamW:
     ]
     # Fused: the one that can leave a step out without asking the host; see train.run.nonfinite.
     return torch.optim.AdamW(
-        options, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+        options, lr=optim.lr, betas=(*optim.betas), eps=optim.eps, fused=True
     )
 
 
@@ -59,7 +59,7 @@ def lr_at(step: int, steps: int, optim: Optim) -> float:
     """The rate of step `step` (from 0) of `steps`: linear to the peak over the warm-up, then half a cosine to
     zero.
     """
-    warmup_steps = round(optim.warmup * steps)
+    warmup_steps = round(optim.warmup_fraction * steps)
     if step < warmup_steps:
         return optim.lr * (step + 1) / warmup_steps
     return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))

@@ -60,7 +60,7 @@ class Augment:
     """
     blur_prob: float = 0.0
     """How often a Gaussian blur of 0.1 to 2 pixels is applied."""
-    small_prob: float = 0.0
+    downscale_prob: float = 0.0
     """How often the picture is reduced, to a quarter of the model's size at the least, and enlarged again:
     queries are often thumbnails.
     """
@@ -107,13 +107,13 @@ class Recipe:
     epochs: int = 40
     batch: int = 384
     """Pairs in one optimizer step, over all ranks and micro batches."""
-    micro_batch: int | Literal["auto"] = "auto"
+    micro_batch_size: int | Literal["auto"] = "auto"
     """Pairs that one GPU holds at once; smaller needs less memory and gives the same gradients. auto: as many
     as fit.
     """
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast, with fp32 weights and loss. fp32: on a GPU, the towers' products are TF32's."""
-    memory: Literal["none", "budget", "checkpoint", "auto"] = "auto"
+    memory: Literal["none", "selective", "checkpoint", "auto"] = "auto"
     """What the backward pass computes again to need less memory: nothing; norms and activations (three fifths
     of the memory, compiled); every block (an eighth, for a third more time). auto: the first that fits."""
     patch_dropout: float = 0.0
@@ -137,7 +137,7 @@ class Recipe:
     """
     lock: Literal["none", "image", "text"] = "none"
     """A tower that stays as it is, and costs no memory for its gradients; the other one learns to fit it."""
-    toward_base: float = 0.0
+    l2_sp: float = 0.0
     """Each step takes every weight lr * this of its way back to the model it began as, so that none strays
     further than about 1 / this: 100 lets weights move freely, 10000 hardly. 0: no pull."""
     replay: str = ""
@@ -161,7 +161,7 @@ class Recipe:
     """Shares, as 0.5 0.7, of the trained weights (of their average, with ema) in mixtures with the first
     (WiSE-FT), validated too.
     """
-    best_by: str = "val/mean/R@1"
+    best_metric: str = "val/mean/R@1"
     """Metric of a validation by which the weights to use are chosen; of ranks the lowest, of all others the
     highest.
     """
@@ -169,8 +169,8 @@ class Recipe:
     """Folder of shards of what the model must not forget; its val split, or test, is scored as control/ at
     each validation.
     """
-    control_drop: float = 1.0
-    """What chosen weights may lose of the first weights' control/mean/R@1, 0.005 for half a point; where all
+    max_retention_drop: float = 1.0
+    """What chosen weights may lose of the first weights' retention/mean/R@1, 0.005 for half a point; where all
     lose more, the least loser.
     """
     patience_epochs: int = 0
@@ -185,7 +185,7 @@ class Recipe:
     """A checkpoint is written after each epoch, and when the last one is older than this."""
     keep: int = 2
     """Newest checkpoints to keep, beside the best one."""
-    max_bad_steps: int = 10
+    max_nonfinite_steps: int = 10
     """Steps in a row without a finite loss and gradient, after which the run goes back to its last
     checkpoint, once.
     """
@@ -195,7 +195,7 @@ class Recipe:
 
 # What may differ between the parts of one run: it changes no number, or by rounding alone (the last three).
 # The place of data and replay is free, their content is not; train.run.folder compares that.
-FREE_TO_CHANGE = (
+RESUME_SAFE = (
     "run",
     "data",
     "replay",
@@ -203,10 +203,10 @@ FREE_TO_CHANGE = (
     "log_every_steps",
     "save_every_minutes",
     "keep",
-    "max_bad_steps",
+    "max_nonfinite_steps",
     "timeout_minutes",
 )
-FREE_TO_CHANGE += ("micro_batch", "memory", "compile")
+RESUME_SAFE += ("micro_batch_size", "memory", "compile")
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -274,12 +274,12 @@ def _flatten(values: dict, schema: type, path: Path, prefix: str) -> list[str]:
 def _check_values(recipe: Recipe) -> None:
     for name, value, least in (
         ("epochs", recipe.epochs, 1),
-        ("batch", recipe.batch, 2),
-        ("micro_batch", 1 if recipe.micro_batch == "auto" else recipe.micro_batch, 1),
+        ("batch", recipe.global_batch_size, 2),
+        ("micro_batch_size", 1 if recipe.micro_batch_size == "auto" else recipe.micro_batch_size, 1),
         ("workers", recipe.workers, 0),
         ("log_every_steps", recipe.log_every_steps, 1),
-        ("keep", recipe.keep, 1),
-        ("max_bad_steps", recipe.max_bad_steps, 1),
+        ("keep", recipe.keep_checkpoints, 1),
+        ("max_nonfinite_steps", recipe.max_nonfinite_steps, 1),
         ("patience_epochs", recipe.patience_epochs, 0),
         ("lora_rank", recipe.lora_rank, 0),
     ):
@@ -292,24 +292,26 @@ def _check_values(recipe: Recipe) -> None:
         )
     if not 0 <= recipe.ema < 1:
         raise UserError(f"--ema {recipe.ema}: a decay below 1 is wanted, as 0.9998, or 0 for no average")
-    names = [f"{share:.2f}" for share in recipe.mixtures]
-    if not all(0 < share < 1 for share in recipe.mixtures) or len(set(names)) < len(names):
+    names = [f"{share:.2f}" for share in recipe.wise_ft]
+    if not all(0 < share < 1 for share in recipe.wise_ft) or len(set(names)) < len(names):
         raise UserError(
-            f"--mixtures {' '.join(map(str, recipe.mixtures))}: shares between 0 and 1 are wanted, each"
+            f"--wise_ft {' '.join(map(str, recipe.wise_ft))}: shares between 0 and 1 are wanted, each"
             " hundredth at most once"
         )
-    if not 0 <= recipe.control_drop <= 1 or (recipe.control_drop < 1 and not recipe.control):
+    if not 0 <= recipe.max_retention_drop <= 1 or (
+        recipe.max_retention_drop < 1 and not recipe.retention_set
+    ):
         raise UserError(
-            f"--control_drop {recipe.control_drop}: a part of 1 is wanted, as 0.005, with --control SHARDS to"
+            f"--max_retention_drop {recipe.max_retention_drop}: a part of 1 is wanted, as 0.005, with --retention_set SHARDS to"
             " lose it on"
         )
-    if recipe.memory == "budget" and recipe.compile == "no":
+    if recipe.activation_checkpointing == "selective" and recipe.compile == "no":
         raise UserError(
-            "--memory budget: only compiled blocks can do that; pass --compile yes, or --memory checkpoint"
+            "--activation_checkpointing selective: only compiled blocks can do that; pass --compile yes, or --activation_checkpointing full"
         )
-    if not 0 <= recipe.optim.warmup < 1:
+    if not 0 <= recipe.optim.warmup_fraction < 1:
         raise UserError(
-            f"--optim.warmup {recipe.optim.warmup}: a fraction of the run is wanted, 0.05 for a twentieth,"
+            f"--optim.warmup_fraction {recipe.optim.warmup_fraction}: a fraction of the run is wanted, 0.05 for a twentieth,"
             " below 1"
         )
     if not 0 < recipe.optim.layer_decay <= 1:
@@ -323,7 +325,7 @@ def _check_values(recipe: Recipe) -> None:
                 f"--optim.{name}_lr {factor}: a factor above 0 is wanted; to train nothing of that tower:"
                 f" --lock {name}"
             )
-    for name, weight in (("toward_base", recipe.toward_base), ("replay_weight", recipe.replay_weight)):
+    for name, weight in (("l2_sp", recipe.l2_sp), ("replay_weight", recipe.replay_weight)):
         if weight < 0:
             raise UserError(f"--{name} {weight}: 0 for none, or a weight above is wanted")
     if recipe.lock == "image" and recipe.patch_dropout:
@@ -374,7 +376,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     return [
         f"{key}: {before[key]} before, {now[key]} now"
         for key in now
-        if key not in FREE_TO_CHANGE and before[key] != now[key]
+        if key not in RESUME_SAFE and before[key] != now[key]
     ]
 
 

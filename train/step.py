@@ -15,7 +15,7 @@ from train.world import World
 DROPOUT = 4  # a stream of randomness beside those of train.data.order and train.data.loader
 
 
-def distribute(towers: nn.Module, world: World, chunked: bool = False, compress: bool = False) -> nn.Module:
+def wrap_ddp(towers: nn.Module, world: World, chunked: bool = False, compress: bool = False) -> nn.Module:
     """`towers` so that backward() leaves the mean gradient of all ranks.
 
     Args:
@@ -34,7 +34,7 @@ def distribute(towers: nn.Module, world: World, chunked: bool = False, compress:
 def backward(
     towers: nn.Module,
     batch: Batch,
-    micro_batch: int,
+    micro_batch_size: int,
     world: World,
     seed: int,
     samples: int,
@@ -42,7 +42,7 @@ def backward(
 ) -> torch.Tensor:
     """Add the gradient of the global batch's loss to the parameters; gives this rank's loss, fp32 [].
 
-    Where this rank's share is more than `micro_batch`, features of all chunks are computed without a graph,
+    Where this rank's share is more than `micro_batch_size`, features of all chunks are computed without a graph,
     the loss is taken once over all of them, and each chunk is computed again to receive its gradient (Gao et
     al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"). What is random in a
     forward is seeded by (seed, samples, rank, chunk), so the second computation repeats the first.
@@ -54,13 +54,13 @@ def backward(
         loss: as train.loss.loss_of gives it.
     """
     with fp32_products("high", batch.images.device):
-        return _backward(towers, batch, micro_batch, world, seed, samples, loss)
+        return _backward(towers, batch, micro_batch_size, world, seed, samples, loss)
 
 
 def _backward(
-    towers: nn.Module, batch: Batch, micro_batch: int, world: World, seed: int, samples: int, loss: Loss
+    towers: nn.Module, batch: Batch, micro_batch_size: int, world: World, seed: int, samples: int, loss: Loss
 ) -> torch.Tensor:
-    chunks = chunks_of(batch, micro_batch)
+    chunks = chunks_of(batch, micro_batch_size)
     seeds = random_bits(len(chunks), seed, samples, world.rank, DROPOUT).tolist()
     if len(chunks) == 1:
         torch.manual_seed(seeds[0])
@@ -84,7 +84,7 @@ def _backward(
     ]
     value = loss([leaf.requires_grad_() for leaf in leaves], batch.ids, world)
     value.backward()
-    image_gradients, text_gradients = (leaf.grad.split(micro_batch) for leaf in leaves[:2])
+    image_gradients, text_gradients = (leaf.grad.split(micro_batch_size) for leaf in leaves[:2])
     for number, (chunk, chunk_seed) in enumerate(zip(chunks, seeds, strict=True)):
         last = number == len(chunks) - 1
         with contextlib.nullcontext() if last or bare is towers else towers.no_sync():
@@ -104,6 +104,6 @@ def _backward(
     return value.detach()
 
 
-def chunks_of(batch: Batch, micro_batch: int) -> list[Batch]:
-    """The batch in parts of `micro_batch` pairs, the last one with what is left."""
-    return [Batch(*part) for part in zip(*(tensor.split(micro_batch) for tensor in batch), strict=True)]
+def chunks_of(batch: Batch, micro_batch_size: int) -> list[Batch]:
+    """The batch in parts of `micro_batch_size` pairs, the last one with what is left."""
+    return [Batch(*part) for part in zip(*(tensor.split(micro_batch_size) for tensor in batch), strict=True)]

@@ -60,7 +60,7 @@ class World:
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
 
-    def together(self, prepare: Callable[[], T]) -> T:
+    def all_or_raise(self, prepare: Callable[[], T]) -> T:
         """prepare() of each rank; where it ends in a UserError on any, that is raised on all, so that none
         waits for ever.
 
@@ -168,8 +168,8 @@ def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory is full ({str(error).splitlines()[0][:120]}); pass --micro_batch with half as"
-            " many pairs, or --memory checkpoint: the gradients are the same"
+            f"the GPU's memory is full ({str(error).splitlines()[0][:120]}); pass --micro_batch_size with half as"
+            " many pairs, or --activation_checkpointing full: the gradients are the same"
         ) from None
     except RuntimeError as error:  # torch has no type of its own for a collective of gloo that failed
         if not any(sign in str(error) for sign in LOST):

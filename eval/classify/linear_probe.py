@@ -92,7 +92,7 @@ def probe(
                 clip,
             )
 
-        train, val, test, sentences, clip = world.together(prepare)
+        train, val, test, sentences, clip = world.all_or_raise(prepare)
         texts = text_features(clip, sentences, world, inference).cpu()
         found, tested = (image_features(clip, part, world, inference, cache) for part in (train, test))
         weights, logit_scale = clip.fingerprint(), clip.towers.model.logit_scale.exp().item()

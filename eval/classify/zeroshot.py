@@ -102,10 +102,10 @@ def zeroshot(
             tree = read_parents(parents, found.classes) if parents else None
             return found, read_names(names, found.classes), read_templates(templates), tree
 
-        labelled, titles, patterns, tree = world.together(prepare)
+        labelled, titles, patterns, tree = world.all_or_raise(prepare)
         results, stems, first = [], [], None
         for name in models:
-            clip = world.together(lambda name=name: ready(name, inference, world))
+            clip = world.all_or_raise(lambda name=name: ready(name, inference, world))
             found = evaluate(clip, labelled, titles, patterns, world, inference, tree)
             first = first or found
             results.append({"model": name, "templates": templates, **found.result})

@@ -97,10 +97,10 @@ def compare(
                 read_labelled(labelled, labelled_split, label_column=label_column) if labelled else None,
             )
 
-        shards, others, asked, pictures = world.together(prepare)
+        shards, others, asked, pictures = world.all_or_raise(prepare)
         judged, forgotten, answers = [], [], []
         for name in models:
-            clip = world.together(lambda name=name: ready(name, inference, world))
+            clip = world.all_or_raise(lambda name=name: ready(name, inference, world))
             one = judge(name, clip, shards, world, inference)
             answers.append(_answer(one, clip, asked, world))
             if pictures:
@@ -124,7 +124,7 @@ def compare(
             }
         if interpolate or save is not None:
             ends = [
-                world.together(lambda name=name: ready(name, inference, world))
+                world.all_or_raise(lambda name=name: ready(name, inference, world))
                 for name in (models[0], models[-1])
             ]
             result["mixtures"] = [
@@ -226,7 +226,7 @@ def _mixture(
         "mean/R@1": score(embed(clip, shards, world, inference), shards.groups, world)["metrics"]["mean/R@1"],
     }
     if others:
-        found["control/mean/R@1"] = score(embed(clip, others, world, inference), others.groups, world)[
+        found["retention/mean/R@1"] = score(embed(clip, others, world, inference), others.groups, world)[
             "metrics"
         ]["mean/R@1"]
     return found

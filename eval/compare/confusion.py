@@ -259,10 +259,10 @@ def confusion(
         return questions(shards, read_columns(shards, columns), k, seed)
 
     with joined_world() as world:
-        asked = world.together(prepare)
+        asked = world.all_or_raise(prepare)
         answers = []
         for model in models:
-            clip = world.together(lambda model=model: ready(model, inference, world))
+            clip = world.all_or_raise(lambda model=model: ready(model, inference, world))
             image_features = embed_images(clip, asked.shards, world, inference)
             texts = [embed_texts(clip, column.texts, world, inference) for column in asked.columns]
             found = answer(

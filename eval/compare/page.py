@@ -94,7 +94,7 @@ def markdown(result: dict) -> str:
             "|---|---|---|",
         ]
         for one in result["mixtures"]:
-            control = f"{100 * one['control/mean/R@1']:.1f} %" if "control/mean/R@1" in one else ""
+            control = f"{100 * one['retention/mean/R@1']:.1f} %" if "retention/mean/R@1" in one else ""
             lines.append(f"| {one['alpha']:g} | {100 * one['mean/R@1']:.1f} % | {control} |")
         parts.append("\n".join(lines))
     if "saved" in result:

@@ -229,7 +229,7 @@ def probes(
         return shards, swaps(shards, seed) if shards else [], ready(model, inference, world)
 
     with joined_world() as world:
-        shards, found, clip = world.together(prepare)
+        shards, found, clip = world.all_or_raise(prepare)
         source = {"data": f"{data}, {split}", "data_sha256": shards.fingerprint} if shards else {}
         result = {"model": model, "weights_sha256": clip.fingerprint(), **source, "seed": seed, "n": n}
         pictures, pairs = (

@@ -95,7 +95,7 @@ def test_the_command_writes_a_page_a_table_and_a_mixture(pair, icon_folder, icon
     assert 0 < p <= 1
     assert 0 < tuned["drift"]["image_cosine"] < 1
     assert 0 <= base["metrics"]["calibration_error"] <= 1
-    for place, found in (("", result), ("control/", result["control"])):
+    for place, found in (("", result), ("retention/", result["control"])):
         for share, model in ((0, found["models"][0]), (2, found["models"][1])):
             assert result["mixtures"][share][f"{place}mean/R@1"] == model["metrics"]["mean/R@1"]
     for model in (base, tuned):

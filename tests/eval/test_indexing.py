@@ -74,7 +74,7 @@ def test_blocks_ranks_and_stops_change_no_byte(
     two.
     """
     monkeypatch.setattr(indexing, "BLOCK", 32)
-    small = Inference(batch=16, workers=0)
+    small = Inference(global_batch_size=16, workers=0)
     embed(tiny_model, icon_shards, tmp_path / "at once", inference=small)
     for world_size in (2, 3):
         out, corpus, clip = (

@@ -110,7 +110,18 @@ def test_any_number_of_ranks_and_workers_gives_the_same_json(tiny_model, gallery
     results = []
     for ranks, workers in ((0, 0), (2, 1)):
         out = tmp_path / f"{ranks}.json"
-        options = ["--data", gallery, "--split", "val", "--json", out, "--batch", 8, "--workers", workers]
+        options = [
+            "--data",
+            gallery,
+            "--split",
+            "val",
+            "--json",
+            out,
+            "--global_batch_size",
+            8,
+            "--workers",
+            workers,
+        ]
         printed = call("eval", "retrieval", tiny_model, *options, ranks=ranks).stdout
         results.append(json.loads(out.read_text()))
         assert "chance" in printed

@@ -231,10 +231,10 @@ def test_mistakes_are_sentences(icon_index, icon_shards, index, clip, tmp_path):
     assert_mistake(mistake(icon_index, "--text", "a", "--filter", "set"), "COLUMN=VALUE", "set")
     assert_mistake(mistake(icon_index, "--text", "a", "--filter", "kind=x"), "no column 'kind'", "set")
     assert_mistake(mistake(icon_index, "--text", "a", "--filter", "set=x"), "no picture", "phosphor")
-    assert_mistake(mistake(icon_index, "--batch", tmp_path / "q.csv"), "belong together")
+    assert_mistake(mistake(icon_index, "--global_batch_size", tmp_path / "q.csv"), "belong together")
     (tmp_path / "q.csv").write_text("words\nbell\n")
     assert_mistake(
-        mistake(icon_index, "--batch", tmp_path / "q.csv", "--out", tmp_path / "o.csv"),
+        mistake(icon_index, "--global_batch_size", tmp_path / "q.csv", "--out", tmp_path / "o.csv"),
         "text or image is wanted",
     )
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")

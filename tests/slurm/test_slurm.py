@@ -125,7 +125,7 @@ def test_mistakes_are_found_before_the_queue(tmp_path, shards):
     )
     assert_mistake(
         call_here(main, "submit", RECIPE, *to, "--nodes", 3),
-        "--batch 128 cannot be shared evenly by 24 ranks",
+        "--global_batch_size 128 cannot be shared evenly by 24 ranks",
     )
     assert_mistake(call_here(main, "submit", RECIPE, *to, "--nodes", 0), "at least one node")
     assert_mistake(call_here(main, "submit", RECIPE, *to, "--chain", 0), "--chain 0")

@@ -236,7 +236,10 @@ def sweep_task_requeued(ground: Ground) -> str:
         [str(ground.recipe)],
         ground.folder / "sweep",
         ground.shards,
-        ["workers=0,1", "keep=2,3"],  # keys that change no weight, so that each run has the same end
+        [
+            "workers=0,1",
+            "keep_checkpoints=2,3",
+        ],  # keys that change no weight, so that each run has the same end
         Shape(1, 1, "30:00"),
         site=ground.site("sweep", LAB_STEP_S=0.2),
         module="tests.slurm_lab.disturbed",
@@ -252,7 +255,7 @@ def sweep_task_requeued(ground: Ground) -> str:
 
 def warn(run: Training) -> None:
     """The signal that Slurm sends to the batch shell before the time limit."""
-    cluster.call("scancel", "--batch", "--signal=USR1", run.job)
+    cluster.call("scancel", "--global_batch_size", "--signal=USR1", run.job)
 
 
 def usurp() -> None:

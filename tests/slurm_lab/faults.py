@@ -142,7 +142,7 @@ def faults(ground: Ground) -> str:
         assert not (lost := [name for name in patient.named if name not in said]), (
             f"seed {seed}: not named: {lost}\n{said[-3000:]}"
         )
-        assert (patient.run / "bad_steps.jsonl").read_text().count("\n") == drawn["nan"]
+        assert (patient.run / "nonfinite_steps.jsonl").read_text().count("\n") == drawn["nan"]
         assert weights_sha256(patient.run) == weights_sha256(calm.run), f"seed {seed}"
         assert logged(patient.run) == logged(calm.run), f"seed {seed}"
     return (

@@ -38,10 +38,10 @@ TINY = {
 }
 RECIPE = {
     "epochs": 10,
-    "batch": 16,
-    "micro_batch": 16,
+    "global_batch_size": 16,
+    "micro_batch_size": 16,
     "precision": "fp32",
-    "memory": "none",
+    "activation_checkpointing": "none",
     "workers": 0,
     "log_every_steps": 1,
     "save_every_minutes": 0.05,

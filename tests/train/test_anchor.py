@@ -12,19 +12,19 @@ from train.loop import fit
 from train.model.clip import load
 from train.optim import build_optimizer, set_lr
 from train.recipe import Optim
-from train.retain.l2sp import Anchor
+from train.retain.l2sp import L2SP
 from train.world import World
 
 
 def test_a_step_and_its_pull_by_hand(tiny_model):
-    """Against AdamW alone, on weights that have left the base: w - lr * toward_base * (w - base), with each
+    """Against AdamW alone, on weights that have left the base: w - lr * l2_sp * (w - base), with each
     group's own rate.
     """
     ends = {}
-    for toward_base in (0.0, 300.0):
+    for l2_sp in (0.0, 300.0):
         towers = load(tiny_model).towers
         anchor, base = (
-            Anchor(towers, toward_base),
+            L2SP(towers, l2_sp),
             {name: tensor.clone() for name, tensor in towers.model.state_dict().items()},
         )
         optimizer = build_optimizer(towers, Optim(image_lr=0.5))
@@ -36,7 +36,7 @@ def test_a_step_and_its_pull_by_hand(tiny_model):
         set_lr(optimizer, 1e-3)
         optimizer.step()
         anchor.pull(optimizer)
-        ends[toward_base] = {name: parameter.detach() for name, parameter in towers.model.named_parameters()}
+        ends[l2_sp] = {name: parameter.detach() for name, parameter in towers.model.named_parameters()}
     for name, stepped in ends[0.0].items():
         part = 0.0 if name == "logit_scale" else 0.15 if name.startswith("visual.") else 0.3
         torch.testing.assert_close(
@@ -46,7 +46,7 @@ def test_a_step_and_its_pull_by_hand(tiny_model):
 
 def test_a_bad_step_changes_nothing(tiny_model):
     towers = load(tiny_model).towers
-    anchor, optimizer = Anchor(towers, 300.0), build_optimizer(towers, Optim())
+    anchor, optimizer = L2SP(towers, 300.0), build_optimizer(towers, Optim())
     set_lr(optimizer, 1e-3)
     for parameter in towers.parameters():
         parameter.data += 0.01
@@ -63,7 +63,9 @@ def test_a_bad_step_changes_nothing(tiny_model):
 def test_a_bad_step_of_a_run_changes_nothing(tiny_model, icon_shards, tmp_path, monkeypatch):
     poison(monkeypatch, lambda samples: samples == 96)
     run = fit(
-        recipe(tiny_model, icon_shards, tmp_path / "run", epochs=1, toward_base=100.0, workers=0, keep=9),
+        recipe(
+            tiny_model, icon_shards, tmp_path / "run", epochs=1, l2_sp=100.0, workers=0, keep_checkpoints=9
+        ),
         World(),
         no_validation,
     )
@@ -75,12 +77,12 @@ def test_a_bad_step_of_a_run_changes_nothing(tiny_model, icon_shards, tmp_path, 
 
 def test_a_huge_pull_stays_at_the_base_and_a_small_one_near(tiny_model, icon_shards, tmp_path):
     moved = {}
-    for toward_base in (0.0, 300.0, 1e9):
-        options = {"toward_base": toward_base, "epochs": 2, "workers": 0, "save_every_minutes": 9}
-        plan = recipe(tiny_model, icon_shards, tmp_path / str(toward_base), **options)
+    for l2_sp in (0.0, 300.0, 1e9):
+        options = {"l2_sp": l2_sp, "epochs": 2, "workers": 0, "save_every_minutes": 9}
+        plan = recipe(tiny_model, icon_shards, tmp_path / str(l2_sp), **options)
         weights = load_file(newest(fit(plan, World(), no_validation).folder) / "open_clip_model.safetensors")
         base = load(tiny_model).towers.model.state_dict()
-        moved[toward_base] = max(
+        moved[l2_sp] = max(
             (weights[name] - base[name]).abs().max().item() for name in weights if name != "logit_scale"
         )
         assert weights["logit_scale"] != base["logit_scale"]
@@ -93,7 +95,7 @@ def test_another_base_does_not_go_on_with_a_run(tiny_model, icon_shards, tmp_pat
     folder = tmp_path / "base"
     folder.mkdir()
     save_tiny(folder)
-    plan = recipe(f"local-dir:{folder}", icon_shards, tmp_path / "run", epochs=1, toward_base=1.0, workers=0)
+    plan = recipe(f"local-dir:{folder}", icon_shards, tmp_path / "run", epochs=1, l2_sp=1.0, workers=0)
     fit(plan, World(), no_validation)
     (tmp_path / "run" / "status.json").unlink()
     weights = folder / "open_clip_model.safetensors"

@@ -45,7 +45,7 @@ ALL = Augment(
     blur_prob=0.5,
 )
 NONE = Augment(color_jitter_prob=0, gray_scale_prob=0)
-SCREEN = Augment(small_prob=0.4, theme_prob=0.4, place_prob=0.4)
+SCREEN = Augment(downscale_prob=0.4, theme_prob=0.4, place_prob=0.4)
 RECIPES = {
     "all": (ALL, 12),
     "seed": (Augment(), 9),
@@ -263,7 +263,7 @@ def test_a_view_is_drawn_as_often_as_asked_and_as_large():
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
 def test_a_thumbnail_is_the_crop_reduced_and_enlarged_again(format):
-    size, augment = (40, 32), replace(NONE, small_prob=1)
+    size, augment = (40, 32), replace(NONE, downscale_prob=1)
     data = png(smooth(90, 120), format)
     for drawn in uniforms(20):
         top, left, height, width = crop_box(120, 90, augment.scale, drawn)
@@ -281,7 +281,7 @@ def test_a_placed_picture_lies_on_a_ground_of_its_border():
     """
     icon = Image.new("RGB", (60, 60), (250, 240, 230))
     icon.paste((10, 20, 30), (0, 20, 45, 40))
-    data, size, augment = png(icon), (48, 40), Augment(scale=(1.0, 1.0), place_prob=1, small_prob=0.5)
+    data, size, augment = png(icon), (48, 40), Augment(scale=(1.0, 1.0), place_prob=1, downscale_prob=0.5)
     for drawn in uniforms(20):
         small, (height, width), (top, left) = draw_view(augment, size, drawn[CROP_DRAWS + CHANGE_DRAWS :])
         box_top, box_left, box_height, box_width = crop_box(60, 60, augment.scale, drawn)

@@ -33,7 +33,7 @@ def faulty(
 
 
 def bad_lines(run) -> list[dict]:
-    return [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "nonfinite_steps.jsonl").read_text().splitlines()]
 
 
 def test_a_step_that_is_not_finite_is_left_out_on_all_ranks_and_written_down(
@@ -43,10 +43,16 @@ def test_a_step_that_is_not_finite_is_left_out_on_all_ranks_and_written_down(
     both.
     """
     runs = []
-    for ranks, micro_batch in ((0, 24), (2, 12)):
+    for ranks, micro_batch_size in ((0, 24), (2, 12)):
         runs.append(tmp_path / str(ranks))
         plan = recipe(
-            tiny_model, icon_shards, runs[-1], epochs=2, micro_batch=micro_batch, log_every_steps=2, keep=20
+            tiny_model,
+            icon_shards,
+            runs[-1],
+            epochs=2,
+            micro_batch_size=micro_batch_size,
+            log_every_steps=2,
+            keep_checkpoints=20,
         )
         faulty(flags(plan, tmp_path / "recipe.yaml"), [96], ranks)
     pairs = Shards(icon_shards, "train")
@@ -75,14 +81,14 @@ def test_a_step_that_is_not_finite_is_left_out_on_all_ranks_and_written_down(
 
 
 def test_two_ranks_go_back_together(tiny_model, icon_shards, tmp_path):
-    for ranks, micro_batch in ((0, 24), (2, 12)):
+    for ranks, micro_batch_size in ((0, 24), (2, 12)):
         run = tmp_path / str(ranks)
         options = {
             "epochs": 3,
-            "max_bad_steps": 3,
+            "max_nonfinite_steps": 3,
             "save_every_minutes": 9,
-            "keep": 9,
-            "micro_batch": micro_batch,
+            "keep_checkpoints": 9,
+            "micro_batch_size": micro_batch_size,
         }
         result = faulty(
             flags(recipe(tiny_model, icon_shards, run, **options), tmp_path / "recipe.yaml"),
@@ -99,7 +105,9 @@ def test_two_ranks_go_back_together(tiny_model, icon_shards, tmp_path):
 def test_resumed_after_bad_steps_equals_uninterrupted(tiny_model, icon_shards, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for run in (whole, parts):
-        arguments = flags(recipe(tiny_model, icon_shards, run, epochs=2, keep=20), tmp_path / "recipe.yaml")
+        arguments = flags(
+            recipe(tiny_model, icon_shards, run, epochs=2, keep_checkpoints=20), tmp_path / "recipe.yaml"
+        )
         faulty(arguments, [72, 168])
     for _ in range(6):
         shutil.rmtree(newest(parts))
@@ -116,8 +124,8 @@ def poison(monkeypatch, bad) -> None:
     """
     honest = train.loop.backward
 
-    def poisoned(towers, batch, micro_batch, world, seed, samples, loss):
-        value = honest(towers, batch, micro_batch, world, seed, samples, loss)
+    def poisoned(towers, batch, micro_batch_size, world, seed, samples, loss):
+        value = honest(towers, batch, micro_batch_size, world, seed, samples, loss)
         if bad(samples):
             towers.model.visual.proj.grad[0, 0] = float("inf")
         return value
@@ -129,7 +137,13 @@ def test_too_many_in_a_row_go_back_once_and_pass_over_them(
     tiny_model, icon_shards, tmp_path, monkeypatch, capsys
 ):
     plan = recipe(
-        tiny_model, icon_shards, tmp_path / "run", workers=0, max_bad_steps=3, save_every_minutes=9, keep=20
+        tiny_model,
+        icon_shards,
+        tmp_path / "run",
+        workers=0,
+        max_nonfinite_steps=3,
+        save_every_minutes=9,
+        keep_checkpoints=20,
     )
     poison(monkeypatch, lambda samples: 192 <= samples < 264 or samples == 312)
     run = fit(plan, World(), no_validation)
@@ -142,7 +156,13 @@ def test_too_many_in_a_row_go_back_once_and_pass_over_them(
     assert "going back to samples-000000000144, and passing over what came since" in capsys.readouterr().err
 
     plan = recipe(
-        tiny_model, icon_shards, tmp_path / "again", workers=0, max_bad_steps=3, save_every_minutes=9, keep=20
+        tiny_model,
+        icon_shards,
+        tmp_path / "again",
+        workers=0,
+        max_nonfinite_steps=3,
+        save_every_minutes=9,
+        keep_checkpoints=20,
     )
     poison(monkeypatch, lambda samples: samples >= 360)
     with pytest.raises(
@@ -152,7 +172,7 @@ def test_too_many_in_a_row_go_back_once_and_pass_over_them(
         fit(plan, World(), no_validation)
     assert newest(tmp_path / "again").name == "samples-000000000288"
     fresh = recipe(
-        tiny_model, icon_shards, tmp_path / "fresh", workers=0, max_bad_steps=3, save_every_minutes=9
+        tiny_model, icon_shards, tmp_path / "fresh", workers=0, max_nonfinite_steps=3, save_every_minutes=9
     )
     poison(monkeypatch, lambda samples: True)
     with pytest.raises(NotFinite, match="there is no checkpoint to go back to"):

@@ -37,7 +37,14 @@ def test_every_option_in_one_call(noise_shards, tiny_model, tmp_path, monkeypatc
     monkeypatch.setattr(bench_peer, "TURNS", 1)
     monkeypatch.setattr(bench_peer, "WAYS", {"cpu": [["--grad-checkpointing"]]})
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = {"batch": 16, "micro_batch": 8, "precision": "fp32", "memory": "none", "workers": 1, "steps": 1}
+    options = {
+        "global_batch_size": 16,
+        "micro_batch_size": 8,
+        "precision": "fp32",
+        "activation_checkpointing": "none",
+        "workers": 1,
+        "steps": 1,
+    }
     # A crop of all of a square picture is the picture: 16 of them are the same batch in both trainers.
     options |= {"augment.color_jitter_prob": 0, "augment.gray_scale_prob": 0, "sweep": True, "peer": True}
     options |= {
@@ -52,7 +59,7 @@ def test_every_option_in_one_call(noise_shards, tiny_model, tmp_path, monkeypatc
     *table, line = capsys.readouterr().out.strip().splitlines()
     found = json.loads(line)
 
-    steps = {(row["micro_batch"], row["memory"]): row for row in found["steps"]}
+    steps = {(row["micro_batch_size"], row["memory"]): row for row in found["steps"]}
     assert list(steps) == [(size, mode) for mode in ("none", "checkpoint") for size in (8, 16)]
     for row in steps.values():
         assert sum(row[f"{part}_s"] for part in PARTS) == pytest.approx(row["step_s"])
@@ -80,27 +87,42 @@ def test_every_option_in_one_call(noise_shards, tiny_model, tmp_path, monkeypatc
 
 
 def test_the_plain_call_on_the_demo(icon_shards, monkeypatch, capsys):
-    flags = ["--batch", "16", "--micro_batch", "8", "--steps", "1"]
+    flags = ["--global_batch_size", "16", "--micro_batch_size", "8", "--steps", "1"]
     monkeypatch.setattr("sys.argv", ["bench", "train/recipes/demo.yaml", "--data", str(icon_shards), *flags])
     train.bench.__main__.main()
     *table, line = capsys.readouterr().out.strip().splitlines()
     found = json.loads(line)
     (row,) = found["steps"]
-    assert (found["batch"], row["micro_batch"], row["memory"], found["whole_path"]) == (16, 8, "none", [])
+    assert (found["batch"], row["micro_batch_size"], row["memory"], found["whole_path"]) == (
+        16,
+        8,
+        "none",
+        [],
+    )
     # 4 + 1 blocks of 12 width² weights, 17 and 8 or 12 tokens, and the two projections; attention's products
     # come on top.
     image, projections = 17 * 4 * 12 * 160**2 + 16 * 3 * 8**2 * 160, 160 * 128 + 128 * 128
     short, whole = (2 * 3 * (image + length * 12 * 128**2 + projections) / 1e9 for length in (8, 12))
     assert short < found["gflop_per_pair"] < 1.1 * whole
     assert found["loader_samples_per_s"] > 0
-    assert any(line.startswith("| step: micro_batch 8, memory none") for line in table)
+    assert any(line.startswith("| step: micro_batch_size 8, memory none") for line in table)
 
 
 def test_steps_are_those_of_training(noise_shards, tiny_model):
     """The weights after two steps of the harness are not those before, and its parts are marked as often as
     they ran.
     """
-    step = Stepper(Recipe(tiny_model, noise_shards, "", batch=16, micro_batch=8, precision="fp32", workers=0))
+    step = Stepper(
+        Recipe(
+            tiny_model,
+            noise_shards,
+            "",
+            global_batch_size=16,
+            micro_batch_size=8,
+            precision="fp32",
+            workers=0,
+        )
+    )
     before = torch.cat([weight.detach().flatten().clone() for weight in step.towers.parameters()])
     for _ in range(2):
         step()
@@ -128,15 +150,20 @@ def test_too_little_memory_is_a_row_and_not_the_end(function, argument):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--batch", 999], ["999", "fewer than one batch"]),
+        (["--global_batch_size", 999], ["999", "fewer than one batch"]),
         (["--steps", 0], ["--steps 0", "at least 1"]),
-        (["--peer", True, "--workers", 1, "--micro_batch", 9], ["--micro_batch 9", "divisor of --batch 16"]),
+        (
+            ["--peer", True, "--workers", 1, "--micro_batch_size", 9],
+            ["--micro_batch_size 9", "divisor of --global_batch_size 16"],
+        ),
         (["--peer", True, "--workers", 99], ["a shard per worker", "pass --workers"]),
         (["--sweeps", True], ["--sweep"]),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(noise_shards, tiny_model, flags, words):
-    result = call_here(train.bench.main, "--model", tiny_model, "--data", noise_shards, "--batch", 16, *flags)
+    result = call_here(
+        train.bench.main, "--model", tiny_model, "--data", noise_shards, "--global_batch_size", 16, *flags
+    )
     assert_mistake(result, *words)
 
 

@@ -17,7 +17,7 @@ DRAWN = random_bits(6000, 0).tolist()
 def test_the_default_is_one_of_them_by_the_samples_first_number():
     for bits in DRAWN[:200]:
         assert caption(THREE, Captions(), bits) == THREE[bits % 3]
-        assert caption(THREE, Captions(pick="first"), bits) == "home"
+        assert caption(THREE, Captions(sample="first"), bits) == "home"
 
 
 def test_tags_are_left_out_as_often_as_asked_each_alone():

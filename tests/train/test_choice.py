@@ -18,7 +18,7 @@ from train.__main__ import closing_words, main, validator
 from train.loop import fit
 from train.model.clip import load
 from train.recipe import Recipe, parse
-from train.retain.select import LOWER_IS_BETTER, Choice, Score
+from train.retain.select import LOWER_IS_BETTER, Score, WeightSelector
 from train.world import World
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -67,7 +67,9 @@ def test_the_average_is_the_recursion_and_a_step_that_is_left_out_moves_nothing(
 ):
     """Decay 1 - (1 + (t - 1)) ** (-2/3) after step t, at most `ema`; nothing of the first weights is in it."""
     poison(monkeypatch, lambda samples: samples == 96)
-    plan = recipe(tiny_model, icon_shards, tmp_path / "run", epochs=2, workers=0, keep=99, ema=0.6)
+    plan = recipe(
+        tiny_model, icon_shards, tmp_path / "run", epochs=2, workers=0, keep_checkpoints=99, ema=0.6
+    )
     run = trained(plan, validate=scores(*[0.1] * 5))
     expected = {}
     for step in range(1, 13):
@@ -82,13 +84,13 @@ def test_the_average_is_the_recursion_and_a_step_that_is_left_out_moves_nothing(
     assert not torch.equal(now["visual.proj"], average(checkpoint)["visual.proj"])
 
 
-WISHES = {"ema": 0.9, "mixtures": (0.3, 0.7)}
+WISHES = {"ema": 0.9, "wise_ft": (0.3, 0.7)}
 
 
 @pytest.fixture(scope="module")
 def wishful(tiny_model, icon_shards, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wishful")
-    plan = recipe(tiny_model, icon_shards, folder / "run", keep=99, **WISHES)
+    plan = recipe(tiny_model, icon_shards, folder / "run", keep_checkpoints=99, **WISHES)
     call(*flags(plan, folder / "recipe.yaml"))
     return folder / "run"
 
@@ -149,7 +151,7 @@ def test_the_chosen_weights_are_the_average_or_its_mixture_with_the_base(
         tiny_model, icon_shards, tmp_path / "run", epochs=1, workers=0, save_every_minutes=9, **WISHES
     )
     run = trained(plan, validate=scores(0.0, *finds))
-    name = ("trained", "ema", "mixture 0.30", "mixture 0.70")[place]
+    name = ("trained", "ema", "wise_ft 0.30", "wise_ft 0.70")[place]
     assert state_of(newest(run.folder))["weights"] == name
     given = load(str(run.folder))
     if share is None:
@@ -177,25 +179,25 @@ def test_what_was_logged_of_a_mixture_is_what_the_run_scores(tiny_model, icon_sh
         tmp_path / "run",
         epochs=1,
         workers=0,
-        mixtures=(0.01, 0.5),
-        control=str(icon_shards),
+        wise_ft=(0.01, 0.5),
+        retention_set=str(icon_shards),
     )
     validate = validator(plan, World())
     run = trained(plan, validate=validate)
     state = state_of(newest(run.folder))
-    prefix = {"trained": "", "mixture 0.01": "mixture-0.01/", "mixture 0.50": "mixture-0.50/"}[
+    prefix = {"trained": "", "wise_ft 0.01": "wise_ft-0.01/", "wise_ft 0.50": "wise_ft-0.50/"}[
         state["weights"]
     ]
     logged = metrics(run.folder)[-1]
     for metric, value in validate(load(str(run.folder)), World()).items():
         assert logged[prefix + metric] == pytest.approx(value, abs=1e-6), metric
-    assert logged["control/mean/R@1"] == logged["val/mean/R@1"]
+    assert logged["retention/mean/R@1"] == logged["val/mean/R@1"]
     assert f", of the {state['weights']}" in closing_words(run) or state["weights"] == "trained"
 
 
 def test_a_candidate_that_forgot_is_behind_one_that_did_not(tiny_model, icon_shards, tmp_path):
     def found(val, control):
-        return {"val/mean/R@1": val, "control/mean/R@1": control}
+        return {"val/mean/R@1": val, "retention/mean/R@1": control}
 
     plan = recipe(
         tiny_model,
@@ -203,11 +205,11 @@ def test_a_candidate_that_forgot_is_behind_one_that_did_not(tiny_model, icon_sha
         tmp_path / "run",
         epochs=3,
         workers=0,
-        mixtures=(0.5,),
+        wise_ft=(0.5,),
         control="x",
-        control_drop=0.005,
+        max_retention_drop=0.005,
     )
-    plan = Recipe(**{**vars(plan), "save_every_minutes": 9.0, "keep": 9})
+    plan = Recipe(**{**vars(plan), "save_every_minutes": 9.0, "keep_checkpoints": 9})
     epochs = [
         (found(0.9, 0.5), found(0.2, 0.55)),  # both forgot: the one that forgot less
         (found(0.9, 0.594), found(0.3, 0.595)),  # half a point is what may go
@@ -216,7 +218,7 @@ def test_a_candidate_that_forgot_is_behind_one_that_did_not(tiny_model, icon_sha
     validate = scores(found(0.1, 0.6), *(each for both in epochs for each in both))
     run = trained(plan, validate=validate)
     states = [state_of(run.folder / "checkpoints" / f"samples-{samples:012d}") for samples in (144, 288, 432)]
-    assert [state["weights"] for state in states] == ["mixture 0.50"] * 3
+    assert [state["weights"] for state in states] == ["wise_ft 0.50"] * 3
     assert [(state["keeps"], state["score"]) for state in states] == [(False, 0.55), (True, 0.3), (True, 0.2)]
     assert [state["base_control"] for state in states] == [0.6] * 3
     assert (run.folder / "checkpoints" / "best").readlink().name == "samples-000000000288"
@@ -229,11 +231,13 @@ def test_a_candidate_that_forgot_is_behind_one_that_did_not(tiny_model, icon_sha
 
 
 def test_of_ranks_the_lowest_is_the_best(tiny_model):
-    choice = Choice(load(tiny_model), Recipe("m", "d", "r", best_by="val/text_to_image/mean_rank"))
+    choice = WeightSelector(
+        load(tiny_model), Recipe("m", "d", "r", best_metric="val/text_to_image/mean_rank")
+    )
     assert choice.score({"val/text_to_image/mean_rank": 2.0}) > choice.score(
         {"val/text_to_image/mean_rank": 3.0}
     )
-    choice = Choice(load(tiny_model), Recipe("m", "d", "r", best_by="val/text_to_image/MRR"))
+    choice = WeightSelector(load(tiny_model), Recipe("m", "d", "r", best_metric="val/text_to_image/MRR"))
     assert (
         choice.score({"val/text_to_image/MRR": 0.2})
         < choice.score({"val/text_to_image/MRR": 0.3})
@@ -248,21 +252,23 @@ def test_every_metric_is_known_to_be_better_high_or_low(tiny_model, icon_shards,
     )
     high = ("R@1", "R@5", "R@10", "MRR")
     assert all(name.endswith((*high, *LOWER_IS_BETTER)) for name in names)
-    parse(["--model", "m", "--data", "d", "--run", "r", "--best_by", "val/mean/R@1"])
+    parse(["--model", "m", "--data", "d", "--run", "r", "--best_metric", "val/mean/R@1"])
 
 
 def test_a_wrong_name_or_nothing_to_choose_by_ends_it_before_any_training(tiny_model, icon_shards, tmp_path):
     arguments = flags(
-        recipe(tiny_model, icon_shards, tmp_path / "run", best_by="val/mean/R@2"), tmp_path / "recipe.yaml"
+        recipe(tiny_model, icon_shards, tmp_path / "run", best_metric="val/mean/R@2"),
+        tmp_path / "recipe.yaml",
     )
     assert_mistake(
         call_here(main, *arguments[1:]),
-        "--best_by val/mean/R@2",
+        "--best_metric val/mean/R@2",
         "it can be val/image_to_text/R@1, ",
         "val/mean/R@1",
     )
     control = flags(
-        recipe(tiny_model, icon_shards, tmp_path / "run", control=str(tmp_path)), tmp_path / "recipe.yaml"
+        recipe(tiny_model, icon_shards, tmp_path / "run", retention_set=str(tmp_path)),
+        tmp_path / "recipe.yaml",
     )
     assert_mistake(call_here(main, *control[1:]), "no manifest.json")
     bare = shutil.copytree(icon_shards, tmp_path / "bare")
@@ -274,10 +280,10 @@ def test_a_wrong_name_or_nothing_to_choose_by_ends_it_before_any_training(tiny_m
     assert validator(recipe(tiny_model, bare, tmp_path / "run"), World())(None, World()) == {}
     assert not (tmp_path / "run").exists()
     with pytest.raises(
-        UserError, match="--best_by val/other: no metric of this run's validation; it can be val/mean/R@1"
+        UserError, match="--best_metric val/other: no metric of this run's validation; it can be val/mean/R@1"
     ):
         fit(
-            recipe(tiny_model, icon_shards, tmp_path / "run", workers=0, best_by="val/other"),
+            recipe(tiny_model, icon_shards, tmp_path / "run", workers=0, best_metric="val/other"),
             World(),
             scores(0.1),
         )
@@ -290,7 +296,7 @@ def test_patience_ends_the_run_and_a_resumed_one(tiny_model, icon_shards, tmp_pa
         tmp_path / "run",
         epochs=9,
         workers=0,
-        keep=9,
+        keep_checkpoints=9,
         save_every_minutes=9,
         patience_epochs=2,
     )
@@ -314,9 +320,9 @@ def test_patience_ends_the_run_and_a_resumed_one(tiny_model, icon_shards, tmp_pa
 def test_wrong_values_are_explained():
     for option in (
         "--ema 1",
-        "--mixtures 0.5 1.0",
-        "--mixtures 0.501 0.502",
-        "--control_drop 0.005",
+        "--wise_ft 0.5 1.0",
+        "--wise_ft 0.501 0.502",
+        "--max_retention_drop 0.005",
         "--patience_epochs -1",
     ):
         with pytest.raises(UserError, match=option.split()[0]):
@@ -325,14 +331,14 @@ def test_wrong_values_are_explained():
 
 def test_two_ranks_choose_what_one_does(tiny_model, icon_shards, tmp_path):
     averages = []
-    for ranks, micro_batch in ((0, 24), (2, 6)):
+    for ranks, micro_batch_size in ((0, 24), (2, 6)):
         run = tmp_path / str(ranks)
         options = {
             "epochs": 2,
-            "micro_batch": micro_batch,
+            "micro_batch_size": micro_batch_size,
             "workers": 0,
             "lora_rank": 2,
-            "control": str(icon_shards),
+            "retention_set": str(icon_shards),
         }
         call(
             *flags(recipe(tiny_model, icon_shards, run, **options, **WISHES), tmp_path / "recipe.yaml"),
@@ -340,6 +346,7 @@ def test_two_ranks_choose_what_one_does(tiny_model, icon_shards, tmp_path):
         )
         averages.append(average(newest(run)))
         assert (
-            len([key for line in metrics(run) for key in line if key == "mixture-0.70/control/mean/R@1"]) == 2
+            len([key for line in metrics(run) for key in line if key == "wise_ft-0.70/retention/mean/R@1"])
+            == 2
         )
     assert all(torch.allclose(averages[0][name], averages[1][name], atol=1e-4) for name in averages[0])

@@ -85,10 +85,10 @@ def test_a_model_of_the_hub_is_trained_on_as_one_of_a_folder_is(
     hub.put("me/clip", tiny_files)
     options = {
         "epochs": 1,
-        "batch": 48,
-        "micro_batch": 48,
+        "global_batch_size": 48,
+        "micro_batch_size": 48,
         "precision": "fp32",
-        "memory": "none",
+        "activation_checkpointing": "none",
         "workers": 0,
     }
     weights = []

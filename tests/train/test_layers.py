@@ -149,7 +149,7 @@ def test_rates_that_are_none_are_refused():
         ["--optim.layer_decay", "0"],
         ["--optim.layer_decay", "1.1"],
         ["--optim.text_lr", "0"],
-        ["--toward_base", "-1"],
+        ["--l2_sp", "-1"],
     ):
         with pytest.raises(UserError, match=words[0]):
             parse([*base, *words])
@@ -157,21 +157,23 @@ def test_rates_that_are_none_are_refused():
         parse([*base, "--lock", "image", "--patch_dropout", "0.5"])
 
 
-def gradients(clip: Clip, micro_batch: int) -> dict[str, torch.Tensor | None]:
+def gradients(clip: Clip, micro_batch_size: int) -> dict[str, torch.Tensor | None]:
     clip.towers.train()
     clip.towers.zero_grad()
-    backward(clip.towers, global_batch(), micro_batch, World(), seed=0, samples=0)
+    backward(clip.towers, global_batch(), micro_batch_size, World(), seed=0, samples=0)
     return {name: parameter.grad for name, parameter in clip.towers.model.named_parameters()}
 
 
-@pytest.mark.parametrize("memory", ["none", "checkpoint"])
-@pytest.mark.parametrize("micro_batch", [16, 5])
+@pytest.mark.parametrize("memory", ["none", "full"])
+@pytest.mark.parametrize("micro_batch_size", [16, 5])
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_a_locked_tower_has_no_gradient_and_the_other_has_its_own(tiny_model, tower, micro_batch, memory):
+def test_a_locked_tower_has_no_gradient_and_the_other_has_its_own(
+    tiny_model, tower, micro_batch_size, memory
+):
     free, locked = load(tiny_model), load(tiny_model)
     lock(locked.towers, tower)
     arrange(locked.towers.model, memory, compiled=False)
-    expected, found = gradients(free, 16), gradients(locked, micro_batch)
+    expected, found = gradients(free, 16), gradients(locked, micro_batch_size)
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in expected.items():
         if tower_of(name) == tower:
@@ -189,8 +191,8 @@ def test_a_locked_tower_keeps_nothing_for_the_backward_pass(tiny_model):
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-@pytest.mark.parametrize("micro_batch", ["auto", 9])
-def test_a_run_leaves_a_locked_tower_as_it_is(icon_shards, tmp_path, tower, micro_batch):
+@pytest.mark.parametrize("micro_batch_size", ["auto", 9])
+def test_a_run_leaves_a_locked_tower_as_it_is(icon_shards, tmp_path, tower, micro_batch_size):
     """Every number of its state, those of BatchNorm included, and after a validation as well; the rest moves,
     logit_scale too.
     """
@@ -207,9 +209,9 @@ def test_a_run_leaves_a_locked_tower_as_it_is(icon_shards, tmp_path, tower, micr
         tmp_path / "run",
         epochs=2,
         lock=tower,
-        micro_batch=micro_batch,
+        micro_batch_size=micro_batch_size,
         workers=0,
-        memory="auto",
+        activation_checkpointing="auto",
         save_every_minutes=9,
     )
     run = fit(plan, World(), validate)

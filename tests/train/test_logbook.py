@@ -5,9 +5,9 @@ import torch
 from train.model.clip import load
 from train.optim import build_optimizer
 from train.recipe import Recipe
-from train.retain.select import Choice
+from train.retain.select import WeightSelector
 from train.run.folder import Run
-from train.run.logger import Logbook, cores_per_rank, data_wait_advice
+from train.run.logger import Logger, cores_per_rank, data_wait_advice
 from train.world import World
 
 
@@ -28,9 +28,9 @@ def test_a_wait_is_said_once_and_not_of_the_start(tmp_path, capsys):
     recipe = Recipe("demo-vit:none", "unused", str(tmp_path / "run"), workers=0, log_every_steps=2)
     run = Run(recipe, World())
     clip = load("demo-vit:none")
-    run.start(Choice(clip, recipe), build_optimizer(clip.towers, recipe.optim))
+    run.start(WeightSelector(clip, recipe), build_optimizer(clip.towers, recipe.optim))
     said = []
-    with Logbook(run, 0, 100, 100, World()) as log:
+    with Logger(run, 0, 100, 100, World()) as log:
         log.say = said.append
         for step, data_s in enumerate([0.9, 0.9, 0.01, 0.01, 0.03, 0.03, 0.5, 0.5]):
             log.step(10 * (step + 1), 10, torch.zeros(()), {}, data_s, 1.0)

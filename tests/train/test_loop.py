@@ -29,17 +29,17 @@ def recipe(model: str, data: Path, run: Path, **changes) -> Recipe:
     """24 steps in 4 epochs, a checkpoint after each step; all that is drawn is drawn."""
     defaults = {
         "epochs": 4,
-        "batch": 24,
-        "micro_batch": 12,
+        "global_batch_size": 24,
+        "micro_batch_size": 12,
         "precision": "fp32",
-        "memory": "none",
+        "activation_checkpointing": "none",
         "workers": 1,
     }
     defaults["augment"] = Augment(
-        flip_prob=0.3, blur_prob=0.3, small_prob=0.3, theme_prob=0.3, place_prob=0.3
+        flip_prob=0.3, blur_prob=0.3, downscale_prob=0.3, theme_prob=0.3, place_prob=0.3
     )
     defaults["captions"] = Captions(tag_dropout=0.3, templates=("an icon of {}", "{}"))
-    optim = Optim(lr=1e-3, warmup=0.2)
+    optim = Optim(lr=1e-3, warmup_fraction=0.2)
     return Recipe(
         model,
         str(data),
@@ -151,7 +151,7 @@ def test_mates_and_siglip_resume_bit_for_bit(icon_shards, tmp_path):
     biased = f"local-dir:{save_tiny(tmp_path / 'biased', init_logit_bias=-10.0, init_logit_scale=5.0)}"
     asked = {
         "loss": "siglip",
-        "mates": "positives",
+        "same_group": "positive",
         "spread_mates": True,
         "epochs": 2,
         "workers": 0,
@@ -178,10 +178,13 @@ def test_mates_and_siglip_resume_bit_for_bit(icon_shards, tmp_path):
 
 def test_two_ranks_have_the_loss_curve_of_one(tiny_model, icon_shards, tmp_path):
     curves = []
-    for ranks, micro_batch in ((0, 24), (2, 12)):
+    for ranks, micro_batch_size in ((0, 24), (2, 12)):
         run = tmp_path / str(ranks)
         call(
-            *flags(recipe(tiny_model, icon_shards, run, micro_batch=micro_batch), tmp_path / "recipe.yaml"),
+            *flags(
+                recipe(tiny_model, icon_shards, run, micro_batch_size=micro_batch_size),
+                tmp_path / "recipe.yaml",
+            ),
             ranks=ranks,
         )
         curves.append(metrics(run))
@@ -258,11 +261,15 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_model, icon_shards, tmp_path, 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tiny_model, icon_shards, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(
-        UserError, match=r"\d+ training images are fewer than one batch of 5000; pass a smaller --batch"
+        UserError,
+        match=r"\d+ training images are fewer than one batch of 5000; pass a smaller --global_batch_size",
     ):
-        fit(recipe(tiny_model, icon_shards, run, batch=5000), World(), no_validation)
-    with pytest.raises(UserError, match="--batch 25 cannot be shared evenly by 2 ranks; pass --batch 24"):
-        check_batch(recipe(tiny_model, icon_shards, run, batch=25), 100, World(0, 2))
+        fit(recipe(tiny_model, icon_shards, run, global_batch_size=5000), World(), no_validation)
+    with pytest.raises(
+        UserError,
+        match="--global_batch_size 25 cannot be shared evenly by 2 ranks; pass --global_batch_size 24",
+    ):
+        check_batch(recipe(tiny_model, icon_shards, run, global_batch_size=25), 100, World(0, 2))
     with pytest.raises(UserError, match="no model 'x'"):
         fit(recipe("x:none", icon_shards, run), World(), no_validation)
     with pytest.raises(UserError, match="no logit_bias, which --loss siglip adds"):
@@ -306,7 +313,7 @@ def test_other_data_does_not_go_on_with_a_run_but_moved_data_does(
     with pytest.raises(UserError, match=r"not the shards that .* began with"):
         fit(recipe(data=tmp_path / "other", **plan), World(), no_validation)
     moved = shutil.copytree(icon_shards, tmp_path / "moved")
-    assert fit(recipe(data=moved, micro_batch=24, **plan), World(), no_validation).is_finished
+    assert fit(recipe(data=moved, micro_batch_size=24, **plan), World(), no_validation).is_finished
 
 
 def test_a_group_on_both_sides_of_the_split_is_refused(tiny_model, icon_shards, tmp_path):
@@ -319,7 +326,9 @@ def test_a_group_on_both_sides_of_the_split_is_refused(tiny_model, icon_shards, 
 
 
 def test_mistakes_exit_2_under_torchrun_as_well(tiny_model, icon_shards, tmp_path):
-    arguments = flags(recipe(tiny_model, icon_shards, tmp_path / "run", batch=5000), tmp_path / "recipe.yaml")
+    arguments = flags(
+        recipe(tiny_model, icon_shards, tmp_path / "run", global_batch_size=5000), tmp_path / "recipe.yaml"
+    )
     assert_mistake(call(*arguments, expect=2), "error:", "fewer than one batch of 5000")
     result = call(*arguments, ranks=2, expect=1)  # torchrun's own code
     assert result.stderr.count("fewer than one batch of 5000") == 1

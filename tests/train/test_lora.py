@@ -29,7 +29,9 @@ def unequal_model(tmp_path) -> str:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"memory": "checkpoint", "micro_batch": 12}, {"ema": 0.9, "mixtures": (0.4,)}], ids=str
+    "options",
+    [{}, {"activation_checkpointing": "full", "micro_batch_size": 12}, {"ema": 0.9, "wise_ft": (0.4,)}],
+    ids=str,
 )
 def test_what_lora_gives_away_is_a_plain_model_with_the_features_of_the_adapted_one(
     unequal_model, icon_shards, tmp_path, options
@@ -84,7 +86,14 @@ def test_lora_resumes_bit_for_bit(unequal_model, icon_shards, tmp_path, one_thre
     runs = []
     for name in ("whole", "parts"):
         plan = recipe(
-            unequal_model, icon_shards, tmp_path / name, epochs=2, workers=0, keep=99, lora_rank=2, **WISHES
+            unequal_model,
+            icon_shards,
+            tmp_path / name,
+            epochs=2,
+            workers=0,
+            keep_checkpoints=99,
+            lora_rank=2,
+            **WISHES,
         )
         runs.append(trained(plan).folder)
     for checkpoint in (runs[1] / "checkpoints").glob("samples-*"):

@@ -1,4 +1,4 @@
-"""Our losses are open_clip's and the definition's, whatever is made of mates; and mates are who they should
+"""Our losses are open_clip's and the definition's, whatever is made of same_group; and same_group are who they should
 be.
 """
 
@@ -21,7 +21,7 @@ from train.model.clip import load
 from train.recipe import Augment, Captions, Recipe
 from train.world import World
 
-MATES = ("negatives", "masked", "positives")
+MATES = ("negative", "ignore", "positive")
 
 
 def made_up(n: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -71,33 +71,33 @@ def test_siglips_loss_and_gradients_equal_open_clips(n):
     )
 
 
-def clip_by_hand(outputs: list[torch.Tensor], mate: list[list[bool]], mates: str) -> torch.Tensor:
+def clip_by_hand(outputs: list[torch.Tensor], mate: list[list[bool]], same_group: str) -> torch.Tensor:
     logits, losses = outputs[2] * outputs[0] @ outputs[1].T, []
     for scores in (logits, logits.T):
         for i, row in enumerate(scores):
-            seen = [j for j in range(len(row)) if i == j or mates != "masked" or not mate[i][j]]
-            wanted = [j for j in range(len(row)) if i == j or (mates == "positives" and mate[i][j])]
+            seen = [j for j in range(len(row)) if i == j or same_group != "ignore" or not mate[i][j]]
+            wanted = [j for j in range(len(row)) if i == j or (same_group == "positive" and mate[i][j])]
             losses.append(
                 -sum(row[j] - torch.stack([row[k] for k in seen]).logsumexp(0) for j in wanted) / len(wanted)
             )
     return sum(losses) / len(losses)
 
 
-def siglip_by_hand(outputs: list[torch.Tensor], mate: list[list[bool]], mates: str) -> torch.Tensor:
+def siglip_by_hand(outputs: list[torch.Tensor], mate: list[list[bool]], same_group: str) -> torch.Tensor:
     logits, total = outputs[2] * outputs[0] @ outputs[1].T + outputs[3], 0
     for i, row in enumerate(logits):
         for j, logit in enumerate(row):
-            if i == j or not mate[i][j] or mates != "masked":
-                sign = 1 if i == j or (mates == "positives" and mate[i][j]) else -1
+            if i == j or not mate[i][j] or same_group != "ignore":
+                sign = 1 if i == j or (same_group == "positive" and mate[i][j]) else -1
                 total = total + torch.log(1 + torch.exp(-sign * logit))
     return total / len(logits)
 
 
-@pytest.mark.parametrize("mates", MATES)
+@pytest.mark.parametrize("same_group", MATES)
 @pytest.mark.parametrize(
     ("loss", "by_hand", "n_outputs"), [(clip_loss, clip_by_hand, 3), (siglip_loss, siglip_by_hand, 4)]
 )
-def test_what_is_made_of_mates_is_the_definition(loss, by_hand, n_outputs, mates):
+def test_what_is_made_of_mates_is_the_definition(loss, by_hand, n_outputs, same_group):
     ids = related()
     mate = [
         [i != j and (a[0] == b[0] or a[1] == b[1]) for j, b in enumerate(ids.tolist())]
@@ -106,7 +106,12 @@ def test_what_is_made_of_mates_is_the_definition(loss, by_hand, n_outputs, mates
     assert sum(map(sum, mate)) == 34
     ours, theirs = made_up(12)[:n_outputs], made_up(12, torch.float64)[:n_outputs]
     assert_same(
-        loss(ours, ids, World(), mates), ours, by_hand(theirs, mate, mates), theirs, rtol=1e-5, atol=1e-6
+        loss(ours, ids, World(), same_group),
+        ours,
+        by_hand(theirs, mate, same_group),
+        theirs,
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -114,7 +119,8 @@ def test_what_is_made_of_mates_is_the_definition(loss, by_hand, n_outputs, mates
 def test_without_mates_all_is_one_and_with_them_it_is_not(loss):
     outputs = made_up(12)
     alone, together = (
-        [loss(outputs, ids, World(), mates) for mates in MATES] for ids in (strangers(12), related())
+        [loss(outputs, ids, World(), same_group) for same_group in MATES]
+        for ids in (strangers(12), related())
     )
     torch.testing.assert_close(alone, [alone[0]] * 3)
     assert torch.equal(together[0], alone[0])
@@ -124,8 +130,8 @@ def test_without_mates_all_is_one_and_with_them_it_is_not(loss):
 def test_a_recipe_names_its_loss_and_siglip_wants_a_bias(tiny_model, tmp_path):
     recipe, outputs, ids = Recipe("m", "d", "r"), made_up(12), related()
     assert torch.equal(loss_of(recipe)(outputs, ids, World()), clip_loss(outputs, ids, World()))
-    other = loss_of(replace(recipe, loss="siglip", mates="masked"))
-    assert torch.equal(other(outputs, ids, World()), siglip_loss(outputs, ids, World(), "masked"))
+    other = loss_of(replace(recipe, loss="siglip", same_group="ignore"))
+    assert torch.equal(other(outputs, ids, World()), siglip_loss(outputs, ids, World(), "ignore"))
     with pytest.raises(UserError, match=r"no logit_bias.*pass --loss clip, or a model .*SigLIP"):
         train_logit_bias(load(tiny_model), "siglip")
     clip = load(f"local-dir:{save_tiny(tmp_path, init_logit_bias=-10.0)}")

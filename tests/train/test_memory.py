@@ -13,13 +13,20 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.memory import count_products
 from data_prep.errors import UserError
 from train.model import activation_memory as memory
-from train.model.activation_memory import arrange, blocks, choose, made_up_batch, saved_bytes, uncompiled
+from train.model.activation_memory import (
+    apply_checkpointing,
+    blocks,
+    dummy_batch,
+    fit_micro_batch,
+    saved_bytes,
+    uncompiled,
+)
 from train.model.clip import Clip, load
 from train.recipe import Recipe, parse
 from train.step import backward
 from train.world import World
 
-RECIPE = Recipe("tiny:none", "data", "run", batch=16, precision="fp32")
+RECIPE = Recipe("tiny:none", "data", "run", global_batch_size=16, precision="fp32")
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def clip(tmp_path) -> Clip:
         f"local-dir:{save_tiny(tmp_path, vision_cfg=vision, text_cfg={**TINY['text_cfg'], 'layers': 2})}"
     )
     yield clip
-    arrange(clip.towers.model, "none", compiled=False)
+    apply_checkpointing(clip.towers.model, "none", compiled=False)
 
 
 class Autocast(torch.nn.Module):
@@ -53,7 +60,7 @@ def without_a_compiler(monkeypatch):
 
 
 def gradients(clip: Clip, mode: str, compiled: bool = False) -> dict[str, torch.Tensor]:
-    arrange(clip.towers.model, mode, compiled)
+    apply_checkpointing(clip.towers.model, mode, compiled)
     clip.towers.train()
     clip.towers.zero_grad()
     batch = global_batch()
@@ -70,7 +77,7 @@ def test_the_blocks_of_both_towers_are_found(clip):
 def test_gradients_are_equal(clip, without_a_compiler):
     expected = gradients(clip, "none")
     largest = max(gradient.abs().max().item() for gradient in expected.values())
-    for mode, compiled in (("checkpoint", False), ("none", True), ("budget", True)):
+    for mode, compiled in (("full", False), ("none", True), ("selective", True)):
         for name, gradient in gradients(clip, mode, compiled).items():
             torch.testing.assert_close(
                 gradient, expected[name], rtol=1e-5, atol=2e-6 * largest, msg=f"{mode}: {name}"
@@ -86,37 +93,37 @@ def test_the_budget_keeps_what_matmuls_give_and_recomputes_none(clip, without_a_
         {},
         {},
     )
-    for mode in ("none", "budget"):
-        arrange(clip.towers.model, mode, compiled=mode == "budget")
+    for mode in ("none", "selective"):
+        apply_checkpointing(clip.towers.model, mode, compiled=mode == "selective")
         step = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(lambda: block(tokens).sum().backward())
         step()  # compiles
         kept[mode] = saved_bytes(Autocast(block, bf16), (tokens,))
         products[mode] = count_products(step)
-    arrange(clip.towers.model, "checkpoint", compiled=False)
-    assert 0.60 < kept["budget"] / kept["none"] < 0.64
-    assert products == {"none": 13, "budget": 13}
+    apply_checkpointing(clip.towers.model, "full", compiled=False)
+    assert 0.60 < kept["selective"] / kept["none"] < 0.64
+    assert products == {"none": 13, "selective": 13}
     assert (
         count_products(lambda: checkpoint(block, tokens, use_reentrant=False).sum().backward()) == 18
     )  # it would be seen
 
 
 def test_evaluation_compiles_nothing(clip, without_a_compiler):
-    arrange(clip.towers.model, "none", compiled=True)
+    apply_checkpointing(clip.towers.model, "none", compiled=True)
     before = torch._dynamo.utils.counters["frames"]["total"]
     with uncompiled():
-        clip.towers(*made_up_batch(clip.towers, 2, torch.device("cpu")))
+        clip.towers(*dummy_batch(clip.towers, 2, torch.device("cpu")))
     assert torch._dynamo.utils.counters["frames"]["total"] == before
-    clip.towers(*made_up_batch(clip.towers, 2, torch.device("cpu")))
+    clip.towers(*dummy_batch(clip.towers, 2, torch.device("cpu")))
     assert torch._dynamo.utils.counters["frames"]["total"] > before
 
 
 def need(clip: Clip, mode: str, pairs: int) -> float:
     """The free memory at which `pairs` just fit."""
-    arrange(clip.towers.model, mode, compiled=False)
-    batch = made_up_batch(clip.towers, 4, torch.device("cpu"))
+    apply_checkpointing(clip.towers.model, mode, compiled=False)
+    batch = dummy_batch(clip.towers, 4, torch.device("cpu"))
     each = saved_bytes(clip.towers, batch) / 4
-    if mode == "checkpoint":
-        arrange(clip.towers.model, "none", compiled=False)
+    if mode == "full":
+        apply_checkpointing(clip.towers.model, "none", compiled=False)
         each += saved_bytes(clip.towers, batch) / 4 / len(blocks(clip.towers.model))
     return (
         each * pairs + 3 * sum(parameter.nbytes for parameter in clip.towers.parameters())
@@ -127,23 +134,27 @@ def need(clip: Clip, mode: str, pairs: int) -> float:
     ("fits", "asked", "expected"),
     [
         (("none", 16), {}, ("none", 16)),
-        (("none", 15), {}, ("checkpoint", 16)),
-        (("none", 6), {"memory": "none"}, ("none", 6)),  # three chunks: 6, 6 and 4
-        (("none", 15), {"memory": "none"}, ("none", 8)),  # two even ones, not 15 and 1
-        (("checkpoint", 5), {}, ("checkpoint", 4)),
-        (("none", 5), {"micro_batch": 4}, ("none", 4)),
+        (("none", 15), {}, ("full", 16)),
+        (("none", 6), {"activation_checkpointing": "none"}, ("none", 6)),  # three chunks: 6, 6 and 4
+        (("none", 15), {"activation_checkpointing": "none"}, ("none", 8)),  # two even ones, not 15 and 1
+        (("full", 5), {}, ("full", 4)),
+        (("none", 5), {"micro_batch_size": 4}, ("none", 4)),
         (
-            ("checkpoint", 3),
-            {"micro_batch": 8},
-            ("checkpoint", 8),
+            ("full", 3),
+            {"micro_batch_size": 8},
+            ("full", 8),
         ),  # what was asked for, and the least for it
-        (("checkpoint", 3), {"micro_batch": 40, "memory": "none"}, ("none", 16)),  # nothing to find out
+        (
+            ("full", 3),
+            {"micro_batch_size": 40, "activation_checkpointing": "none"},
+            ("none", 16),
+        ),  # nothing to find out
     ],
 )
 def test_what_fits_is_chosen(clip, monkeypatch, fits, asked, expected):
     free = need(clip, *fits)
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-    assert choose(clip.towers, dataclasses.replace(RECIPE, **asked), World()) == expected
+    assert fit_micro_batch(clip.towers, dataclasses.replace(RECIPE, **asked), World()) == expected
 
 
 def test_too_little_memory_for_one_pair_is_said(clip, monkeypatch):
@@ -151,19 +162,32 @@ def test_too_little_memory_for_one_pair_is_said(clip, monkeypatch):
     with pytest.raises(
         UserError, match=r"memory: checkpoint, weights, moments and one pair do not fit in the free 0\.0 GB"
     ):
-        choose(clip.towers, RECIPE, World())
+        fit_micro_batch(clip.towers, RECIPE, World())
 
 
 def test_a_budget_wants_compiled_blocks():
     with pytest.raises(UserError, match="pass --compile yes"):
-        parse(["--model", "a:none", "--data", "d", "--run", "r", "--memory", "budget", "--compile", "no"])
+        parse(
+            [
+                "--model",
+                "a:none",
+                "--data",
+                "d",
+                "--run",
+                "r",
+                "--activation_checkpointing",
+                "selective",
+                "--compile",
+                "no",
+            ]
+        )
 
 
 def test_measuring_leaves_statistics_alone(tmp_path):
     vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 32}
     clip = load(f"local-dir:{save_tiny(tmp_path, vision_cfg=vision)}")
     before = clip.fingerprint()
-    choose(clip.towers, dataclasses.replace(RECIPE, memory="none"), World())
+    fit_micro_batch(clip.towers, dataclasses.replace(RECIPE, activation_checkpointing="none"), World())
     assert clip.fingerprint() == before
-    clip.towers(*made_up_batch(clip.towers, 2, torch.device("cpu")))
+    clip.towers(*dummy_batch(clip.towers, 2, torch.device("cpu")))
     assert clip.fingerprint() != before

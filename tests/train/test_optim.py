@@ -26,14 +26,14 @@ def test_only_matrices_decay(tiny_model):
 
 
 def test_warm_up_then_cosine_to_zero():
-    optim = Optim(lr=2.0, warmup=0.1)
+    optim = Optim(lr=2.0, warmup_fraction=0.1)
     rates = [lr_at(step, 100, optim) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[9] == rates[10] == max(rates) == 2.0
     assert rates[55] == pytest.approx(1.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[99] < 0.001
-    assert lr_at(0, 100, Optim(lr=2.0, warmup=0.0)) == 2.0
+    assert lr_at(0, 100, Optim(lr=2.0, warmup_fraction=0.0)) == 2.0
 
 
 def test_without_factors_the_groups_are_those_of_old_checkpoints(tiny_model):

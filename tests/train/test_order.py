@@ -75,13 +75,13 @@ def test_places_of_a_group_are_uniform_and_equally_far():
 
 
 def test_an_epoch_is_whole_batches():
-    order = Order(SIZES, batch=10, seed=0)
+    order = Order(SIZES, global_batch_size=10, seed=0)
     assert (order.steps_per_epoch, order.samples_per_epoch) == (10, 100)
     first = [order.sample_at(position) for position in range(100)]
     assert len(set(first)) == 100
     np.testing.assert_array_equal(first, epoch_order(SIZES, 0, 0)[:100])
     assert order.sample_at(100) == epoch_order(SIZES, 0, 1)[0]
-    spread = Order(SIZES, batch=10, seed=0, groups=np.arange(SIZES.sum()) // 4)
+    spread = Order(SIZES, global_batch_size=10, seed=0, groups=np.arange(SIZES.sum()) // 4)
     for each in (order, spread):
         again = pickle.loads(pickle.dumps(each))
         assert [again.sample_at(position) for position in range(200)] == [
@@ -91,11 +91,11 @@ def test_an_epoch_is_whole_batches():
 
 
 def test_any_world_reads_the_same_global_batches_from_any_start():
-    whole = list(RankPositions(0, 60, batch=12, world=World()))
+    whole = list(RankPositions(0, 60, global_batch_size=12, world=World()))
     for world_size in (1, 2, 3, 4, 6):
         for start in (0, 24):
             ranks = [
-                list(RankPositions(start, 60, batch=12, world=World(rank, world_size)))
+                list(RankPositions(start, 60, global_batch_size=12, world=World(rank, world_size)))
                 for rank in range(world_size)
             ]
             joined = [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]

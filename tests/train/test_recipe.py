@@ -20,13 +20,17 @@ def test_every_recipe_loads_and_its_merged_form_is_itself_a_recipe(path, tmp_pat
 
 def test_the_seed_recipe_is_the_seeds():
     recipe = parse([str(RECIPES / "spectrum_icons.yaml"), *REQUIRED])
-    assert (recipe.model, recipe.batch, recipe.micro_batch, recipe.epochs) == (
+    assert (recipe.model, recipe.global_batch_size, recipe.micro_batch_size, recipe.epochs) == (
         "ViT-L-14:laion2b_s32b_b82k",
         384,
         64,
         40,
     )
-    assert (recipe.optim.lr, recipe.precision, recipe.memory) == (5e-6, "bf16", "checkpoint")
+    assert (recipe.optim.lr, recipe.precision, recipe.activation_checkpointing) == (
+        5e-6,
+        "bf16",
+        "checkpoint",
+    )
     augment = recipe.augment
     assert (augment.color_jitter, augment.color_jitter_prob, augment.gray_scale_prob) == (
         (0.2, 0.2, 0.1, 0.0),
@@ -35,7 +39,11 @@ def test_the_seed_recipe_is_the_seeds():
     )
     # The defaults are the seed's, on any GPU: whoever writes no recipe gets it.
     assert recipe == Recipe(
-        model="ViT-L-14:laion2b_s32b_b82k", data="d", run="r", micro_batch=64, memory="checkpoint"
+        model="ViT-L-14:laion2b_s32b_b82k",
+        data="d",
+        run="r",
+        micro_batch_size=64,
+        activation_checkpointing="full",
     )
 
 
@@ -47,7 +55,7 @@ def test_typed_flags_win_and_have_types(tmp_path):
         [
             str(tmp_path / "a.yaml"),
             *REQUIRED,
-            "--optim.clip",
+            "--optim.max_grad_norm",
             "2",
             "--augment.color-jitter",
             "1",
@@ -56,9 +64,9 @@ def test_typed_flags_win_and_have_types(tmp_path):
             "0",
         ]
     )
-    assert (recipe.optim.lr, recipe.optim.clip, recipe.augment.scale) == (1e-5, 2.0, (0.5, 1.0))
+    assert (recipe.optim.lr, recipe.optim.max_grad_norm, recipe.augment.scale) == (1e-5, 2.0, (0.5, 1.0))
     assert recipe.augment.color_jitter == (1, 2, 3, 0)
-    assert recipe.memory == "none"
+    assert recipe.activation_checkpointing == "none"
     assert parse([str(tmp_path / "a.yaml"), *REQUIRED, "--optim.lr", "3e-5"]).optim.lr == 3e-5
 
 
@@ -82,7 +90,7 @@ def test_a_wrong_recipe_file_is_explained(tmp_path, text, message):
 def test_wrong_values_are_explained():
     base = ["--model", "a:none", *REQUIRED]
     with pytest.raises(UserError, match="fraction of the run"):
-        parse([*base, "--optim.warmup", "10000"])
+        parse([*base, "--optim.warmup_fraction", "10000"])
     with pytest.raises(UserError, match="--epochs 0"):
         parse([*base, "--epochs", "0"])
     with pytest.raises(UserError, match=r"the project has .*demo\.yaml"):
@@ -118,16 +126,18 @@ def test_templates_and_tag_dropout_are_checked():
 
 def test_mistakes_on_the_command_line_exit_2():
     assert_mistake(call_here(main, RECIPES / "demo.yaml", *REQUIRED, "--optim.lrr", "1"), "--optim.lr")
-    assert_mistake(call_here(main, RECIPES / "demo.yaml", *REQUIRED, "--batch", "many"), "many")
+    assert_mistake(call_here(main, RECIPES / "demo.yaml", *REQUIRED, "--global_batch_size", "many"), "many")
     assert_mistake(call_here(main, RECIPES / "demo.yaml"), "--data", "--run")
 
 
 def test_what_may_change_between_the_parts_of_a_run():
     old = Recipe(model="a:none", data="d", run="r")
-    values = yaml.safe_load(to_yaml(old)) | {"mixtures": ()}
+    values = yaml.safe_load(to_yaml(old)) | {"wise_ft": ()}
     assert differences(old, old) == []
     nested = {"optim": old.optim, "augment": old.augment, "captions": old.captions}
-    same = Recipe(**{**values, **nested, "run": "elsewhere", "data": "there", "workers": 0, "micro_batch": 8})
+    same = Recipe(
+        **{**values, **nested, "run": "elsewhere", "data": "there", "workers": 0, "micro_batch_size": 8}
+    )
     assert differences(old, same) == []
     other = parse(["--model", "a:none", *REQUIRED, "--optim.lr", "1e-3"])
     assert differences(old, other) == ["optim.lr: 5e-06 before, 0.001 now"]

@@ -35,20 +35,20 @@ def test_the_gradient_by_hand(tiny_model, icon_shards, others, tmp_path):
     plan = recipe(tiny_model, icon_shards, tmp_path, replay=str(others), replay_weight=3.0, workers=0)
     pairs = replay_pairs(plan, World())
     results = []
-    for micro_batch in (6, 4, 1):
+    for micro_batch_size in (6, 4, 1):
         clip = load(tiny_model)
         replay = Replay(pairs, clip, plan, World(), 48, 480)
         clip.towers.train()
         batches = [next(Replay(pairs, clip, plan, World(), samples, 480).batches) for samples in (48, 72)]
         assert (
-            replay.backward(clip.towers, micro_batch) < 1e-12
+            replay.backward(clip.towers, micro_batch_size) < 1e-12
         )  # torch has another kernel for attention without gradients
         assert clip.towers.training
         clip.towers.zero_grad()
         with torch.no_grad():
             for parameter in clip.towers.parameters():
                 parameter += 0.05 * torch.sin(100 * parameter)
-        loss = replay.backward(clip.towers, micro_batch)
+        loss = replay.backward(clip.towers, micro_batch_size)
         results.append(
             {"loss": loss, **{name: parameter.grad for name, parameter in clip.towers.named_parameters()}}
         )
@@ -80,8 +80,8 @@ def everything(others, **more) -> dict:
     """Replay with all that has to do with the base and with rates."""
     # The first step is at the base, where the gradient of words that are only replayed is rounding; a small
     # eps would make it a step.
-    optim = Optim(lr=1e-3, warmup=0.2, eps=1e-4, layer_decay=0.7, image_lr=0.5, text_lr=1.5)
-    return {"replay": str(others), "replay_weight": 2.0, "toward_base": 30.0, "optim": optim, **more}
+    optim = Optim(lr=1e-3, warmup_fraction=0.2, eps=1e-4, layer_decay=0.7, image_lr=0.5, text_lr=1.5)
+    return {"replay": str(others), "replay_weight": 2.0, "l2_sp": 30.0, "optim": optim, **more}
 
 
 @pytest.mark.parametrize(("chunk", "locked"), [(12, "none"), (5, "text")])
@@ -89,13 +89,13 @@ def test_two_ranks_and_chunks_have_the_curves_of_one(
     tiny_model, icon_shards, others, tmp_path, chunk, locked
 ):
     curves, weights = [], []
-    for ranks, micro_batch in ((0, 24), (2, chunk)):
+    for ranks, micro_batch_size in ((0, 24), (2, chunk)):
         run = tmp_path / str(ranks)
         plan = recipe(
             tiny_model,
             icon_shards,
             run,
-            micro_batch=micro_batch,
+            micro_batch_size=micro_batch_size,
             epochs=1,
             lock=locked,
             save_every_minutes=9,
@@ -125,7 +125,7 @@ def test_two_ranks_and_chunks_have_the_curves_of_one(
 def test_resumed_equals_uninterrupted(tiny_model, icon_shards, others, tmp_path, options):
     """All anew at the start of the second part: base, stream and rates."""
     for name in ("whole", "parts"):
-        plan = recipe(tiny_model, icon_shards, tmp_path / name, epochs=2, keep=20, workers=0)
+        plan = recipe(tiny_model, icon_shards, tmp_path / name, epochs=2, keep_checkpoints=20, workers=0)
         fit(dataclasses.replace(plan, **everything(others, **options)), World(), no_validation)
     run = tmp_path / "parts"
     for _ in range(5):
@@ -168,11 +168,12 @@ def test_what_cannot_be_replayed_is_refused_before_anything_is_written(
     plan = recipe(tiny_model, icon_shards, tmp_path / "run", replay=str(others))
     n = len(Shards(others, "train"))
     with pytest.raises(UserError, match=rf"{n} pairs to replay are fewer than the 1250 of one step"):
-        replay_pairs(dataclasses.replace(plan, batch=5000), World())
+        replay_pairs(dataclasses.replace(plan, global_batch_size=5000), World())
     with pytest.raises(
-        UserError, match=r"--batch 12 that cannot be shared evenly by 2 ranks; pass --batch 8"
+        UserError,
+        match=r"--global_batch_size 12 that cannot be shared evenly by 2 ranks; pass --global_batch_size 8",
     ):
-        replay_pairs(dataclasses.replace(plan, batch=12), World(1, 2))
+        replay_pairs(dataclasses.replace(plan, global_batch_size=12), World(1, 2))
     with pytest.raises(UserError, match=r"nowhere: no manifest\.json"):
         fit(dataclasses.replace(plan, replay=str(tmp_path / "nowhere")), World(), no_validation)
     assert not (tmp_path / "run").exists()

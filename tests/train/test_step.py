@@ -10,9 +10,9 @@ from train.step import backward
 from train.world import World
 
 
-def gradients_of(model: str, micro_batch: int, tmp_path, ranks: int, *options: str) -> list[dict]:
-    out = tmp_path / f"{ranks}-{micro_batch}.pt"
-    call("tests.ranks_script", model, micro_batch, out, *options, ranks=ranks)
+def gradients_of(model: str, micro_batch_size: int, tmp_path, ranks: int, *options: str) -> list[dict]:
+    out = tmp_path / f"{ranks}-{micro_batch_size}.pt"
+    call("tests.ranks_script", model, micro_batch_size, out, *options, ranks=ranks)
     return torch.load(out, weights_only=True)
 
 
@@ -31,10 +31,12 @@ def assert_same(found: dict, expected: dict) -> None:
         )
 
 
-@pytest.mark.parametrize("micro_batch", [16, 8, 3])
-def test_two_ranks_and_micro_batches_equal_one_process(tiny_model, tmp_path, micro_batch):
+@pytest.mark.parametrize("micro_batch_size", [16, 8, 3])
+def test_two_ranks_and_micro_batches_equal_one_process(tiny_model, tmp_path, micro_batch_size):
     expected = gradients_of(tiny_model, 16, tmp_path, ranks=0)
-    for found, wanted in zip(gradients_of(tiny_model, micro_batch, tmp_path, ranks=2), expected, strict=True):
+    for found, wanted in zip(
+        gradients_of(tiny_model, micro_batch_size, tmp_path, ranks=2), expected, strict=True
+    ):
         assert_same(found, wanted)
 
 
@@ -44,27 +46,28 @@ def biased_model(tmp_path_factory) -> str:
     return f"local-dir:{save_tiny(tmp_path_factory.mktemp('biased'), init_logit_bias=-1.0)}"
 
 
-@pytest.mark.parametrize("micro_batch", [8, 3])
-def test_every_loss_is_the_same_in_two_ranks_and_micro_batches(biased_model, tmp_path, micro_batch):
+@pytest.mark.parametrize("micro_batch_size", [8, 3])
+def test_every_loss_is_the_same_in_two_ranks_and_micro_batches(biased_model, tmp_path, micro_batch_size):
     expected = [
         each
-        for loss, mates in LOSSES
-        for each in gradients_of_two_steps(biased_model, 16, World(), loss=loss, mates=mates)
+        for loss, same_group in LOSSES
+        for each in gradients_of_two_steps(biased_model, 16, World(), loss=loss, same_group=same_group)
     ]
     assert len({round(one["loss"].item(), 4) for one in expected}) == len(
         LOSSES
     )  # so the two steps of each are equal, and no others
     for found, wanted in zip(
-        gradients_of(biased_model, micro_batch, tmp_path, 2, "losses"), expected, strict=True
+        gradients_of(biased_model, micro_batch_size, tmp_path, 2, "losses"), expected, strict=True
     ):
         assert_same(found, wanted)
     assert ["model.logit_bias" in one for one in expected[::2]] == [loss == "siglip" for loss, _ in LOSSES]
 
 
-@pytest.mark.parametrize(("loss", "mates"), LOSSES)
-def test_every_loss_is_the_same_in_micro_batches_of_one_process(biased_model, loss, mates):
+@pytest.mark.parametrize(("loss", "same_group"), LOSSES)
+def test_every_loss_is_the_same_in_micro_batches_of_one_process(biased_model, loss, same_group):
     whole, chunked = (
-        gradients_of_two_steps(biased_model, size, World(), loss=loss, mates=mates)[0] for size in (16, 5)
+        gradients_of_two_steps(biased_model, size, World(), loss=loss, same_group=same_group)[0]
+        for size in (16, 5)
     )
     assert_same(chunked, whole)
 
@@ -76,11 +79,11 @@ def test_gradients_in_bf16_are_near(tiny_model, tmp_path):
         assert name == "loss" or not torch.equal(found, expected[name]) or not found.any(), name
 
 
-@pytest.mark.parametrize("micro_batch", [1, 5, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 5, 8])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_micro_batches_equal_the_whole_in_one_process(tiny_model, micro_batch, checkpointing):
+def test_micro_batches_equal_the_whole_in_one_process(tiny_model, micro_batch_size, checkpointing):
     results = []
-    for size in (16, micro_batch):
+    for size in (16, micro_batch_size):
         clip = load(tiny_model)
         clip.towers.model.set_grad_checkpointing(checkpointing)
         clip.towers.train()

@@ -29,7 +29,7 @@ def test_another_number_of_ranks_and_another_micro_batch_go_on_with_the_same_bat
     curves = []
     for name in ("whole", "parts"):
         run = tmp_path / name
-        plan = recipe(tiny_model, icon_shards, run, epochs=2, workers=0, micro_batch=24)
+        plan = recipe(tiny_model, icon_shards, run, epochs=2, workers=0, micro_batch_size=24)
         scores = iter(range(9))
 
         def stop(clip, world, run=run, scores=scores):
@@ -41,7 +41,7 @@ def test_another_number_of_ranks_and_another_micro_batch_go_on_with_the_same_bat
         if name == "parts":
             assert json.loads((run / "status.json").read_text())["state"] == "stopped"
             arguments = flags(
-                recipe(tiny_model, icon_shards, run, epochs=2, workers=0, micro_batch=5),
+                recipe(tiny_model, icon_shards, run, epochs=2, workers=0, micro_batch_size=5),
                 tmp_path / "recipe.yaml",
             )
             assert "is finished" in call(*arguments, ranks=2).stdout
@@ -132,7 +132,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_named_and_loses_no_checkpoint(tiny_model, icon_shards, small_disk, tmp_path):
     run = small_disk / "run"
-    small = recipe(tiny_model, icon_shards, run, workers=0, keep=1)
+    small = recipe(tiny_model, icon_shards, run, workers=0, keep_checkpoints=1)
     arguments = flags(small, tmp_path / "recipe.yaml")
     result = call(*arguments, ranks=2, expect=1)
     for words in (
@@ -261,7 +261,7 @@ def test_status_says_where_a_run_stands(tiny_model, icon_shards, tmp_path, monke
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tiny_model, icon_shards, tmp_path, capsys):
-    plan = recipe(tiny_model, icon_shards, tmp_path / "run", epochs=2, workers=0, keep=3)
+    plan = recipe(tiny_model, icon_shards, tmp_path / "run", epochs=2, workers=0, keep_checkpoints=3)
     fit(plan, World(), no_validation)
     (tmp_path / "run" / "status.json").unlink()
     with open(newest(tmp_path / "run") / "optimizer.pt", "r+b") as file:
@@ -269,7 +269,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tiny_model, icon_s
     assert Run(plan, World()).samples == 264
     assert "samples-000000000288 is damaged (optimizer.pt)" in capsys.readouterr().err
     scores = iter((0.1, 0.2, 0.3))
-    best = recipe(tiny_model, icon_shards, tmp_path / "best", epochs=2, workers=0, keep=1)
+    best = recipe(tiny_model, icon_shards, tmp_path / "best", epochs=2, workers=0, keep_checkpoints=1)
     run = fit(best, World(), lambda clip, world: {"val/mean/R@1": next(scores)})
     shutil.copytree(newest(run.folder), run.folder / "checkpoints" / "samples-000000000264")
     damaged = newest(run.folder) / "state.json"
@@ -284,5 +284,5 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tiny_model, icon_s
     (run.folder / "status.json").unlink()
     fit(best, World(), no_validation)
     assert (run.folder / "checkpoints" / "best").is_dir()  # the one it named is gone
-    with pytest.raises(UserError, match="--max_bad_steps 0"):
-        parse([*flags(plan, tmp_path / "a.yaml")[1:], "--max_bad_steps", "0"])
+    with pytest.raises(UserError, match="--max_nonfinite_steps 0"):
+        parse([*flags(plan, tmp_path / "a.yaml")[1:], "--max_nonfinite_steps", "0"])

@@ -16,24 +16,24 @@ import train.tune.sweep
 from data_prep.errors import Fault, UserError
 from data_prep.shards import Shards
 from train.recipe import flags_of, parse, to_yaml
-from train.tune.grid import cases, combinations
+from train.tune.grid import combinations, expand_grid
 from train.tune.lr import standard_error, suggest
 
 SMALL = [
     "--epochs",
     "2",
-    "--batch",
+    "--global_batch_size",
     "64",
-    "--micro_batch",
+    "--micro_batch_size",
     "64",
     "--precision",
     "fp32",
-    "--memory",
+    "--activation_checkpointing",
     "none",
     "--workers",
     "0",
 ]
-SMALL += ["--log_every_steps", "1", "--optim.warmup", "0.2"]
+SMALL += ["--log_every_steps", "1", "--optim.warmup_fraction", "0.2"]
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_sweep_goes_on_and_its_table_is_what_the_runs_logged(call_main, tmp_pa
 
     # A third value, of which the loss cannot be finite, is listed; the first goes on; the second is not
     # touched.
-    diverging = ["--max_bad_steps", 1, "--save_every_minutes", 0, "--vary", "optim.lr=1e-3,3e-2,1e30"]
+    diverging = ["--max_nonfinite_steps", 1, "--save_every_minutes", 0, "--vary", "optim.lr=1e-3,3e-2,1e30"]
     with pytest.raises(Fault, match=r"1 of the runs failed \(run-lr=1e30\)"):
         call_main(train.sweep.main, "--run", runs, *diverging)
     printed = capfd.readouterr()
@@ -139,7 +139,7 @@ def test_mistakes_are_found_before_the_first_run(tiny_model, icon_shards, tmp_pa
         ["--model", tiny_model, "--data", icon_shards, "--run", tmp_path / "runs", *SMALL],
     )
     assert_mistake(
-        call_here(main, *words, "--vary", "optim.lr=1e-3", "--vary", "batch=64,999"),
+        call_here(main, *words, "--vary", "optim.lr=1e-3", "--vary", "global_batch_size=64,999"),
         "fewer than one batch of 999",
     )
     assert_mistake(
@@ -171,18 +171,18 @@ def test_names_and_combinations():
     pairs = combinations(["optim.lr=1e-5,3e-5", "seed=0"])
     assert pairs == [(("optim.lr", "1e-5"), ("seed", "0")), (("optim.lr", "3e-5"), ("seed", "0"))]
     assert combinations([]) == [()]
-    assert cases(["x/a.yaml", "b.yaml"], ["optim.lr=1"]) == {
+    assert expand_grid(["x/a.yaml", "b.yaml"], ["optim.lr=1"]) == {
         "a-lr=1": ("x/a.yaml", ["--optim.lr", "1"]),
         "b-lr=1": ("b.yaml", ["--optim.lr", "1"]),
     }
     with pytest.raises(UserError, match="a: two runs"):
-        cases(["x/a.yaml", "y/a.yaml"], [])
+        expand_grid(["x/a.yaml", "y/a.yaml"], [])
 
 
 def test_a_search_for_the_rate(call_main, icon_shards, tmp_path, capfd):
     """A rate that diverges is a result; rates that were tried before count."""
     out, names = tmp_path / "lr", ["run-epochs=1-lr=0.001", "run-epochs=1-lr=0.002", "run-epochs=1-lr=1e+30"]
-    words = ["--out", out, "--part", 0.5, "--max_bad_steps", 1, "--save_every_minutes", 0, "--rates"]
+    words = ["--out", out, "--part", 0.5, "--max_nonfinite_steps", 1, "--save_every_minutes", 0, "--rates"]
     call_main(train.lr.main, *words, "1e30", "1e-3")
     printed = capfd.readouterr().out
     rows = {row["run"]: row for row in json.loads((out / "sweep.json").read_text())["runs"]}

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY
 from open_clip.coca_model import CoCa
 
-from train.model.text import causal_tower, cutter, encode_text
+from train.model.text import causal_tower, encode_text, trimmer
 
 TOKENIZE = open_clip.get_tokenizer("ViT-B-32")
 CAPTIONS = ["a bell", "", "an arrow that points to the left of a small house", "a bell " * 100]
@@ -29,7 +29,7 @@ def test_features_and_gradients_are_those_of_whole_captions(kind, pool, dtype):
     model = build(kind, pool_type=pool, eos_id=49407).to(dtype)
     whole = copy.deepcopy(model)
     for captions, length in (CAPTIONS[:1], 8), (CAPTIONS[1:2], 8), (CAPTIONS[:3], 16), (CAPTIONS, 77):
-        tokens = cutter(model, TOKENIZE)(captions)
+        tokens = trimmer(model, TOKENIZE)(captions)
         assert tokens.shape == (len(captions), length)
         features, expected = encode_text(model, tokens), whole.encode_text(TOKENIZE(captions))
         torch.testing.assert_close(features, expected, rtol=0, atol=EXACT[dtype])
@@ -52,7 +52,7 @@ def test_features_and_gradients_are_those_of_whole_captions(kind, pool, dtype):
 )
 def test_a_tower_that_looks_behind_the_caption_gets_it_whole(text):
     model, tokens = build(open_clip.CustomTextCLIP, **text), TOKENIZE(CAPTIONS[:1])
-    assert torch.equal(cutter(model, TOKENIZE)(CAPTIONS[:1]), tokens)
+    assert torch.equal(trimmer(model, TOKENIZE)(CAPTIONS[:1]), tokens)
     assert torch.equal(encode_text(model, tokens), model.encode_text(tokens))
 
 
@@ -63,4 +63,4 @@ def test_an_unknown_class_gets_whole_captions():
 
 
 def test_what_goes_to_the_workers_holds_no_weights():
-    assert len(pickle.dumps(cutter(build(open_clip.CLIP), len))) < 1000
+    assert len(pickle.dumps(trimmer(build(open_clip.CLIP), len))) < 1000

@@ -16,7 +16,7 @@ from torch import nn
 from data_prep.errors import Fault, Fenced
 from train.loop import fit
 from train.model.clip import Clip
-from train.run.async_writer import Snapshot, Writer
+from train.run.async_writer import AsyncWriter, Snapshot
 from train.world import World
 
 
@@ -59,8 +59,8 @@ def assert_equal(one, two) -> None:
 
 def test_what_is_written_is_of_the_moment_it_was_asked_for(trained):
     model, optimizer = trained
-    writer, written, go_on = Writer(), [], threading.Event()
-    writer.reserve(model, optimizer)
+    writer, written, go_on = AsyncWriter(), [], threading.Event()
+    writer.allocate(model, optimizer)
 
     def write(weights, moments):
         assert go_on.wait(60)
@@ -73,7 +73,7 @@ def test_what_is_written_is_of_the_moment_it_was_asked_for(trained):
         for _ in range(3):  # training goes on before anything is written
             loss = forward(model)
             loss.backward()
-            writer.await_copy()
+            writer.wait_for_snapshot()
             optimizer.param_groups[0]["lr"] /= 2
             optimizer.step()
         go_on.set()
@@ -107,8 +107,8 @@ def test_without_memory_for_a_copy_training_waits(trained, capsys):
     optimizer.add_param_group(
         {"params": [nn.Parameter(torch.zeros(1).expand(1 << 50))]}
     )  # 4 million GB, if they were copied
-    writer, written = Writer(), []
-    writer.reserve(model, optimizer)
+    writer, written = AsyncWriter(), []
+    writer.allocate(model, optimizer)
     assert "warning: no memory for a copy of weights and moments" in capsys.readouterr().err
     writer.begin(model, optimizer, lambda weights, moments: written.append(copy.deepcopy((weights, moments))))
     assert_equal(written[0][0], model.state_dict())

@@ -2,9 +2,9 @@
 open_clip_train's.
 
   python -m train.bench train/recipes/demo.yaml --data data/icons/shards
-  python -m train.bench train/recipes/spectrum_icons.yaml --data SHARDS --micro_batch 64 --batch 64
+  python -m train.bench train/recipes/spectrum_icons.yaml --data SHARDS --micro_batch_size 64 --global_batch_size 64
       one row: pairs/s, its parts, peak memory; the loader alone
-  ... --sweep True            a row for each micro_batch from 8 to the batch, and each way to save memory
+  ... --sweep True            a row for each micro_batch_size from 8 to the batch, and each way to save memory
   ... --peer True             the same model, batch and data by open_clip_train in turns, with and without its checkpointing
   ... --profile trace.json    two steps as a trace, for chrome://tracing or ui.perfetto.dev
   ... --plot bench.png        the rows as a picture
@@ -34,7 +34,7 @@ from train.bench.peer import OUT_OF_MEMORY, check_peer, whole_path
 from train.bench.table import plot, table
 from train.bench.timing import device, measure_around, measure_step, profile_steps
 from train.loop import check_batch
-from train.model.activation_memory import MODES, compiles
+from train.model.activation_memory import MODES, should_compile
 from train.recipe import Recipe, parse, plain
 from train.world import World
 
@@ -48,7 +48,7 @@ class Bench(Recipe):
     steps: int = 5
     """Optimizer steps that are timed, after some to warm up. On a GPU take 50."""
     sweep: bool = False
-    """A row for each micro_batch (8, 16, ... batch) and each way to save memory."""
+    """A row for each micro_batch_size (8, 16, ... batch) and each way to save memory."""
     peer: bool = False
     """The whole path in turns with open_clip_train."""
     profile: str = ""
@@ -85,27 +85,31 @@ def in_fresh_process(measure: Callable[..., T], *arguments) -> T:
 def measure_rows(
     recipe: Recipe, steps: int, sweep: bool, gflop_per_pair: float, matmul_tflop_per_s: float
 ) -> list[dict]:
-    """A row of the recipe as it is, or one for each micro_batch and mode; one that has too little memory has
+    """A row of the recipe as it is, or one for each micro_batch_size and mode; one that has too little memory has
     no numbers.
     """
-    choices = [(recipe.micro_batch, recipe.memory)]
+    choices = [(recipe.micro_batch_size, recipe.activation_checkpointing)]
     if sweep:
-        sizes = [2**power for power in range(3, 40) if 2**power < recipe.batch] + [recipe.batch]
-        modes = [mode for mode in MODES if mode != "budget" or compiles(recipe, device())]
+        sizes = [2**power for power in range(3, 40) if 2**power < recipe.global_batch_size] + [
+            recipe.global_batch_size
+        ]
+        modes = [mode for mode in MODES if mode != "selective" or should_compile(recipe, device())]
         choices = [(size, mode) for mode in modes for size in sizes]
     rows = []
     for size, mode in choices:
-        row = {"micro_batch": size, "memory": mode, "pairs_per_s": None, "peak_memory_gb": None}
+        row = {"micro_batch_size": size, "memory": mode, "pairs_per_s": None, "peak_memory_gb": None}
         try:
             row |= in_fresh_process(
-                measure_step, dataclasses.replace(recipe, micro_batch=size, memory=mode), steps
+                measure_step,
+                dataclasses.replace(recipe, micro_batch_size=size, activation_checkpointing=mode),
+                steps,
             )
             row["share_of_peak"] = row["pairs_per_s"] * gflop_per_pair / matmul_tflop_per_s / 1e3
         except OutOfMemory:
             pass
         rows.append(row)
         print(
-            f"micro_batch {row['micro_batch']}, {row['memory']}: {row['pairs_per_s'] or 'out of memory'}",
+            f"micro_batch_size {row['micro_batch_size']}, {row['memory']}: {row['pairs_per_s'] or 'out of memory'}",
             file=sys.stderr,
         )
     return rows

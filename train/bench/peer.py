@@ -117,10 +117,10 @@ def check_peer(recipe: Recipe) -> None:
             f"{recipe.data}: open_clip_train wants a shard per worker, these are {tars}; pass --workers"
             f" {tars}"
         )
-    if recipe.batch % chunk:
+    if recipe.global_batch_size % chunk:
         raise UserError(
-            f"--micro_batch {chunk}: open_clip_train computes equal chunks alone; pass a divisor of --batch"
-            f" {recipe.batch}"
+            f"--micro_batch_size {chunk}: open_clip_train computes equal chunks alone; pass a divisor of --global_batch_size"
+            f" {recipe.global_batch_size}"
         )
 
 
@@ -152,17 +152,17 @@ def their_words(recipe: Recipe, steps: int, device: torch.device) -> list[str]:
         "precision": {"bf16": "amp_bf16", "fp32": "fp32"}[recipe.precision],
         "train-data": "::".join(tars),
         "dataset-type": "webdataset",
-        "train-num-samples": steps * recipe.batch,
+        "train-num-samples": steps * recipe.global_batch_size,
         "epochs": 1,
         "batch-size": chunk,
-        "accum-freq": recipe.batch // chunk,
+        "accum-freq": recipe.global_batch_size // chunk,
         "workers": recipe.workers,
         "lr": optim.lr,
         "beta1": optim.beta1,
         "beta2": optim.beta2,
         "eps": optim.eps,
         "wd": optim.weight_decay,
-        "grad-clip-norm": optim.clip,
+        "grad-clip-norm": optim.max_grad_norm,
         "warmup": 1,
         "seed": recipe.seed,
         "log-every-n-steps": recipe.log_every_steps,
@@ -177,7 +177,11 @@ def their_words(recipe: Recipe, steps: int, device: torch.device) -> list[str]:
 
 
 def their_chunk(recipe: Recipe) -> int:
-    return recipe.batch if recipe.micro_batch == "auto" else min(recipe.batch, recipe.micro_batch)
+    return (
+        recipe.global_batch_size
+        if recipe.micro_batch_size == "auto"
+        else min(recipe.global_batch_size, recipe.micro_batch_size)
+    )
 
 
 def run(command: Command, folder: Path) -> dict:

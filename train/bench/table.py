@@ -56,7 +56,7 @@ def write_png(path: Path, figure: Figure) -> None:
 
 
 def _step_name(row: dict) -> str:
-    return f"step: micro_batch {row['micro_batch']}, memory {row['memory']}"
+    return f"step: micro_batch_size {row['micro_batch_size']}, memory {row['memory']}"
 
 
 def _path_name(row: dict) -> str:

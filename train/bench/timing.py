@@ -14,7 +14,7 @@ from train.bench.peer import peak_memory_gb
 from train.data.loader import Batch, TrainPairs, train_loader
 from train.data.order import Order
 from train.loss import loss_of, train_logit_bias
-from train.model.activation_memory import arrange, choose, compiles
+from train.model.activation_memory import apply_checkpointing, fit_micro_batch, should_compile
 from train.model.clip import Clip, clamp_logit_scale, load
 from train.optim import build_optimizer
 from train.recipe import Recipe
@@ -54,8 +54,8 @@ class Stepper:
         self.batches = _batches(recipe, clip, self.world)
         clip.towers.bf16 = recipe.precision == "bf16"
         self.towers = clip.towers.to(self.world.device)
-        self.memory, self.micro_batch = choose(self.towers, recipe, self.world)
-        arrange(self.towers.model, self.memory, compiles(recipe, self.world.device))
+        self.memory, self.micro_batch_size = fit_micro_batch(self.towers, recipe, self.world)
+        apply_checkpointing(self.towers.model, self.memory, should_compile(recipe, self.world.device))
         self.towers.train()
         self.optimizer = build_optimizer(self.towers, recipe.optim)
         self.clock, self.spans, self.samples = Clock(self.world.device), [], 0
@@ -69,21 +69,21 @@ class Stepper:
         backward(
             self.towers,
             batch,
-            self.micro_batch,
+            self.micro_batch_size,
             self.world,
             self.recipe.seed,
             self.samples,
             loss_of(self.recipe),
         )
         marks.append(self.clock.mark())
-        torch.nn.utils.clip_grad_norm_(self.towers.parameters(), self.recipe.optim.clip)
+        torch.nn.utils.clip_grad_norm_(self.towers.parameters(), self.recipe.optim.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.recipe.loss == "clip":
             clamp_logit_scale(self.towers)
         marks.append(self.clock.mark())
         self.spans += zip(("data", "forward and backward", "optimizer"), marks, marks[1:], strict=False)
-        self.samples += self.recipe.batch
+        self.samples += self.recipe.global_batch_size
 
     def seconds(self) -> dict[str, float]:
         """Of each of PARTS, summed over `spans`; the loss and what is computed again are part of the backward
@@ -120,11 +120,11 @@ def measure_step(recipe: Recipe, steps: int) -> dict:
     parts = step.seconds()
     step_s = sum(parts.values()) / steps
     seconds = {f"{part}_s": parts[part] / steps for part in PARTS}
-    chosen = {"micro_batch": step.micro_batch, "memory": step.memory}
+    chosen = {"micro_batch_size": step.micro_batch_size, "memory": step.memory}
     return {
         **chosen,
         "step_s": step_s,
-        "pairs_per_s": recipe.batch / step_s,
+        "pairs_per_s": recipe.global_batch_size / step_s,
         **seconds,
         "peak_memory_gb": peak_memory_gb(),
     }
@@ -203,7 +203,10 @@ def device() -> torch.device:
 def _batches(recipe: Recipe, clip: Clip, world: World) -> Iterator[Batch]:
     shards = Shards(recipe.data, "train")
     order = Order(
-        shards.shard_sizes, recipe.batch, recipe.seed, shards.groups if recipe.spread_mates else None
+        shards.shard_sizes,
+        recipe.global_batch_size,
+        recipe.seed,
+        shards.groups if recipe.spread_mates else None,
     )
     data = TrainPairs(shards, order, clip.image_size, recipe.augment, recipe.captions)
     return train_loader(data, clip.tokenize, 0, 1 << 40, world, recipe.workers)

@@ -91,7 +91,7 @@ def draw_view(augment: Augment, size: tuple[int, int], uniforms: Sequence[float]
         corner = tuple(
             int((side - inner + 1) * at) for side, inner, at in zip(size, shape, place, strict=True)
         )
-    if small_coin < augment.small_prob:
+    if small_coin < augment.downscale_prob:
         part = SMALLEST ** (1 - small_part)
         small = tuple(min(side, max(SMALLEST_PX, round(part * side))) for side in shape)
     return View(small, shape, corner)

@@ -5,9 +5,9 @@ none        everything                                          nothing
 budget      what blocks, products and attention give            norms, activations and sums, within each compiled block
 checkpoint  the input of each block                             each block: a third more time
 
-"budget" is torch's selective checkpointing, and not its activation_memory_budget: that is a part of all bytes
+"selective" is torch's selective checkpointing, and not its activation_memory_budget: that is a part of all bytes
 kept, among them the casts of weights, and where these are many (bf16, few tokens) 0.7 recomputed every
-product of a block, without a word. A batch that does not fit is taken in chunks of micro_batch pairs
+product of a block, without a word. A batch that does not fit is taken in chunks of micro_batch_size pairs
 (train.step), which is exact and computes every forward twice."""
 
 import contextlib
@@ -26,8 +26,8 @@ from data_prep.errors import UserError
 from train.recipe import Recipe
 from train.world import World
 
-MODES = ("none", "budget", "checkpoint")  # each takes less memory, and more time, than the one before
-# It warns of in-place operations in what is computed again; these blocks have none, or "checkpoint" would be
+MODES = ("none", "selective", "full")  # each takes less memory, and more time, than the one before
+# It warns of in-place operations in what is computed again; these blocks have none, or "full" would be
 # wrong as well.
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 ATEN = torch.ops.aten
@@ -41,22 +41,22 @@ SPARE = 0.85  # of the free memory; the rest is for workspaces, the loss and fra
 LEAST_CHUNK = 16  # pairs; smaller chunks leave a GPU idle, and recomputing blocks is the lesser evil
 
 
-def compiles(recipe: Recipe, device: torch.device) -> bool:
+def should_compile(recipe: Recipe, device: torch.device) -> bool:
     """Whether the blocks of the towers are compiled."""
     return (
         recipe.compile == "yes"
-        or recipe.memory == "budget"
+        or recipe.activation_checkpointing == "selective"
         or (recipe.compile == "auto" and device.type == "cuda")
     )
 
 
-def arrange(model: nn.Module, memory: str, compiled: bool) -> None:
+def apply_checkpointing(model: nn.Module, memory: str, compiled: bool) -> None:
     """Make an open_clip model keep what `memory` says; equal blocks are compiled once for all of them."""
     torch.compiler.reset()
-    model.set_grad_checkpointing(memory == "checkpoint")
+    model.set_grad_checkpointing(memory == "full")
     for block in blocks(model):
         kind = getattr(type(block), "kind_before", type(block))
-        block.__class__ = _keeping_products(kind) if memory == "budget" else kind
+        block.__class__ = _keeping_products(kind) if memory == "selective" else kind
         block._compiled_call_impl = None
         if compiled:
             block.compile()
@@ -98,8 +98,8 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
-def choose(towers: nn.Module, recipe: Recipe, world: World) -> tuple[str, int]:
-    """The recipe's memory and micro_batch, with "auto" replaced by what a step of a few pairs measures; alike
+def fit_micro_batch(towers: nn.Module, recipe: Recipe, world: World) -> tuple[str, int]:
+    """The recipe's memory and micro_batch_size, with "auto" replaced by what a step of a few pairs measures; alike
     on all ranks.
 
     The fastest that fits: the share of the batch whole, in the first of MODES that can; else in the fewest
@@ -111,11 +111,11 @@ def choose(towers: nn.Module, recipe: Recipe, world: World) -> tuple[str, int]:
     Raises:
         UserError: not even one pair fits.
     """
-    share = recipe.batch // world.world_size
-    asked = share if recipe.micro_batch == "auto" else min(recipe.micro_batch, share)
-    possible = [mode for mode in MODES if mode != "budget" or compiles(recipe, world.device)]
-    modes = possible if recipe.memory == "auto" else [recipe.memory]
-    if len(modes) == 1 and recipe.micro_batch != "auto":
+    share = recipe.global_batch_size // world.world_size
+    asked = share if recipe.micro_batch_size == "auto" else min(recipe.micro_batch_size, share)
+    possible = [mode for mode in MODES if mode != "selective" or should_compile(recipe, world.device)]
+    modes = possible if recipe.activation_checkpointing == "auto" else [recipe.activation_checkpointing]
+    if len(modes) == 1 and recipe.micro_batch_size != "auto":
         return modes[0], asked
     fits = {}
     for mode in modes:
@@ -123,7 +123,7 @@ def choose(towers: nn.Module, recipe: Recipe, world: World) -> tuple[str, int]:
         fits[mode] = -int(world.max(-mine))
         if fits[mode] >= asked:
             return mode, asked
-    if recipe.micro_batch != "auto":
+    if recipe.micro_batch_size != "auto":
         return modes[-1], asked
     mode = next((mode for mode in modes if fits[mode] >= LEAST_CHUNK), modes[-1])
     if fits[mode] < 1:
@@ -140,9 +140,9 @@ def pairs_that_fit(towers: nn.Module, memory: str, recipe: Recipe, world: World,
     """
     free = free_bytes(world.device)
     trained = sum(parameter.nbytes for parameter in towers.parameters() if parameter.requires_grad)
-    arrange(towers.model, memory, compiles(recipe, world.device))
+    apply_checkpointing(towers.model, memory, should_compile(recipe, world.device))
     towers.train()
-    batch = made_up_batch(towers, n, world.device)
+    batch = dummy_batch(towers, n, world.device)
     buffers = {
         name: buffer.clone() for name, buffer in towers.named_buffers()
     }  # a BatchNorm's would remember the noise
@@ -150,14 +150,14 @@ def pairs_that_fit(towers: nn.Module, memory: str, recipe: Recipe, world: World,
         for _ in range(2):  # the first also makes the gradients, and compiles
             torch.cuda.reset_peak_memory_stats(world.device)
             before = torch.cuda.memory_allocated(world.device)
-            made_up_loss(towers(*batch)).backward()
+            dummy_loss(towers(*batch)).backward()
         each = (torch.cuda.max_memory_allocated(world.device) - before) / n
         towers.zero_grad()
         torch.cuda.empty_cache()
     else:
         each = saved_bytes(towers, batch) / n
-        if memory == "checkpoint":  # and one block at a time as a whole
-            arrange(towers.model, "none", compiled=False)
+        if memory == "full":  # and one block at a time as a whole
+            apply_checkpointing(towers.model, "none", compiled=False)
             each += saved_bytes(towers, batch) / n / max(1, len(blocks(towers.model)))
     for name, buffer in towers.named_buffers():
         buffer.copy_(buffers[name])
@@ -187,7 +187,7 @@ def saved_bytes(towers: nn.Module, batch: tuple) -> int:
     return sum(size for size, _ in kept.values())
 
 
-def made_up_batch(towers: nn.Module, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def dummy_batch(towers: nn.Module, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise, and captions that fill the whole context."""
     size = towers.model.visual.image_size
     images = torch.randint(
@@ -208,6 +208,6 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def made_up_loss(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def dummy_loss(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     image_features, text_features, logit_scale, *_ = outputs
     return (image_features @ text_features.T).mean() * logit_scale

@@ -25,7 +25,7 @@ from torchvision.transforms import Compose, Normalize, PILToTensor
 
 from data_prep.errors import UserError
 from train.data.augment import change
-from train.model.text import cutter, encode_text
+from train.model.text import encode_text, trimmer
 
 MODELS = Path(__file__).parent / "configs"  # architectures of ours, in open_clip's format
 CONFIG_FILE, WEIGHTS_FILE = (
@@ -135,7 +135,7 @@ class Clip:
         """The tokenizer, with its tokens cut after the longest caption where that changes nothing: int64 [n,
         L].
         """
-        return cutter(self.towers.model, self.tokenizer)
+        return trimmer(self.towers.model, self.tokenizer)
 
     def fingerprint(self) -> str:
         """sha256 of the weights: what a result is of, whatever its file was called."""

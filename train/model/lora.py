@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from data_prep.errors import UserError
-from train.model.activation_memory import made_up_batch, made_up_loss
+from train.model.activation_memory import dummy_batch, dummy_loss
 from train.model.clip import Towers
 
 PART = re.compile(r"(.*?)parametrizations\.(\w+)\.(original|0\.A|0\.B)")
@@ -54,7 +54,7 @@ def adapt(towers: Towers, rank: int, seed: int) -> None:
                 register_parametrization(layer, name, LowRank(getattr(layer, name), rank))
         for name, parameter in towers.model.named_parameters():
             parameter.requires_grad_(name in ("logit_scale", "logit_bias") or name.endswith((ROWS, COLUMNS)))
-        made_up_loss(towers(*made_up_batch(towers, 2, torch.device("cpu")))).backward()
+        dummy_loss(towers(*dummy_batch(towers, 2, torch.device("cpu")))).backward()
     adapters = [
         (name, parameter)
         for name, parameter in towers.model.named_parameters()

@@ -37,7 +37,7 @@ def causal_tower(model: nn.Module) -> nn.Module | None:
     return tower
 
 
-def cutter(model: nn.Module, tokenizer: Callable) -> Callable[[list[str]], torch.Tensor]:
+def trimmer(model: nn.Module, tokenizer: Callable) -> Callable[[list[str]], torch.Tensor]:
     """`tokenizer` with its tokens cut as is exact for `model`; it holds no weights, and goes to workers
     however they start.
     """
@@ -46,10 +46,10 @@ def cutter(model: nn.Module, tokenizer: Callable) -> Callable[[list[str]], torch
 
 
 def _tokenized(tokenizer: Callable, pool: tuple[str, int | None] | None, captions: list[str]) -> torch.Tensor:
-    return cut(tokenizer(captions), pool)
+    return trim_padding(tokenizer(captions), pool)
 
 
-def cut(tokens: torch.Tensor, pool: tuple[str, int | None] | None) -> torch.Tensor:
+def trim_padding(tokens: torch.Tensor, pool: tuple[str, int | None] | None) -> torch.Tensor:
     """int64 [n, L] up to the end of its longest caption, and to the next multiple of 8; whole where `pool` is
     None.
     """

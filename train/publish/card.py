@@ -23,7 +23,7 @@ from data_prep.errors import UserError
 from train.export.folder import data_of
 from train.model.clip import CONFIG_FILE, WEIGHTS_FILE, load, public_name
 from train.publish.card_tables import DIRECTIONS, markdown_table, read_tables
-from train.recipe import FREE_TO_CHANGE
+from train.recipe import RESUME_SAFE
 from train.retain.select import EMA, TRAINED
 
 TEMPLATE = Path(__file__).parent / "card.md"
@@ -119,7 +119,7 @@ def recipe_table(recipe: dict) -> str:
     """The keys that decide what a run computes."""
     leaves = {}
     for key, value in recipe.items():
-        if key not in FREE_TO_CHANGE:
+        if key not in RESUME_SAFE:
             leaves |= (
                 {f"{key}.{name}": each for name, each in value.items()}
                 if isinstance(value, dict)

@@ -37,17 +37,20 @@ def replay_pairs(recipe: Recipe, world: World) -> Shards | None:
     """
     if not recipe.replay:
         return None
-    pairs, of_step = Shards(recipe.replay, "train"), recipe.batch // PART
-    if recipe.batch % (PART * world.world_size):
-        fitting = recipe.batch - recipe.batch % (PART * world.world_size) or PART * world.world_size
+    pairs, of_step = Shards(recipe.replay, "train"), recipe.global_batch_size // PART
+    if recipe.global_batch_size % (PART * world.world_size):
+        fitting = (
+            recipe.global_batch_size - recipe.global_batch_size % (PART * world.world_size)
+            or PART * world.world_size
+        )
         raise UserError(
-            f"--replay: as many pairs as a quarter of the batch are replayed, and of --batch {recipe.batch} "
-            f"that cannot be shared evenly by {world.world_size} ranks; pass --batch {fitting}"
+            f"--replay: as many pairs as a quarter of the batch are replayed, and of --global_batch_size {recipe.global_batch_size} "
+            f"that cannot be shared evenly by {world.world_size} ranks; pass --global_batch_size {fitting}"
         )
     if len(pairs) < of_step:
         raise UserError(
             f"{recipe.replay}: {len(pairs)} pairs to replay are fewer than the {of_step} of one step; pass a"
-            " smaller --batch"
+            " smaller --global_batch_size"
         )
     pairs.verify(world.rank, world.world_size)
     return pairs
@@ -63,13 +66,13 @@ class Replay:
         """
         self.base = copy.deepcopy(clip.towers).requires_grad_(False).eval()
         self.weight, self.device = recipe.replay_weight, world.device
-        order = Order(pairs.shard_sizes, recipe.batch // PART, recipe.seed)
+        order = Order(pairs.shard_sizes, recipe.global_batch_size // PART, recipe.seed)
         data = TrainPairs(pairs, order, clip.image_size, recipe.augment, recipe.captions)
         self.batches = train_loader(
             data, clip.tokenize, samples // PART, end // PART, world, -(-recipe.workers // PART)
         )
 
-    def backward(self, towers: nn.Module, micro_batch: int) -> torch.Tensor:
+    def backward(self, towers: nn.Module, micro_batch_size: int) -> torch.Tensor:
         """Add the gradient of the next pairs' distance, weighted, to the parameters; gives this rank's
         distance, fp32 [].
 
@@ -84,7 +87,7 @@ class Replay:
         distance = torch.zeros((), device=self.device)
         towers.eval()
         with getattr(towers, "no_sync", contextlib.nullcontext)(), fp32_products("high", self.device):
-            for chunk in chunks_of(batch, micro_batch):
+            for chunk in chunks_of(batch, micro_batch_size):
                 with torch.no_grad():
                     wanted = self.base(chunk.images, chunk.tokens, chunk.changes)
                 found = towers(chunk.images, chunk.tokens, chunk.changes)

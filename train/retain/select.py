@@ -26,7 +26,7 @@ State = dict[str, torch.Tensor]
 Validate = Callable[[Clip, World], dict[str, float]]
 TRAINED, EMA = "trained", "ema"
 FILES = {TRAINED: "training.safetensors", EMA: "ema.safetensors"}
-CONTROL = "control/mean/R@1"
+CONTROL = "retention/mean/R@1"
 LOWER_IS_BETTER = ("mean_rank", "median_rank", "tied", "R@1_gap")
 
 
@@ -34,9 +34,9 @@ class Score(NamedTuple):
     """What candidates are compared by, from left to right.
 
     Attributes:
-        keeps: whether the control score is at most `control_drop` below the base's; always, where there is no
+        keeps: whether the control score is at most `max_retention_drop` below the base's; always, where there is no
             control set.
-        value: of the metric `best_by`, negative where lower is better; of weights that do not keep, the
+        value: of the metric `best_metric`, negative where lower is better; of weights that do not keep, the
             control score.
     """
 
@@ -47,15 +47,15 @@ class Score(NamedTuple):
 NO_SCORE = Score(False, float("-inf"))
 
 
-class Pick(NamedTuple):
+class Selection(NamedTuple):
     """Which weights are to be used, and their score if they were validated."""
 
     weights: str = TRAINED
     score: Score | None = None
 
 
-class Choice:
-    """The candidates of one run: "trained", "ema" and "mixture 0.50", which is a mixture of the average where
+class WeightSelector:
+    """The candidates of one run: "trained", "ema" and "wise_ft 0.50", which is a mixture of the average where
     there is one.
 
     Attributes:
@@ -70,7 +70,7 @@ class Choice:
         self.clip, self.recipe, self.model = clip, recipe, clip.towers.model
         # foreach=False: that one takes a weight which is still on its way on the device; see after_step().
         self.ema = ModelEmaV3(self.model, recipe.ema, use_warmup=True, foreach=False) if recipe.ema else None
-        self.shares = {f"mixture {share:.2f}": share for share in recipe.mixtures}
+        self.shares = {f"wise_ft {share:.2f}": share for share in recipe.wise_ft}
         # Without LoRA's A: a part of B A is a part of B times the A that it was trained with.
         before = {name: tensor for name, tensor in self.model.state_dict().items() if not name.endswith(ROWS)}
         self.base = (
@@ -97,20 +97,20 @@ class Choice:
             UserError: there is nothing to choose by.
         """
         metrics = validate(self.clip, world)
-        check_best_by(self.recipe, metrics)
+        check_best_metric(self.recipe, metrics)
         self.base_control = metrics.get(CONTROL)
         return metrics
 
-    def validate(self, validate: Validate, world: World) -> tuple[dict[str, float], Pick]:
+    def validate(self, validate: Validate, world: World) -> tuple[dict[str, float], Selection]:
         """Validate all candidates; the weights in training are then what they were, bit for bit.
 
         Returns:
-            Metrics: val/mean/R@1 of the weights in training, ema/val/mean/R@1, mixture-0.50/val/mean/R@1; and
+            Metrics: val/mean/R@1 of the weights in training, ema/val/mean/R@1, wise_ft-0.50/val/mean/R@1; and
                 the best candidate,
             of equals the first.
         """
         metrics = validate(self.clip, world)
-        best = Pick(TRAINED, self.score(metrics))
+        best = Selection(TRAINED, self.score(metrics))
         if others := [*([EMA] if self.ema else []), *self.shares]:
             trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             ema = self.ema.module.state_dict() if self.ema else {}
@@ -119,20 +119,20 @@ class Choice:
                 found = validate(self.clip, world)
                 metrics |= {prefix(name) + metric: value for metric, value in found.items()}
                 if (score := self.score(found)) and score > best.score:
-                    best = Pick(name, score)
+                    best = Selection(name, score)
             put(self.model, trained)
         return metrics, best
 
     def score(self, metrics: dict[str, float]) -> Score | None:
-        if self.recipe.best_by not in metrics:
+        if self.recipe.best_metric not in metrics:
             return None
         if (
             self.base_control is not None
-            and self.base_control - metrics[CONTROL] > self.recipe.control_drop + 1e-9
+            and self.base_control - metrics[CONTROL] > self.recipe.max_retention_drop + 1e-9
         ):
             return Score(False, metrics[CONTROL])
-        value = metrics[self.recipe.best_by]
-        return Score(True, -value if self.recipe.best_by.endswith(LOWER_IS_BETTER) else value)
+        value = metrics[self.recipe.best_metric]
+        return Score(True, -value if self.recipe.best_metric.endswith(LOWER_IS_BETTER) else value)
 
     def weights(self, name: str, trained: State, ema: State) -> State:
         """The candidate `name` of these weights in training and this average."""
@@ -172,26 +172,28 @@ class Choice:
         self.base_control = json.loads((folder / "state.json").read_text()).get("base_control")
 
 
-def check_best_by(recipe: Recipe, metrics: Iterable[str]) -> None:
+def check_best_metric(recipe: Recipe, metrics: Iterable[str]) -> None:
     """Refuse to choose by what no validation finds.
 
     Args:
         metrics: names of what one finds; none where shards have no val split.
     """
-    if recipe.best_by in metrics:
+    if recipe.best_metric in metrics:
         return
     if names := ", ".join(metrics):
-        raise UserError(f"--best_by {recipe.best_by}: no metric of this run's validation; it can be {names}")
+        raise UserError(
+            f"--best_metric {recipe.best_metric}: no metric of this run's validation; it can be {names}"
+        )
     if (
         recipe.ema
-        or recipe.mixtures
+        or recipe.wise_ft
         or recipe.patience_epochs
-        or recipe.control
-        or recipe.best_by != Recipe.best_by
+        or recipe.retention_set
+        or recipe.best_metric != Recipe.best_metric
     ):
         raise UserError(
-            f"{recipe.data}: has no val split, and --ema, --mixtures, --patience_epochs, --control and"
-            " --best_by choose by that; leave them out, or build shards with one: python -m data_prep build"
+            f"{recipe.data}: has no val split, and --ema, --wise_ft, --patience_epochs, --retention_set and"
+            " --best_metric choose by that; leave them out, or build shards with one: python -m data_prep build"
             " ... --val 0.1"
         )
 
@@ -219,14 +221,14 @@ def put(model: nn.Module, state: State) -> None:
 
 
 def part(kept: State, name: str) -> State:
-    """The entries of one module of Choice.kept, with the names that it gives them."""
+    """The entries of one module of WeightSelector.kept, with the names that it gives them."""
     return {
         key.removeprefix(f"{name}."): tensor for key, tensor in kept.items() if key.startswith(f"{name}.")
     }
 
 
 def prefix(weights: str) -> str:
-    """What stands before a candidate's metrics: "mixture 0.50" -> "mixture-0.50/"; nothing for the weights in
+    """What stands before a candidate's metrics: "wise_ft 0.50" -> "wise_ft-0.50/"; nothing for the weights in
     training.
     """
     return "" if weights == TRAINED else f"{weights.replace(' ', '-')}/"

@@ -96,7 +96,7 @@ class Snapshot:
         return self.buffers[key, name]
 
 
-class Writer:
+class AsyncWriter:
     """One thread, which writes one checkpoint at a time; of the first rank, elsewhere idle.
 
     Attributes:
@@ -112,7 +112,7 @@ class Writer:
             1, "checkpoint"
         )  # Python waits for it at exit, whatever happens
 
-    def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def allocate(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Take the memory of the snapshots; where it cannot be had, training will wait for each checkpoint."""
         try:
             self.snapshot = Snapshot(model, optimizer)
@@ -151,9 +151,9 @@ class Writer:
         self.copied.clear()
         self.writing = self.thread.submit(work)
         if not self.snapshot:
-            self.settle()
+            self.join()
 
-    def await_copy(self) -> None:
+    def wait_for_snapshot(self) -> None:
         """Before weights or moments change: until they are copied, if they are to be written."""
         started = time.perf_counter()
         self.copied.wait()
@@ -164,7 +164,7 @@ class Writer:
     def has_failed(self) -> bool:
         return self.writing is not None and self.writing.done() and self.writing.exception() is not None
 
-    def settle(self) -> None:
+    def join(self) -> None:
         """Until nothing is being written, however that ends; wait() says how."""
         futures.wait([self.writing] if self.writing else [])
 

@@ -4,7 +4,7 @@ RUN/recipe.yaml           the merged recipe; itself a recipe
 RUN/environment.json      versions, git commit, machine
 RUN/status.json           running, stopped or finished; samples, speed, ETA, last checkpoint, and when that was written
 RUN/metrics.jsonl         one line per logged step and per validation; also as TensorBoard events in RUN/tensorboard
-RUN/bad_steps.jsonl       steps that were left out, because their loss or gradient was not finite, with their samples' keys
+RUN/nonfinite_steps.jsonl       steps that were left out, because their loss or gradient was not finite, with their samples' keys
 RUN/checkpoints/samples-000123456/   open_clip_config.json and open_clip_model.safetensors (open_clip's local-dir:), the weights to use;
                                      training.safetensors, ema.safetensors: those to go on from, where they
                                      are others (train.retain.select); optimizer.pt, state.json with the
@@ -31,10 +31,10 @@ from safetensors import SafetensorError
 from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, NotFinite, UserError
 from train.recipe import Recipe, differences, flags_of, parse, to_yaml
-from train.retain.select import NO_SCORE, Choice, Pick, Score
-from train.run.async_writer import Writer
+from train.retain.select import NO_SCORE, Score, Selection, WeightSelector
+from train.run.async_writer import AsyncWriter
 from train.run.checkpoint import clear, link_best, newest, prune, write
-from train.run.lock import Claim
+from train.run.lock import RunLock
 from train.world import World
 
 BEFORE = (
@@ -71,8 +71,8 @@ class Run:
         self.recipe, self.world, self.folder = recipe, world, Path(recipe.run)
         self.samples, self.best, self.best_checkpoint = 0, NO_SCORE, ""
         self.checkpoint, self.pending = None, None
-        self.rolled_back, self.beat_at, self.claim = False, 0.0, Claim(self.folder)
-        self.writer = Writer()
+        self.rolled_back, self.beat_at, self.claim = False, 0.0, RunLock(self.folder)
+        self.writer = AsyncWriter()
         self.trouble: Fault | None = None
         self.fingerprints: dict[str, str | None] = {}  # of what check_data() has seen
         if (self.folder / "recipe.yaml").is_file():
@@ -122,7 +122,7 @@ class Run:
                 f" --{key}"
             )
 
-    def start(self, choice: Choice, optimizer: torch.optim.Optimizer) -> None:
+    def start(self, choice: WeightSelector, optimizer: torch.optim.Optimizer) -> None:
         """Write what the run is, before its first step, and take the memory in which checkpoints wait to be
         written.
         """
@@ -142,7 +142,7 @@ class Run:
                     self.folder / "checkpoints", self.best_checkpoint
                 )  # a kill may have come between the checkpoint and its link
             self._write_status("running", self.samples)
-            self.writer.reserve(choice.kept, optimizer)
+            self.writer.allocate(choice.kept, optimizer)
         self.world.barrier()
 
     def beat(self, samples: int, **values: float) -> None:
@@ -164,7 +164,7 @@ class Run:
     def close(self) -> None:
         """Let others write here."""
         self.writer.close()
-        self.claim.give_back()
+        self.claim.release()
 
     def _status(self) -> dict:
         path = self.folder / "status.json"
@@ -201,7 +201,7 @@ class Run:
                 NO_SCORE if state["score"] is None else Score(state.get("keeps", True), state["score"])
             )
 
-    def restore(self, choice: Choice, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, choice: WeightSelector, optimizer: torch.optim.Optimizer) -> None:
         """Put the checkpoint's weights and moments where they were; does nothing in a new run."""
         if self.checkpoint is None:
             return
@@ -210,11 +210,13 @@ class Run:
             torch.load(self.checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
         )
 
-    def save(self, choice: Choice, optimizer: torch.optim.Optimizer, samples: int, pick: Pick) -> None:
+    def save(
+        self, choice: WeightSelector, optimizer: torch.optim.Optimizer, samples: int, pick: Selection
+    ) -> None:
         """Begin a checkpoint of the weights and moments as they are now; it is copied and written while
         training goes on.
 
-        Whoever changes them next calls writer.await_copy() before. `pick` says which of them are to be used.
+        Whoever changes them next calls writer.wait_for_snapshot() before. `pick` says which of them are to be used.
 
         Raises:
             Fault: the disk was full, or was not there, at the save before this one or since.
@@ -237,7 +239,7 @@ class Run:
             )
         self.writer.times["time/save_stall_s"] = time.perf_counter() - started
 
-    def _write(self, path: Path, choice: Choice, state: dict, kept: dict, moments: dict) -> None:
+    def _write(self, path: Path, choice: WeightSelector, state: dict, kept: dict, moments: dict) -> None:
         """By the writer's thread: a whole checkpoint, from which a run goes on whatever happens next."""
 
         def fill(folder: Path) -> None:
@@ -248,7 +250,7 @@ class Run:
             write(path, fill, state, self.claim.check)
             self.checkpoint = path  # from here on status.json may name it
             link_best(path.parent, state["best_checkpoint"])
-            prune(path.parent, self.recipe.keep, state["best_checkpoint"])
+            prune(path.parent, self.recipe.keep_checkpoints, state["best_checkpoint"])
         except (
             OSError,
             SafetensorError,
@@ -260,7 +262,7 @@ class Run:
         """Until the checkpoint that was begun is on disk; what kept it from that is raised on all ranks. All
         of them call this.
         """
-        self.world.together(self._wait)
+        self.world.all_or_raise(self._wait)
         self.checkpoint, self.pending = self.pending or self.checkpoint, None  # on every rank
 
     def _wait(self) -> None:
@@ -302,7 +304,7 @@ class Run:
         self.wait()
         trouble = (
             f"{self.folder}: the last {n_bad} steps before {samples} pairs had a loss or gradient that is not"
-            " finite (bad_steps.jsonl)"
+            " finite (nonfinite_steps.jsonl)"
         )
         if self.rolled_back or self.checkpoint is None:
             why = (
@@ -315,7 +317,7 @@ class Run:
                 f" or try again as another run with half the rate, --optim.lr {self.recipe.optim.lr / 2:.1e}"
             )
         self.rolled_back = True
-        self.world.together(lambda: self._roll_back(samples, trouble) if self.world.is_first else None)
+        self.world.all_or_raise(lambda: self._roll_back(samples, trouble) if self.world.is_first else None)
 
     def _roll_back(self, samples: int, trouble: str) -> None:
         def fill(folder: Path) -> None:
@@ -340,7 +342,7 @@ class Run:
         if kind is None:
             self.wait()
         else:
-            self.writer.settle()
+            self.writer.join()
 
 
 def _may_precede(path: Path) -> bool:

@@ -26,7 +26,7 @@ WAIT_S = 120  # that an attempt gives the one before it, cut off perhaps, to see
 FENCED_S = 10
 
 
-class Claim:
+class RunLock:
     """The right to write to a run folder, which this process has or takes."""
 
     def __init__(self, folder: Path):
@@ -70,7 +70,7 @@ class Claim:
             return error.errno in NO_LOCKS
         return True
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         file, self.file = self.file, None  # in one go: the thread that writes checkpoints may be here as well
         if file:
             file.close()
@@ -83,7 +83,7 @@ class Claim:
         """
         mine, path = os.environ.get("RUN_ATTEMPT"), self.folder / "attempt"
         if mine and path.is_file() and (current := path.read_text().strip()) != mine:
-            self.give_back()
+            self.release()
             time.sleep(FENCED_S)
             raise Fenced(
                 f"{self.folder}: attempt {current} has taken over from this one, {mine}; nothing was written"

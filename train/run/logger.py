@@ -25,7 +25,7 @@ DATA_WAIT = 0.02  # of the step's time: more is worth a word
 FOLLOWED = ("val/image_to_text/R@1", "val/text_to_image/R@1")
 
 
-class Logbook:
+class Logger:
     """The log of one run, written by the first rank; every rank must call step()."""
 
     def __init__(self, run: Run, samples: int, end: int, samples_per_epoch: int, world: World):
@@ -153,7 +153,7 @@ class Logbook:
         if self.first:
             self.bar.write(text)
 
-    def __enter__(self) -> "Logbook":
+    def __enter__(self) -> "Logger":
         return self
 
     def __exit__(self, *_) -> None:

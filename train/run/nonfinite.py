@@ -3,7 +3,7 @@ back.
 
 loss and grad_norm, alike on all ranks -> optimizer.found_inf, on the device -> AdamW leaves weights and
                                        moments as they are
-                                       -> read by the host when it logs       -> RUN/bad_steps.jsonl, and the limit
+                                       -> read by the host when it logs       -> RUN/nonfinite_steps.jsonl, and the limit
 
 No host waits for a device because of this.
 """
@@ -18,7 +18,7 @@ from train.run.logger import reopened
 from train.world import World
 
 
-class BadSteps:
+class NonFiniteGuard:
     """What happened since a run was opened at `samples`; every rank holds the same.
 
     Attributes:
@@ -32,7 +32,7 @@ class BadSteps:
         """
         self.keys_of, self.first = keys_of, world.is_first
         self.in_a_row, self.seen = 0, []
-        self.file = reopened(folder / "bad_steps.jsonl", samples) if self.first else None
+        self.file = reopened(folder / "nonfinite_steps.jsonl", samples) if self.first else None
 
     def judge(
         self, optimizer: torch.optim.Optimizer, samples: int, loss: torch.Tensor, grad_norm: torch.Tensor
@@ -72,7 +72,7 @@ class BadSteps:
     def _numbers(self) -> list[list[float]]:
         return torch.stack([numbers for _, numbers in self.seen]).tolist() if self.seen else []
 
-    def __enter__(self) -> "BadSteps":
+    def __enter__(self) -> "NonFiniteGuard":
         return self
 
     def __exit__(self, *_) -> None:

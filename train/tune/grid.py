@@ -9,7 +9,7 @@ from pathlib import Path
 from data_prep.errors import UserError
 
 
-def cases(recipes: list[str], vary: list[str]) -> dict[str, tuple[str, list[str]]]:
+def expand_grid(recipes: list[str], vary: list[str]) -> dict[str, tuple[str, list[str]]]:
     """The runs of a sweep by name: {"demo-lr=1e-5-seed=0": ("demo.yaml", ["--optim.lr", "1e-5", "--seed",
     "0"])}.
 

@@ -1,6 +1,6 @@
 """Runs over values of a recipe's keys, one after another, and one table that says which was best.
 
-  python -m train.sweep train/recipes/icons.yaml --vary optim.lr=1e-5,3e-5 --vary batch=128,256 --data SHARDS
+  python -m train.sweep train/recipes/icons.yaml --vary optim.lr=1e-5,3e-5 --vary global_batch_size=128,256 --data SHARDS
       --run RUNS a run for each combination, four here, in RUNS/NAME; other flags of the recipe are of all of
       them
   ... --nproc 2               each on two GPUs
@@ -28,7 +28,7 @@ from train.loop import check_batch
 from train.recipe import AnyRecipe, Recipe, parse, plain, to_yaml
 from train.run.folder import Run
 from train.run.stop import Stop
-from train.tune.grid import cases
+from train.tune.grid import expand_grid
 from train.tune.table import markdown, recipes_in, results, write
 from train.world import World
 
@@ -111,13 +111,13 @@ def plan(words: list[str], schema: type[AnyRecipe], vary: list[str], folder: Pat
 
     Args:
         words: the command line, `[RECIPE.yaml] [--flag value ...]`, read as `schema`.
-        vary: see train.tune.grid.cases.
+        vary: see train.tune.grid.expand_grid.
         folder: to hold the run folders.
     """
     named = words[0] if not words[0].startswith("-") else "run"
     return {
         name: plain(parse([*words, *flags, "--run", str(folder / name)], schema))
-        for name, (_, flags) in cases([named], vary).items()
+        for name, (_, flags) in expand_grid([named], vary).items()
     }
 
 

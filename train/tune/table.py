@@ -7,13 +7,15 @@ from pathlib import Path
 
 from data_prep.atomic import atomic_file
 from train.bench.table import padded_table
-from train.recipe import FREE_TO_CHANGE, Recipe, flags_of, leaves, parse
+from train.recipe import RESUME_SAFE, Recipe, flags_of, leaves, parse
 from train.retain.select import CONTROL, TRAINED, prefix
 
-SCORE = "val/mean/R@1"  # what rows are sorted by; each run has chosen its weights to use by its own best_by
-UNTOLD = {*FREE_TO_CHANGE} - {
+SCORE = (
+    "val/mean/R@1"  # what rows are sorted by; each run has chosen its weights to use by its own best_metric
+)
+UNTOLD = {*RESUME_SAFE} - {
     "workers",
-    "micro_batch",
+    "micro_batch_size",
     "memory",
     "compile",
 }  # differences that no column is worth
