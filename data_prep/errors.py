@@ -46,6 +46,11 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; a UserError is printed and becomes the exit code. One that all ranks share is printed once."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough: `... | head`
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python flushes into the pipe at exit
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0":

@@ -1,0 +1,62 @@
+"""Command lines: each command has its own usage line and help, and answers before anything heavy is imported.
+
+A room's `__main__` maps names to functions by their place, "eval.retrieval.command:retrieval"; the module of a
+command imports torch and its like inside its function, so that --help takes a fraction of a second.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from data_prep.errors import UserError
+
+# Switches are switches (--overwrite), and no flag carries the name of the dataclass that it belongs to.
+CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+
+# What help calls the things that commands take.
+Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
+Shards = Annotated[Path, tyro.conf.arg(metavar="SHARDS")]
+Index = Annotated[Path, tyro.conf.arg(metavar="INDEX")]
+Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
+RecipeFile = Annotated[Path, tyro.conf.arg(metavar="RECIPE")]
+File = Annotated[Path, tyro.conf.arg(metavar="FILE")]
+OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+OptionalFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
+OptionalShards = Annotated[Path | None, tyro.conf.arg(metavar="SHARDS")]
+
+
+def run_command(command: Callable, prog: str, arguments: list[str] | None = None) -> object:
+    """Call `command` with the command line's arguments; its docstring is the help.
+
+    Args:
+        prog: of the usage line, "python -m eval retrieval".
+        arguments: sys.argv[1:] by default.
+    """
+    return tyro.cli(command, prog=prog, args=arguments, config=CONFIG)
+
+
+def run_commands(prog: str, guide: str, commands: dict[str, str]) -> None:
+    """Run the command that sys.argv[1] names; without one, or with --help alone, print the guide.
+
+    Args:
+        prog: "python -m eval".
+        guide: what the room can do, with examples; the room's own docstring.
+        commands: "module:function" by the name of the command.
+
+    Raises:
+        UserError: no such command.
+    """
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"usage: {prog} COMMAND [OPTIONS]      {prog} COMMAND --help\n\n{guide.strip()}")
+        return
+    known = name.replace("_", "-")
+    if known not in commands:
+        raise UserError(f"{prog} {name}: no such command; it can be {', '.join(commands)}")
+    module, _, function = commands[known].partition(":")
+    run_command(getattr(importlib.import_module(module), function), f"{prog} {known}", arguments)
