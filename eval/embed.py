@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,28 +10,11 @@ from torchvision.transforms import Compose
 
 from data_prep.progress import progress
 from data_prep.shards import Shards
+from eval.options import INFERENCE, Inference  # noqa: F401
 from eval.retrieval.ranking import check_finite
 from train.data.loader import EvalImages, loader
 from train.model.clip import Clip, load
 from train.world import World
-
-
-@dataclass(frozen=True)
-class Inference:
-    """How models are run; no figure depends on batch or workers.
-
-    Attributes:
-        batch: Images embedded at once.
-        workers: Processes that read images; 0 reads them in this one.
-        precision: Of the models; features are compared in fp32 always.
-    """
-
-    batch: int = 64
-    workers: int = 2
-    precision: Literal["bf16", "fp32"] = "fp32"
-
-
-INFERENCE = Inference()
 
 
 def ready(name: str, inference: Inference, world: World) -> Clip:
@@ -112,7 +94,7 @@ def embed_texts(clip: Clip, texts: list[str], world: World, inference: Inference
         NotFinite: a feature is not finite; the first such text is named.
     """
     clip.towers.eval()
-    mine = batches(len(texts), inference.batch)[world.rank :: world.world_size]
+    mine = batches(len(texts), inference.batch_size)[world.rank :: world.world_size]
     with torch.inference_mode():
         tokens = (clip.tokenize([texts[number] for number in numbers]) for numbers in mine)
         text_features = fill(len(texts), mine, tokens, clip.towers.text_features, world, "texts")
@@ -136,7 +118,7 @@ def embed_images(
         NotFinite: a feature is not finite; the first such sample is named.
     """
     clip.towers.eval()
-    mine = batches(len(shards), inference.batch)[world.rank :: world.world_size]
+    mine = batches(len(shards), inference.batch_size)[world.rank :: world.world_size]
     transform = Compose([change, clip.eval_transform]) if change else clip.eval_transform
     images = loader(EvalImages(shards, transform), mine, inference.workers, world)
     with torch.inference_mode():

@@ -1,0 +1,22 @@
+"""Options that several commands of eval share; light, so that --help imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How models are run. No figure depends on batch_size or workers.
+
+    Attributes:
+        batch_size: Images embedded at once.
+        workers: Processes that read images; 0 reads them in the main process.
+        precision: Of the models. Features are always compared in fp32.
+    """
+
+    batch_size: int = 64
+    workers: int = 2
+    precision: Literal["bf16", "fp32"] = "fp32"
+
+
+INFERENCE = Inference()
