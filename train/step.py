@@ -1,109 +1,167 @@
-"""The gradient of the global batch, whole or in micro batches: the same to rounding."""
+"""One optimizer step. The loop runs it, the benchmark times it, and the fault injection disturbs it.
+
+batch -> augment -> towers -> features -> loss -> gradients -> clipped -> AdamW -> L2-SP, EMA
+"""
 
 import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
 
-from train.data.loader import Batch
-from train.data.order import random_bits
-from train.loss import Loss, clip_loss, fp32_products
-from train.world import World
+from train.data.augment import Augmentation
+from train.data.loader import Batch, TrainPairs
+from train.data.order import Order, random_bits
+from train.loss import Loss, fp32_products
+from train.model.clip import Clip
+from train.optim import GuardedAdamW, lr_at, set_lr
+from train.recipe import Recipe
+from train.retain.l2sp import L2SP
+from train.retain.replay import Replay
+from train.retain.select import WeightSelector
+from train.run.nonfinite import NonFiniteGuard
+from train.world import World, no_sync
 
-DROPOUT = 4  # a stream of randomness beside those of train.data.order and train.data.loader
+DROPOUT = 4  # a stream of random bits beside those of train.data.order and train.data.loader
+
+Values = dict[str, torch.Tensor | float]  # what a step logs, by name; tensors stay on the device
 
 
-def wrap_ddp(towers: nn.Module, world: World, chunked: bool = False, compress: bool = False) -> nn.Module:
-    """`towers` so that backward() leaves the mean gradient of all ranks.
+@dataclass
+class TrainState:
+    """What steps change and what they need for it; setup() makes one, train_step() advances it.
 
-    Args:
-        chunked: whether steps will be in micro batches; DDP's static graph does not go with passes that are
-            not reduced.
-        compress: gradients travel in bf16.
+    Attributes:
+        clip: the model; its towers hold the weights in training.
+        towers: clip.towers, or DDP around them.
+        batches: this rank's batches, from `samples` on.
+        samples: pairs seen by all ranks. With `seed` it decides data order, augmentation, dropout and
+            learning rate.
+        end: pairs at the end of the run.
+        activation_checkpointing, micro_batch_size: as chosen where the recipe says auto.
     """
-    if world.world_size == 1:
-        return towers
-    together = DistributedDataParallel(towers, static_graph=not chunked, gradient_as_bucket_view=True)
-    if compress:
-        together.register_comm_hook(None, bf16_compress_hook)
-    return together
+
+    recipe: Recipe
+    world: World
+    clip: Clip
+    towers: nn.Module
+    optimizer: GuardedAdamW
+    augmentation: Augmentation
+    loss: Loss
+    order: Order
+    pairs: TrainPairs
+    batches: Iterator[Batch]
+    samples: int
+    end: int
+    activation_checkpointing: str
+    micro_batch_size: int
+    selector: WeightSelector
+    guard: NonFiniteGuard
+    l2_sp: L2SP | None = None
+    replay: Replay | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.samples // self.recipe.global_batch_size
+
+    @property
+    def steps(self) -> int:
+        return self.end // self.recipe.global_batch_size
 
 
-def backward(
-    towers: nn.Module,
-    batch: Batch,
-    micro_batch_size: int,
-    world: World,
-    seed: int,
-    samples: int,
-    loss: Loss = clip_loss,
-) -> torch.Tensor:
+def train_step(state: TrainState, batch: Batch) -> Values:
+    """Take one step on this rank's share of a global batch, and advance `state.samples`.
+
+    A step whose loss or gradient is not finite on any rank changes no weight, moment or average
+    (NonFiniteGuard).
+
+    Returns:
+        "train/loss" and others, means over the ranks, fp32 [] on the device: nothing waits for a GPU here.
+    """
+    recipe, world, optimizer = state.recipe, state.world, state.optimizer
+    lr = lr_at(state.step, state.steps, recipe.optim)
+    set_lr(optimizer, lr)
+    values: Values = {"train/lr": lr}
+    if dropout := state.clip.towers.patch_dropout:
+        dropout.set_rate(recipe.patch_dropout, state.samples / state.end)
+    if state.replay:  # before backward(), which lets DDP reduce the sum of both gradients
+        distance = state.replay.backward(state.towers, state.micro_batch_size)
+        values["train/replay_loss"] = world.sum(distance) / world.world_size
+    loss = world.sum(backward(state, batch.to(world.device))) / world.world_size
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.clip.towers.parameters(), recipe.optim.max_grad_norm)
+    found_inf = state.guard.check(state.samples, loss, grad_norm)
+    optimizer.step(found_inf=found_inf)  # waits for the snapshot of a checkpoint being written (Run.start)
+    if state.l2_sp:
+        state.l2_sp.step(optimizer, found_inf)
+    optimizer.zero_grad()
+    if recipe.loss == "clip":  # SigLIP's logit_scale exceeds 100 from the start
+        state.clip.towers.clamp_logit_scale()
+    state.samples += recipe.global_batch_size
+    state.selector.after_step(state.step, found_inf)
+    logit_scale = state.clip.towers.model.logit_scale.detach().exp()
+    return {"train/loss": loss, **values, "train/grad_norm": grad_norm, "train/logit_scale": logit_scale}
+
+
+def backward(state: TrainState, batch: Batch) -> torch.Tensor:
     """Add the gradient of the global batch's loss to the parameters; gives this rank's loss, fp32 [].
 
-    Where this rank's share is more than `micro_batch_size`, features of all chunks are computed without a graph,
-    the loss is taken once over all of them, and each chunk is computed again to receive its gradient (Gao et
-    al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"). What is random in a
-    forward is seeded by (seed, samples, rank, chunk), so the second computation repeats the first.
+    Where this rank's share is more than `micro_batch_size`, features of all chunks are computed without a
+    graph, the loss is taken once over all of them, and each chunk is computed again to receive its gradient
+    (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"). What is
+    random in a forward is seeded by (seed, samples, rank, chunk), so the second computation repeats the
+    first.
 
     Args:
-        towers: train.model.clip.Towers, or DDP around it.
         batch: this rank's pairs, on its device.
-        samples: pairs seen before this step.
-        loss: as train.loss.loss_of gives it.
     """
+    chunks = batch.split(state.micro_batch_size)
+    seeds = random_bits(len(chunks), state.recipe.seed, state.samples, state.world.rank, DROPOUT).tolist()
     with fp32_products("high", batch.images.device):
-        return _backward(towers, batch, micro_batch_size, world, seed, samples, loss)
+        if len(chunks) == 1:
+            torch.manual_seed(seeds[0])
+            loss = state.loss(forward(state, state.towers, batch), batch.ids, state.world)
+            loss.backward()
+            return loss.detach()
+        return _backward_in_chunks(state, batch, chunks, seeds)
 
 
-def _backward(
-    towers: nn.Module, batch: Batch, micro_batch_size: int, world: World, seed: int, samples: int, loss: Loss
+def _backward_in_chunks(
+    state: TrainState, batch: Batch, chunks: list[Batch], seeds: list[int]
 ) -> torch.Tensor:
-    chunks = chunks_of(batch, micro_batch_size)
-    seeds = random_bits(len(chunks), seed, samples, world.rank, DROPOUT).tolist()
-    if len(chunks) == 1:
-        torch.manual_seed(seeds[0])
-        value = loss(towers(batch.images, batch.tokens, batch.changes), batch.ids, world)
-        value.backward()
-        return value.detach()
-
-    bare = getattr(towers, "module", towers)
     features = []
     with torch.no_grad():
-        for chunk, chunk_seed in zip(chunks, seeds, strict=True):
-            torch.manual_seed(chunk_seed)
-            features.append(bare(chunk.images, chunk.tokens, chunk.changes))
-    image_features, text_features, *scalars = zip(
-        *features, strict=True
-    )  # logit_scale, and logit_bias where there is one
-    leaves = [
-        torch.cat(image_features),
-        torch.cat(text_features),
-        *(scalar[0].detach().clone() for scalar in scalars),
-    ]
-    value = loss([leaf.requires_grad_() for leaf in leaves], batch.ids, world)
-    value.backward()
-    image_gradients, text_gradients = (leaf.grad.split(micro_batch_size) for leaf in leaves[:2])
-    for number, (chunk, chunk_seed) in enumerate(zip(chunks, seeds, strict=True)):
+        for chunk, seed in zip(chunks, seeds, strict=True):
+            torch.manual_seed(seed)
+            features.append(forward(state, state.clip.towers, chunk))
+    # scalars: logit_scale, and logit_bias where the model has one.
+    image_features, text_features, *scalars = zip(*features, strict=True)
+    leaves = [torch.cat(image_features), torch.cat(text_features)]
+    leaves += [scalar[0].detach().clone() for scalar in scalars]
+    loss = state.loss([leaf.requires_grad_() for leaf in leaves], batch.ids, state.world)
+    loss.backward()
+    image_gradients, text_gradients = (leaf.grad.split(state.micro_batch_size) for leaf in leaves[:2])
+    for number, (chunk, seed) in enumerate(zip(chunks, seeds, strict=True)):
         last = number == len(chunks) - 1
-        with contextlib.nullcontext() if last or bare is towers else towers.no_sync():
-            torch.manual_seed(chunk_seed)
-            again = towers(chunk.images, chunk.tokens, chunk.changes)
+        # DDP reduces once, with the last chunk.
+        with contextlib.nullcontext() if last else no_sync(state.towers):
+            torch.manual_seed(seed)
+            outputs = forward(state, state.towers, chunk)
             # A scalar has one gradient for the whole batch; it goes in with the last chunk, when DDP reduces.
             scalar_gradients = [leaf.grad if last else torch.zeros_like(leaf) for leaf in leaves[2:]]
             gradients = [image_gradients[number], text_gradients[number], *scalar_gradients]
-            # The features of a locked tower want no gradient, nor does a logit_bias of which the loss does
-            # not depend.
-            trained = [
-                pair
-                for pair in zip(again, gradients, strict=True)
-                if pair[0].requires_grad and pair[1] is not None
+            # Features of a locked tower need no gradient, nor does a logit_bias that the loss does not use.
+            needed = [
+                (output, gradient)
+                for output, gradient in zip(outputs, gradients, strict=True)
+                if output.requires_grad and gradient is not None
             ]
-            torch.autograd.backward(*zip(*trained, strict=True))
-    return value.detach()
+            torch.autograd.backward(*zip(*needed, strict=True))
+    return loss.detach()
 
 
-def chunks_of(batch: Batch, micro_batch_size: int) -> list[Batch]:
-    """The batch in parts of `micro_batch_size` pairs, the last one with what is left."""
-    return [Batch(*part) for part in zip(*(tensor.split(micro_batch_size) for tensor in batch), strict=True)]
+def forward(state: TrainState, towers: nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """The towers' outputs for a batch, augmented; see Towers.forward."""
+    images = state.augmentation.apply(batch.images, batch.augment_rows)
+    return towers(images, batch.tokens, batch.patch_seeds)

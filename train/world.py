@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -61,10 +61,9 @@ class World:
         self.sum(torch.zeros(1))
 
     def all_or_raise(self, prepare: Callable[[], T]) -> T:
-        """prepare() of each rank; where it ends in a UserError on any, that is raised on all, so that none
-        waits for ever.
+        """Run prepare() on every rank; if one raises UserError, all raise it.
 
-        `prepare` must not talk to the other ranks.
+        `prepare` must not communicate with other ranks.
         """
         if self.world_size == 1:
             return prepare()
@@ -82,6 +81,11 @@ class World:
                 shared.shared = True
                 raise shared
         return result
+
+
+def no_sync(towers: torch.nn.Module) -> AbstractContextManager:
+    """DDP's context in which gradients are not reduced; nothing for bare towers."""
+    return getattr(towers, "no_sync", nullcontext)()
 
 
 class _Gather(torch.autograd.Function):

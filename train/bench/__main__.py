@@ -2,8 +2,8 @@
 open_clip_train's.
 
   python -m train.bench train/recipes/demo.yaml --data data/icons/shards
-  python -m train.bench train/recipes/spectrum_icons.yaml --data SHARDS --micro_batch_size 64 --global_batch_size 64
-      one row: pairs/s, its parts, peak memory; the loader alone
+  python -m train.bench train/recipes/spectrum_icons.yaml --data SHARDS --micro_batch_size 64
+      --global_batch_size 64 one row: pairs/s, its parts, peak memory; the loader alone
   ... --sweep True            a row for each micro_batch_size from 8 to the batch, and each way to save memory
   ... --peer True             the same model, batch and data by open_clip_train in turns, with and without its checkpointing
   ... --profile trace.json    two steps as a trace, for chrome://tracing or ui.perfetto.dev
@@ -85,9 +85,8 @@ def in_fresh_process(measure: Callable[..., T], *arguments) -> T:
 def measure_rows(
     recipe: Recipe, steps: int, sweep: bool, gflop_per_pair: float, matmul_tflop_per_s: float
 ) -> list[dict]:
-    """A row of the recipe as it is, or one for each micro_batch_size and mode; one that has too little memory has
-    no numbers.
-    """
+    """A row of the recipe as it is, or one for each micro_batch_size and mode; one that has too little memory
+    has no numbers."""
     choices = [(recipe.micro_batch_size, recipe.activation_checkpointing)]
     if sweep:
         sizes = [2**power for power in range(3, 40) if 2**power < recipe.global_batch_size] + [

@@ -1,6 +1,7 @@
-"""Positions of the stream become batches; position and seed decide everything in them.
+"""Positions of the sample stream become batches; position and seed decide everything in them.
 
-rank r of W, step k:  positions k*batch + r*batch/W ...  ->  Order  ->  Shards.read  ->  decode, crop, tokenize
+rank r of W, step k:  positions k*B + r*B/W ...  ->  Order  ->  Shards.read  ->  decode, crop, tokenize
+                      (B is global_batch_size)
 """
 
 import hashlib
@@ -13,55 +14,82 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data_prep.errors import Fault
 from data_prep.shards import Shards
-from train.data.augment import CROP_DRAWS, DRAWS, crop, draw_changes
+from train.data.augment import N_UNIFORMS, Augmentation, crop
 from train.data.captions import caption
 from train.data.decode import decode
 from train.data.order import Order, random_bits
 from train.recipe import Augment, Captions
 from train.world import World
 
-SAMPLE = 2  # a stream of randomness beside the two of train.data.order
+SAMPLE = 2  # a stream of random bits beside the two of train.data.order
+PREFETCH_BATCHES = 4  # per worker
 
 
 class Batch(NamedTuple):
-    images: torch.Tensor  # uint8 [b, 3, H, W], cropped
-    tokens: torch.Tensor  # int64 [b, L]
-    changes: (
-        torch.Tensor
-    )  # fp32 [b, n], what the device does to each picture; see train.data.augment.draw_changes
-    ids: (
-        torch.Tensor
-    )  # int64 [b, 2], group and caption_number: pairs that share one are mates, see train.loss
+    """One rank's pairs of a step.
+
+    Attributes:
+        images: uint8 [b, 3, H, W], cropped.
+        tokens: int64 [b, L].
+        augment_rows: fp32 [b, n], drawn by Augmentation.draw; applied to the images in the step.
+        patch_seeds: int64 [b], one per sample, from which patch dropout draws its mask.
+        ids: int64 [b, 2], group and caption id; pairs that share one of them are positives if same_group says
+            so.
+    """
+
+    images: torch.Tensor
+    tokens: torch.Tensor
+    augment_rows: torch.Tensor
+    patch_seeds: torch.Tensor
+    ids: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def split(self, n: int) -> list["Batch"]:
+        """Chunks of n pairs; the last one has what is left."""
+        return [Batch(*chunk) for chunk in zip(*(tensor.split(n) for tensor in self), strict=True)]
+
+
+class Pair(NamedTuple):
+    """One sample of the stream, before it is collated into a Batch."""
+
+    image: torch.Tensor  # uint8 [H, W, 3]
+    caption: str
+    augment_row: list[float]
+    patch_seed: int
+    group: int
 
 
 class TrainPairs(Dataset):
-    """A cropped picture, one of its captions, what is still to be done to it, and its group, by position in
-    the stream.
-    """
+    """Pairs by their position in the stream."""
 
     def __init__(
         self, shards: Shards, order: Order, size: tuple[int, int], augment: Augment, captions: Captions
     ):
-        self.shards, self.order, self.size, self.augment, self.captions = (
-            shards,
-            order,
-            size,
-            augment,
-            captions,
-        )
+        self.shards, self.order, self.size, self.captions = shards, order, size, captions
+        self.augmentation = Augmentation(augment)
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, str, list[float], int]:
+    def __getitem__(self, position: int) -> Pair:
         number = self.order.sample_at(position)
         sample = self.shards.read(number)
-        bits = random_bits(1 + DRAWS, self.order.seed, position, SAMPLE)
+        bits = random_bits(1 + N_UNIFORMS, self.order.seed, position, SAMPLE)
         uniforms = ((bits[1:] >> 11) * 2.0**-53).tolist()
-        image = crop(sample.image, self.size, self.augment, uniforms)
-        text = caption(sample.captions, self.captions, int(bits[0]))
-        return image, text, draw_changes(self.augment, uniforms[CROP_DRAWS:]), int(self.shards.groups[number])
+        return Pair(
+            crop(sample.image, self.size, self.augmentation.augment, uniforms),
+            caption(sample.captions, self.captions, int(bits[0])),
+            self.augmentation.draw(uniforms),
+            int(bits[0]) >> 1,  # the caption's bits too; PatchDropout hashes them, so the two are independent
+            int(self.shards.groups[number]),
+        )
+
+    def key_at(self, position: int) -> str:
+        """The key of the sample at a position of the stream."""
+        return self.shards.key(self.order.sample_at(position))
 
 
 class EvalImages(Dataset):
-    """The picture of a sample as the model's own preprocessing wants it, by sample number."""
+    """Images by their sample number, preprocessed as the model does it for evaluation."""
 
     def __init__(self, shards: Shards, transform: Callable):
         self.shards, self.transform = shards, transform
@@ -71,12 +99,12 @@ class EvalImages(Dataset):
 
 
 class RankPositions:
-    """For each step from `samples` to `end`, the positions that this rank reads of the global batch."""
+    """For each step from `samples` to `end`, the positions of the global batch that this rank reads."""
 
-    def __init__(self, samples: int, end: int, batch: int, world: World):
-        assert batch % world.world_size == 0, (batch, world.world_size)
-        self.share = batch // world.world_size
-        self.starts = range(samples + world.rank * self.share, end, batch)
+    def __init__(self, samples: int, end: int, global_batch_size: int, world: World):
+        assert global_batch_size % world.world_size == 0, (global_batch_size, world.world_size)
+        self.share = global_batch_size // world.world_size
+        self.starts = range(samples + world.rank * self.share, end, global_batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         return (list(range(start, start + self.share)) for start in self.starts)
@@ -86,17 +114,21 @@ class _Collate:
     def __init__(self, tokenize: Callable):
         self.tokenize = tokenize
 
-    def __call__(self, pairs: list[tuple[torch.Tensor, str, list[float], int]]) -> Batch:
-        pictures, captions, changes, groups = zip(*pairs, strict=True)
-        images = default_collate(list(pictures)).permute(
-            0, 3, 1, 2
-        )  # the device puts channels first; here it would cost more
-        ids = torch.tensor([groups, [caption_number(caption) for caption in captions]]).T.contiguous()
-        return Batch(images, self.tokenize(list(captions)), torch.tensor(changes, dtype=torch.float32), ids)
+    def __call__(self, pairs: list[Pair]) -> Batch:
+        images, captions, augment_rows, patch_seeds, groups = zip(*pairs, strict=True)
+        ids = torch.tensor([groups, [caption_id(caption) for caption in captions]]).T.contiguous()
+        return Batch(
+            # made contiguous on the device, which is faster
+            default_collate(list(images)).permute(0, 3, 1, 2),
+            self.tokenize(list(captions)),
+            torch.tensor(augment_rows, dtype=torch.float32),
+            torch.tensor(patch_seeds),
+            ids,
+        )
 
 
-def caption_number(caption: str) -> int:
-    """63 bits that stand for a caption, whatever its case and spaces, in any process and version."""
+def caption_id(caption: str) -> int:
+    """63 bits that identify a caption without regard to case and spaces, the same in any process and version."""
     digest = hashlib.blake2b(" ".join(caption.casefold().split()).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -105,11 +137,10 @@ def train_loader(
     pairs: TrainPairs, tokenize: Callable, samples: int, end: int, world: World, workers: int
 ) -> Iterator[Batch]:
     """This rank's share of every global batch from `samples` to `end`, in order; one set of workers for the
-    whole run.
+    run.
     """
-    return loader(
-        pairs, RankPositions(samples, end, pairs.order.batch, world), workers, world, _Collate(tokenize)
-    )
+    positions = RankPositions(samples, end, pairs.order.global_batch_size, world)
+    return loader(pairs, positions, workers, world, _Collate(tokenize))
 
 
 def loader(
@@ -122,7 +153,7 @@ def loader(
     """The collated samples of each batch of numbers, in order.
 
     Raises:
-        Fault: a shard cannot be read any more.
+        Fault: a shard can no longer be read.
     """
     loaded = DataLoader(
         dataset,
@@ -131,20 +162,19 @@ def loader(
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=_quiet_worker,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH_BATCHES if workers else None,
     )
     try:
         yield from loaded
-    except OSError as error:  # of a worker it comes with a traceback as its text
-        said = str(error).strip().splitlines()[-1]
+    except OSError as error:  # a worker's error comes with a traceback as its text
+        reason = str(error).strip().splitlines()[-1]
         raise Fault(
-            f"a shard cannot be read any more ({said}); put it back, and run the same command again"
+            f"a shard can no longer be read ({reason}); restore it and run the same command again"
         ) from None
 
 
 def _quiet_worker(_: int) -> None:
-    # A stop is for the main process to decide on; a worker ends when that one does. Forked workers inherit
-    # its handlers.
+    # Stop requests are for the main process; forked workers inherit its handlers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

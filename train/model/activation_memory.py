@@ -5,8 +5,8 @@ none        everything                                          nothing
 budget      what blocks, products and attention give            norms, activations and sums, within each compiled block
 checkpoint  the input of each block                             each block: a third more time
 
-"selective" is torch's selective checkpointing, and not its activation_memory_budget: that is a part of all bytes
-kept, among them the casts of weights, and where these are many (bf16, few tokens) 0.7 recomputed every
+"selective" is torch's selective checkpointing, and not its activation_memory_budget: that is a part of all
+bytes kept, among them the casts of weights, and where these are many (bf16, few tokens) 0.7 recomputed every
 product of a block, without a word. A batch that does not fit is taken in chunks of micro_batch_size pairs
 (train.step), which is exact and computes every forward twice."""
 
@@ -44,7 +44,7 @@ LEAST_CHUNK = 16  # pairs; smaller chunks leave a GPU idle, and recomputing bloc
 def should_compile(recipe: Recipe, device: torch.device) -> bool:
     """Whether the blocks of the towers are compiled."""
     return (
-        recipe.compile == "yes"
+        recipe.compile == "always"
         or recipe.activation_checkpointing == "selective"
         or (recipe.compile == "auto" and device.type == "cuda")
     )
@@ -99,8 +99,8 @@ def uncompiled() -> Iterator[None]:
 
 
 def fit_micro_batch(towers: nn.Module, recipe: Recipe, world: World) -> tuple[str, int]:
-    """The recipe's memory and micro_batch_size, with "auto" replaced by what a step of a few pairs measures; alike
-    on all ranks.
+    """The recipe's memory and micro_batch_size, with "auto" replaced by what a step of a few pairs measures;
+    alike on all ranks.
 
     The fastest that fits: the share of the batch whole, in the first of MODES that can; else in the fewest
         chunks.

@@ -7,7 +7,6 @@ import difflib
 import hashlib
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,17 +14,15 @@ from pathlib import Path
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
-from torch import nn
 from torchvision.transforms import Compose, Normalize, PILToTensor
 
 from data_prep.errors import UserError
-from train.data.augment import change
-from train.model.text import encode_text, trimmer
+from train.model.text import trimmer
+from train.model.towers import Towers
 
 MODELS = Path(__file__).parent / "configs"  # architectures of ours, in open_clip's format
 CONFIG_FILE, WEIGHTS_FILE = (
@@ -38,64 +35,6 @@ NOTATION = (
 )
 
 open_clip.add_model_config(MODELS)
-
-
-class Towers(nn.Module):
-    """Both towers in one forward, the same for training and evaluation.
-
-    Args:
-        model: any open_clip model with encode_image, encode_text and logit_scale.
-        mean, std: what the model's preprocessing normalises with, per channel.
-    """
-
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        self.model = model
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.bf16 = False
-        self.locked: list[
-            nn.Module
-        ] = []  # parts of the model that training leaves as they are; see train.model.layers.lock
-
-    def train(self, mode: bool = True) -> "Towers":
-        super().train(mode)
-        for part in self.locked:
-            part.eval()
-        return self
-
-    def forward(
-        self, images: torch.Tensor, tokens: torch.Tensor, changes: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ...]:
-        """image_features and text_features, logit_scale exponentiated, and logit_bias of a model that has
-        one.
-
-        The last two are returned, and not read as parameters by the loss, because DDP reduces the gradients
-        only of what the forward used."""
-        scalars = [self.model.logit_scale.exp(), *([] if self.logit_bias is None else [self.logit_bias])]
-        return self.image_features(images, changes), self.text_features(tokens), *scalars
-
-    @property
-    def logit_bias(self) -> nn.Parameter | None:
-        return getattr(self.model, "logit_bias", None)
-
-    def image_features(self, images: torch.Tensor, changes: torch.Tensor | None = None) -> torch.Tensor:
-        """uint8 [b, 3, H, W], and in training what is done to each (train.data.augment) -> fp32 [b, d],
-        L2-normed.
-        """
-        pixels = (change(images, changes) - self.mean) / self.std
-        with self._autocast(images.device):
-            features = self.model.encode_image(pixels)
-        return F.normalize(features.float(), dim=-1)
-
-    def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
-        """int64 [b, L], cut or whole (see Clip.tokenize) -> fp32 [b, d], L2-normed."""
-        with self._autocast(tokens.device):
-            features = encode_text(self.model, tokens)
-        return F.normalize(features.float(), dim=-1)
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
 
 @dataclass
@@ -251,12 +190,6 @@ def public_name(model: str) -> str:
     if path.parent.name == "checkpoints":  # of a run
         path = path.parent.parent
     return f"{scheme}:{path.name}" if colon and scheme != "local-dir" else path.name
-
-
-def clamp_logit_scale(towers: Towers) -> None:
-    """Keep the temperature at or above 1/100 (Radford et al. 2021, section 2.5)."""
-    with torch.no_grad():
-        towers.model.logit_scale.clamp_(0, math.log(100))
 
 
 def _parse_name(name: str) -> tuple[str, str | None, dict]:

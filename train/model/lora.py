@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from data_prep.errors import UserError
 from train.model.activation_memory import dummy_batch, dummy_loss
-from train.model.clip import Towers
+from train.model.towers import Towers
 
 PART = re.compile(r"(.*?)parametrizations\.(\w+)\.(original|0\.A|0\.B)")
 ROWS, COLUMNS = ".0.A", ".0.B"  # how the names of A and B end

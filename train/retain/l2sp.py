@@ -1,41 +1,37 @@
-"""The anchor: what was learned before holds on to each weight, and the new data has to earn every move
-(L2-SP, Li et al. 2018).
-"""
+"""L2-SP: after each step, pull every weight towards its initial value (Li et al. 2018, arXiv:1802.01483)."""
 
 import torch
 
-from train.model.clip import Towers
-from train.model.layers import tower_of
+from train.model.towers import Towers, tower_of
 
 
 class L2SP:
-    """The base's weights on the device, in fp32, and the way back to them; of what is trained of the towers,
-    without logit_scale.
-    """
+    """Pairs of a trained weight and its initial value; logit_scale and logit_bias are left free."""
 
-    def __init__(self, towers: Towers, l2_sp: float):
+    def __init__(self, towers: Towers, base: Towers, strength: float):
         """Args:
-        towers: as they were loaded, before a checkpoint is restored.
-        l2_sp: as in the recipe.
+        base: the initial towers, on the same device.
+        strength: l2_sp of the recipe.
         """
-        self.l2_sp = l2_sp
-        self.base = {
-            parameter: parameter.detach().clone()
+        self.strength = strength
+        initial = dict(base.model.named_parameters())
+        self.initial = {
+            parameter: initial[name]
             for name, parameter in towers.model.named_parameters()
-            if l2_sp and parameter.requires_grad and tower_of(name)
+            if parameter.requires_grad and tower_of(name)
         }
 
     @torch.no_grad()
-    def pull(self, optimizer: torch.optim.Optimizer) -> None:
-        """After a step: each weight goes lr * l2_sp of its way back, but never beyond the base.
+    def step(self, optimizer: torch.optim.Optimizer, found_inf: torch.Tensor) -> None:
+        """Move each weight by lr * strength of its distance to the initial value, at most all of it.
 
-        Decoupled from AdamW's moments, as its weight decay is (Loshchilov & Hutter 2019). The way is 0 where
-        train.run.nonfinite made the step change nothing; that is known to the device alone, so the host does
-        not ask."""
-        if not self.base:
-            return
+        Decoupled from AdamW's moments, as its weight decay is (Loshchilov & Hutter 2019).
+
+        Args:
+            found_inf: fp32 [], 1 where the step was skipped; then nothing moves. It stays on the device.
+        """
         for group in optimizer.param_groups:
-            way = min(1.0, group["lr"] * self.l2_sp) * (1 - optimizer.found_inf)
+            fraction = min(1.0, group["lr"] * self.strength) * (1 - found_inf)
             for parameter in group["params"]:
-                if parameter in self.base:
-                    parameter.lerp_(self.base[parameter], way)
+                if parameter in self.initial:
+                    parameter.lerp_(self.initial[parameter], fraction)

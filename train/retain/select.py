@@ -1,8 +1,8 @@
-"""Which weights a run gives away: those in training, their moving average, or a mixture with the model that
-it began with.
+"""Which weights a checkpoint exports: trained, EMA or a WiSE-FT mixture.
 
-after each epoch   candidates -> each validated -> the best of them -> open_clip_model.safetensors, the weights to use
-                   training.safetensors, ema.safetensors, where these are others: what to go on from
+after each epoch   candidates -> each validated -> the best one -> open_clip_model.safetensors, the exported weights
+                   training.safetensors, ema.safetensors, where these differ from it: what training resumes
+                   from
 """
 
 import json
@@ -19,6 +19,7 @@ from torch import nn
 from data_prep.errors import UserError
 from train.model.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from train.model.lora import ROWS, merged
+from train.model.towers import Towers
 from train.recipe import Recipe
 from train.world import World
 
@@ -26,7 +27,7 @@ State = dict[str, torch.Tensor]
 Validate = Callable[[Clip, World], dict[str, float]]
 TRAINED, EMA = "trained", "ema"
 FILES = {TRAINED: "training.safetensors", EMA: "ema.safetensors"}
-CONTROL = "retention/mean/R@1"
+RETENTION = "retention/mean/R@1"
 LOWER_IS_BETTER = ("mean_rank", "median_rank", "tied", "R@1_gap")
 
 
@@ -34,13 +35,13 @@ class Score(NamedTuple):
     """What candidates are compared by, from left to right.
 
     Attributes:
-        keeps: whether the control score is at most `max_retention_drop` below the base's; always, where there is no
-            control set.
-        value: of the metric `best_metric`, negative where lower is better; of weights that do not keep, the
-            control score.
+        retains: whether the retention score is at most `max_retention_drop` below the initial model's; always
+            True without a retention set.
+        value: of the metric `best_metric`, negated where lower is better; where `retains` is False, the
+            retention score.
     """
 
-    keeps: bool
+    retains: bool
     value: float
 
 
@@ -48,187 +49,168 @@ NO_SCORE = Score(False, float("-inf"))
 
 
 class Selection(NamedTuple):
-    """Which weights are to be used, and their score if they were validated."""
+    """Which weights are exported, and their score if they were validated."""
 
     weights: str = TRAINED
     score: Score | None = None
 
 
 class WeightSelector:
-    """The candidates of one run: "trained", "ema" and "wise_ft 0.50", which is a mixture of the average where
-    there is one.
+    """The candidates of one run: "trained", "ema" and "wise_ft 0.50", which mixes the EMA where there is one.
 
     Attributes:
-        kept: all weights that a run goes on from, as one module.
-        base_control: the control score of the model that the run began with.
+        resumable: all weights that a run resumes from, as one module.
+        initial_retention: the retention score of the initial model.
     """
 
-    def __init__(self, clip: Clip, recipe: Recipe):
+    def __init__(self, clip: Clip, recipe: Recipe, base: Towers | None = None):
         """Args:
-        clip: on its device, as it was before training; both the average and the mixtures begin with it.
+        clip: on its device, before training; the EMA starts from it.
+        base: the frozen initial towers, needed for WiSE-FT.
         """
         self.clip, self.recipe, self.model = clip, recipe, clip.towers.model
-        # foreach=False: that one takes a weight which is still on its way on the device; see after_step().
+        # foreach=False, because the foreach form copies the decay to the host; see after_step().
         self.ema = ModelEmaV3(self.model, recipe.ema, use_warmup=True, foreach=False) if recipe.ema else None
-        self.shares = {f"wise_ft {share:.2f}": share for share in recipe.wise_ft}
-        # Without LoRA's A: a part of B A is a part of B times the A that it was trained with.
-        before = {name: tensor for name, tensor in self.model.state_dict().items() if not name.endswith(ROWS)}
-        self.base = (
-            {name: tensor.to("cpu", copy=True) for name, tensor in before.items()} if self.shares else {}
-        )
-        self.kept = nn.ModuleDict({TRAINED: self.model} | ({EMA: self.ema.module} if self.ema else {}))
-        self.base_control: float | None = None
+        self.alphas = {f"wise_ft {alpha:.2f}": alpha for alpha in recipe.wise_ft}
+        initial = base.model.state_dict() if base and self.alphas else {}
+        # Without LoRA's A: mixing B and keeping A mixes the product B A itself.
+        self.initial = {name: tensor for name, tensor in initial.items() if not name.endswith(ROWS)}
+        self.resumable = nn.ModuleDict({TRAINED: self.model} | ({EMA: self.ema.module} if self.ema else {}))
+        self.initial_retention: float | None = None
 
     @torch.no_grad()
-    def after_step(self, step: int, left_out: torch.Tensor) -> None:
-        """Move the average towards the weights after step `step` (from 1), by nothing where the step was left
-        out.
+    def after_step(self, step: int, found_inf: torch.Tensor) -> None:
+        """Update the EMA after step `step` (from 1).
 
         Args:
-            left_out: fp32 [], not 0 for a bad step (train.run.nonfinite); it stays on the device.
+            found_inf: fp32 [], 1 where the step was skipped; then the EMA stays. It stays on the device.
         """
         if self.ema:
-            self.ema.apply_update_(self.model, torch.where(left_out.bool(), 1.0, self.ema.get_decay(step)))
+            self.ema.apply_update_(self.model, torch.where(found_inf.bool(), 1.0, self.ema.get_decay(step)))
 
     def baseline(self, validate: Validate, world: World) -> dict[str, float]:
-        """Validate the model before training.
+        """Validate the initial model.
 
         Raises:
-            UserError: there is nothing to choose by.
+            UserError: best_metric is not among its metrics.
         """
         metrics = validate(self.clip, world)
         check_best_metric(self.recipe, metrics)
-        self.base_control = metrics.get(CONTROL)
+        self.initial_retention = metrics.get(RETENTION)
         return metrics
 
     def validate(self, validate: Validate, world: World) -> tuple[dict[str, float], Selection]:
-        """Validate all candidates; the weights in training are then what they were, bit for bit.
+        """Validate all candidates; afterwards the weights in training are what they were, bit for bit.
 
         Returns:
-            Metrics: val/mean/R@1 of the weights in training, ema/val/mean/R@1, wise_ft-0.50/val/mean/R@1; and
-                the best candidate,
-            of equals the first.
+            Metrics (val/mean/R@1 of the trained weights, ema/val/mean/R@1, wise_ft-0.50/val/mean/R@1), and
+            the best candidate; of equal ones the first.
         """
         metrics = validate(self.clip, world)
         best = Selection(TRAINED, self.score(metrics))
-        if others := [*([EMA] if self.ema else []), *self.shares]:
+        if candidates := [*([EMA] if self.ema else []), *self.alphas]:
             trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             ema = self.ema.module.state_dict() if self.ema else {}
-            for name in others:
-                put(self.model, self.weights(name, trained, ema))
-                found = validate(self.clip, world)
-                metrics |= {prefix(name) + metric: value for metric, value in found.items()}
-                if (score := self.score(found)) and score > best.score:
+            for name in candidates:
+                copy_state_(self.model, self.weights(name, trained, ema))
+                candidate_metrics = validate(self.clip, world)
+                metrics |= {prefix(name) + metric: value for metric, value in candidate_metrics.items()}
+                if (score := self.score(candidate_metrics)) and score > best.score:
                     best = Selection(name, score)
-            put(self.model, trained)
+            copy_state_(self.model, trained)
         return metrics, best
 
     def score(self, metrics: dict[str, float]) -> Score | None:
+        """The score of a candidate by its metrics; None where shards have no val split."""
         if self.recipe.best_metric not in metrics:
             return None
-        if (
-            self.base_control is not None
-            and self.base_control - metrics[CONTROL] > self.recipe.max_retention_drop + 1e-9
-        ):
-            return Score(False, metrics[CONTROL])
+        if self.initial_retention is not None:
+            drop = self.initial_retention - metrics[RETENTION]
+            if drop > self.recipe.max_retention_drop + 1e-9:
+                return Score(False, metrics[RETENTION])
         value = metrics[self.recipe.best_metric]
         return Score(True, -value if self.recipe.best_metric.endswith(LOWER_IS_BETTER) else value)
 
     def weights(self, name: str, trained: State, ema: State) -> State:
-        """The candidate `name` of these weights in training and this average."""
-        if name in self.shares:
-            return mixture(self.base, ema or trained, self.shares[name])
+        """The weights of the candidate `name`."""
+        if name in self.alphas:
+            return wise_ft(self.initial, ema or trained, self.alphas[name])
         return {TRAINED: trained, EMA: ema}[name]
 
-    def enough(self, best: Score, best_samples: int, samples: int, samples_per_epoch: int) -> str:
-        """Why the run should end here though its epochs are not over, or nothing; a function of what a
-        checkpoint holds.
-        """
-        patience = self.recipe.patience_epochs
-        if not patience or best == NO_SCORE or samples - best_samples < patience * samples_per_epoch:
-            return ""
-        return f"no new best in {patience} epochs (patience_epochs)"
-
-    def save(self, folder: Path, kept: State, chosen: str) -> None:
-        """Write the candidate `chosen` as a model, and beside it what training goes on from.
+    def save(self, folder: Path, resumable: State, selected: str) -> None:
+        """Write the candidate `selected` as a model, and beside it what training resumes from.
 
         Args:
-            kept: what kept.state_dict() was.
+            resumable: a copy of resumable.state_dict().
         """
-        states = {name: part(kept, name) for name in (TRAINED, EMA)}
-        self.clip.save(folder, torch.float32, merged(self.weights(chosen, states[TRAINED], states[EMA])))
+        states = {name: substate(resumable, name) for name in (TRAINED, EMA)}
+        exported = merged(self.weights(selected, states[TRAINED], states[EMA]))
+        self.clip.save(folder, torch.float32, exported)
         for name, state in states.items():
-            if state and (name != chosen or self.recipe.lora_rank):
+            if state and (name != selected or self.recipe.lora_rank):
                 save_file(self.clip.weights(torch.float32, state), folder / FILES[name])
-                shutil.copymode(
-                    folder / CONFIG_FILE, folder / FILES[name]
-                )  # safetensors writes for its user alone
+                # safetensors makes files that only their owner can read.
+                shutil.copymode(folder / CONFIG_FILE, folder / FILES[name])
 
     def restore(self, folder: Path) -> None:
-        """Go on from what save() wrote."""
-        for name, module in self.kept.items():
+        """Load what save() wrote."""
+        for name, module in self.resumable.items():
             file = folder / FILES[name]
             module.load_state_dict(load_file(file if file.is_file() else folder / WEIGHTS_FILE))
-        self.base_control = json.loads((folder / "state.json").read_text()).get("base_control")
+        self.initial_retention = json.loads((folder / "state.json").read_text()).get("initial_retention")
 
 
 def check_best_metric(recipe: Recipe, metrics: Iterable[str]) -> None:
-    """Refuse to choose by what no validation finds.
+    """Check that best_metric is computed, and that nothing depends on a validation that does not exist.
 
     Args:
-        metrics: names of what one finds; none where shards have no val split.
+        metrics: names of what a validation computes; none where shards have no val split.
+
+    Raises:
+        UserError: not so.
     """
     if recipe.best_metric in metrics:
         return
     if names := ", ".join(metrics):
         raise UserError(
-            f"--best_metric {recipe.best_metric}: no metric of this run's validation; it can be {names}"
+            f"--best-metric {recipe.best_metric}: not a metric of this run's validation; valid: {names}"
         )
-    if (
-        recipe.ema
-        or recipe.wise_ft
-        or recipe.patience_epochs
-        or recipe.retention_set
-        or recipe.best_metric != Recipe.best_metric
-    ):
+    if recipe.ema or recipe.wise_ft or recipe.retention_set or recipe.best_metric != Recipe.best_metric:
         raise UserError(
-            f"{recipe.data}: has no val split, and --ema, --wise_ft, --patience_epochs, --retention_set and"
-            " --best_metric choose by that; leave them out, or build shards with one: python -m data_prep build"
-            " ... --val 0.1"
+            f"{recipe.data}: has no val split, which --ema, --wise-ft, --retention-set and --best-metric need; leave"
+            " them out, or build shards with one: python -m data_prep build ... --val 0.1"
         )
 
 
-def mixture(base: State, tuned: State, share: float) -> State:
-    """(1 - share) * base + share * tuned, in fp32; what is no floating-point number, or not in `base`, is
-    that of `tuned`.
+def wise_ft(initial: State, tuned: State, alpha: float) -> State:
+    """(1 - alpha) * initial + alpha * tuned, in fp32 (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903,
+    section 3).
 
-    WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903, section 3): often better than either, on their data and
-    on other."""
+    Non-float tensors and keys missing from `initial` are taken from `tuned`.
+    """
     mixed = dict(tuned)
     for name, tensor in tuned.items():
-        if name in base and tensor.is_floating_point():
-            mixed[name] = torch.lerp(base[name].to(tensor.device).float(), tensor.float(), share)
+        if name in initial and tensor.is_floating_point():
+            mixed[name] = torch.lerp(initial[name].to(tensor.device).float(), tensor.float(), alpha)
     return mixed
 
 
 @torch.no_grad()
-def put(model: nn.Module, state: State) -> None:
-    """Copy `state` into the parameters and buffers of a model, which stay the objects that DDP and compiled
-    blocks know.
+def copy_state_(model: nn.Module, state: State) -> None:
+    """Copy `state` into a model's parameters and buffers in place: DDP and compiled blocks hold these
+    tensors.
     """
     for name, tensor in model.state_dict().items():
         tensor.copy_(state[name])
 
 
-def part(kept: State, name: str) -> State:
-    """The entries of one module of WeightSelector.kept, with the names that it gives them."""
+def substate(state: State, name: str) -> State:
+    """The entries of one submodule, without its name: {"ema.x": t} -> {"x": t} for "ema"."""
     return {
-        key.removeprefix(f"{name}."): tensor for key, tensor in kept.items() if key.startswith(f"{name}.")
+        key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")
     }
 
 
 def prefix(weights: str) -> str:
-    """What stands before a candidate's metrics: "wise_ft 0.50" -> "wise_ft-0.50/"; nothing for the weights in
-    training.
-    """
+    """The prefix of a candidate's metrics: "wise_ft 0.50" -> "wise_ft-0.50/"; empty for the trained weights."""
     return "" if weights == TRAINED else f"{weights.replace(' ', '-')}/"

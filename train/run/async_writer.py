@@ -1,8 +1,7 @@
-"""Checkpoints are copied and written by a thread, while training goes on.
+"""Checkpoints are copied and written by a thread while training continues.
 
-weights, moments -> Snapshot, in CPU memory: the next change of them waits for this, which a forward and a
-                 backward hide -> files, sha256, fsync, rename (train.run.checkpoint): the next save, a stop
-                 and the end wait for this
+weights, moments -> Snapshot, in CPU memory: the next optimizer step waits for it, behind a forward and a backward
+                 -> files, sha256, fsync, rename (train.run.checkpoint): the next save, a stop and the end wait for it
 """
 
 import sys
@@ -16,14 +15,14 @@ from torch import nn
 
 
 class Snapshot:
-    """Weights and moments as they were at one moment, in CPU memory that is taken once, before training.
+    """Weights and moments at one moment, in CPU memory that is allocated once, before training.
 
-    It holds as much again as the weights and AdamW's moments do: 1.8 GB for ViT-B/32, 5.1 GB for ViT-L/14, on
-    the first rank alone; pinned where the model is on a GPU, for which torch rounds each tensor up to a power
-    of two."""
+    It takes as much as the weights and AdamW's moments, on the first rank alone: 1.8 GB for ViT-B/32, 5.1 GB for
+    ViT-L/14. It is pinned where the model is on a GPU, for which torch rounds each tensor up to a power of two.
+    """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
-        """Take the memory, so that no save does.
+        """Allocate the memory.
 
         Raises:
             MemoryError, RuntimeError: there is not enough.
@@ -33,106 +32,79 @@ class Snapshot:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for name, tensor in model.state_dict().items():
             self._buffer("weights", name, tensor)
+        # Numbered as in the optimizer's state_dict, which is still empty before the first step.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for number, parameter in enumerate(
-            parameters
-        ):  # as in the optimizer's state_dict; there is no state before the first step
+        for number, parameter in enumerate(parameters):
             for name in ("exp_avg", "exp_avg_sq"):
                 self._buffer(number, name, parameter)
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], tuple[dict, dict]]:
-        """What copies the present weights and moments, to be called by another thread; gives both as
-        state_dicts.
+        """A function for another thread that copies the weights and moments of now, and gives both as state_dicts.
 
-        Until that returns, the two may be read, by a forward and a backward, but not changed. A model's
-        buffers (the statistics of a BatchNorm) are changed by a forward, and copied here."""
+        Until it returns, weights and moments may be read but not changed. Buffers of the model (a BatchNorm's
+        statistics) are copied here, because a forward changes them.
+        """
         weights, state = model.state_dict(), optimizer.state_dict()
-        weights |= {
-            name: tensor.to("cpu", copy=True) for name, tensor in model.named_buffers() if name in weights
-        }
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in weights}
+        weights |= {name: buffer.to("cpu", copy=True) for name, buffer in buffers.items()}
         written = torch.cuda.current_stream(self.stream.device).record_event() if self.stream else None
 
         def copy() -> tuple[dict, dict]:
             with torch.cuda.stream(self.stream):
                 if self.stream:
                     self.stream.wait_event(written)
-                copied = (
-                    self._copied("weights", weights),
-                    {
-                        **state,
-                        "state": {
-                            number: self._copied(number, moments)
-                            for number, moments in state["state"].items()
-                        },
-                    },
-                )
+                copied_weights = self._copied("weights", weights)
+                moments = {number: self._copied(number, values) for number, values in state["state"].items()}
                 if self.stream:
                     self.stream.synchronize()
-            return copied
+            return copied_weights, {**state, "state": moments}
 
         return copy
 
     def _copied(self, key: str | int, values: dict) -> dict:
-        return {
-            name: (
-                self._buffer(key, name, value).copy_(value, non_blocking=True)
-                if torch.is_tensor(value)
-                else value
-            )
-            for name, value in values.items()
-        }
+        copied = dict(values)
+        for name, value in values.items():
+            if torch.is_tensor(value):
+                copied[name] = self._buffer(key, name, value).copy_(value, non_blocking=True)
+        return copied
 
     def _buffer(self, key: str | int, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if (
-            (
-                key,
-                name,
-            )
-            not in self.buffers
-        ):  # zeros, and not empty: a page that was never touched costs time at its first use
-            self.buffers[key, name] = torch.zeros(
-                tensor.shape, dtype=tensor.dtype, pin_memory=self.stream is not None
-            )
+        if (key, name) not in self.buffers:
+            # zeros, not empty: a page that was never written costs time at its first use.
+            pinned = self.stream is not None
+            self.buffers[key, name] = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
         return self.buffers[key, name]
 
 
 class AsyncWriter:
-    """One thread, which writes one checkpoint at a time; of the first rank, elsewhere idle.
+    """A thread that writes one checkpoint at a time, on the first rank.
 
     Attributes:
-        writing: the checkpoint that was begun last, if any; it keeps what went wrong.
-        times: seconds, as they go to the log; new_times() gives them.
+        writing: the newest checkpoint that was begun, if any; it keeps an error of its writing.
+        times: seconds for the log, given once by new_times().
     """
 
     def __init__(self):
         self.snapshot, self.writing, self.times = None, None, {}
         self.copied = threading.Event()
         self.copied.set()
-        self.thread = futures.ThreadPoolExecutor(
-            1, "checkpoint"
-        )  # Python waits for it at exit, whatever happens
+        self.thread = futures.ThreadPoolExecutor(1, "checkpoint")  # Python joins it at exit, whatever happens
 
     def allocate(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Take the memory of the snapshots; where it cannot be had, training will wait for each checkpoint."""
+        """Allocate the snapshot; without enough memory, training waits for each checkpoint."""
         try:
             self.snapshot = Snapshot(model, optimizer)
-        except (
-            MemoryError,
-            RuntimeError,
-        ) as error:  # torch has no type of its own for memory that is not there
+        except (MemoryError, RuntimeError) as error:  # torch raises a plain RuntimeError on the CPU
             reason = " ".join(str(error).split())[:200]
             print(
-                f"warning: no memory for a copy of weights and moments ({reason}); training waits for each"
-                " checkpoint",
+                f"warning: not enough memory to copy weights and moments ({reason}); training waits for each checkpoint",
                 file=sys.stderr,
             )
 
     def begin(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, write: Callable[[dict, dict], None]
     ) -> None:
-        """Let `write(weights, moments)`, of this moment, be called by the thread; the one before it must have
-        ended.
-        """
+        """Call `write(weights, moments)`, as they are now, in the thread. The previous checkpoint must be joined."""
 
         def work() -> None:
             started = time.perf_counter()
@@ -143,18 +115,17 @@ class AsyncWriter:
             write(*copied)
             self.times["time/save_write_s"] = time.perf_counter() - started
 
-        copy = (
-            self.snapshot.begin(model, optimizer)
-            if self.snapshot
-            else lambda: (model.state_dict(), optimizer.state_dict())
-        )
+        def no_copy() -> tuple[dict, dict]:
+            return model.state_dict(), optimizer.state_dict()
+
+        copy = self.snapshot.begin(model, optimizer) if self.snapshot else no_copy
         self.copied.clear()
         self.writing = self.thread.submit(work)
         if not self.snapshot:
             self.join()
 
     def wait_for_snapshot(self) -> None:
-        """Before weights or moments change: until they are copied, if they are to be written."""
+        """Wait until weights and moments are copied; called before they change."""
         started = time.perf_counter()
         self.copied.wait()
         if "time/save_stall_s" in self.times:
@@ -165,16 +136,16 @@ class AsyncWriter:
         return self.writing is not None and self.writing.done() and self.writing.exception() is not None
 
     def join(self) -> None:
-        """Until nothing is being written, however that ends; wait() says how."""
+        """Wait until nothing is being written, and raise nothing."""
         futures.wait([self.writing] if self.writing else [])
 
     def wait(self) -> None:
-        """The same, and what kept the checkpoint from being written is raised."""
+        """Wait until nothing is being written, and raise what kept the checkpoint from being written."""
         if self.writing:
             self.writing.result()
 
     def new_times(self) -> dict[str, float]:
-        """How long the last save kept a step waiting, and how long it took to write; each is given once."""
+        """Seconds that the last save made a step wait, and that it took to write; each is given once."""
         return {name: self.times.pop(name) for name in list(self.times)}
 
     def close(self) -> None:

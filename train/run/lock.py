@@ -1,8 +1,8 @@
 """Who may write to a run: one process at a time, and where a scheduler starts attempts, the newest of them.
 
-RUN/lock     held by the process that writes; the system takes it back however that ends
-RUN/attempt  written by whoever starts attempts, who gives each its own RUN_ATTEMPT: a node that was cut off,
-             and comes back, finds that it is not named there any more
+RUN/lock     locked by the process that writes; the kernel releases it however that process ends
+RUN/attempt  written by the scheduler's script, which gives each attempt its own RUN_ATTEMPT: a node that was cut off
+             and comes back reads another attempt there, and is fenced
 """
 
 import errno
@@ -15,46 +15,40 @@ from typing import TextIO
 
 from data_prep.errors import Fault, Fenced, UserError
 
-NO_LOCKS = (
-    errno.ENOLCK,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-)  # of a file system that has none; attempts are fenced all the same
-WAIT_S = 120  # that an attempt gives the one before it, cut off perhaps, to see that it is fenced
-# for the batch script to end srun first, which would end the step of the same number of the attempt that took
-# over
+# Of file systems without locks; attempts are fenced there all the same.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+WAIT_S = 120  # that a new attempt gives the previous one, perhaps cut off, to notice that it is fenced
+# A fenced attempt waits before it exits: its batch script must end its srun first, or Slurm would end the step of the
+# same number of the new attempt.
 FENCED_S = 10
 
 
 class RunLock:
-    """The right to write to a run folder, which this process has or takes."""
+    """The right of one process to write to a run folder."""
 
     def __init__(self, folder: Path):
         self.folder, self.file = folder, None
 
-    def take(self) -> None:
-        """Lock the run, unless that is done. The lock is POSIX's, which the processes that read images do not
-        inherit.
+    def acquire(self) -> None:
+        """Lock the run, if this process has not yet. It is a POSIX lock, which loader workers do not inherit.
 
         Raises:
-            UserError: another process has it.
-            Fault: another attempt has it, and did not let go in WAIT_S seconds.
+            UserError: another process holds it.
+            Fault: another attempt holds it, and did not release it within WAIT_S.
         """
         if self.file:
             return
-        file, attempt = (
-            open(self.folder / "lock", "a+"),
-            "RUN_ATTEMPT" in os.environ,
-        )
-        deadline = time.monotonic() + (WAIT_S if attempt else 0)
-        while not self._lock(file):
+        file = open(self.folder / "lock", "a+")  # noqa: SIM115 open as long as the run
+        is_attempt = "RUN_ATTEMPT" in os.environ
+        deadline = time.monotonic() + (WAIT_S if is_attempt else 0)
+        while not self._try_lock(file):
             if time.monotonic() >= deadline:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 file.close()
-                raise (Fault if attempt else UserError)(
-                    f"{self.folder}: another process writes to this run ({holder}); wait for it, end it with:"
-                    f" touch {self.folder / 'stop'}, or pass another --run"
+                raise (Fault if is_attempt else UserError)(
+                    f"{self.folder}: another process writes to this run ({holder}). Wait for it, stop it with: touch"
+                    f" {self.folder / 'stop'}, or pass another --run"
                 )
             time.sleep(1)
         file.truncate(0)
@@ -63,7 +57,7 @@ class RunLock:
         self.file = file
 
     @staticmethod
-    def _lock(file: TextIO) -> bool:
+    def _try_lock(file: TextIO) -> bool:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -71,20 +65,23 @@ class RunLock:
         return True
 
     def release(self) -> None:
-        file, self.file = self.file, None  # in one go: the thread that writes checkpoints may be here as well
+        file, self.file = (
+            self.file,
+            None,
+        )  # in one statement: the thread that writes checkpoints may be here too
         if file:
             file.close()
 
     def check(self) -> None:
-        """Before anything is written: is this attempt still the one that may?
+        """Check, before anything is written, that this attempt is still the newest.
 
         Raises:
             Fenced: it is not.
         """
-        mine, path = os.environ.get("RUN_ATTEMPT"), self.folder / "attempt"
-        if mine and path.is_file() and (current := path.read_text().strip()) != mine:
+        own, path = os.environ.get("RUN_ATTEMPT"), self.folder / "attempt"
+        if own and path.is_file() and (newest := path.read_text().strip()) != own:
             self.release()
             time.sleep(FENCED_S)
             raise Fenced(
-                f"{self.folder}: attempt {current} has taken over from this one, {mine}; nothing was written"
+                f"{self.folder}: attempt {newest} has replaced this one ({own}); nothing was written"
             )

@@ -1,5 +1,4 @@
-"""What a run says while it goes: metrics.jsonl for programs, TensorBoard for eyes, a bar with an ETA for
-whoever watches.
+"""What a run logs: metrics.jsonl for programs, TensorBoard for curves, a progress bar with an ETA.
 
 Names under time/ depend on the machine; all others are functions of the recipe and the data.
 """
@@ -9,165 +8,183 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.atomic import atomic_file
 from data_prep.progress import progress
+from train.data.loader import Batch
+from train.model.activation_memory import should_compile
 from train.run.folder import Run
-from train.world import World
+from train.run.nonfinite import NonFiniteStep
 
-DATA_WAIT = 0.02  # of the step's time: more is worth a word
-FOLLOWED = ("val/image_to_text/R@1", "val/text_to_image/R@1")
+if TYPE_CHECKING:
+    from train.step import TrainState, Values  # which needs train.run at run time
+
+MAX_DATA_WAIT = 0.02  # of the step's time; above it, a hint is printed
+PRINTED = ("val/image_to_text/R@1", "val/text_to_image/R@1")
 
 
 class Logger:
-    """The log of one run, written by the first rank; every rank must call step()."""
+    """The log of one run, written by the first rank; every rank calls step()."""
 
-    def __init__(self, run: Run, samples: int, end: int, samples_per_epoch: int, world: World):
-        """Open the log at `samples`: what stands after that belongs to steps that will be taken again."""
-        self.run, self.end, self.samples_per_epoch = run, end, samples_per_epoch
+    def __init__(self, run: Run, state: "TrainState"):
+        """Open the log at `state.samples`: later lines belong to steps that will be repeated, and are
+        removed.
+        """
+        self.run, self.state = run, state
+        self.first = state.world.is_first
         self.pairs, self.data_s, self.step_s = 0, 0.0, 0.0
-        self.lines, self.data_wait_said = 0, False
-        self.first = world.is_first
+        self.lines, self.hinted = 0, False
+        self._batch_s, self._began = 0.0, time.perf_counter()
         self.bar = progress(
-            total=end, initial=samples, unit="pair", unit_scale=True, desc="training", disable=not self.first
+            total=state.end,
+            initial=state.samples,
+            unit="pair",
+            unit_scale=True,
+            desc="training",
+            disable=not self.first,
         )
         if not self.first:
             return
-        self.file = reopened(run.folder / "metrics.jsonl", samples)
-        self.tensorboard = SummaryWriter(
-            str(run.folder / "tensorboard"), purge_step=samples + 1 if samples else None
-        )
+        self.metrics_file = reopened(run.folder / "metrics.jsonl", state.samples)
+        self.nonfinite_file = reopened(run.folder / "nonfinite_steps.jsonl", state.samples)
+        purge_step = state.samples + 1 if state.samples else None
+        self.tensorboard = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge_step)
 
-    def step(
-        self,
-        samples: int,
-        batch: int,
-        loss: torch.Tensor,
-        values: dict[str, torch.Tensor | float],
-        data_s: float,
-        step_s: float,
-    ) -> None:
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; the time that each took to arrive is logged as the data wait of its step."""
+        self._began = time.perf_counter()
+        for batch in batches:
+            self._batch_s = time.perf_counter() - self._began
+            yield batch
+            self._began = time.perf_counter()
+
+    def step(self, values: "Values") -> None:
         """Count a step; every `log_every_steps`-th is written.
 
         Args:
-            samples: pairs seen, this step's included.
-            loss: mean over the ranks.
-            data_s: seconds that this step waited for its batch, part of `step_s`.
+            values: of train_step(), "train/loss" among them.
         """
-        self.pairs, self.data_s, self.step_s = self.pairs + batch, self.data_s + data_s, self.step_s + step_s
-        self.bar.update(batch)
-        if not self.is_due(samples, batch):
+        self.pairs += self.run.recipe.global_batch_size
+        self.data_s += self._batch_s
+        self.step_s += time.perf_counter() - self._began
+        self.bar.update(self.run.recipe.global_batch_size)
+        if not self.is_due:
             return
-        started = time.perf_counter()
-        numbers = {"epoch": samples / self.samples_per_epoch, "train/loss": loss.item()}
-        self.step_s += (
-            time.perf_counter() - started
-        )  # a GPU was behind: what it had left to do is part of these steps
-        numbers |= {name: float(value) for name, value in values.items()}
-        numbers |= {
-            "time/pairs_per_s": self.pairs / self.step_s,
-            "time/data_wait_share": self.data_s / self.step_s,
-        }
-        numbers |= self.run.writer.new_times()
-        self.write(samples, numbers)
-        self._on_data_wait(self.data_s / self.step_s)
-        speed = self.pairs / self.step_s
-        self.run.beat(
-            samples,
-            step=samples // batch,
-            pairs_per_s=round(speed, 2),
-            eta_s=round((self.end - samples) / speed),
-        )
-        self.bar.set_postfix_str(
-            f"epoch {numbers['epoch']:.1f}, loss {numbers['train/loss']:.3f}", refresh=False
-        )
+        started, samples = time.perf_counter(), self.state.samples
+        numbers = {name: float(value) for name, value in values.items()}
+        self.step_s += time.perf_counter() - started  # float() waited for a GPU to finish these steps
+        pairs_per_s, data_wait = self.pairs / self.step_s, self.data_s / self.step_s
+        epoch = samples / self.state.order.samples_per_epoch
+        times = {"time/pairs_per_s": pairs_per_s, "time/data_wait_share": data_wait}
+        self.write({"epoch": epoch, **numbers, **times, **self.run.writer.new_times()})
+        self._hint_at(data_wait)
+        eta_s = round((self.state.end - samples) / pairs_per_s)
+        self.run.write_progress(samples, step=self.state.step, pairs_per_s=round(pairs_per_s, 2), eta_s=eta_s)
+        self.bar.set_postfix_str(f"epoch {epoch:.1f}, loss {numbers['train/loss']:.3f}", refresh=False)
         self.pairs, self.data_s, self.step_s = 0, 0.0, 0.0
 
-    def _on_data_wait(self, share: float) -> None:
-        """Say once what to do where the steps wait for pictures; not of the first line, in which the workers
-        start.
-        """
+    def _hint_at(self, data_wait: float) -> None:
+        """Print once what to do when steps wait for images; not for the first line, while workers start."""
         self.lines += 1
-        if share > DATA_WAIT and self.lines > 1 and not self.data_wait_said:
-            self.data_wait_said = True
-            self.say(data_wait_advice(share, self.run.recipe.workers, cores_per_rank()))
+        if data_wait > MAX_DATA_WAIT and self.lines > 1 and not self.hinted:
+            self.hinted = True
+            self.say(data_wait_hint(data_wait, self.run.recipe.workers, cores_per_rank()))
 
-    def is_due(self, samples: int, batch: int) -> bool:
-        """Whether the step that ends at `samples` is written."""
-        return samples // batch % self.run.recipe.log_every_steps == 0
+    @property
+    def is_due(self) -> bool:
+        """Whether the last step is written."""
+        return self.state.step % self.run.recipe.log_every_steps == 0
 
-    def validation(self, samples: int, values: dict[str, float], chosen: str = "") -> None:
-        """Write what a validation found, if there was one, and say the part of it that people follow.
+    def nonfinite(self, steps: list[NonFiniteStep]) -> None:
+        """Write the skipped steps to nonfinite_steps.jsonl, with the keys of their samples."""
+        if not self.first or not steps:
+            return
+        size = self.run.recipe.global_batch_size
+        for samples, loss, grad_norm in steps:
+            keys = [self.state.pairs.key_at(position) for position in range(samples, samples + size)]
+            line = {"samples": samples, "loss": str(loss), "grad_norm": str(grad_norm), "keys": keys}
+            with self._reported("nonfinite_steps.jsonl"):
+                self.nonfinite_file.write(json.dumps(line) + "\n")
+                self.nonfinite_file.flush()
+
+    def validation(self, values: dict[str, float], selected: str = "") -> None:
+        """Write the metrics of a validation, if there was one, and print two of them.
 
         Args:
-            chosen: what stands before the names of the weights to use.
+            selected: prefix of the metrics of the exported weights.
         """
         if values:
-            self.write(samples, values)
+            self.write(values)
             recalls = ", ".join(
-                f"{chosen}{name} {100 * values[chosen + name]:.1f} %"
-                for name in FOLLOWED
-                if chosen + name in values
+                f"{selected}{name} {100 * values[selected + name]:.1f} %"
+                for name in PRINTED
+                if selected + name in values
             )
-            self.say(f"after {samples / self.samples_per_epoch:.0f} epochs: {recalls}")
+            epochs = self.state.samples / self.state.order.samples_per_epoch
+            self.say(f"after {epochs:.0f} epochs: {recalls}")
 
-    def write(self, samples: int, values: dict[str, float]) -> None:
+    def write(self, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard."""
         if not self.first:
             return
-        self.run.claim.check()
-        written = {
-            name: value if math.isfinite(value) else None for name, value in values.items()
-        }  # JSON has no NaN
-        with self._told():
-            self.file.write(json.dumps({"samples": samples, **written}) + "\n")
-            self.file.flush()
+        self.run.lock.check()
+        samples = self.state.samples
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # for JSON
+        with self._reported("metrics.jsonl"):
+            self.metrics_file.write(json.dumps({"samples": samples, **finite}) + "\n")
+            self.metrics_file.flush()
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, samples)
 
     def sync(self) -> None:
-        """Before a checkpoint: the lines that it leaves behind must be on disk."""
+        """Put all lines on disk; called before the checkpoint after which they stay valid."""
         if self.first:
-            with self._told():
-                os.fsync(self.file.fileno())
+            with self._reported("metrics.jsonl"):
+                os.fsync(self.metrics_file.fileno())
                 self.tensorboard.flush()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """A disk that is full, of a checkpoint that is being written perhaps: the next save says so, on all
-        ranks.
-        """
+    def _reported(self, name: str) -> Iterator[None]:
+        """A full disk is reported, and the next save raises it on all ranks."""
         try:
             yield
         except OSError as error:
-            self.run.trouble = self.run.cannot_write(self.run.folder / "metrics.jsonl", error)
+            self.run.report_write_error(self.run.folder / name, error)
 
     def say(self, text: str) -> None:
-        """A line for whoever watches, above the bar."""
+        """Print a line above the bar."""
         if self.first:
             self.bar.write(text)
 
     def __enter__(self) -> "Logger":
+        state, recipe = self.state, self.run.recipe
+        world, compiled = state.world, should_compile(recipe, state.world.device)
+        self.say(
+            f"{recipe.model} on {state.order.n_samples} images, {world.world_size} x {world.device.type}:"
+            f" {state.steps} steps of {recipe.global_batch_size} pairs"
+        )
+        self.say(
+            f"micro_batch_size {state.micro_batch_size}, activation_checkpointing"
+            f" {state.activation_checkpointing}, {'compiled' if compiled else 'not compiled'}"
+        )
         return self
 
     def __exit__(self, *_) -> None:
         self.bar.close()
         if self.first:
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk, which was told; what matters is on it since the last checkpoint
-                self.file.close()
+            with contextlib.suppress(OSError):  # a full disk, which was reported
+                self.metrics_file.close()
+                self.nonfinite_file.close()
                 self.tensorboard.close()
 
 
 def reopened(path: Path, samples: int) -> TextIO:
-    """A file of JSON lines to go on with, without what stands after `samples`, or was cut short by a kill."""
+    """A file of JSON lines opened for appending, without lines after `samples` and without one cut by a kill."""
     lines = path.read_text().splitlines(keepends=True) if samples and path.is_file() else []
     with atomic_file(path) as partial:
         partial.write_text(
@@ -182,19 +199,17 @@ def cores_per_rank() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def data_wait_advice(share: float, workers: int, cores: int) -> str:
-    """A sentence on steps of which `share` goes by in waiting for pictures, with what can be done.
+def data_wait_hint(share: float, workers: int, cores: int) -> str:
+    """A sentence on steps that wait for images for `share` of their time, with the fix.
 
     Args:
         cores: per rank.
     """
-    waits = f"the data wait is {100 * share:.0f} % of the step: "
+    waits = f"data wait is {100 * share:.0f} % of the step time; "
     if workers < cores:
-        return (
-            f"{waits}pass --workers {min(cores, max(1, 2 * workers))} (there are {cores} cores per rank,"
-            f" --workers is {workers})"
-        )
+        more = min(cores, max(1, 2 * workers))
+        return f"{waits}pass --workers {more} ({cores} cores per rank, --workers is {workers})"
     return (
-        f"{waits}all {cores} cores per rank have a worker; give the job more cores, "
-        "or make the pictures smaller with: python -m data_prep build ... --resize-px 256"
+        f"{waits}all {cores} cores per rank have a worker: use more cores, or smaller images: python -m data_prep build"
+        " ... --resize-px 256"
     )

@@ -1,13 +1,11 @@
-"""A stop is a wish, not an interruption: the file RUN/stop, SIGTERM or SIGINT; the loop grants it after a
-step.
-"""
+"""Stop requests (RUN/stop, SIGTERM, SIGINT) take effect at the end of the current step."""
 
 import signal
 from pathlib import Path
 
 
 class Stop:
-    """Listens while it is entered; a second signal does what it would have done without us."""
+    """Listens for stop requests inside a `with`; a second signal has its usual effect."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -15,17 +13,17 @@ class Stop:
         self.file = file
         self.signalled = False
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return self.signalled or self.file.exists()
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._hear) for number in self.SIGNALS}
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, _) -> None:
+    def _receive(self, number: int, _) -> None:
         self.signalled = True
-        signal.signal(number, self._before[number])
+        signal.signal(number, self._previous[number])

@@ -139,7 +139,7 @@ def train_all(folder: Path, recipes: dict[str, Recipe], nproc: int) -> tuple[dic
     failed = {}
     with Stop(folder / "stop") as stop:
         for number, (name, recipe) in enumerate(recipes.items(), 1):
-            if stop.asked():
+            if stop.requested():
                 break
             print(
                 f"== {number} of {len(recipes)}: {name}{' is finished' if name in finished else ''}",
@@ -148,10 +148,10 @@ def train_all(folder: Path, recipes: dict[str, Recipe], nproc: int) -> tuple[dic
             if (
                 name not in finished
                 and (code := train_one(folder / f"{name}.yaml", recipe, nproc, stop))
-                and not stop.asked()
+                and not stop.requested()
             ):
                 failed[name] = code
-        stopped = stop.asked()
+        stopped = stop.requested()
     stop.file.unlink(missing_ok=True)
     return failed, stopped
 
@@ -186,13 +186,13 @@ def train_one(file: Path, recipe: Recipe, nproc: int, stop: Stop) -> int:
     asked = Path(recipe.run) / "stop"
     with subprocess.Popen([sys.executable, *launcher, "train", str(file)], env=ENVIRONMENT) as process:
         while process.poll() is None:
-            if stop.asked() and not asked.exists():
+            if stop.requested() and not asked.exists():
                 asked.parent.mkdir(exist_ok=True)
                 asked.touch()
             try:
                 process.wait(LOOK_S)
             except subprocess.TimeoutExpired:
                 continue
-    if stop.asked():
+    if stop.requested():
         asked.unlink(missing_ok=True)  # it may have ended by itself meanwhile
     return process.returncode

@@ -1,0 +1,60 @@
+"""What training validates with: retrieval on the val split, as eval computes it, and on the retention set."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.shards import Shards, read_manifest
+from eval.embed import Inference
+from eval.retrieval.score import evaluate, metric_names
+from train.model.activation_memory import uncompiled
+from train.model.clip import Clip
+from train.recipe import Recipe
+from train.retain.select import Validate, check_best_metric
+from train.world import World
+
+BATCH_SIZE = 64  # images at once where the recipe's micro_batch_size is auto
+
+
+def validator(recipe: Recipe, world: World) -> Validate:
+    """A function that gives val/... and retention/... metrics of a model; none of shards without a val split.
+
+    The shards' bytes are verified here, by each rank its part.
+
+    Raises:
+        UserError: a group is in train and in val, shards were altered, or best_metric is not computed.
+    """
+    splits = {}
+    if has_split(recipe.data, "val"):
+        splits["val"] = Shards(recipe.data, "val")
+        if shared := np.intersect1d(splits["val"].groups, Shards(recipe.data, "train").groups).size:
+            raise UserError(
+                f"{recipe.data}: {shared} groups are in train and in val, which inflates validation; build the shards"
+                " again"
+            )
+        if recipe.retention_set:
+            name = "val" if has_split(recipe.retention_set, "val") else "test"
+            splits["retention"] = Shards(recipe.retention_set, name)
+    for shards in splits.values():
+        shards.verify(world.rank, world.world_size)
+    check_best_metric(recipe, [f"{name}/{metric}" for name in splits for metric in metric_names()])
+
+    @uncompiled()
+    def validate(clip: Clip, world: World) -> dict[str, float]:
+        size = BATCH_SIZE if recipe.micro_batch_size == "auto" else recipe.micro_batch_size
+        inference, metrics = Inference(size, recipe.workers), {}
+        for name, shards in splits.items():
+            result = evaluate(clip, shards, world, inference)["metrics"]
+            metrics |= {
+                f"{name}/{metric}": value
+                for metric, value in result.items()
+                if not metric.startswith("chance/")
+            }
+        return metrics
+
+    return validate
+
+
+def has_split(data: str, split: str) -> bool:
+    return bool(read_manifest(Path(data))["splits"].get(split, {}).get("samples"))

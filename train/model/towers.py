@@ -1,0 +1,104 @@
+"""Both towers of an open_clip model in one forward, the same for training and evaluation."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from train.model.patch_dropout import PatchDropout
+from train.model.text import encode_text
+
+
+class Towers(nn.Module):
+    """An open_clip model whose features are fp32 and L2-normed.
+
+    Args:
+        model: any open_clip model with encode_image, encode_text and logit_scale.
+        mean, std: per channel, of the model's preprocessing.
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.bf16 = False
+        self._locked: list[nn.Module] = []  # stay in evaluation mode
+
+    def lock(self, tower: str) -> None:
+        """Freeze the "image" or "text" tower, BatchNorm statistics included (LiT, Zhai et al. 2022); "none"
+        does nothing.
+
+        open_clip's own lock_image_tower and lock_text_tower leave the projections of timm's and Hugging
+        Face's towers trainable, and either let BatchNorm statistics change or replace the layer, which
+        renames weights."""
+        for name, parameter in self.model.named_parameters():
+            if tower_of(name) == tower:
+                parameter.requires_grad_(False)
+        self._locked = [child for name, child in self.model.named_children() if tower_of(name) == tower]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Towers":
+        super().train(mode)
+        for module in self._locked:
+            module.eval()
+        return self
+
+    def forward(
+        self, images: torch.Tensor, tokens: torch.Tensor, patch_seeds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """image_features, text_features, logit_scale (exponentiated), and logit_bias if the model has one.
+
+        The scalars are returned, and not read as parameters by the loss, because DDP reduces the gradients
+        only of what the forward used."""
+        scalars = [self.model.logit_scale.exp(), *([] if self.logit_bias is None else [self.logit_bias])]
+        return self.image_features(images, patch_seeds), self.text_features(tokens), *scalars
+
+    @property
+    def patch_dropout(self) -> PatchDropout | None:
+        """The one that PatchDropout.install() put into the image tower."""
+        module = getattr(self.model.visual, "patch_dropout", None)
+        return module if isinstance(module, PatchDropout) else None
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        return getattr(self.model, "logit_bias", None)
+
+    def image_features(self, images: torch.Tensor, patch_seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """[b, 3, H, W], uint8 or fp32 in 0 to 1 -> fp32 [b, d], L2-normed.
+
+        Args:
+            patch_seeds: int64 [b], where patches are dropped.
+        """
+        if not images.is_floating_point():
+            images = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+        pixels = (images - self.mean) / self.std
+        if self.patch_dropout and patch_seeds is not None:
+            self.patch_dropout.remember(pixels, patch_seeds)
+        with self._autocast(images.device):
+            features = self.model.encode_image(pixels)
+        return F.normalize(features.float(), dim=-1)
+
+    def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int64 [b, L], trimmed or whole (see Clip.tokenize) -> fp32 [b, d], L2-normed."""
+        with self._autocast(tokens.device):
+            features = encode_text(self.model, tokens)
+        return F.normalize(features.float(), dim=-1)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the temperature at or above 1/100 (Radford et al. 2021, section 2.5)."""
+        self.model.logit_scale.clamp_(0, math.log(100))
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def tower_of(name: str) -> str:
+    """ "image" or "text", or "" for logit_scale and logit_bias, by the name of a parameter of an open_clip
+    model.
+    """
+    if name.startswith("logit_"):
+        return ""
+    return "image" if name.split(".")[0] == "visual" else "text"

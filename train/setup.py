@@ -1,0 +1,147 @@
+"""setup(): a recipe becomes a TrainState, new or resumed. The order of what happens here matters; comments
+say why.
+"""
+
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data_prep.errors import UserError
+from data_prep.shards import Shards
+from train.data.augment import Augmentation
+from train.data.loader import TrainPairs, train_loader
+from train.data.order import Order
+from train.loss import loss_of, train_logit_bias
+from train.model.activation_memory import apply_checkpointing, fit_micro_batch, should_compile
+from train.model.clip import Clip, load
+from train.model.lora import adapt
+from train.model.patch_dropout import PatchDropout
+from train.optim import build_optimizer
+from train.recipe import Recipe
+from train.retain.base import frozen_copy
+from train.retain.l2sp import L2SP
+from train.retain.replay import Replay, check_replay
+from train.retain.select import WeightSelector
+from train.run.folder import Run
+from train.run.nonfinite import NonFiniteGuard
+from train.step import TrainState
+from train.world import World
+
+
+def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
+    """The state in which training begins, or in which the run's last checkpoint left it.
+
+    Args:
+        run: the opened run; None for measurements: random weights, unverified shards, nothing restored.
+
+    Raises:
+        UserError: shards, model or run do not fit the recipe; the same on all ranks.
+    """
+    inputs = world.all_or_raise(lambda: prepare(recipe, run, world))
+    pairs, clip = inputs.pairs, inputs.clip
+    order = Order(pairs.shard_sizes, recipe.global_batch_size, recipe.seed)
+    samples, end = run.samples if run else 0, recipe.epochs * order.samples_per_epoch
+    clip.towers.bf16 = recipe.precision == "bf16"
+    clip.towers.to(world.device)
+    # The copy of the initial weights comes before a checkpoint is restored and before blocks are compiled.
+    # It, the EMA and replay come before the micro batch is fitted, which measures the memory that is left.
+    base = frozen_copy(clip.towers, recipe, world.device)
+    selector = WeightSelector(clip, recipe, base)
+    l2_sp = L2SP(clip.towers, base, recipe.l2_sp) if recipe.l2_sp else None
+    replay = Replay(inputs.replay_pairs, base, clip, recipe, world, samples, end) if recipe.replay else None
+    mode, micro_batch_size = fit_micro_batch(clip.towers, run.with_fitted(recipe) if run else recipe, world)
+    apply_checkpointing(clip.towers.model, mode, should_compile(recipe, world.device))
+    optimizer = world.all_or_raise(lambda: build_optimizer(clip.towers, recipe.optim))
+    if run:
+        run.restore(selector, optimizer)  # before DDP, which broadcasts the first rank's weights
+    chunked = micro_batch_size * world.world_size < recipe.global_batch_size or replay is not None
+    train_pairs = TrainPairs(pairs, order, clip.image_size, recipe.augment, recipe.captions)
+    return TrainState(
+        recipe=recipe,
+        world=world,
+        clip=clip,
+        towers=wrap_ddp(clip.towers, world, chunked),
+        optimizer=optimizer,
+        augmentation=Augmentation(recipe.augment),
+        loss=loss_of(recipe),
+        order=order,
+        pairs=train_pairs,
+        batches=train_loader(train_pairs, clip.tokenize, samples, end, world, recipe.workers),
+        samples=samples,
+        end=end,
+        activation_checkpointing=mode,
+        micro_batch_size=micro_batch_size,
+        selector=selector,
+        guard=NonFiniteGuard(),
+        l2_sp=l2_sp,
+        replay=replay,
+    )
+
+
+class Inputs(NamedTuple):
+    """What a run is made of, checked."""
+
+    pairs: Shards
+    replay_pairs: Shards | None
+    clip: Clip
+
+
+def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
+    """The training and replay pairs, and the initial model on the CPU. Ranks do not communicate here.
+
+    Each rank verifies its part of the shards' bytes.
+
+    Raises:
+        UserError: the data, the model or what the run was started with do not fit.
+    """
+    pairs = Shards(recipe.data, "train")
+    check_batch(recipe, len(pairs), world)
+    replay_pairs = Shards(recipe.replay, "train") if recipe.replay else None
+    if replay_pairs:
+        check_replay(recipe, len(replay_pairs), world)
+    if run:
+        run.check_data(pairs.fingerprint)
+        run.check_data(replay_pairs and replay_pairs.fingerprint, "replay")
+        for shards in filter(None, (pairs, replay_pairs)):
+            shards.verify(world.rank, world.world_size)
+    clip = load(recipe.model, weights=run is not None, seed=recipe.seed)
+    if run and (recipe.replay or recipe.l2_sp):  # these need the same initial weights after a resume
+        run.check_data(clip.fingerprint(), "model")
+    if recipe.lora_rank:
+        adapt(clip.towers, recipe.lora_rank, recipe.seed)
+    clip.towers.lock(recipe.lock)  # after adapt(), so that adapters of a locked tower are locked too
+    train_logit_bias(clip, recipe.loss)
+    if recipe.patch_dropout:
+        PatchDropout.install(clip.towers.model.visual)
+    return Inputs(pairs, replay_pairs, clip)
+
+
+def check_batch(recipe: Recipe, n_pairs: int, world: World) -> None:
+    """Check that the data fills a batch and that the ranks can share it.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if recipe.global_batch_size > n_pairs:
+        raise UserError(
+            f"{recipe.data}: {n_pairs} training images are fewer than one batch of {recipe.global_batch_size}; pass a"
+            " smaller --global-batch-size"
+        )
+    if recipe.global_batch_size % world.world_size:
+        fitting = recipe.global_batch_size - recipe.global_batch_size % world.world_size
+        raise UserError(
+            f"--global-batch-size {recipe.global_batch_size}: cannot be divided evenly among {world.world_size} ranks;"
+            f" pass --global-batch-size {fitting or world.world_size}"
+        )
+
+
+def wrap_ddp(towers: nn.Module, world: World, chunked: bool = False) -> nn.Module:
+    """`towers` so that a backward pass leaves the mean gradient of all ranks.
+
+    Args:
+        chunked: whether a step has several backward passes, for which DDP's static graph cannot be used.
+    """
+    if world.world_size == 1:
+        return towers
+    return DistributedDataParallel(towers, static_graph=not chunked, gradient_as_bucket_view=True)
