@@ -1,8 +1,7 @@
 """Command lines: each command has its own usage line and help, and answers before anything heavy is imported.
 
-A room's `__main__` maps names to functions by their place, "eval.retrieval.command:retrieval"; the module of a
-command imports torch and its like inside its function, so that --help takes a fraction of a second.
-"""
+A room's `__main__` maps names to functions by their place, "eval.retrieval.command:retrieval"; the module of
+a command imports torch and its like inside its function, so that --help takes a fraction of a second. """
 
 import importlib
 import sys
@@ -22,6 +21,7 @@ Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
 Shards = Annotated[Path, tyro.conf.arg(metavar="SHARDS")]
 Index = Annotated[Path, tyro.conf.arg(metavar="INDEX")]
 Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
+Runs = Annotated[Path, tyro.conf.arg(metavar="RUNS")]
 RecipeFile = Annotated[Path, tyro.conf.arg(metavar="RECIPE")]
 File = Annotated[Path, tyro.conf.arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
@@ -30,14 +30,22 @@ OptionalFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 OptionalShards = Annotated[Path | None, tyro.conf.arg(metavar="SHARDS")]
 
 
-def run_command(command: Callable, prog: str, arguments: list[str] | None = None) -> object:
-    """Call `command` with the command line's arguments; its docstring is the help.
+def run_command(
+    command: Callable, prog: str, arguments: list[str] | None = None, guide: str | None = None
+) -> object:
+    """Call `command` with the command line's arguments.
 
     Args:
         prog: of the usage line, "python -m eval retrieval".
         arguments: sys.argv[1:] by default.
+        guide: text above the options in --help; the docstring of `command` by default.
     """
-    return tyro.cli(command, prog=prog, args=arguments, config=CONFIG)
+    return tyro.cli(command, prog=prog, args=arguments, description=guide, config=CONFIG)
+
+
+def print_guide(usage: str, guide: str) -> None:
+    """What a command without arguments prints: its usage line and its module's docstring."""
+    print(f"usage: {usage}\n\n{guide.strip()}")
 
 
 def run_commands(prog: str, guide: str, commands: dict[str, str]) -> None:

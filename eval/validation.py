@@ -30,8 +30,8 @@ def validator(recipe: Recipe, world: World) -> Validate:
         splits["val"] = Shards(recipe.data, "val")
         if shared := np.intersect1d(splits["val"].groups, Shards(recipe.data, "train").groups).size:
             raise UserError(
-                f"{recipe.data}: {shared} groups are in train and in val, which inflates validation; build the shards"
-                " again"
+                f"{recipe.data}: {shared} groups are in train and in val, which inflates validation; build"
+                " the shards again"
             )
         if recipe.retention_set:
             name = "val" if has_split(recipe.retention_set, "val") else "test"

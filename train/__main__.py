@@ -60,7 +60,8 @@ def summary(run: "Run") -> str:
             key = f"val/{direction}/R@1"
             before, after = f"{100 * validations[0][key]:.1f} %", f"{100 * line[prefix(weights) + key]:.1f} %"
             words.append(
-                f"  {direction} R@1 on val: {before} before training, {after} at best (after {best['samples']} pairs{name})"
+                f"  {direction} R@1 on val: {before} before training, {after} at best (after"
+                f" {best['samples']} pairs{name})"
             )
     words.append(f"evaluate: python -m eval retrieval {run.folder} --data {run.recipe.data} --split test")
     words.append(f"curves:   tensorboard --logdir {run.folder}")

@@ -4,7 +4,8 @@
     checkpoint
 
 `samples`, the pairs seen so far, is the only state beside the weights, their EMA and the optimizer's moments:
-data order, captions, augmentation, dropout and learning rate are functions of (seed, samples)."""
+data order, captions, augmentation, dropout and learning rate are functions of (seed, samples).
+"""
 
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
 
 
 def train(state: TrainState, run: Run, validate: Validate) -> Outcome:
-    """Take steps until the run is finished, is asked to stop, or must roll back. All ranks return the same."""
+    """Take steps until the run is finished, asked to stop, or must roll back. All ranks return the same."""
     recipe, world, selector = state.recipe, state.world, state.selector
     run.start(state)
     with Logger(run, state) as log, Stop(run.stop_file) as stop, run:

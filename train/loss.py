@@ -1,6 +1,7 @@
 """The contrastive losses over the global batch, of which each rank holds its own rows.
 
-same_group decides how pairs of a batch that share a group (images of one thing) or a caption count for each other.
+same_group decides how pairs of a batch that share a group (images of one thing) or a caption count for each
+other.
 To add a loss: a function here, in LOSSES, and its name in train.recipe.Recipe.loss.
 """
 
@@ -17,17 +18,17 @@ from train.model.clip import Clip
 from train.recipe import Recipe
 from train.world import World
 
-Loss = Callable[
-    [Sequence[torch.Tensor], torch.Tensor, World], torch.Tensor
-]  # of Towers' outputs, Batch.ids, world
+# of Towers' outputs, Batch.ids, world
+Loss = Callable[[Sequence[torch.Tensor], torch.Tensor, World], torch.Tensor]
 COLUMNS = 1024  # texts that siglip_loss scores at once
 
 
 def loss_of(recipe: Recipe) -> Loss:
     """The loss of a recipe.
 
-    The mean of all ranks' losses is the loss of one process that holds the whole batch. With gradients averaged over
-    ranks, as DDP does, this also holds for the gradients, those of logit_scale and logit_bias included.
+    The mean of all ranks' losses is the loss of one process that holds the whole batch. With gradients
+    averaged over ranks, as DDP does, this also holds for the gradients, those of logit_scale and logit_bias
+    included.
     """
     return functools.partial(LOSSES[recipe.loss], same_group=recipe.same_group)
 
@@ -42,23 +43,25 @@ def train_logit_bias(clip: Clip, loss: str) -> None:
         logit_bias.requires_grad_(loss == "siglip")
     elif loss == "siglip":
         raise UserError(
-            f"{clip.name}: has no logit_bias, which --loss siglip needs; pass --loss clip, or a model that was trained"
-            " with it, such as ViT-B-16-SigLIP2:webli (for random weights, init_logit_bias: -10 in the model_cfg)"
+            f"{clip.name}: has no logit_bias, which --loss siglip needs; pass --loss clip, or a model that"
+            " was trained with it, such as ViT-B-16-SigLIP2:webli (for random weights, init_logit_bias: -10"
+            " in the model_cfg)"
         )
 
 
 def clip_loss(
     outputs: Sequence[torch.Tensor], ids: torch.Tensor, world: World, same_group: str = "negative"
 ) -> torch.Tensor:
-    """Symmetric cross-entropy of this rank's pairs against all pairs, fp32 [] (Radford et al. 2021, figure 3).
+    """Symmetric cross-entropy of this rank's pairs against all pairs, fp32 [] (Radford et al. 2021, figure
+    3).
 
     Args:
         outputs: image_features and text_features, fp32 [b, d], L2-normed, of this rank; logit_scale, fp32 [],
             exponentiated. A logit_bias is ignored: a softmax does not change by it.
         ids: int64 [b, 2], Batch.ids of the same pairs.
-        same_group: "negative": pairs like any other. "positive": the target is uniform over the pair itself and those
-            that share an id with it (L_out of Khosla et al. 2020, equation 2, across the two towers as in UniCL, Yang
-            et al. 2022).
+        same_group: "negative": pairs like any other. "positive": the target is uniform over the pair itself
+            and those that share an id with it (L_out of Khosla et al. 2020, equation 2, across the two towers
+            as in UniCL, Yang et al. 2022).
     """
     image_features, text_features, logit_scale, *_ = outputs
     width, device = image_features.shape[1], image_features.device
@@ -110,9 +113,8 @@ def _sigmoid_sum(
     logit_bias: torch.Tensor,
     positive: torch.Tensor,
 ) -> torch.Tensor:
-    with fp32_products(
-        "highest", image_features.device
-    ):  # in here, so that it holds in the recomputation too
+    # in here, so that it holds in the recomputation too
+    with fp32_products("highest", image_features.device):
         logits = logit_scale * image_features @ text_features.T + logit_bias
     return -F.logsigmoid(torch.where(positive, logits, -logits)).sum()
 

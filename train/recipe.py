@@ -10,11 +10,12 @@ import difflib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 import yaml
 
+from data_prep.cli import CONFIG
 from data_prep.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -161,30 +162,52 @@ RESUME_SAFE += ("max_nonfinite_steps", "timeout_minutes", "micro_batch_size", "a
 RESUME_SAFE += ("compile",)
 
 
-AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+Options = TypeVar("Options")
 
 
-def parse(arguments: list[str], schema: type[AnyRecipe] = Recipe) -> AnyRecipe:
-    """Parse a command line, `[RECIPE.yaml] [--flag value ...]`; tyro prints help and mistakes, and exits.
+def parse(arguments: list[str], prog: str = "python -m train RECIPE", guide: str | None = None) -> Recipe:
+    """The recipe of a command line: `[RECIPE.yaml] [--flag value ...]`; tyro prints help and mistakes, and
+    exits.
 
     Args:
-        schema: Recipe, or a subclass with flags of one command.
+        prog: start of the usage line.
+        guide: text above the options in --help; the schema's docstring by default.
 
     Raises:
-        UserError: the recipe file does not exist, has an unknown key, or a value is out of range.
+        UserError: no such recipe file, an unknown key in it, or a value out of range.
     """
-    flags = []
-    if arguments and not arguments[0].startswith("-"):
-        flags, arguments = flags_of(Path(arguments[0])), arguments[1:]
-    recipe = tyro.cli(
-        schema,
-        args=[*flags, *arguments],
-        prog="python -m train RECIPE.yaml",
-        config=(tyro.conf.FlagConversionOff,),
-        use_underscores=True,
-    )
+    recipe = tyro.cli(Recipe, args=_as_flags(arguments), prog=prog, description=guide)
     _check_values(recipe)
     return recipe
+
+
+def parse_with(options: type[Options], arguments: list[str], prog: str, guide: str) -> tuple[Options, Recipe]:
+    """A command's own options and a recipe, from one command line; --help lists the command's own options
+    alone.
+
+    Args:
+        options: dataclass of the command's options.
+        prog, guide: see parse().
+
+    Raises:
+        UserError: see parse().
+    """
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(options, args=["--help"], prog=prog, description=guide, config=CONFIG)
+    own = Annotated[options, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
+    both = dataclasses.make_dataclass(
+        "Both", [("own", own), ("recipe", Annotated[Recipe, tyro.conf.arg(name="")])], frozen=True
+    )
+    parsed = tyro.cli(both, args=_as_flags(arguments), prog=prog)
+    _check_values(parsed.recipe)
+    return parsed.own, parsed.recipe
+
+
+def _as_flags(arguments: list[str]) -> list[str]:
+    """The command line with the recipe file, where the first argument is one, replaced by its flags."""
+    if arguments and not arguments[0].startswith("-"):
+        return [*flags_of(Path(arguments[0])), *arguments[1:]]
+    return arguments
 
 
 def flags_of(path: Path) -> list[str]:
@@ -217,9 +240,24 @@ def _flatten(values: dict, schema: type, path: Path, prefix: str) -> list[str]:
                 )
             flags += _flatten(value, types[key], path, f"{prefix}{key}.")
         else:
-            items = value if isinstance(value, list) else [value]
-            flags += [f"--{prefix}{key}", *map(str, items)]
+            flags += _flag(types[key], f"{prefix}{key}", value, path)
     return flags
+
+
+def switch(key: str, on: bool) -> str:
+    """A boolean key as typed: "--augment.key", or "--augment.no-key"."""
+    section, dot, name = key.rpartition(".")
+    return f"--{key}" if on else f"--{section}{dot}no-{name}"
+
+
+def _flag(type_: object, key: str, value: object, path: Path) -> list[str]:
+    """A key and its value as typed: a boolean becomes a switch, --key or --no-key."""
+    if type_ is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {key}: {value!r} must be true or false")
+        return [switch(key, value)]
+    items = value if isinstance(value, list) else [value]
+    return [f"--{key}", *map(str, items)]
 
 
 AT_LEAST = {"epochs": 1, "global_batch_size": 2, "workers": 0, "log_every_steps": 1, "keep_checkpoints": 1}

@@ -125,14 +125,14 @@ def check_batch(recipe: Recipe, n_pairs: int, world: World) -> None:
     """
     if recipe.global_batch_size > n_pairs:
         raise UserError(
-            f"{recipe.data}: {n_pairs} training images are fewer than one batch of {recipe.global_batch_size}; pass a"
-            " smaller --global-batch-size"
+            f"{recipe.data}: {n_pairs} training images are fewer than one batch of"
+            f" {recipe.global_batch_size}; pass a smaller --global-batch-size"
         )
     if recipe.global_batch_size % world.world_size:
         fitting = recipe.global_batch_size - recipe.global_batch_size % world.world_size
         raise UserError(
-            f"--global-batch-size {recipe.global_batch_size}: cannot be divided evenly among {world.world_size} ranks;"
-            f" pass --global-batch-size {fitting or world.world_size}"
+            f"--global-batch-size {recipe.global_batch_size}: cannot be divided evenly among"
+            f" {world.world_size} ranks; pass --global-batch-size {fitting or world.world_size}"
         )
 
 

@@ -14,13 +14,9 @@ import torch.distributed as dist
 from data_prep.errors import Fault, UserError
 
 T = TypeVar("T")
-LOST = (
-    "gloo",
-    "NCCL",
-    "Connection closed",
-    "Timed out",
-)  # in the errors of a collective whose other end is gone
-ANSWER_S = 20  # how long the others have to answer a roll call
+# Part of the error of a collective whose other end is gone.
+LOST = ("gloo", "NCCL", "Connection closed", "Timed out")
+ROLL_CALL_TIMEOUT_S = 20
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class World:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009
-    host_group: dist.ProcessGroup | None = None  # gloo: numbers that live on the CPU never wait for the GPU
+    host_group: dist.ProcessGroup | None = None  # gloo: reductions of CPU tensors never wait for the GPU
     roll_call: dist.ProcessGroup | None = None  # gloo, unused until a rank falls silent
 
     @property
@@ -89,7 +85,7 @@ def no_sync(towers: torch.nn.Module) -> AbstractContextManager:
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather whose gradient sums, for each row, what the losses of all ranks want of it."""
+    """all_gather whose backward sums, for each row, the gradients of all ranks' losses."""
 
     @staticmethod
     def forward(ctx, features: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
@@ -106,10 +102,11 @@ class _Gather(torch.autograd.Function):
 
 
 def _store() -> dist.Store:
-    """Where the ranks find each other, anew for each start.
+    """The store in which the ranks find each other, with a prefix of its own for each start.
 
-    torchrun's agent keeps its store when it starts its workers again (--max-restarts), and with torch 2.15
-    these then look for each other where their predecessors were."""
+    torchrun's agent keeps its store when it restarts its workers (--max-restarts), and with torch 2.15 these
+    then find the addresses of their predecessors.
+    """
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*place, is_master=os.environ["RANK"] == "0" and not hosted, wait_for_workers=False)
@@ -117,9 +114,9 @@ def _store() -> dist.Store:
 
 
 def _silent_ranks(world: World) -> str:
-    """Who does not answer, in words; only those can tell who are still there."""
+    """A sentence that names the ranks that do not answer."""
     try:
-        dist.monitored_barrier(world.roll_call, timedelta(seconds=ANSWER_S), wait_all_ranks=True)
+        dist.monitored_barrier(world.roll_call, timedelta(seconds=ROLL_CALL_TIMEOUT_S), wait_all_ranks=True)
     except RuntimeError as error:
         if found := re.search(r"[Rr]anks? ([\d, ]+) failed", str(error)):
             return (
@@ -147,7 +144,7 @@ def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
     if cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
-    # gloo gives up first, in an error that can be told; NCCL's own ends the process.
+    # gloo times out first, with an error that can be reported; NCCL's timeout ends the process.
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         timeout=timeout * (1 + cuda),
@@ -167,21 +164,20 @@ def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
     try:
         yield world
     except UserError as error:
-        if error.shared:  # no rank is left inside a collective, where taking the group down would wait for it
+        if error.shared:  # otherwise a rank is inside a collective, and this would wait for it
             dist.destroy_process_group()
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory is full ({str(error).splitlines()[0][:120]}); pass --micro_batch_size with half as"
-            " many pairs, or --activation_checkpointing full: the gradients are the same"
+            f"out of GPU memory ({str(error).splitlines()[0][:120]}); pass --micro-batch-size with half as many"
+            " pairs, or --activation-checkpointing full"
         ) from None
-    except RuntimeError as error:  # torch has no type of its own for a collective of gloo that failed
+    except RuntimeError as error:  # torch raises no more specific type for a failed collective of gloo
         if not any(sign in str(error) for sign in LOST):
             raise
         cause = " ".join(str(error).split())[:160]
         raise Fault(
-            f"{_silent_ranks(world)} ({cause}); give the same command again: training goes on from its last"
-            " checkpoint"
+            f"{_silent_ranks(world)} ({cause}); run the same command again: it resumes from the last checkpoint"
         ) from None
     world.barrier()
     dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""The whole path in turns, ours and open_clip_train's: loader, augmentation, step and optimizer, on one
-model, batch and data.
+"""The whole path in turns, ours and open_clip_train's: loader, augmentation, step, on one model, batch and
+data.
 
-Every run is a process of its own, and starts from the same folder of random weights. How far it is, each
-trainer's own log says; the time is that at which its lines appear, because neither trainer waits for the GPU
-before it reads the clock. What lies between two lines is a window; the first are left out, and the median is
-of all others in all turns. CPU
-seconds are of the whole process tree: on a machine that others use too, they say more than the clock.
+Every run is its own process and starts from the same folder of random weights. Progress is read from each
+trainer's log; the time is when a line appears, because neither trainer waits for the GPU before it reads the
+clock. A window is what is between two lines; the first windows are left out, and the median is over all
+others in all turns. CPU seconds are of the
+whole process tree: on a shared machine they say more than the clock.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from train.recipe import Recipe, parse, to_yaml
 from train.world import World
 
 TURNS, WARMUP_LINES, WINDOWS = 2, 2, 5
-LOOK_S = 0.005  # how often a log is looked at
+POLL_S = 0.005
 WAYS = {"cpu": [[], ["--grad-checkpointing"]]}  # to run open_clip_train
 WAYS["cuda"] = [*WAYS["cpu"], ["--torchcompile"], ["--torchcompile", "--grad-checkpointing"]]
 THEIR_LINE = re.compile(
@@ -57,7 +57,7 @@ class Line(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """When a line was there."""
+    """When a line appeared."""
 
     time_s: float
     cpu_s: float
@@ -99,28 +99,28 @@ def whole_path(recipe: Recipe, steps: int, device: torch.device, folder: Path) -
             place.mkdir()
             command = our_command(recipe, place) if extra is None else their_command(theirs, extra, place)
             turns = found.setdefault((command.trainer, command.options), [])
-            if {} not in turns:  # what had too little memory once has it again
+            if {} not in turns:  # one that ran out of memory would do so again
                 turns.append(run(command, place))
-                print(
-                    f"{command.trainer} {command.options} {turn + 1} of {TURNS}:"
-                    f" {turns[-1] or 'out of memory'}",
-                    file=sys.stderr,
-                )
+                result = turns[-1] or "out of memory"
+                print(f"{command.trainer} {command.options} {turn + 1} of {TURNS}: {result}", file=sys.stderr)
     return [_row(*key, turns) for key, turns in found.items()]
 
 
 def check_peer(recipe: Recipe) -> None:
-    """Refuse what open_clip_train cannot do."""
+    """Check that open_clip_train can run the recipe.
+
+    Raises:
+        UserError: it cannot.
+    """
     tars, chunk = len(Shards(recipe.data, "train").entries), their_chunk(recipe)
     if tars < recipe.workers:
         raise UserError(
-            f"{recipe.data}: open_clip_train wants a shard per worker, these are {tars}; pass --workers"
-            f" {tars}"
+            f"{recipe.data}: {tars} shards, and open_clip_train needs one per worker; pass --workers {tars}"
         )
     if recipe.global_batch_size % chunk:
         raise UserError(
-            f"--micro_batch_size {chunk}: open_clip_train computes equal chunks alone; pass a divisor of --global_batch_size"
-            f" {recipe.global_batch_size}"
+            f"--micro-batch-size {chunk}: open_clip_train needs equal chunks; pass a divisor of"
+            f" --global-batch-size {recipe.global_batch_size}"
         )
 
 
@@ -158,8 +158,8 @@ def their_words(recipe: Recipe, steps: int, device: torch.device) -> list[str]:
         "accum-freq": recipe.global_batch_size // chunk,
         "workers": recipe.workers,
         "lr": optim.lr,
-        "beta1": optim.beta1,
-        "beta2": optim.beta2,
+        "beta1": optim.betas[0],
+        "beta2": optim.betas[1],
         "eps": optim.eps,
         "wd": optim.weight_decay,
         "grad-clip-norm": optim.max_grad_norm,
@@ -177,18 +177,15 @@ def their_words(recipe: Recipe, steps: int, device: torch.device) -> list[str]:
 
 
 def their_chunk(recipe: Recipe) -> int:
-    return (
-        recipe.global_batch_size
-        if recipe.micro_batch_size == "auto"
-        else min(recipe.global_batch_size, recipe.micro_batch_size)
-    )
+    size = recipe.global_batch_size
+    return size if recipe.micro_batch_size == "auto" else min(size, recipe.micro_batch_size)
 
 
 def run(command: Command, folder: Path) -> dict:
     """One turn: pairs/s of its "windows", and what else a row wants; {} if memory was too little."""
     marks: list[Mark] = []
-    said, size = folder / "said.txt", 0
-    with open(said, "w") as output:  # open_clip_train writes its log into the current folder
+    printed, size = folder / "printed.txt", 0
+    with open(printed, "w") as output:  # open_clip_train writes its log into the current folder
         process = subprocess.Popen(
             command.words, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
         )
@@ -203,11 +200,11 @@ def run(command: Command, folder: Path) -> dict:
                 marks += [Mark(now, cpu, line) for line in lines[len(marks) :]]
                 if command.stop_file and len(marks) > WARMUP_LINES + WINDOWS:
                     command.stop_file.touch()
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
     finally:
         process.kill()
         process.wait()
-    text = said.read_text()
+    text = printed.read_text()
     if process.returncode == -9 or any(sign in text for sign in OUT_OF_MEMORY):
         return {}
     if process.returncode or len(marks) <= WARMUP_LINES + WINDOWS:
@@ -286,17 +283,15 @@ def main() -> None:
     trainer, *arguments = sys.argv[1:]
     if trainer == "ours":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        fit(
-            parse(arguments), World(device=device), lambda clip, world: {}
-        )  # the peer does not validate either
+        # the peer does not validate either
+        fit(parse(arguments), World(device=device), lambda clip, world: {})
     else:
         import open_clip_train.data
         import open_clip_train.main
 
         expander = open_clip_train.data.tar_file_expander
         if "eof_value" in inspect.signature(expander).parameters:
-            # webdataset 1.0 marks the end of a shard by an empty sample, which open_clip_train 3.3 ends with
-            # a KeyError on.
+            # webdataset 1.0 marks the end of a shard by an empty sample, a KeyError in open_clip_train 3.3.
             open_clip_train.data.tar_file_expander = functools.partial(expander, eof_value=None)
         open_clip_train.main.main(arguments)
     print(f"\npeak memory {peak_memory_gb():.3f} GB", flush=True)

@@ -45,7 +45,9 @@ def plot(result: dict, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     left.set_yticks(range(len(rows)), names)
     left.invert_yaxis()
-    figure.suptitle(f"{result['model']}, batch {result['batch']}, {result['precision']}, {result['device']}")
+    figure.suptitle(
+        f"{result['model']}, batch {result['global_batch_size']}, {result['precision']}, {result['device']}"
+    )
     write_png(path, figure)
 
 
@@ -56,7 +58,10 @@ def write_png(path: Path, figure: Figure) -> None:
 
 
 def _step_name(row: dict) -> str:
-    return f"step: micro_batch_size {row['micro_batch_size']}, memory {row['memory']}"
+    return (
+        f"step: micro_batch_size {row['micro_batch_size']}, activation_checkpointing"
+        f" {row['activation_checkpointing']}"
+    )
 
 
 def _path_name(row: dict) -> str:

@@ -1,7 +1,7 @@
 """Image augmentation: cropped by a loader worker, then flipped, coloured and blurred on the device in the
 step.
 
-    worker   bytes -> crop(): decoded, cropped, resized: uint8 [H, W, 3]; and Augmentation.draw(): a row of numbers
+    worker   bytes -> crop(): uint8 [H, W, 3]; Augmentation.draw(): a row of numbers
     step     uint8 [b, 3, H, W] and rows fp32 [b, n] -> Augmentation.apply() -> fp32 [b, 3, H, W] in 0 to 1
 
 All randomness comes from uniform numbers that belong to the sample's position, so no generator state exists.
@@ -245,7 +245,7 @@ def _blended(pixels: torch.Tensor, kind: torch.Tensor, factor: torch.Tensor) -> 
 
 
 def _rotated_hue(pixels: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """HSV's hue, rotated by a fraction of the circle; value and saturation stay, so do the extreme channels."""
+    """Rotate HSV's hue by a fraction of the circle; value and saturation, so the extreme channels, stay."""
     low, high = torch.aminmax(pixels, dim=1, keepdim=True)
     red, green, blue = pixels.split(1, dim=1)
     spread = high - low

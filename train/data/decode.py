@@ -1,7 +1,8 @@
-"""An encoded picture becomes RGB pixels, by the quickest decoder that gives those of Pillow.
+"""An encoded image becomes RGB pixels, by the fastest decoder that gives the same pixels as Pillow.
 
-Plain RGB PNGs go to libspng and RGB JPEGs to libjpeg-turbo; all the rest (WebP, gray, palettes, alpha, 16
-bit, CMYK, what one of the two refuses, what is large enough for Pillow to warn of) goes to Pillow."""
+Plain RGB PNGs are decoded by libspng, RGB JPEGs by libjpeg-turbo, all others (WebP, gray, palettes, alpha, 16
+bit, CMYK, what one of the two refuses, very large images) by Pillow.
+"""
 
 import io
 import struct
@@ -17,17 +18,17 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def decode(data: bytes) -> Image.Image:
-    """The picture in RGB, as PIL has it."""
+    """The image in RGB, as a PIL image."""
     pixels = _quick(data)
     return _by_pillow(data) if pixels is None else Image.fromarray(pixels)
 
 
 def decoded(data: bytes, reduce: int = 1) -> np.ndarray:
-    """The picture in RGB, uint8 [H, W, 3].
+    """The image in RGB, uint8 [H, W, 3].
 
     Args:
-        reduce: 2, 4 or 8 decodes an RGB JPEG to that part of its size, rounded up, in a fraction of the time:
-            what is smaller than that is left out before the inverse cosine transform. Other pictures come
+        reduce: 2, 4 or 8 decodes an RGB JPEG at 1/reduce of its size, rounded up, in a fraction of the time:
+            higher frequencies are dropped before the inverse cosine transform. Other images are decoded
             whole.
     """
     pixels = _quick(data, reduce)
@@ -35,7 +36,7 @@ def decoded(data: bytes, reduce: int = 1) -> np.ndarray:
 
 
 def rgb_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that `decoded` can reduce, by its header; None for all other pictures."""
+    """Height and width of a JPEG that `decoded` can reduce, from its header; None for all other images."""
     if not data.startswith(b"\xff\xd8"):
         return None
     try:

@@ -128,7 +128,7 @@ class _Collate:
 
 
 def caption_id(caption: str) -> int:
-    """63 bits that identify a caption without regard to case and spaces, the same in any process and version."""
+    """63 bits that identify a caption, without regard to case and spaces; the same in any process."""
     digest = hashlib.blake2b(" ".join(caption.casefold().split()).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

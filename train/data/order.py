@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-WINDOW_SHARDS = 16  # mixed with each other; far apart in the epoch, so that each remote shard is wanted once
+WINDOW_SHARDS = 16  # mixed with each other; an epoch reads each shard in one stretch
 
 
 def random_bits(n: int, *entropy: int) -> np.ndarray:
@@ -17,7 +17,7 @@ def random_bits(n: int, *entropy: int) -> np.ndarray:
 
 
 def epoch_order(shard_sizes: np.ndarray, seed: int, epoch: int, window: int = WINDOW_SHARDS) -> np.ndarray:
-    """int64 [n], every sample number once: shards shuffled, then samples shuffled within windows of shards."""
+    """int64 [n], every sample number once: shards shuffled, then samples within windows of shards."""
     shards = np.argsort(random_bits(len(shard_sizes), seed, epoch, 0), kind="stable")
     ends = np.cumsum(shard_sizes)
     keys, order = random_bits(int(ends[-1]), seed, epoch, 1), []

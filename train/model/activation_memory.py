@@ -1,14 +1,15 @@
 """What the forward pass keeps for the backward pass, and how many pairs of it fit in memory.
 
-memory      kept                                                computed again
-none        everything                                          nothing
-budget      what blocks, products and attention give            norms, activations and sums, within each compiled block
-checkpoint  the input of each block                             each block: a third more time
+mode       kept                                         recomputed
+none       everything                                   nothing
+selective  outputs of blocks, products, attention   norms, activations and sums, in each compiled block
+full       the input of each block                      each block: a third more time
 
-"selective" is torch's selective checkpointing, and not its activation_memory_budget: that is a part of all
-bytes kept, among them the casts of weights, and where these are many (bf16, few tokens) 0.7 recomputed every
-product of a block, without a word. A batch that does not fit is taken in chunks of micro_batch_size pairs
-(train.step), which is exact and computes every forward twice."""
+"selective" is torch's selective checkpointing, not its activation_memory_budget. That is a fraction of all
+bytes kept, casts of weights included; where these are many (bf16, few tokens), 0.7 recomputed every product
+of a block without a warning. A batch that does not fit is computed in chunks of micro_batch_size pairs
+(train.step), each forward twice.
+"""
 
 import contextlib
 import functools
@@ -27,8 +28,7 @@ from train.recipe import Recipe
 from train.world import World
 
 MODES = ("none", "selective", "full")  # each takes less memory, and more time, than the one before
-# It warns of in-place operations in what is computed again; these blocks have none, or "full" would be
-# wrong as well.
+# It warns of in-place operations in recomputed code. These blocks have none, or "full" would be wrong too.
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 ATEN = torch.ops.aten
 PRODUCTS = {ATEN.mm, ATEN.addmm, ATEN.bmm, ATEN.baddbmm, ATEN.convolution}
@@ -38,7 +38,7 @@ ATTENTION = {
 }
 ATTENTION |= {ATEN._scaled_dot_product_cudnn_attention}
 SPARE = 0.85  # of the free memory; the rest is for workspaces, the loss and fragments
-LEAST_CHUNK = 16  # pairs; smaller chunks leave a GPU idle, and recomputing blocks is the lesser evil
+SMALLEST_CHUNK = 16  # pairs; smaller chunks leave a GPU idle, and recomputing blocks costs less
 
 
 def should_compile(recipe: Recipe, device: torch.device) -> bool:
@@ -50,13 +50,13 @@ def should_compile(recipe: Recipe, device: torch.device) -> bool:
     )
 
 
-def apply_checkpointing(model: nn.Module, memory: str, compiled: bool) -> None:
-    """Make an open_clip model keep what `memory` says; equal blocks are compiled once for all of them."""
+def apply_checkpointing(model: nn.Module, mode: str, compiled: bool) -> None:
+    """Make an open_clip model recompute what `mode` says; equal blocks are compiled once for all of them."""
     torch.compiler.reset()
-    model.set_grad_checkpointing(memory == "full")
+    model.set_grad_checkpointing(mode == "full")
     for block in blocks(model):
         kind = getattr(type(block), "kind_before", type(block))
-        block.__class__ = _keeping_products(kind) if memory == "selective" else kind
+        block.__class__ = _keeping_products(kind) if mode == "selective" else kind
         block._compiled_call_impl = None
         if compiled:
             block.compile()
@@ -64,9 +64,7 @@ def apply_checkpointing(model: nn.Module, memory: str, compiled: bool) -> None:
 
 @functools.cache
 def _keeping_products(kind: type) -> type:
-    """A class of blocks like `kind`, of whose forward only PRODUCTS and ATTENTION are kept; one class, so
-    that one is compiled.
-    """
+    """A subclass of a block's class that keeps PRODUCTS and ATTENTION of its forward; compiled once."""
 
     def policy(_, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
         kept = getattr(operation, "overloadpacket", None) in PRODUCTS | ATTENTION
@@ -93,20 +91,21 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Evaluation in here compiles nothing; its batches and modes would each want code of their own."""
+    """Run without compiled code: evaluation's batch sizes and modes would each be compiled anew."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 def fit_micro_batch(towers: nn.Module, recipe: Recipe, world: World) -> tuple[str, int]:
-    """The recipe's memory and micro_batch_size, with "auto" replaced by what a step of a few pairs measures;
-    alike on all ranks.
+    """The recipe's activation_checkpointing and micro_batch_size; "auto" is replaced by measuring a few
+    pairs.
 
-    The fastest that fits: the share of the batch whole, in the first of MODES that can; else in the fewest
-        chunks.
+    The fastest that fits: this rank's share of the batch at once, in the first of MODES in which it fits;
+        else
+    in the fewest chunks. All ranks get the same.
 
     Args:
-        towers: train.model.clip.Towers, on the device, as they were loaded; their gradients are emptied.
+        towers: on the device, as they were loaded; their gradients are cleared.
 
     Raises:
         UserError: not even one pair fits.
@@ -125,29 +124,28 @@ def fit_micro_batch(towers: nn.Module, recipe: Recipe, world: World) -> tuple[st
             return mode, asked
     if recipe.micro_batch_size != "auto":
         return modes[-1], asked
-    mode = next((mode for mode in modes if fits[mode] >= LEAST_CHUNK), modes[-1])
+    mode = next((mode for mode in modes if fits[mode] >= SMALLEST_CHUNK), modes[-1])
     if fits[mode] < 1:
         raise UserError(
-            f"{recipe.model}: with memory: {mode}, weights, moments and one pair do not fit in the free "
-            f"{free_bytes(world.device) / 1e9:.1f} GB; free some, or take a smaller model"
+            f"{recipe.model}: with activation_checkpointing {mode}, weights, moments and one pair do not fit"
+            f" into {free_bytes(world.device) / 1e9:.1f} GB of free memory; free some, or use a smaller model"
         )
     return mode, math.ceil(share / math.ceil(share / fits[mode]))
 
 
-def pairs_that_fit(towers: nn.Module, memory: str, recipe: Recipe, world: World, n: int) -> int:
+def pairs_that_fit(towers: nn.Module, mode: str, recipe: Recipe, world: World, n: int) -> int:
     """How many pairs one forward and backward pass can hold beside weights, gradients and moments, measured
     on n of them.
     """
     free = free_bytes(world.device)
     trained = sum(parameter.nbytes for parameter in towers.parameters() if parameter.requires_grad)
-    apply_checkpointing(towers.model, memory, should_compile(recipe, world.device))
+    apply_checkpointing(towers.model, mode, should_compile(recipe, world.device))
     towers.train()
     batch = dummy_batch(towers, n, world.device)
-    buffers = {
-        name: buffer.clone() for name, buffer in towers.named_buffers()
-    }  # a BatchNorm's would remember the noise
+    # Restored below, or a BatchNorm's statistics would contain the noise.
+    buffers = {name: buffer.clone() for name, buffer in towers.named_buffers()}
     if world.device.type == "cuda":
-        for _ in range(2):  # the first also makes the gradients, and compiles
+        for _ in range(2):  # the first also allocates gradients and compiles
             torch.cuda.reset_peak_memory_stats(world.device)
             before = torch.cuda.memory_allocated(world.device)
             dummy_loss(towers(*batch)).backward()
@@ -156,7 +154,7 @@ def pairs_that_fit(towers: nn.Module, memory: str, recipe: Recipe, world: World,
         torch.cuda.empty_cache()
     else:
         each = saved_bytes(towers, batch) / n
-        if memory == "full":  # and one block at a time as a whole
+        if mode == "full":  # one block at a time is kept whole
             apply_checkpointing(towers.model, "none", compiled=False)
             each += saved_bytes(towers, batch) / n / max(1, len(blocks(towers.model)))
     for name, buffer in towers.named_buffers():
@@ -175,10 +173,8 @@ def saved_bytes(towers: nn.Module, batch: tuple) -> int:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tuple(tensor.shape) not in weights:
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = (
-                storage.nbytes(),
-                tensor,
-            )  # the tensor, so that its address is not used again
+            # The tensor keeps its address from being reused.
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -188,7 +184,7 @@ def saved_bytes(towers: nn.Module, batch: tuple) -> int:
 
 
 def dummy_batch(towers: nn.Module, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise, and captions that fill the whole context."""
+    """Noise images, and captions that fill the whole context."""
     size = towers.model.visual.image_size
     images = torch.randint(
         0, 256, (n, 3, *((size, size) if isinstance(size, int) else size)), dtype=torch.uint8, device=device
@@ -198,7 +194,7 @@ def dummy_batch(towers: nn.Module, n: int, device: torch.device) -> tuple[torch.
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process may still take; on a CPU, its part of what is free on the machine."""
+    """Memory that this process may still allocate; on a CPU, its share of what is free on the machine."""
     if device.type == "cuda":
         return (
             torch.cuda.mem_get_info(device)[0]

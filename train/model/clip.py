@@ -25,10 +25,8 @@ from train.model.text import trimmer
 from train.model.towers import Towers
 
 MODELS = Path(__file__).parent / "configs"  # architectures of ours, in open_clip's format
-CONFIG_FILE, WEIGHTS_FILE = (
-    "open_clip_config.json",
-    "open_clip_model.safetensors",
-)  # what local-dir: and hf-hub: read
+# What open_clip reads for local-dir: and hf-hub:.
+CONFIG_FILE, WEIGHTS_FILE = ("open_clip_config.json", "open_clip_model.safetensors")
 NOTATION = (
     "a MODEL is NAME:PRETRAINED (ViT-L-14:laion2b_s32b_b82k; ViT-B-32:none for random weights), hf-hub:ID,"
     " local-dir:PATH or a run folder"
@@ -39,7 +37,7 @@ open_clip.add_model_config(MODELS)
 
 @dataclass
 class Clip:
-    """A model, how it wants its pictures and its captions, and what it takes to write it down.
+    """A model with its preprocessing and tokenizer, and what is needed to save it.
 
     Attributes:
         towers: the model; `towers.model` is open_clip's own.
@@ -59,7 +57,7 @@ class Clip:
 
     @property
     def eval_transform(self) -> Compose:
-        """The same up to the division: PIL RGB -> uint8 [3, H, W]; `Towers` normalises on the device."""
+        """preprocess without normalisation: PIL RGB -> uint8 [3, H, W]; Towers normalises on the device."""
         *steps, _to_tensor, normalize = self.preprocess.transforms
         assert isinstance(normalize, Normalize), normalize
         return Compose([*steps, PILToTensor()])
@@ -71,13 +69,11 @@ class Clip:
 
     @property
     def tokenize(self) -> Callable[[list[str]], torch.Tensor]:
-        """The tokenizer, with its tokens cut after the longest caption where that changes nothing: int64 [n,
-        L].
-        """
+        """The tokenizer, with padding trimmed where that is exact: captions -> int64 [n, L]."""
         return trimmer(self.towers.model, self.tokenizer)
 
     def fingerprint(self) -> str:
-        """sha256 of the weights: what a result is of, whatever its file was called."""
+        """sha256 of the weights, which identifies the model of a result whatever its file was called."""
         sha = hashlib.sha256()
         for name, tensor in sorted(self.towers.model.state_dict().items()):
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -91,11 +87,11 @@ class Clip:
     def weights(
         self, dtype: torch.dtype = torch.float32, state: dict[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """The weights as they are written: in `dtype`, but logit_scale in fp32; it is one number, and bf16
-        would make 98.9 of 100.
+        """The weights as they are saved: in `dtype`, except logit_scale, of which bf16 would make 98.9 of
+        100.
 
         Args:
-            state: what towers.model.state_dict() was at another time, to take in its place.
+            state: a state_dict of towers.model from another time, to use in place of the present one.
         """
         state = {
             name: tensor.detach().cpu() for name, tensor in (state or self.towers.model.state_dict()).items()
@@ -111,18 +107,19 @@ class Clip:
         """Write a folder that open_clip loads as `local-dir:FOLDER`; `state` as in weights()."""
         (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
         save_file(self.weights(dtype, state), folder / WEIGHTS_FILE)
-        shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors writes for its user alone
-        if hasattr(self.tokenizer, "save_pretrained"):  # a Hugging Face tokenizer has files of its own
+        shutil.copymode(
+            folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        )  # safetensors makes files that only their owner can read
+        if hasattr(self.tokenizer, "save_pretrained"):  # a Hugging Face tokenizer
             self.tokenizer.save_pretrained(folder)
 
 
 def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
-    """The model that `name` stands for, in fp32 on the CPU.
+    """Load a MODEL, in fp32 on the CPU.
 
     Args:
         name: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH, or a run folder (its best checkpoint).
-        weights: False keeps the architecture and the preprocessing, with random weights, and downloads
-            nothing.
+        weights: False gives the architecture and preprocessing with random weights, and downloads nothing.
         seed: of random weights.
 
     Raises:
@@ -142,9 +139,8 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
     wants_weights = weights and not name.endswith(":none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        logging.disable(
-            logging.NOTSET if wants_weights else logging.WARNING
-        )  # it warns of the random weights that were asked for
+        # open_clip warns of random weights even where they were asked for.
+        logging.disable(logging.NOTSET if wants_weights else logging.WARNING)
         try:
             if name.startswith("hf-hub:") and "@" in name:
                 identifier = _at_revision(name)
@@ -161,8 +157,8 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
             if _wants_network(error):
                 raise UserError(
                     f"{name}: not in the cache ({constants.HF_HUB_CACHE}), and the hub cannot be reached"
-                    f"{' with HF_HUB_OFFLINE=1' if constants.HF_HUB_OFFLINE else ''}; "
-                    f"where there is a network, fill the cache with: python -m train.fetch {name}"
+                    f"{' with HF_HUB_OFFLINE=1' if constants.HF_HUB_OFFLINE else ''}; fill the cache on a machine"
+                    f" with a network: python -m train.fetch {name}"
                 ) from None
             raise UserError(
                 f"{name}: cannot be loaded: {' '.join(str(error).split())[:600]}; {_advice(name)}"
@@ -200,14 +196,14 @@ def _parse_name(name: str) -> tuple[str, str | None, dict]:
         near = difflib.get_close_matches(architecture, known, n=1)
         raise UserError(
             f"{name}: no model {architecture!r}; "
-            + (f"perhaps you meant {near[0]!r}; " if near else "")
+            + (f"did you mean {near[0]!r}? " if near else "")
             + NOTATION
         )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not colon or not pretrained:
         choice = ", ".join(tags) or "none"
         raise UserError(
-            f"{name}: which weights? Write {architecture}:none for random ones, or {architecture}:TAG, with"
+            f"{name}: names no weights; use {architecture}:none for random ones, or {architecture}:TAG, with"
             f" TAG one of {choice}"
         )
     if pretrained == "none":
@@ -239,14 +235,16 @@ def _parse_name(name: str) -> tuple[str, str | None, dict]:
 
 def _advice(name: str) -> str:
     if name.startswith("local-dir:"):
-        return f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE} is wanted"
+        return f"it must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
     return "check the name and the network" + (
-        f"; HF_HUB_OFFLINE=1 wants python -m train.fetch {name} before" if constants.HF_HUB_OFFLINE else ""
+        f"; with HF_HUB_OFFLINE=1, run python -m train.fetch {name} before"
+        if constants.HF_HUB_OFFLINE
+        else ""
     )
 
 
 def _wants_network(error: BaseException | None) -> bool:
-    """Whether the hub could not be asked; open_clip wraps what says so in errors of its own."""
+    """Whether the hub could not be reached; open_clip wraps the error that says so."""
     while error and not isinstance(error, LocalEntryNotFoundError):
         error = error.__context__
     return error is not None
@@ -256,19 +254,20 @@ def _checkpoint_of_run(run: Path) -> Path:
     best = run / "checkpoints" / "best"
     if not best.is_dir():
         raise UserError(
-            f"{run}: this run has no checkpoint yet; python -m train {run / 'recipe.yaml'} goes on with it"
+            f"{run}: the run has no checkpoint yet; resume it with: python -m train {run / 'recipe.yaml'}"
         )
     return best
 
 
 def _at_revision(name: str) -> str:
-    """hf-hub:ID@REVISION as the local-dir: of its download; open_clip knows the newest revision alone."""
+    """hf-hub:ID@REVISION as the local-dir: of its download; open_clip loads only the newest revision."""
     model_id, _, revision = name.removeprefix("hf-hub:").partition("@")
-    return f"local-dir:{snapshot_download(model_id, revision=revision, allow_patterns=['*.json', '*.txt', '*.model', WEIGHTS_FILE])}"
+    patterns = ["*.json", "*.txt", "*.model", WEIGHTS_FILE]
+    return f"local-dir:{snapshot_download(model_id, revision=revision, allow_patterns=patterns)}"
 
 
 def _config_of(identifier: str) -> dict:
-    """open_clip_config.json of a local-dir: or hf-hub: model that was just loaded, so that it is at hand."""
+    """open_clip_config.json of a local-dir: or hf-hub: model that was just loaded, so it is in the cache."""
     scheme, _, place = identifier.partition(":")
     file = hf_hub_download(place, CONFIG_FILE) if scheme == "hf-hub" else Path(place) / CONFIG_FILE
     return json.loads(Path(file).read_text())

@@ -1,9 +1,9 @@
-"""LoRA: each matrix of the towers is W + B A, of which W is frozen, and B and A have few rows (Hu et al.
-2021, arXiv:2106.09685).
+"""LoRA: each matrix W becomes W + B A, with W frozen and B, A of low rank (Hu et al. 2021, arXiv:2106.09685).
 
-By torch's parametrizations, which whoever reads a weight meets. Adapters around a layer are passed by where
-torch's attention reads out_proj's weight itself; and those that add to W before each forward and subtract
-after it (peft 0.21 in attention) wear W away."""
+torch's parametrizations do this wherever a weight is read. Adapters around a layer are bypassed where torch's
+attention reads the weight of out_proj itself; adapters that are added to W before each forward and subtracted
+after it (peft 0.21 in attention) change W by rounding.
+"""
 
 import math
 import re
@@ -35,13 +35,12 @@ class LowRank(nn.Module):
 
 
 def adapt(towers: Towers, rank: int, seed: int) -> None:
-    """Freeze all but logit_scale and logit_bias, and give every matrix of a linear layer or an attention an
-    adapter.
+    """Freeze all but logit_scale and logit_bias, and adapt every matrix of linear layers and attention.
 
     Raises:
-        UserError: there is no such matrix, or one that features do not depend on.
+        UserError: there is no such matrix, or features do not depend on one.
     """
-    towers.requires_grad_(False).eval()  # in which a forward changes no statistics
+    towers.requires_grad_(False).eval()  # so that the forward below changes no statistics
     layers = [
         layer for layer in towers.model.modules() if isinstance(layer, (nn.Linear, nn.MultiheadAttention))
     ]
@@ -63,18 +62,13 @@ def adapt(towers: Towers, rank: int, seed: int) -> None:
     dead = [name for name, parameter in adapters if parameter.grad is None]
     towers.zero_grad()
     if dead or not adapters:
-        which = (
-            f"features do not depend on {', '.join(dead[:5])}"
-            if dead
-            else "this model has no matrix to adapt"
-        )
-        raise UserError(f"--lora_rank {rank}: {which}; leave the key out, which trains the model whole")
+        unused = f"features do not depend on {', '.join(dead[:5])}"
+        which = unused if dead else "this model has no matrix to adapt"
+        raise UserError(f"--lora-rank {rank}: {which}; leave it out, to train all weights")
 
 
 def merged(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state_dict of a model with adapters as that of one without, in which each is part of its matrix;
-    others as they are.
-    """
+    """A state_dict with the adapters merged into their matrices, as of a model without LoRA."""
     whole = {}
     for name, tensor in state.items():
         if not (found := PART.fullmatch(name)):

@@ -3,7 +3,8 @@ the run.
 
 An icon is half background, and a patch of one colour carries little. From FLIP (Li et al. 2022, "Scaling
 Language-Image Pre-training via Masking"), which drops at random and ends with a short training on whole
-images."""
+images.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ class PatchDropout(nn.Module):
     """Replaces open_clip's module of that name, which drops at random, between patch embedding and blocks.
 
     Each image's mask is a function of its seed and its own patches, so it is the same in any chunk and on any
-    rank."""
+    rank.
+    """
 
     def __init__(self, patch_size: tuple[int, int]):
         super().__init__()
@@ -37,8 +39,8 @@ class PatchDropout(nn.Module):
         """
         if type(visual) is not VisionTransformer:
             raise UserError(
-                f"--patch-dropout: a {type(visual).__name__} has no patches to drop; leave it out, or use a ViT of"
-                " open_clip's"
+                f"--patch-dropout: a {type(visual).__name__} has no patches to drop; leave it out, or use a"
+                " ViT of open_clip's"
             )
         visual.patch_dropout = cls(visual.patch_size)
         return visual.patch_dropout

@@ -1,9 +1,8 @@
-"""Captions cut to the longest of their batch, which changes nothing: a causal tower never looks behind a
-caption's end.
+"""Padding is trimmed to the longest caption of a batch, which is exact where the text tower is causal.
 
-captions -> tokenizer -> int64 [n, 77] -> cut -> int64 [n, L], L a multiple of 8 -> encode_text -> features
+captions -> tokenizer -> int64 [n, 77] -> trim_padding -> int64 [n, L], L a multiple of 8 -> encode_text
 
-Where the tower does look there (SigLIP's, CoCa's, Hugging Face's), nothing is cut.
+Where a tower attends to padding (SigLIP's, CoCa's, Hugging Face's), nothing is trimmed.
 """
 
 import functools
@@ -14,13 +13,11 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import nn
 
-MULTIPLE = 8  # tensor cores want it, and it leaves few lengths to compile for
+MULTIPLE = 8  # suits tensor cores, and leaves few lengths to compile for
 
 
 def causal_tower(model: nn.Module) -> nn.Module | None:
-    """The part of an open_clip model that encodes text, if cutting is exact for it: causal, and read at the
-    end-of-text token.
-    """
+    """The text tower of an open_clip model, if trimming is exact for it: causal, pooled at the end of text."""
     if type(model) not in (CLIP, CustomTextCLIP):
         return None
     tower = getattr(model, "text", model)
@@ -38,8 +35,8 @@ def causal_tower(model: nn.Module) -> nn.Module | None:
 
 
 def trimmer(model: nn.Module, tokenizer: Callable) -> Callable[[list[str]], torch.Tensor]:
-    """`tokenizer` with its tokens cut as is exact for `model`; it holds no weights, and goes to workers
-    however they start.
+    """`tokenizer` with its padding trimmed where that is exact for `model`; without weights, so it can be
+    pickled.
     """
     tower = causal_tower(model)
     return functools.partial(_tokenized, tokenizer, tower and _pool(tower))
@@ -50,9 +47,7 @@ def _tokenized(tokenizer: Callable, pool: tuple[str, int | None] | None, caption
 
 
 def trim_padding(tokens: torch.Tensor, pool: tuple[str, int | None] | None) -> torch.Tensor:
-    """int64 [n, L] up to the end of its longest caption, and to the next multiple of 8; whole where `pool` is
-    None.
-    """
+    """int64 [n, L] up to the end of the longest caption, rounded up to MULTIPLE; whole where `pool` is None."""
     if pool is None:
         return tokens
     kind, eos_id = pool
@@ -61,9 +56,9 @@ def trim_padding(tokens: torch.Tensor, pool: tuple[str, int | None] | None) -> t
 
 
 def encode_text(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """model.encode_text for tokens that may be cut: int64 [n, L] -> [n, d], not normed.
+    """model.encode_text for tokens that may be trimmed: int64 [n, L] -> [n, d], not normed.
 
-    open_clip 3.3 adds its whole positional embedding and mask, whatever the length.
+    open_clip 3.3 itself fails on them: it adds the whole positional embedding and mask.
     """
     length, tower = tokens.shape[1], causal_tower(model)
     if tower is None or length == len(tower.positional_embedding):
@@ -75,15 +70,13 @@ def encode_text(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     x = text_global_pool(tower.ln_final(x), tokens, kind, eos_token_id=eos_id)
     if tower.text_projection is None:
         return x
-    return (
-        tower.text_projection(x)
-        if isinstance(tower.text_projection, nn.Linear)
-        else x @ tower.text_projection
-    )
+    if isinstance(tower.text_projection, nn.Linear):
+        return tower.text_projection(x)
+    return x @ tower.text_projection
 
 
 def _pool(tower: nn.Module) -> tuple[str, int | None]:
-    """Which token's feature a tower takes, and the number of that token where it is found by number."""
+    """How a tower pools its tokens, and the id of the end-of-text token where it pools by that."""
     if type(tower) is CLIP:
         return tower.text_pool_type, getattr(tower, "text_eos_id", None)
     return tower.pool_type, getattr(tower, "eos_id", None)

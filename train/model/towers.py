@@ -32,7 +32,8 @@ class Towers(nn.Module):
 
         open_clip's own lock_image_tower and lock_text_tower leave the projections of timm's and Hugging
         Face's towers trainable, and either let BatchNorm statistics change or replace the layer, which
-        renames weights."""
+        renames weights.
+        """
         for name, parameter in self.model.named_parameters():
             if tower_of(name) == tower:
                 parameter.requires_grad_(False)
@@ -51,7 +52,8 @@ class Towers(nn.Module):
         """image_features, text_features, logit_scale (exponentiated), and logit_bias if the model has one.
 
         The scalars are returned, and not read as parameters by the loss, because DDP reduces the gradients
-        only of what the forward used."""
+        only of what the forward used.
+        """
         scalars = [self.model.logit_scale.exp(), *([] if self.logit_bias is None else [self.logit_bias])]
         return self.image_features(images, patch_seeds), self.text_features(tokens), *scalars
 

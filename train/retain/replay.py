@@ -7,7 +7,8 @@ a quarter of a batch:
 
 This is the feature distillation of CLIP-KD (Yang et al. 2024) with the model's own past as the teacher, as in
 Learning without Forgetting (Li & Hoiem 2016). Pairs do not interact, so ranks and chunks need no exchange to
-be exact."""
+be exact.
+"""
 
 import torch
 from torch import nn
@@ -35,13 +36,13 @@ def check_replay(recipe: Recipe, n_pairs: int, world: World) -> None:
     size, divisor = recipe.global_batch_size, PART * world.world_size
     if size % divisor:
         raise UserError(
-            f"--global-batch-size {size}: --replay adds a quarter of a batch, which cannot be divided evenly among"
-            f" {world.world_size} ranks; pass --global-batch-size {size - size % divisor or divisor}"
+            f"--global-batch-size {size}: --replay adds a quarter of a batch, which cannot be divided evenly"
+            f" among {world.world_size} ranks; pass --global-batch-size {size - size % divisor or divisor}"
         )
     if n_pairs < size // PART:
         raise UserError(
-            f"{recipe.replay}: {n_pairs} pairs are fewer than the {size // PART} that one step replays; pass a smaller"
-            " --global-batch-size"
+            f"{recipe.replay}: {n_pairs} pairs are fewer than the {size // PART} that one step replays; pass"
+            " a smaller --global-batch-size"
         )
 
 

@@ -1,8 +1,7 @@
 """Which weights a checkpoint exports: trained, EMA or a WiSE-FT mixture.
 
-after each epoch   candidates -> each validated -> the best one -> open_clip_model.safetensors, the exported weights
-                   training.safetensors, ema.safetensors, where these differ from it: what training resumes
-                   from
+after each epoch   candidates -> each validated -> the best one -> open_clip_model.safetensors, exported
+                   training.safetensors, ema.safetensors, where these differ: what training resumes from
 """
 
 import json
@@ -177,8 +176,8 @@ def check_best_metric(recipe: Recipe, metrics: Iterable[str]) -> None:
         )
     if recipe.ema or recipe.wise_ft or recipe.retention_set or recipe.best_metric != Recipe.best_metric:
         raise UserError(
-            f"{recipe.data}: has no val split, which --ema, --wise-ft, --retention-set and --best-metric need; leave"
-            " them out, or build shards with one: python -m data_prep build ... --val 0.1"
+            f"{recipe.data}: has no val split, which --ema, --wise-ft, --retention-set and --best-metric"
+            " need; leave them out, or build shards with one: python -m data_prep build ... --val 0.1"
         )
 
 
@@ -212,5 +211,5 @@ def substate(state: State, name: str) -> State:
 
 
 def prefix(weights: str) -> str:
-    """The prefix of a candidate's metrics: "wise_ft 0.50" -> "wise_ft-0.50/"; empty for the trained weights."""
+    """The prefix of a candidate's metrics: "wise_ft 0.50" -> "wise_ft-0.50/"; "" for trained weights."""
     return "" if weights == TRAINED else f"{weights.replace(' ', '-')}/"

@@ -1,7 +1,8 @@
 """Checkpoints are copied and written by a thread while training continues.
 
-weights, moments -> Snapshot, in CPU memory: the next optimizer step waits for it, behind a forward and a backward
-                 -> files, sha256, fsync, rename (train.run.checkpoint): the next save, a stop and the end wait for it
+weights, moments -> Snapshot, in CPU memory: the next optimizer step waits for it, behind a forward and a
+                 backward -> files, sha256, fsync, rename (train.run.checkpoint): the next save, a stop and
+                 the end wait for it
 """
 
 import sys
@@ -17,8 +18,9 @@ from torch import nn
 class Snapshot:
     """Weights and moments at one moment, in CPU memory that is allocated once, before training.
 
-    It takes as much as the weights and AdamW's moments, on the first rank alone: 1.8 GB for ViT-B/32, 5.1 GB for
-    ViT-L/14. It is pinned where the model is on a GPU, for which torch rounds each tensor up to a power of two.
+    It takes as much as the weights and AdamW's moments, on the first rank alone: 1.8 GB for ViT-B/32, 5.1 GB
+    for ViT-L/14. It is pinned where the model is on a GPU, for which torch rounds each tensor up to a power
+    of two.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
@@ -39,7 +41,8 @@ class Snapshot:
                 self._buffer(number, name, parameter)
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], tuple[dict, dict]]:
-        """A function for another thread that copies the weights and moments of now, and gives both as state_dicts.
+        """A function for another thread that copies the weights and moments of now, and gives both as
+        state_dicts.
 
         Until it returns, weights and moments may be read but not changed. Buffers of the model (a BatchNorm's
         statistics) are copied here, because a forward changes them.
@@ -97,14 +100,17 @@ class AsyncWriter:
         except (MemoryError, RuntimeError) as error:  # torch raises a plain RuntimeError on the CPU
             reason = " ".join(str(error).split())[:200]
             print(
-                f"warning: not enough memory to copy weights and moments ({reason}); training waits for each checkpoint",
+                f"warning: not enough memory to copy weights and moments ({reason}); training waits for each"
+                " checkpoint",
                 file=sys.stderr,
             )
 
     def begin(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, write: Callable[[dict, dict], None]
     ) -> None:
-        """Call `write(weights, moments)`, as they are now, in the thread. The previous checkpoint must be joined."""
+        """Call `write(weights, moments)`, as they are now, in the thread. The previous checkpoint must be
+        joined.
+        """
 
         def work() -> None:
             started = time.perf_counter()

@@ -1,4 +1,6 @@
-"""A checkpoint is a folder that is whole or absent. It is written by train.run.async_writer while training continues."""
+"""A checkpoint is a folder that is whole or absent. It is written by train.run.async_writer while training
+continues.
+"""
 
 import json
 import os
@@ -26,7 +28,9 @@ def write(path: Path, fill: Callable[[Path], None], state: dict, check: Callable
 
 
 def newest(folder: Path, warn: bool) -> tuple[Path, dict] | None:
-    """The newest checkpoint in `folder` whose files have their sha256, and its state; damaged ones are skipped."""
+    """The newest checkpoint in `folder` whose files have their sha256, and its state; damaged ones are
+    skipped.
+    """
     for path in sorted(folder.glob("samples-*"), reverse=True):
         try:
             state = json.loads((path / "state.json").read_text())

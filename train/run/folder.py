@@ -3,11 +3,11 @@
 RUN/recipe.yaml            the merged recipe; itself a recipe
 RUN/environment.json       versions, git commit, machine, sha256 of the data, what "auto" chose
 RUN/status.json            running, stopped or finished; samples, speed, ETA, last checkpoint, time of writing
-RUN/metrics.jsonl          a line per logged step and per validation; also as TensorBoard events in RUN/tensorboard
+RUN/metrics.jsonl          a line per logged step and validation; RUN/tensorboard holds the same
 RUN/nonfinite_steps.jsonl  skipped steps, whose loss or gradient was not finite, with the keys of their
 samples RUN/checkpoints/samples-000123456/
     open_clip_config.json, open_clip_model.safetensors    the exported weights (open_clip's local-dir:)
-    training.safetensors, ema.safetensors                 what to resume from, where different (train.retain.select)
+    training.safetensors, ema.safetensors                 what to resume from (train.retain.select)
     optimizer.pt, state.json                              moments; samples, scores and the sha256 of each file
 RUN/checkpoints/best       link to the best one by validation
 RUN/stop                   make this file, and the run ends at the next step, which removes it
@@ -78,8 +78,8 @@ class Run:
             old = parse([*flags_of(self.folder / "recipe.yaml"), "--run", recipe.run])
             if changed := differences(old, recipe):
                 raise UserError(
-                    f"{self.folder}: holds a run of another recipe ({'; '.join(changed)}); pass another --run, or"
-                    f" resume that one: python -m train {self.folder / 'recipe.yaml'}"
+                    f"{self.folder}: holds a run of another recipe ({'; '.join(changed)}); pass another"
+                    f" --run, or resume that one: python -m train {self.folder / 'recipe.yaml'}"
                 )
             if world.is_first and not self.is_finished:
                 self.lock.acquire()
@@ -119,7 +119,8 @@ class Run:
                 "weights" if key == "model" else "shards",
             )
             raise UserError(
-                f"{value}: not the {kind} that {self.folder} was started with; pass another --run, or the old --{key}"
+                f"{value}: not the {kind} that {self.folder} was started with; pass another --run, or the old"
+                f" --{key}"
             )
 
     def with_fitted(self, recipe: Recipe) -> Recipe:
@@ -292,8 +293,8 @@ class Run:
     def cannot_write(self, path: Path, error: Exception) -> Fault:
         reason = " ".join(str(error).split())[:200]
         return Fault(
-            f"{path}: cannot be written ({reason}). Make room and run the same command again: it resumes from the last"
-            f" whole checkpoint ({self.checkpoint or 'none yet'})"
+            f"{path}: cannot be written ({reason}). Make room and run the same command again: it resumes from"
+            f" the last whole checkpoint ({self.checkpoint or 'none yet'})"
         )
 
     def _checkpoint_path(self, samples: int) -> Path:
@@ -316,14 +317,14 @@ class Run:
         """
         self.wait()
         problem = (
-            f"{self.folder}: the last {state.guard.consecutive} steps before {state.samples} pairs had a non-finite loss"
-            " or gradient (nonfinite_steps.jsonl)"
+            f"{self.folder}: the last {state.guard.consecutive} steps before {state.samples} pairs had a"
+            " non-finite loss or gradient (nonfinite_steps.jsonl)"
         )
         if self.rolled_back or self.checkpoint is None:
             why = "a rollback did not help" if self.rolled_back else "there is no checkpoint to roll back to"
             raise NotFinite(
-                f"{problem}, and {why}. Checkpoints hold finite weights. Look at the samples listed there, or start"
-                f" another run with half the learning rate: --optim.lr {self.recipe.optim.lr / 2:.1e}"
+                f"{problem}, and {why}. Checkpoints hold finite weights. Look at the samples listed there, or"
+                f" start another run with half the learning rate: --optim.lr {self.recipe.optim.lr / 2:.1e}"
             )
         self.rolled_back = True
         copy = lambda: self._copy_checkpoint(state.samples, problem) if self.world.is_first else None  # noqa: E731

@@ -1,8 +1,8 @@
 """Who may write to a run: one process at a time, and where a scheduler starts attempts, the newest of them.
 
 RUN/lock     locked by the process that writes; the kernel releases it however that process ends
-RUN/attempt  written by the scheduler's script, which gives each attempt its own RUN_ATTEMPT: a node that was cut off
-             and comes back reads another attempt there, and is fenced
+RUN/attempt  written by the scheduler's script, which gives each attempt its own RUN_ATTEMPT: a node that was
+             cut off and comes back reads another attempt there, and is fenced
 """
 
 import errno
@@ -18,8 +18,8 @@ from data_prep.errors import Fault, Fenced, UserError
 # Of file systems without locks; attempts are fenced there all the same.
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 WAIT_S = 120  # that a new attempt gives the previous one, perhaps cut off, to notice that it is fenced
-# A fenced attempt waits before it exits: its batch script must end its srun first, or Slurm would end the step of the
-# same number of the new attempt.
+# A fenced attempt waits before it exits: its batch script must end its srun first, or Slurm would end the
+# step of the same number of the new attempt.
 FENCED_S = 10
 
 
@@ -47,8 +47,8 @@ class RunLock:
                 holder = file.read().strip() or "unknown"
                 file.close()
                 raise (Fault if is_attempt else UserError)(
-                    f"{self.folder}: another process writes to this run ({holder}). Wait for it, stop it with: touch"
-                    f" {self.folder / 'stop'}, or pass another --run"
+                    f"{self.folder}: another process writes to this run ({holder}). Wait for it, stop it"
+                    f" with: touch {self.folder / 'stop'}, or pass another --run"
                 )
             time.sleep(1)
         file.truncate(0)
@@ -65,10 +65,8 @@ class RunLock:
         return True
 
     def release(self) -> None:
-        file, self.file = (
-            self.file,
-            None,
-        )  # in one statement: the thread that writes checkpoints may be here too
+        # in one statement: the thread that writes checkpoints may be here too
+        file, self.file = (self.file, None)
         if file:
             file.close()
 

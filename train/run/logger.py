@@ -184,7 +184,7 @@ class Logger:
 
 
 def reopened(path: Path, samples: int) -> TextIO:
-    """A file of JSON lines opened for appending, without lines after `samples` and without one cut by a kill."""
+    """A file of JSON lines, opened for appending; lines after `samples`, or cut by a kill, are removed."""
     lines = path.read_text().splitlines(keepends=True) if samples and path.is_file() else []
     with atomic_file(path) as partial:
         partial.write_text(
@@ -210,6 +210,6 @@ def data_wait_hint(share: float, workers: int, cores: int) -> str:
         more = min(cores, max(1, 2 * workers))
         return f"{waits}pass --workers {more} ({cores} cores per rank, --workers is {workers})"
     return (
-        f"{waits}all {cores} cores per rank have a worker: use more cores, or smaller images: python -m data_prep build"
-        " ... --resize-px 256"
+        f"{waits}all {cores} cores per rank have a worker: use more cores, or smaller images: python -m"
+        " data_prep build ... --resize-px 256"
     )
