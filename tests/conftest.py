@@ -26,7 +26,7 @@ from data_prep.shards import sha256_of
 from eval.compare.compare import compare
 from eval.embed import Inference
 from eval.search.indexing import embed as embed_corpus
-from train.__main__ import validator
+from eval.validation import validator
 from train.loop import fit
 from train.model.clip import load
 from train.recipe import Optim, Recipe

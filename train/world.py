@@ -169,15 +169,15 @@ def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory ({str(error).splitlines()[0][:120]}); pass --micro-batch-size with half as many"
-            " pairs, or --activation-checkpointing full"
+            f"out of GPU memory ({str(error).splitlines()[0][:120]}); pass --micro-batch-size with half"
+            " as many pairs, or --activation-checkpointing full"
         ) from None
     except RuntimeError as error:  # torch raises no more specific type for a failed collective of gloo
         if not any(sign in str(error) for sign in LOST):
             raise
         cause = " ".join(str(error).split())[:160]
         raise Fault(
-            f"{_silent_ranks(world)} ({cause}); run the same command again: it resumes from the last checkpoint"
+            f"{_silent_ranks(world)} ({cause}); run the same command again to resume from the last checkpoint"
         ) from None
     world.barrier()
     dist.destroy_process_group()

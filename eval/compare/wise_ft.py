@@ -4,7 +4,7 @@ import copy
 
 from data_prep.errors import UserError
 from train.model.clip import Clip
-from train.retain.select import mixture, put
+from train.retain.select import copy_state_, wise_ft
 
 
 def mix(base: Clip, tuned: Clip, alpha: float) -> Clip:
@@ -28,5 +28,5 @@ def mix(base: Clip, tuned: Clip, alpha: float) -> Clip:
         tuned.tokenizer,
         tuned.config,
     )
-    put(mixed.towers.model, mixture(first, second, alpha))
+    copy_state_(mixed.towers.model, wise_ft(first, second, alpha))
     return mixed

@@ -90,7 +90,7 @@ class Stepper:
 
 
 def bench_state(recipe: Recipe) -> TrainState:
-    """The recipe's state with random weights and without a run: nothing is downloaded, verified or written."""
+    """The recipe's state with random weights and no run: nothing is downloaded, verified or written."""
     return setup(dataclasses.replace(recipe, epochs=MANY_EPOCHS), None, World(device=device()))
 
 

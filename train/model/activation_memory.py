@@ -2,7 +2,7 @@
 
 mode       kept                                         recomputed
 none       everything                                   nothing
-selective  outputs of blocks, products, attention   norms, activations and sums, in each compiled block
+selective  outputs of blocks, products, attention       norms, activations and sums, in each compiled block
 full       the input of each block                      each block: a third more time
 
 "selective" is torch's selective checkpointing, not its activation_memory_budget. That is a fraction of all

@@ -157,8 +157,8 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
             if _wants_network(error):
                 raise UserError(
                     f"{name}: not in the cache ({constants.HF_HUB_CACHE}), and the hub cannot be reached"
-                    f"{' with HF_HUB_OFFLINE=1' if constants.HF_HUB_OFFLINE else ''}; fill the cache on a machine"
-                    f" with a network: python -m train.fetch {name}"
+                    f"{' with HF_HUB_OFFLINE=1' if constants.HF_HUB_OFFLINE else ''}; where there is a"
+                    f" network, fill the cache with: python -m train.fetch {name}"
                 ) from None
             raise UserError(
                 f"{name}: cannot be loaded: {' '.join(str(error).split())[:600]}; {_advice(name)}"

@@ -17,7 +17,7 @@ MULTIPLE = 8  # suits tensor cores, and leaves few lengths to compile for
 
 
 def causal_tower(model: nn.Module) -> nn.Module | None:
-    """The text tower of an open_clip model, if trimming is exact for it: causal, pooled at the end of text."""
+    """The text tower of an open_clip model, if trimming is exact: causal, pooled at the end of text."""
     if type(model) not in (CLIP, CustomTextCLIP):
         return None
     tower = getattr(model, "text", model)
@@ -47,7 +47,7 @@ def _tokenized(tokenizer: Callable, pool: tuple[str, int | None] | None, caption
 
 
 def trim_padding(tokens: torch.Tensor, pool: tuple[str, int | None] | None) -> torch.Tensor:
-    """int64 [n, L] up to the end of the longest caption, rounded up to MULTIPLE; whole where `pool` is None."""
+    """int64 [n, L] up to the end of the longest caption, rounded up to MULTIPLE; whole if `pool` is None."""
     if pool is None:
         return tokens
     kind, eos_id = pool

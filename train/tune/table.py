@@ -8,7 +8,8 @@ from pathlib import Path
 from data_prep.atomic import atomic_file
 from train.bench.table import padded_table
 from train.recipe import RESUME_SAFE, Recipe, flags_of, leaves, parse
-from train.retain.select import CONTROL, TRAINED, prefix
+from train.retain.select import RETENTION as CONTROL
+from train.retain.select import TRAINED, prefix
 
 SCORE = (
     "val/mean/R@1"  # what rows are sorted by; each run has chosen its weights to use by its own best_metric
