@@ -1,12 +1,17 @@
 """AdamW, what it decays, and a learning rate that is a function of the samples seen."""
 
 import math
+import re
 
 import torch
 from torch import nn
 
 from train.model.towers import Towers
 from train.recipe import Optim
+
+NO_DECAY = re.compile(
+    r"positional_embedding|position_embeddings|pos_embed|relative_(position|attention)_bias|cls_token|class_embedding|cls_emb"
+)
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -25,13 +30,11 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(towers: Towers, optim: Optim) -> GuardedAdamW:
-    """AdamW over all trainable parameters, in two groups: matrices, which decay, and all others, which do
-    not.
-    """
-    decayed, others = [], []
+    """AdamW over all trainable parameters, in two groups: with weight decay and without."""
+    decayed, others, exempt = [], [], undecayed_names(towers.model)
     for name, parameter in towers.model.named_parameters():
         if parameter.requires_grad:
-            (decayed if decays(name, parameter) else others).append(parameter)
+            (others if name in exempt else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -40,9 +43,18 @@ def build_optimizer(towers: Towers, optim: Optim) -> GuardedAdamW:
     return GuardedAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies to a parameter of an open_clip model."""
-    return parameter.ndim >= 2 and "positional_embedding" not in name and "pos_embed" not in name
+def undecayed_names(model: nn.Module) -> set[str]:
+    """Names of parameters without weight decay: scalars, biases, norms, embeddings of positions and classes.
+
+    Modules say so themselves where they have timm's no_weight_decay(); Hugging Face's towers are known by
+    names."""
+    exempt = {
+        name for name, parameter in model.named_parameters() if parameter.ndim < 2 or NO_DECAY.search(name)
+    }
+    for prefix, module in model.named_modules():
+        if callable(getattr(module, "no_weight_decay", None)):
+            exempt |= {f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()}
+    return exempt
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -9,6 +9,9 @@ from torch import nn
 from train.model.patch_dropout import PatchDropout
 from train.model.text import encode_text
 
+# torch's, open_clip's, timm's, Hugging Face's
+DROPOUT_RATES = ("p", "prob", "drop_prob", "dropout", "attn_drop_p")
+
 
 class Towers(nn.Module):
     """An open_clip model whose features are fp32 and L2-normed.
@@ -95,6 +98,27 @@ class Towers(nn.Module):
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def batch_dependent_layers(towers: Towers) -> list[str]:
+    """What makes a sample's features in training depend on its chunk: "BatchNorm (visual)", "dropout (text)".
+
+    With these, results depend on micro_batch_size and on the number of ranks. Patch dropout of ours is not
+    among them: its masks depend on the sample alone. Layers in evaluation mode (a locked tower) are not
+    either."""
+    kinds = set()
+    for name, module in towers.model.named_modules():
+        tower = tower_of(f"{name}.")
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            kinds.add(f"BatchNorm ({tower})")
+        elif not isinstance(module, PatchDropout) and any(
+            isinstance(rate := getattr(module, attribute, None), float) and rate > 0
+            for attribute in DROPOUT_RATES
+        ):
+            kinds.add(f"dropout ({tower})")
+    return sorted(kinds)
 
 
 def tower_of(name: str) -> str:

@@ -18,6 +18,7 @@ from data_prep.atomic import atomic_file
 from data_prep.progress import progress
 from train.data.loader import Batch
 from train.model.activation_memory import should_compile
+from train.model.towers import batch_dependent_layers
 from train.run.folder import Run
 from train.run.nonfinite import NonFiniteStep
 
@@ -172,6 +173,8 @@ class Logger:
             f"micro_batch_size {state.micro_batch_size}, activation_checkpointing"
             f" {state.activation_checkpointing}, {'compiled' if compiled else 'not compiled'}"
         )
+        if layers := batch_dependent_layers(state.clip.towers):
+            self.say(f"{' and '.join(layers)}: results depend on micro_batch_size and on the number of ranks")
         return self
 
     def __exit__(self, *_) -> None:
