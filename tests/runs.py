@@ -1,10 +1,16 @@
 """What tests of training share: a recipe of a few steps, what a run has logged and saved, and faults."""
 
 import json
-from collections.abc import Callable
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 
 import train.step
@@ -14,7 +20,7 @@ from train.loop import fit
 from train.recipe import Augment, Captions, Optim, Recipe, to_yaml
 from train.retain.select import Validate
 from train.run.folder import Run
-from train.world import World
+from train.world import World, joined_world
 
 WEIGHTS = "open_clip_model.safetensors"
 CANDIDATES = {"ema": 0.9, "wise_ft": (0.3, 0.7)}  # "trained", "ema", "wise_ft 0.30" and "wise_ft 0.70"
@@ -125,3 +131,62 @@ def poison(monkeypatch, is_bad: Callable[[int], bool]) -> None:
         return loss
 
     monkeypatch.setattr(train.step, "backward", poisoned)
+
+
+def fit_on_ranks(plan: Recipe, ranks: int, bad_steps: Sequence[int] = ()) -> str:
+    """Train `plan` in `ranks` processes that find each other as torchrun's do; what they printed.
+
+    They are forks of a process that has imported torch and everything else, which saves seconds for each.
+
+    Args:
+        bad_steps: the last rank's gradient is NaN in the steps that begin after so many pairs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs"])
+    before = dict(os.environ)
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    try:  # the first start of a process starts the one that forks, with this environment
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        output = Path(plan.run).with_suffix(".output")
+        output.write_text("")
+        arguments = [(plan, rank, ranks, port, output, tuple(bad_steps)) for rank in range(ranks)]
+        processes = [context.Process(target=_rank, args=each) for each in arguments]
+        for process in processes:
+            process.start()
+    finally:
+        os.environ.clear()
+        os.environ |= before
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * ranks, output.read_text()
+    return output.read_text()
+
+
+def _rank(plan: Recipe, rank: int, ranks: int, port: int, output: Path, bad_steps: tuple[int, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115 until the process ends
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as elsewhere on Linux
+    torch.set_num_threads(1)
+    real = train.step.backward
+
+    def faulty(state, batch):
+        if state.samples not in bad_steps or rank != ranks - 1:
+            return real(state, batch)
+        parameter = state.clip.towers.model.logit_scale
+        hook = parameter.register_hook(lambda gradient: gradient * float("nan"))  # before DDP reduces
+        try:
+            return real(state, batch)
+        finally:
+            hook.remove()
+
+    train.step.backward = faulty
+    try:
+        with joined_world() as world:
+            fit(plan, world, validator(plan, world))
+    except Exception:  # noqa: BLE001 it is printed
+        traceback.print_exc()
+        os._exit(1)  # the other ranks end because this one is gone
