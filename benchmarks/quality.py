@@ -28,7 +28,8 @@ from data_prep.build.pipeline import cores
 from data_prep.errors import Fault, UserError, exit_on_user_error
 from data_prep.shards import Shards
 from eval.compare.wise_ft import mix
-from eval.embed import Embedded, Inference, embed, embed_images, embed_texts, ready
+from eval.embed import Embedded, embed, embed_images, embed_texts, load_for_eval
+from eval.options import Inference
 from eval.retrieval.queries import read_queries
 from eval.retrieval.ranking import Relevance, query_values, ranks
 from eval.retrieval.robustness import degrade
@@ -123,7 +124,7 @@ RATES = {PEER: 3e-4, PEER_WARM: 3e-4, "the seed's recipe": 3e-4, "ours": 1e-3}
 
 DEGRADED = (("resample", 4), ("blur", 0.04), ("crop", 0.7))
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # of the tuned weights, in mixtures with the base's
-INFERENCE = Inference(global_batch_size=128, workers=0)
+INFERENCE = Inference(batch_size=128, workers=0)
 
 
 def main(
@@ -268,7 +269,7 @@ def judge(out: Path, folder: Path, with_curve: bool) -> None:
     """Evaluate FOLDER/model: FOLDER/result.json, and beside it what each query scored, by
     quality_table.MEASURES.
     """
-    world, clip = World(), ready(f"local-dir:{folder / 'model'}", INFERENCE, World())
+    world, clip = World(), load_for_eval(f"local-dir:{folder / 'model'}", INFERENCE, World())
     learned, known, val = Shards(out / "B", "test"), Shards(out / "A", "test"), Shards(out / "B", "val")
     embedded = embed(clip, learned, world, INFERENCE)
     asked = read_queries(out / "questions.jsonl", learned)
@@ -311,7 +312,7 @@ def degraded(clip: Clip, shards: Shards, embedded: Embedded) -> np.ndarray:
 def curve(out: Path, tuned: Clip, learned: Shards, known: Shards) -> list[dict]:
     """R@1 on B's and A's test splits (the mean of both directions) of mixtures with the base's weights."""
     world, points = World(), []
-    first = ready(f"local-dir:{out / 'base' / 'model'}", INFERENCE, world)
+    first = load_for_eval(f"local-dir:{out / 'base' / 'model'}", INFERENCE, world)
     for share in SHARES:
         clip, on = mix(first, tuned, share), {}
         for name, shards in (("B", learned), ("A", known)):

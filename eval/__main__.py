@@ -46,7 +46,8 @@ from eval.cluster.clusters import cluster
 from eval.compare.compare import compare
 from eval.compare.confusion import confusion
 from eval.compositionality.scenes import probes
-from eval.embed import INFERENCE, Inference, embed, embed_images, embed_texts, ready
+from eval.embed import embed, embed_images, embed_texts, load_for_eval
+from eval.options import INFERENCE, Inference
 from eval.retrieval.leaks import leaks as leaks_of
 from eval.retrieval.leaks import nearest, write_leaks
 from eval.retrieval.page import write_page
@@ -183,7 +184,7 @@ def prepare(
         raise UserError(
             f"{against}: made on other data ({made}) than {data}, {split}; compare on the same data"
         )
-    return shards, other, ready(model, inference, world)
+    return shards, other, load_for_eval(model, inference, world)
 
 
 def main() -> None:

@@ -10,14 +10,14 @@ from torchvision.transforms import Compose
 
 from data_prep.progress import progress
 from data_prep.shards import Shards
-from eval.options import INFERENCE, Inference  # noqa: F401
+from eval.options import Inference
 from eval.retrieval.ranking import check_finite
 from train.data.loader import EvalImages, loader
 from train.model.clip import Clip, load
 from train.world import World
 
 
-def ready(name: str, inference: Inference, world: World) -> Clip:
+def load_for_eval(name: str, inference: Inference, world: World) -> Clip:
     """The model that `name` stands for (see train.model.clip.load), on this rank's device, for evaluation."""
     clip = load(name)
     clip.towers.bf16 = inference.precision == "bf16"

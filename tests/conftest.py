@@ -24,7 +24,7 @@ from data_prep.errors import exit_on_user_error
 from data_prep.icons import icons
 from data_prep.shards import sha256_of
 from eval.compare.compare import compare
-from eval.embed import Inference
+from eval.options import Inference
 from eval.search.indexing import embed as embed_corpus
 from eval.validation import validator
 from train.loop import fit

@@ -13,12 +13,12 @@ import eval.classify.zeroshot
 import eval.compare.compare
 import eval.compare.confusion
 import eval.compositionality.scenes
-from eval.embed import Inference
+from eval.options import Inference
 from train.world import joined_world
 
 
 def every_command(model: str, shards: Path, pictures: Path, out: Path) -> None:
-    inference = Inference(batch=7, workers=0)
+    inference = Inference(batch_size=7, workers=0)
     eval.classify.zeroshot.zeroshot(
         (model, "demo-vit:none"), pictures, "val", json=out / "zeroshot.json", inference=inference
     )

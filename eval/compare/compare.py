@@ -24,7 +24,8 @@ from eval.classify.zeroshot import Classified, evaluate
 from eval.compare.confusion import Questions, answer, questions, read_columns, result_of
 from eval.compare.page import markdown, write_page
 from eval.compare.wise_ft import mix
-from eval.embed import INFERENCE, Embedded, Inference, embed, ready
+from eval.embed import Embedded, embed, load_for_eval
+from eval.options import INFERENCE, Inference
 from eval.retrieval.ranking import TIE, Relevance
 from eval.retrieval.score import Queries, differences, examine, score, write_json
 from train.model.clip import Clip
@@ -100,7 +101,7 @@ def compare(
         shards, others, asked, pictures = world.all_or_raise(prepare)
         judged, forgotten, answers = [], [], []
         for name in models:
-            clip = world.all_or_raise(lambda name=name: ready(name, inference, world))
+            clip = world.all_or_raise(lambda name=name: load_for_eval(name, inference, world))
             one = judge(name, clip, shards, world, inference)
             answers.append(_answer(one, clip, asked, world))
             if pictures:
@@ -124,7 +125,7 @@ def compare(
             }
         if interpolate or save is not None:
             ends = [
-                world.all_or_raise(lambda name=name: ready(name, inference, world))
+                world.all_or_raise(lambda name=name: load_for_eval(name, inference, world))
                 for name in (models[0], models[-1])
             ]
             result["mixtures"] = [

@@ -19,7 +19,8 @@ from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.compare.confusion_page import table, write_page
 from eval.compare.draws import Column, column_of, draw, drawn_accuracy, expected_accuracy
-from eval.embed import INFERENCE, Inference, embed_images, embed_texts, ready
+from eval.embed import embed_images, embed_texts, load_for_eval
+from eval.options import INFERENCE, Inference
 from eval.retrieval.intervals import mean_interval
 from eval.retrieval.ranking import TIE
 from eval.retrieval.score import write_json
@@ -262,7 +263,7 @@ def confusion(
         asked = world.all_or_raise(prepare)
         answers = []
         for model in models:
-            clip = world.all_or_raise(lambda model=model: ready(model, inference, world))
+            clip = world.all_or_raise(lambda model=model: load_for_eval(model, inference, world))
             image_features = embed_images(clip, asked.shards, world, inference)
             texts = [embed_texts(clip, column.texts, world, inference) for column in asked.columns]
             found = answer(

@@ -26,7 +26,8 @@ from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.compositionality.drawings import Count, Shape, binding, counting, relations, render
 from eval.compositionality.page import table, write_page
-from eval.embed import INFERENCE, Inference, batches, embed_images, embed_texts, fill, ready
+from eval.embed import batches, embed_images, embed_texts, fill, load_for_eval
+from eval.options import INFERENCE, Inference
 from eval.retrieval.intervals import mean_interval
 from eval.retrieval.ranking import TIE, check_finite
 from eval.retrieval.score import write_json
@@ -166,7 +167,7 @@ def embed_scenes(
     """
     clip.towers.eval()
     mine, transform = (
-        batches(len(scenes), inference.batch)[world.rank :: world.world_size],
+        batches(len(scenes), inference.batch_size)[world.rank :: world.world_size],
         clip.eval_transform,
     )
     with torch.inference_mode():
@@ -226,7 +227,7 @@ def probes(
         shards = Shards(data, split) if data else None
         if shards:
             shards.verify(world.rank, world.world_size)
-        return shards, swaps(shards, seed) if shards else [], ready(model, inference, world)
+        return shards, swaps(shards, seed) if shards else [], load_for_eval(model, inference, world)
 
     with joined_world() as world:
         shards, found, clip = world.all_or_raise(prepare)

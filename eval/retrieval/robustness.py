@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from data_prep.shards import Shards
-from eval.embed import Embedded, Inference, embed_images
+from eval.embed import Embedded, embed_images
+from eval.options import Inference
 from eval.retrieval.ranking import Relevance, ranks, summarize
 from train.model.clip import Clip
 from train.world import World

@@ -11,7 +11,8 @@ import torch
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.shards import Shards
-from eval.embed import INFERENCE, Captions, Embedded, Inference, embed
+from eval.embed import Captions, Embedded, embed
+from eval.options import INFERENCE, Inference
 from eval.retrieval.intervals import mean_interval, paired_difference
 from eval.retrieval.metrics import DEPTH, KS, ceiling, set_measures
 from eval.retrieval.ranking import (

@@ -20,7 +20,8 @@ from eval.classify.zeroshot import evaluate
 from eval.compare.compare import calibration_error, compare
 from eval.compare.confusion import confusion
 from eval.compare.wise_ft import mix
-from eval.embed import Captions, Embedded, Inference, embed
+from eval.embed import Captions, Embedded, embed
+from eval.options import Inference
 from eval.retrieval.ranking import Relevance
 from train.model.clip import load
 from train.world import World

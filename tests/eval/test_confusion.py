@@ -18,7 +18,7 @@ from data_prep.shards import Shards
 from eval.compare.confusion import answer, confusion, find, heatmap, questions, read_columns, result_of
 from eval.compare.confusion_page import table, write_page
 from eval.compare.draws import column_of, draw, drawn_accuracy, expected_accuracy
-from eval.embed import Inference
+from eval.options import Inference
 from train.world import World
 
 
@@ -258,6 +258,6 @@ def test_features_that_are_not_finite_name_the_sample(tiny_model, icon_shards, m
         return clip
 
     load = train.model.clip.load
-    monkeypatch.setattr(module, "ready", broken)
+    monkeypatch.setattr(module, "load_for_eval", broken)
     with pytest.raises(NotFinite, match="that of caption"):
         confusion((tiny_model,), icon_shards, inference=Inference(workers=0))

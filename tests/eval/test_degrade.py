@@ -8,7 +8,8 @@ from PIL import Image
 
 from data_prep.shards import Shards
 from eval.__main__ import retrieval
-from eval.embed import Inference, embed
+from eval.embed import embed
+from eval.options import Inference
 from eval.retrieval.robustness import LEVELS, curves, degrade
 from eval.retrieval.score import score
 from train.model.clip import load

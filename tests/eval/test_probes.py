@@ -34,7 +34,7 @@ from eval.compositionality.scenes import (
     swapped,
     swaps,
 )
-from eval.embed import Inference
+from eval.options import Inference
 from train.model.clip import load
 
 
@@ -228,7 +228,7 @@ def test_a_collapsed_model_is_at_chance_from_drawing_to_table(tiny_model, icon_s
         clip.towers.text_features = lambda tokens: torch.ones(len(tokens), 4) / 2
         return clip
 
-    monkeypatch.setattr(module, "ready", collapsed)
+    monkeypatch.setattr(module, "load_for_eval", collapsed)
     probes(tiny_model, icon_shards, n=1, inference=Inference(workers=0), json=tmp_path / "a.json")
     result = json.loads((tmp_path / "a.json").read_text())
     for found in result["counting"].values():
@@ -259,6 +259,6 @@ def test_mistakes_are_sentences(tiny_model, tmp_path, monkeypatch):
         clip.towers.model.visual.proj.data[:] = torch.nan
         return clip
 
-    monkeypatch.setattr(module, "ready", broken)
+    monkeypatch.setattr(module, "load_for_eval", broken)
     with pytest.raises(NotFinite, match="that of the drawing of 'one circle'"):
         probes(tiny_model, n=1)

@@ -10,7 +10,7 @@ from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.__main__ import main
 from eval.__main__ import retrieval as command
-from eval.embed import Inference
+from eval.options import Inference
 from eval.retrieval.queries import read_queries
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from data_prep.build.pipeline import Reading, Splitting, Work, build
 from data_prep.shards import Shards
 from eval.__main__ import main
-from eval.embed import Inference, embed
+from eval.embed import embed
+from eval.options import Inference
 from eval.retrieval.score import Queries, differences, evaluate, examine
 from train.data.decode import decode
 from train.model.clip import load
