@@ -74,10 +74,10 @@ def metrics_in(table: str) -> list[str]:
 
 
 def title_of(name: str) -> str:
-    """The title of a full name: "instance/image_to_text/R@1" -> "image to text, R@1 by instance"."""
+    """The title of a full name: "instance/image_to_text/R@1" -> "image to text, R@1, by instance"."""
     direction, _, _ = name.removeprefix(INSTANCE).rpartition("/")
     words = [direction.replace("_", " "), metric_of(name).title] if direction else [metric_of(name).title]
-    return ", ".join(words) + (" by instance" if name.startswith(INSTANCE) else "")
+    return ", ".join(words) + (", by instance" if name.startswith(INSTANCE) else "")
 
 
 def show(name: str, value: float | None, interval: list[float] | None = None) -> str:
@@ -95,10 +95,11 @@ def show_of(result: dict, name: str) -> str:
     return show(name, result["metrics"].get(name), result.get("intervals", {}).get(name))
 
 
-def show_difference(name: str, difference: list[float] | None) -> str:
+def show_difference(name: str, difference: list[float] | None, p_value: bool = True) -> str:
     """A paired difference [value, low, high, p], percentages in points: "-4.2 [-31.5, +19.6], p = 0.8"."""
     if not difference:
         return ""
     scale = 100 if metric_of(name).unit == "%" else 1
     value, low, high = (scale * number for number in difference[:3])
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}], p = {difference[3]:.2g}"
+    p = f", p = {difference[3]:.2g}" if p_value else ""
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]{p}"

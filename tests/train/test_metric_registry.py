@@ -30,7 +30,7 @@ def test_a_compared_metric_is_one_of_each_query():
 
 def test_words():
     assert title_of("image_to_text/mean_rank") == "image to text, mean rank"
-    assert title_of("instance/text_to_image/R@1") == "text to image, R@1 by instance"
+    assert title_of("instance/text_to_image/R@1") == "text to image, R@1, by instance"
     assert title_of("calibration_error") == "calibration error (ECE)"
     assert not metric_of("val/image_to_text/median_rank").higher_is_better
     assert metric_of("val/mean/R@1").higher_is_better
@@ -40,6 +40,7 @@ def test_words():
     assert show_of({"metrics": {"a/R@1": 0.5}, "intervals": {}}, "a/R@1") == "50.0 %"
     assert show_difference("a/R@1", [-0.042, -0.3, 0.1, 0.5]) == "-4.2 [-30.0, +10.0], p = 0.5"
     assert show_difference("a/mean_rank", [1, 0.5, 2, 0.01]) == "+1.0 [+0.5, +2.0], p = 0.01"
+    assert show_difference("a/R@1", [0.1, 0, 0.2, 0.5], p_value=False) == "+10.0 [+0.0, +20.0]"
     assert show_difference("a/R@1", None) == ""
     with pytest.raises(KeyError):
         metric_of("val/image_to_text/R@2")
