@@ -28,11 +28,19 @@ from data_prep.build.pipeline import cores
 from data_prep.errors import Fault, UserError, exit_on_user_error
 from data_prep.shards import Shards
 from eval.compare.wise_ft import mix
-from eval.embed import Embedded, Inference, embed, embed_images, embed_texts, ready
+from eval.embed import Embedded, embed, embed_images, embed_texts, load_for_eval
+from eval.options import Inference
 from eval.retrieval.queries import read_queries
 from eval.retrieval.ranking import Relevance, query_values, ranks
 from eval.retrieval.robustness import degrade
-from eval.retrieval.score import Queries, examine, queries_file, score, write_json
+from eval.retrieval.score import (
+    ExtraQueries,
+    QueryScores,
+    evaluate_features,
+    evaluate_full,
+    queries_file,
+    write_json,
+)
 from train.bench.peer import ENVIRONMENT, their_words
 from train.data.order import Order
 from train.model.clip import Clip, load
@@ -123,7 +131,7 @@ RATES = {PEER: 3e-4, PEER_WARM: 3e-4, "the seed's recipe": 3e-4, "ours": 1e-3}
 
 DEGRADED = (("resample", 4), ("blur", 0.04), ("crop", 0.7))
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # of the tuned weights, in mixtures with the base's
-INFERENCE = Inference(global_batch_size=128, workers=0)
+INFERENCE = Inference(batch_size=128, workers=0)
 
 
 def main(
@@ -166,13 +174,13 @@ def main(
         for future in concurrent.futures.as_completed(done):
             print(f"{done[future][0]}, seed {done[future][1]}: {future.result()}", flush=True)
     found = {
-        arm: [Queries.load(queries_file(names[arm, seed] / "result.json")) for seed in seeds] for arm in arms
+        arm: [QueryScores.load(queries_file(names[arm, seed] / "result.json")) for seed in seeds] for arm in arms
     }
     curves = {
         arm: [json.loads((names[arm, seed] / "result.json").read_text())["curve"] for seed in seeds]
         for arm in arms
     }
-    text = page({"base": [Queries.load(queries_file(out / "base" / "result.json"))], **found}, curves)
+    text = page({"base": [QueryScores.load(queries_file(out / "base" / "result.json"))], **found}, curves)
     (out / "quality.md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -268,12 +276,13 @@ def judge(out: Path, folder: Path, with_curve: bool) -> None:
     """Evaluate FOLDER/model: FOLDER/result.json, and beside it what each query scored, by
     quality_table.MEASURES.
     """
-    world, clip = World(), ready(f"local-dir:{folder / 'model'}", INFERENCE, World())
+    world, clip = World(), load_for_eval(f"local-dir:{folder / 'model'}", INFERENCE, World())
     learned, known, val = Shards(out / "B", "test"), Shards(out / "A", "test"), Shards(out / "B", "val")
     embedded = embed(clip, learned, world, INFERENCE)
     asked = read_queries(out / "questions.jsonl", learned)
-    unseen = embed_texts(clip, asked.texts, world, INFERENCE), asked.query_of, asked.image_of
-    found, each = examine(embedded, learned.groups, world, unseen)
+    text_features = embed_texts(clip, asked.texts, world, INFERENCE)
+    extra = ExtraQueries(text_features, asked.query_of, asked.image_of)
+    found, each = evaluate_full(embedded, learned.groups, world, extra)
     values = {name: each.values[f"{name}/R@1"] for name in each.groups}
     groups = dict(each.groups)
     new = np.array([is_held_out(text) for text in asked.texts])
@@ -282,11 +291,11 @@ def judge(out: Path, folder: Path, with_curve: bool) -> None:
         groups["queries_to_image"][new],
     )
     values["degraded"], groups["degraded"] = degraded(clip, learned, embedded), learned.groups
-    _, old = examine(embed(clip, known, world, INFERENCE), known.groups, world)
+    _, old = evaluate_full(embed(clip, known, world, INFERENCE), known.groups, world)
     for name in ("image_to_text", "text_to_image"):
         values[f"A_{name}"], groups[f"A_{name}"] = old.values[f"{name}/R@1"], old.groups[name]
-    queries = Queries({f"{name}/R@1": one for name, one in values.items()}, groups)
-    on_val = score(embed(clip, val, world, INFERENCE), val.groups, world)["metrics"]["mean/R@1"]
+    queries = QueryScores({f"{name}/R@1": one for name, one in values.items()}, groups)
+    on_val = evaluate_features(embed(clip, val, world, INFERENCE), val.groups, world)["metrics"]["mean/R@1"]
     figures = {title: float(pooled(queries)[0].mean()) for title, pooled in SHOWN.items()}
     queries.save(queries_file(folder / "result.json"))
     points = curve(out, clip, learned, known) if with_curve else []
@@ -311,11 +320,11 @@ def degraded(clip: Clip, shards: Shards, embedded: Embedded) -> np.ndarray:
 def curve(out: Path, tuned: Clip, learned: Shards, known: Shards) -> list[dict]:
     """R@1 on B's and A's test splits (the mean of both directions) of mixtures with the base's weights."""
     world, points = World(), []
-    first = ready(f"local-dir:{out / 'base' / 'model'}", INFERENCE, world)
+    first = load_for_eval(f"local-dir:{out / 'base' / 'model'}", INFERENCE, world)
     for share in SHARES:
         clip, on = mix(first, tuned, share), {}
         for name, shards in (("B", learned), ("A", known)):
-            on[name] = score(embed(clip, shards, world, INFERENCE), shards.groups, world)["metrics"][
+            on[name] = evaluate_features(embed(clip, shards, world, INFERENCE), shards.groups, world)["metrics"][
                 "mean/R@1"
             ]
         points.append({"share": share, **on})

@@ -7,18 +7,18 @@ from collections.abc import Callable
 import numpy as np
 
 from eval.retrieval.intervals import mean_interval, paired_difference
-from eval.retrieval.score import Queries
+from eval.retrieval.score import QueryScores
 from train.publish.card_tables import markdown_table
 
 Pooled = tuple[np.ndarray, np.ndarray]  # what each query scored, float [n], and its group, int64 [n]
 
 
-def of(*directions: str) -> Callable[[Queries], Pooled]:
+def of(*directions: str) -> Callable[[QueryScores], Pooled]:
     """R@1 of these directions' queries, so weighted that the mean of all is the mean of the directions'
     means.
     """
 
-    def pooled(queries: Queries) -> Pooled:
+    def pooled(queries: QueryScores) -> Pooled:
         values = [queries.values[f"{direction}/R@1"] for direction in directions]
         groups = [queries.groups[direction] for direction in directions]
         share = sum(map(len, values)) / len(values)
@@ -39,7 +39,7 @@ SHOWN = {
 }
 
 
-def page(found: dict[str, list[Queries]], curves: dict[str, list]) -> str:
+def page(found: dict[str, list[QueryScores]], curves: dict[str, list]) -> str:
     """All tables, in Markdown.
 
     Args:
@@ -64,7 +64,7 @@ def page(found: dict[str, list[Queries]], curves: dict[str, list]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def figures(found: dict[str, list[Queries]]) -> str:
+def figures(found: dict[str, list[QueryScores]]) -> str:
     rows = [["arm", *SHOWN]]
     for arm, seeds in found.items():
         rows.append([arm])
@@ -76,7 +76,7 @@ def figures(found: dict[str, list[Queries]]) -> str:
     return markdown_table(rows)
 
 
-def differences(found: dict[str, list[Queries]], reference: str) -> str:
+def differences(found: dict[str, list[QueryScores]], reference: str) -> str:
     """Of each arm to the arm `reference`: both are means over their seeds, query by query."""
     rows = [["arm", *SHOWN]]
     for arm, seeds in found.items():
@@ -93,7 +93,7 @@ def differences(found: dict[str, list[Queries]], reference: str) -> str:
     return markdown_table(rows)
 
 
-def over_seeds(seeds: list[Queries], pooled: Callable[[Queries], Pooled]) -> Pooled:
+def over_seeds(seeds: list[QueryScores], pooled: Callable[[QueryScores], Pooled]) -> Pooled:
     """The mean over seeds of what each query scored; seeds answer the same queries, so they add none."""
     each = [pooled(queries) for queries in seeds]
     assert all(np.array_equal(groups, each[0][1]) for _, groups in each), "seeds were evaluated on other data"

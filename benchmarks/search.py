@@ -22,7 +22,8 @@ import torch.nn.functional as F
 import tyro
 
 from data_prep.errors import exit_on_user_error
-from eval.embed import Inference, ready
+from eval.embed import load_for_eval
+from eval.options import Inference
 from eval.search import nearest as nearest_module
 from eval.search.index import FORMAT, Index
 from eval.search.indexing import INFERENCE, SCHEMA
@@ -102,8 +103,10 @@ def embed(
 ) -> None:
     """Pictures per second of `eval embed`, as it says itself, and of the forward of as many random pictures."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clip = ready(model, inference, World(device=device))
-    pixels = torch.randint(0, 256, (inference.batch, 3, *clip.image_size), dtype=torch.uint8, device=device)
+    clip = load_for_eval(model, inference, World(device=device))
+    pixels = torch.randint(
+        0, 256, (inference.batch_size, 3, *clip.image_size), dtype=torch.uint8, device=device
+    )
     rates = {"embed": [], "forward": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(turns):
@@ -115,11 +118,11 @@ def embed(
             with torch.inference_mode():
                 clip.towers.image_features(pixels)
                 begun = time.perf_counter()
-                batches = min(200, int(count) // inference.batch + 1)
+                batches = min(200, int(count) // inference.batch_size + 1)
                 for _ in range(batches):
                     features = clip.towers.image_features(pixels)
                 features.cpu()
-            rates["forward"].append(batches * inference.batch / (time.perf_counter() - begun))
+            rates["forward"].append(batches * inference.batch_size / (time.perf_counter() - begun))
     middle = {name: float(np.median(values)) for name, values in rates.items()}
     rows = [
         [name, f"{middle[name]:.1f}", ", ".join(f"{one:.1f}" for one in found)]
@@ -130,7 +133,7 @@ def embed(
         f"{inference.precision}, {inference.workers} workers, {torch.get_num_threads()} threads,"
         f" {device.type}"
     )
-    print(f"{model}, batch {inference.batch}, {how}")
+    print(f"{model}, batch {inference.batch_size}, {how}")
     print(
         f"\n{markdown_table(rows)}\n\nembed reaches {middle['embed'] / middle['forward']:.1%} of its forward"
     )

@@ -1,7 +1,8 @@
 """Images and captions of a split become features, each exactly once on any number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,19 +11,30 @@ from torchvision.transforms import Compose
 
 from data_prep.progress import progress
 from data_prep.shards import Shards
-from eval.options import INFERENCE, Inference  # noqa: F401
+from eval.options import Inference
 from eval.retrieval.ranking import check_finite
 from train.data.loader import EvalImages, loader
 from train.model.clip import Clip, load
 from train.world import World
 
 
-def ready(name: str, inference: Inference, world: World) -> Clip:
-    """The model that `name` stands for (see train.model.clip.load), on this rank's device, for evaluation."""
+def load_for_eval(name: str, inference: Inference, world: World) -> Clip:
+    """A MODEL (see train.model.clip.load) on this rank's device, in evaluation mode."""
     clip = load(name)
     clip.towers.bf16 = inference.precision == "bf16"
     clip.towers.to(world.device).eval()
     return clip
+
+
+def open_shards(folder: Path, split: str, world: World) -> Shards:
+    """A split whose files are verified; the ranks share the work.
+
+    Raises:
+        UserError: no such split, or a file was altered.
+    """
+    shards = Shards(folder, split)
+    shards.verify(world.rank, world.world_size)
+    return shards
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Captions:
     Attributes:
         texts: the distinct captions, in order of appearance.
         first: int64 [n_images], the text that is each image's first caption.
-        text_of, group_of: int64 [pairs], which text stands in which image's group; see
+        text_of, group_of: int64 [pairs], text text_of[i] is a caption in group group_of[i]; see
             eval.retrieval.ranking.Relevance.
         image_of: int64 [pairs], the image that the text is a caption of.
     """
@@ -49,15 +61,16 @@ class Captions:
 
 
 def read_captions(shards: Shards) -> Captions:
-    numbers: dict[str, int] = {}
+    number_of: dict[str, int] = {}
     first, text_of, group_of, image_of = [], [], [], []
-    for number, group in enumerate(shards.groups.tolist()):
-        texts = [numbers.setdefault(caption, len(numbers)) for caption in shards.captions(number)]
+    for image, group in enumerate(shards.groups.tolist()):
+        texts = [number_of.setdefault(caption, len(number_of)) for caption in shards.captions(image)]
         first.append(texts[0])
         text_of += texts
         group_of += [group] * len(texts)
-        image_of += [number] * len(texts)
-    return Captions(list(numbers), np.array(first), np.array(text_of), np.array(group_of), np.array(image_of))
+        image_of += [image] * len(texts)
+    arrays = (np.array(numbers) for numbers in (first, text_of, group_of, image_of))
+    return Captions(list(number_of), *arrays)
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class Embedded:
 def embed(clip: Clip, shards: Shards, world: World, inference: Inference) -> Embedded:
     """The features of every image and every distinct caption of a split.
 
-    Batches are cut by number, not by rank, so a sample meets the same neighbours in any world.
+    Batches are cut by number, not by rank, so a sample is in the same batch in any world.
 
     Raises:
         NotFinite: a feature is not finite; the first such sample is named.
@@ -94,10 +107,10 @@ def embed_texts(clip: Clip, texts: list[str], world: World, inference: Inference
         NotFinite: a feature is not finite; the first such text is named.
     """
     clip.towers.eval()
-    mine = batches(len(texts), inference.batch_size)[world.rank :: world.world_size]
+    own_batches = batches(len(texts), inference.batch_size)[world.rank :: world.world_size]
     with torch.inference_mode():
-        tokens = (clip.tokenize([texts[number] for number in numbers]) for numbers in mine)
-        text_features = fill(len(texts), mine, tokens, clip.towers.text_features, world, "texts")
+        tokens = (clip.tokenize([texts[number] for number in numbers]) for numbers in own_batches)
+        text_features = fill(len(texts), own_batches, tokens, clip.towers.text_features, world, "texts")
     check_finite(text_features, "text_features", lambda row: f"caption {texts[row]!r}")
     return text_features
 
@@ -112,17 +125,17 @@ def embed_images(
     """image_features [n_images, d] of a split: fp32, L2-normed, all of them on every rank.
 
     Args:
-        change: what is done to each picture first.
+        change: applied to each image first.
 
     Raises:
         NotFinite: a feature is not finite; the first such sample is named.
     """
     clip.towers.eval()
-    mine = batches(len(shards), inference.batch_size)[world.rank :: world.world_size]
+    own_batches = batches(len(shards), inference.batch_size)[world.rank :: world.world_size]
     transform = Compose([change, clip.eval_transform]) if change else clip.eval_transform
-    images = loader(EvalImages(shards, transform), mine, inference.workers, world)
+    images = loader(EvalImages(shards, transform), own_batches, inference.workers, world)
     with torch.inference_mode():
-        image_features = fill(len(shards), mine, images, clip.towers.image_features, world, "images")
+        image_features = fill(len(shards), own_batches, images, clip.towers.image_features, world, "images")
     check_finite(image_features, "image_features", lambda row: f"sample {shards.key(row)}")
     return image_features
 
@@ -132,13 +145,23 @@ def batches(n: int, size: int) -> list[list[int]]:
     return [list(range(start, min(start + size, n))) for start in range(0, n, size)]
 
 
-def fill(n: int, numbers: list[list[int]], inputs, tower: Callable, world: World, what: str) -> torch.Tensor:
-    """Features of all ranks' batches, each written to its rows; the sum with the zeros of the other ranks is
-    exact.
+def fill(
+    n: int,
+    own_batches: list[list[int]],
+    inputs: Iterable[torch.Tensor],
+    tower: Callable[[torch.Tensor], torch.Tensor],
+    world: World,
+    what: str,
+) -> torch.Tensor:
+    """Features [n, d] of all ranks' batches, each in its rows.
+
+    Args:
+        own_batches: numbers of this rank's rows, as `inputs` has them.
+        what: "images", for the progress bar.
     """
     bar = progress(
         inputs,
-        total=len(numbers),
+        total=len(own_batches),
         desc=f"embedding {what}",
         unit="batch",
         leave=False,
@@ -146,10 +169,9 @@ def fill(n: int, numbers: list[list[int]], inputs, tower: Callable, world: World
         disable=not world.is_first,
     )
     parts = [tower(batch.to(world.device)) for batch in bar]
-    width = world.max(
-        torch.tensor([parts[0].shape[1] if parts else 0])
-    ).item()  # a rank may have no batch of its own
-    features = torch.zeros(n, int(width), device=world.device)
-    for rows, part in zip(numbers, parts, strict=True):
+    own_width = parts[0].shape[1] if parts else 0  # a rank may have no batch
+    width = int(world.max(torch.tensor([own_width])).item())
+    features = torch.zeros(n, width, device=world.device)
+    for rows, part in zip(own_batches, parts, strict=True):
         features[rows] = part
-    return world.sum(features)
+    return world.sum(features)  # exact: each row is zero on all other ranks

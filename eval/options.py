@@ -1,7 +1,12 @@
 """Options that several commands of eval share; light, so that --help imports no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
+
+# A split of shards; one that they lack is reported by data_prep.shards with the splits that they have.
+Split = Annotated[str, tyro.conf.arg(metavar="SPLIT")]
 
 
 @dataclass(frozen=True)

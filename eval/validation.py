@@ -6,7 +6,7 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards, read_manifest
-from eval.embed import Inference
+from eval.options import Inference
 from eval.retrieval.score import evaluate, metric_names
 from train.model.activation_memory import uncompiled
 from train.model.clip import Clip

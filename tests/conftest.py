@@ -23,8 +23,8 @@ from data_prep.build.pipeline import Checking, Reading, Splitting, Work, build
 from data_prep.errors import exit_on_user_error
 from data_prep.icons import icons
 from data_prep.shards import sha256_of
-from eval.compare.compare import compare
-from eval.embed import Inference
+from eval.compare.command import compare
+from eval.options import Inference
 from eval.search.indexing import embed as embed_corpus
 from eval.validation import validator
 from train.loop import fit
@@ -177,9 +177,8 @@ def tuned_run(tmp_path_factory, tiny_model, icon_shards) -> tuple[Path, Path]:
         compare(
             (tiny_model, str(folder / "run")),
             icon_shards,
-            "test",
-            icon_shards,
-            "val",
+            retention_set=icon_shards,
+            retention_split="val",
             out=folder / "comparison",
             inference=Inference(workers=0),
         )

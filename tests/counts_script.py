@@ -1,6 +1,4 @@
-"""Run under torchrun by test_measures: the counts of retrieval on made-up features with ties, saved by the
-first rank as JSON.
-"""
+"""Run under torchrun by test_measures: the counts of retrieval on random features with ties, as JSON."""
 
 import json
 import sys
@@ -21,14 +19,15 @@ def counts(world: World, tile: int) -> dict[str, list]:
     group_of = np.concatenate([np.arange(83) % 19, groups])
     relevance = Relevance(groups, text_of, group_of)
     found = {}
-    for name, one in zip(("image", "text"), ranks(images, texts, relevance, world, tile), strict=True):
-        found |= {f"{name} {which}": getattr(one, which).tolist() for which in ("above", "tied", "matching")}
+    for name, of_queries in zip(("image", "text"), ranks(images, texts, relevance, world, tile), strict=True):
+        for count in ("above", "tied", "matching"):
+            found[f"{name} {count}"] = getattr(of_queries, count).tolist()
     above, tied = positions(images, texts, *relevance.all_pairs(), world, tile=tile)
     return found | {"pairs above": above.tolist(), "pairs tied": tied.tolist()}
 
 
 if __name__ == "__main__":
     with joined_world() as world:
-        found = counts(world, 5)
+        found = counts(world, 6)
         if world.is_first:
             Path(sys.argv[1]).write_text(json.dumps(found))

@@ -1,48 +1,34 @@
-"""Run by test_every_command.py, under torchrun too: each command of eval that has no such test of its own,
-one after the other.
+"""Run by test_every_command.py, also under torchrun: the commands of eval without such a test of their own.
 
-python tests/every_command.py MODEL SHARDS PICTURES OUT: PICTURES has train/ and val/; the results go to OUT
-as JSON."""
+python tests/every_command.py MODEL SHARDS IMAGES OUT: IMAGES has train/ and val/; the results go to OUT as
+JSON.
+"""
 
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-import eval.classify.linear_probe
-import eval.classify.zeroshot
-import eval.compare.compare
-import eval.compare.confusion
-import eval.compositionality.scenes
-from eval.embed import Inference
-from train.world import joined_world
+from eval.classify.command import linear_probe, zeroshot
+
+import train.world
+from eval.compare.command import compare, confusion
+from eval.compositionality.command import compositionality
+from eval.options import Inference
 
 
-def every_command(model: str, shards: Path, pictures: Path, out: Path) -> None:
-    inference = Inference(batch=7, workers=0)
-    eval.classify.zeroshot.zeroshot(
-        (model, "demo-vit:none"), pictures, "val", json=out / "zeroshot.json", inference=inference
-    )
-    eval.classify.linear_probe.probe(
-        model, pictures, cache=out / "cache", json=out / "probe.json", inference=inference
-    )
-    eval.compare.confusion.confusion((model,), shards, json=out / "confusion.json", inference=inference)
-    eval.compositionality.scenes.probes(model, shards, n=1, json=out / "probes.json", inference=inference)
-    more = {"labelled": pictures, "labelled_split": "val", "interpolate": (0.5,)}
-    eval.compare.compare.compare(
-        (model, model), shards, "val", out=out / "compare", inference=inference, **more
-    )
+def every_command(model: str, shards: Path, images: Path, out: Path) -> None:
+    options = {"inference": Inference(batch_size=7, workers=0)}
+    zeroshot((model, "demo-vit:none"), images, "val", json=out / "zeroshot.json", **options)
+    probe = {"split": "val", "cache": out / "cache", "json": out / "linear_probe.json"}
+    linear_probe(model, images, **probe, **options)
+    confusion((model,), shards, "val", json=out / "confusion.json", **options)
+    compositionality(model, shards, "val", n=1, json=out / "compositionality.json", **options)
+    more = {"labelled": images, "labelled_split": "val", "wise_ft": (0.5,)}
+    compare((model, model), shards, "val", out / "compare", **more, **options)
 
 
 if __name__ == "__main__":
-    with joined_world() as world:
-        for module in (
-            eval.classify.zeroshot,
-            eval.classify.linear_probe,
-            eval.compare.confusion,
-            eval.compositionality.scenes,
-            eval.compare.compare,
-        ):
-            module.joined_world = lambda: nullcontext(
-                world
-            )  # a group of processes that was taken down cannot be made again
+    with train.world.joined_world() as world:
+        # A process group cannot be made again once it was destroyed, so all commands share this one.
+        train.world.joined_world = lambda: nullcontext(world)
         every_command(sys.argv[1], *map(Path, sys.argv[2:]))

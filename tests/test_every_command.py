@@ -1,4 +1,4 @@
-"""Two ranks say what one says, in every command of eval; retrieval has a test of its own."""
+"""Every command of eval gives the same result on two ranks as on one; retrieval has its own test."""
 
 import json
 import subprocess
@@ -8,13 +8,19 @@ from conftest import ROOT, environment
 from every_command import every_command
 from labelled_formats import as_folder, pictures
 
-NAMES = ("zeroshot.json", "probe.json", "confusion.json", "probes.json", "compare/compare.json")
+NAMES = (
+    "zeroshot.json",
+    "linear_probe.json",
+    "confusion.json",
+    "compositionality.json",
+    "compare/compare.json",
+)
 
 
-def test_two_ranks_say_what_one_says(tiny_model, icon_shards, tmp_path):
+def test_two_ranks_give_the_result_of_one(tiny_model, icon_shards, tmp_path):
     for split, seeds in (("train", (1, 2)), ("val", (3,))):
-        as_folder(tmp_path / "pictures", [each for seed in seeds for each in pictures(seed)], split=split)
-    paths = [icon_shards, tmp_path / "pictures"]
+        as_folder(tmp_path / "images", [each for seed in seeds for each in pictures(seed)], split=split)
+    paths = [icon_shards, tmp_path / "images"]
     every_command(tiny_model, *paths, tmp_path / "one")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     line = [
@@ -33,9 +39,8 @@ def test_two_ranks_say_what_one_says(tiny_model, icon_shards, tmp_path):
 
 
 def close(one, two) -> bool:
-    """Equal, but for the last digits of losses; a count, a rank or an accuracy of these few pictures would
-    differ by far more.
-    """
+    """Equal except for the last digits of losses; a count, a rank or an accuracy of so few images would
+    differ by far more."""
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(close(one[key], two[key]) for key in one)
     if isinstance(one, list):

@@ -22,7 +22,7 @@ from data_prep.build.split import split_of
 from data_prep.errors import UserError
 from data_prep.icons import _charmap, _font_files
 from eval.retrieval.intervals import mean_interval, paired_difference
-from eval.retrieval.score import Queries
+from eval.retrieval.score import QueryScores
 from train.recipe import leaves, parse
 
 WORDS = [f"word {number}" for number in range(40)]
@@ -184,7 +184,7 @@ def test_an_arm_lacks_what_it_is_called_after_and_no_more():
     assert {name.partition("@")[0] for name in RATES} <= set(ARMS)
 
 
-def scored(seed: int) -> Queries:
+def scored(seed: int) -> QueryScores:
     rng = np.random.default_rng(seed)
     sizes = {
         "image_to_text": 40,
@@ -196,7 +196,7 @@ def scored(seed: int) -> Queries:
     }
     sizes |= {"A_image_to_text": 25, "A_text_to_image": 20}
     groups = {name: np.arange(size) // 3 for name, size in sizes.items()}
-    return Queries(
+    return QueryScores(
         {f"{name}/R@1": rng.integers(0, 2, size).astype(float) for name, size in sizes.items()}, groups
     )
 

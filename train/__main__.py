@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from data_prep.errors import exit_on_user_error
+from train.metrics import DIRECTIONS
 from train.recipe import parse
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def summary(run: "Run") -> str:
         if line["samples"] != best["samples"]:
             continue
         name = "" if weights == TRAINED else f", {weights}"
-        for direction in ("image_to_text", "text_to_image"):
+        for direction in DIRECTIONS:
             key = f"val/{direction}/R@1"
             before, after = f"{100 * validations[0][key]:.1f} %", f"{100 * line[prefix(weights) + key]:.1f} %"
             words.append(

@@ -16,7 +16,8 @@ from data_prep.errors import UserError
 from data_prep.images import BadImage, Rules, check
 from data_prep.progress import progress
 from eval.classify.labelled import Labelled
-from eval.embed import Inference, batches
+from eval.embed import batches
+from eval.options import Inference
 from eval.retrieval.ranking import check_finite
 from train.data.decode import decode
 from train.data.loader import loader
@@ -101,7 +102,7 @@ def embed_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """image_features fp32 [n, d] and which rows are usable, bool [n]; the same on every rank."""
     clip.towers.eval()
-    mine = batches(len(data), inference.batch)[world.rank :: world.world_size]
+    mine = batches(len(data), inference.batch_size)[world.rank :: world.world_size]
     images = loader(LabelledImages(data, clip), mine, inference.workers, world, default_collate)
     bar = progress(
         images,

@@ -22,7 +22,8 @@ from eval.classify.linear_probe_page import table, write_page
 from eval.classify.metrics import predict, summarize
 from eval.classify.templates import read_names, read_templates
 from eval.classify.zeroshot import text_features
-from eval.embed import INFERENCE, Inference, ready
+from eval.embed import load_for_eval
+from eval.options import INFERENCE, Inference
 from eval.retrieval.ranking import TIE
 from eval.retrieval.score import write_json
 from train.world import joined_world
@@ -80,7 +81,7 @@ def probe(
                 if val_split
                 else None
             )
-            clip = ready(model, inference, world)
+            clip = load_for_eval(model, inference, world)
             return (
                 train,
                 val,

@@ -34,7 +34,8 @@ from eval.classify.metrics import (
 from eval.classify.show import shown, shown_table
 from eval.classify.templates import read_names, read_templates
 from eval.classify.zeroshot_page import table, write_page
-from eval.embed import INFERENCE, Inference, ready
+from eval.embed import load_for_eval
+from eval.options import INFERENCE, Inference
 from eval.retrieval.intervals import Difference, paired_difference
 from eval.retrieval.ranking import TIE, check_finite
 from eval.retrieval.score import write_json
@@ -90,7 +91,7 @@ def zeroshot(
         raise UserError("either --data, or --show IMAGE with --captions, is wanted")
     with joined_world() as world:
         if show:
-            result = shown(show, captions, (ready(name, inference, world) for name in models))
+            result = shown(show, captions, (load_for_eval(name, inference, world) for name in models))
             if world.is_first:
                 print(shown_table(result))
                 if json:
@@ -105,7 +106,7 @@ def zeroshot(
         labelled, titles, patterns, tree = world.all_or_raise(prepare)
         results, stems, first = [], [], None
         for name in models:
-            clip = world.all_or_raise(lambda name=name: ready(name, inference, world))
+            clip = world.all_or_raise(lambda name=name: load_for_eval(name, inference, world))
             found = evaluate(clip, labelled, titles, patterns, world, inference, tree)
             first = first or found
             results.append({"model": name, "templates": templates, **found.result})
@@ -221,7 +222,10 @@ def text_features(
         for number in range(len(sentences))[world.rank :: world.world_size]:
             tokens = clip.tokenize(sentences[number])
             each = torch.cat(
-                [clip.towers.text_features(part.to(world.device)) for part in tokens.split(inference.batch)]
+                [
+                    clip.towers.text_features(part.to(world.device))
+                    for part in tokens.split(inference.batch_size)
+                ]
             )
             parts[number] = F.normalize(each.mean(0), dim=0)
     width = world.max(torch.tensor([max(map(len, parts.values()), default=0)])).item()

@@ -1,1 +1,1 @@
-"""Models beside each other: differences, confusion, forgetting, WiSE-FT."""
+"""Comparison of models: paired differences, caption confusion, retention, WiSE-FT."""

@@ -1,114 +1,105 @@
-"""What captions a model confuses, as a page: heatmaps of several models, and the captions that steal images."""
+"""Caption confusion as text and as a page: accuracy, heatmaps of several models, hub captions."""
 
-import html
 from pathlib import Path
+from typing import NamedTuple
 
+from data_prep.html import write_page
 from data_prep.shards import Shards
-from eval.report import html as sheet
-from eval.report.plots import heatmaps as drawn_heatmaps
+from data_prep.tables import markdown_table
+from eval.report.images import Thumbnail, thumbnail
+from eval.report.plots import heatmaps as heatmap_plot
 from eval.report.plots import write_png
 
-STYLE = """
- .cells table { border-collapse: separate; border-spacing: 2px; } .cells tr + tr { border: 0; }
- .cells td { min-width: 3rem; padding: 0; text-align: center; font-size: .8rem; }
- .cells th { font-weight: normal; font-size: .8rem; text-align: right; }
- .cells th img { width: 2.4rem; height: 2.4rem; vertical-align: middle; }
- .cells thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; max-height: 11rem; }
- td.own { outline: 1px solid; outline-offset: -1px; } td.full { color: #fff; }
-"""
+MAX_LISTED = 5
 
 
-def table(result: dict) -> str:
-    """The result for people: a row per model, a column per column of texts."""
-    width = max(len("chance"), *(len(one["model"]) for one in result["models"])) + 2
+def confusion_text(result: dict) -> str:
+    """The result as text: chance and the models in rows, accuracy and its expectation for each column of
+    texts.
+    """
+    k = result["k"]
     lines = [
-        f"{result['n_images']} images ({result['data']}), the caption of each against {result['k']} of other"
-        f" groups, seed {result['seed']}"
+        f"{result['n_images']} images ({result['data']}), the text of each against {k} of other groups, seed"
+        f" {result['seed']}. In brackets: 95 % intervals."
     ]
+    titles = [""]
     for name, column in result["columns"].items():
-        clipped = (
-            f", {column['clipped']} of them against all there are, fewer than {result['k']}"
-            if column["clipped"]
-            else ""
-        )
+        clipped = f", {column['clipped']} of them against fewer than {k}" if column["clipped"] else ""
         lines.append(
             f"{name}: {column['n_texts']} distinct texts, {column['n_scored']} images scored{clipped}"
         )
         if without := column["without_text"]:
-            lines.append(
-                f"  {len(without)} images without a text are not scored:"
-                f" {', '.join(without[:5])}{', ...' if len(without) > 5 else ''}"
-            )
-    for kind, title in (
-        ("accuracy", "accuracy, with 95 % interval"),
-        ("over_all_draws", "its mean over all draws, from the ranks"),
-    ):
-        lines += [title, " " * width + "".join(name.rjust(24) for name in result["columns"])]
-        lines.append(
-            "  chance".ljust(width)
-            + "".join(f"{100 * column['chance']:.1f} %".rjust(24) for column in result["columns"].values())
-        )
-        for one in result["models"]:
-            cells = (one["columns"][name][kind] for name in result["columns"])
-            said = (
-                f"{100 * at['value']:.1f} % ({100 * at['low']:.1f} to {100 * at['high']:.1f})" for at in cells
-            )
-            lines.append(f"  {one['model']}".ljust(width) + "".join(cell.rjust(24) for cell in said))
-    for one in result["models"]:
-        said = ", ".join(f"{thief['caption']!r} {thief['stolen']:.4g}" for thief in one["thieves"][:3])
-        lines += [f"captions that steal most images from {one['model']}", f"  {said or 'none'}"]
-    return "\n".join(lines)
+            more = ", ..." if len(without) > MAX_LISTED else ""
+            listed = ", ".join(without[:MAX_LISTED])
+            lines.append(f"  {len(without)} images without a text are not scored: {listed}{more}")
+        titles += [f"{name}, accuracy", f"{name}, over all draws"]
+    chances = [f"{100 * column['chance']:.1f} %" for column in result["columns"].values() for _ in range(2)]
+    rows = [["chance", *chances]]
+    for model in result["models"]:
+        scores = [
+            model["columns"][name][score]
+            for name in result["columns"]
+            for score in ("accuracy", "over_all_draws")
+        ]
+        rows.append([model["model"], *map(_percent_interval, scores)])
+    hubs = ["Hubs: captions that rank first for most images of other groups, with the number of these images"]
+    for model in result["models"]:
+        names = [f"{hub['caption']!r} {hub['wrong_firsts']:.4g}" for hub in model["hubs"][:3]]
+        hubs.append(f"  {model['model']}: {', '.join(names) or 'none'}")
+    return "\n\n".join(["\n".join(lines), markdown_table(titles, rows), "\n".join(hubs)])
 
 
-def write_page(path: Path, result: dict, shards: Shards) -> None:
+def _percent_interval(score: dict[str, float]) -> str:
+    return f"{100 * score['value']:.1f} % [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
+
+
+class Heatmap(NamedTuple):
+    """One model's softmax over the captions for each image, in percent."""
+
+    model: str
+    logit_scale: float
+    cells: list[list[float]]
+
+
+class Hub(NamedTuple):
+    """A caption that ranks first for `wrong_firsts` images of other groups, and some of these images."""
+
+    caption: str
+    wrong_firsts: float
+    images: list[Thumbnail]
+
+
+def heatmap_values(result: dict, shards: Shards) -> dict:
+    """What the macro in heatmaps.html takes: captions, images, and a Heatmap for each model."""
+    return {
+        "captions": result["heatmap"]["captions"],
+        "images": [thumbnail(shards, number) for number in result["heatmap"]["images"]],
+        "models": [
+            Heatmap(
+                model["model"],
+                model["logit_scale"],
+                [[100 * cell for cell in row] for row in model["heatmap"]],
+            )
+            for model in result["models"]
+        ],
+    }
+
+
+def write_confusion_page(path: Path, result: dict, shards: Shards) -> None:
     """Write the page of a result of eval.compare.confusion, and its heatmaps as a PNG beside it."""
-    body = [sheet.pre(table(result)), *heatmaps(result, shards), *thieves(result, shards)]
-    sheet.write(path, "Caption confusion", body, style=STYLE)
-    write_png(path.with_suffix(".png"), drawn_heatmaps(result["models"], result["heatmap"]["captions"]))
-
-
-def heatmaps(result: dict, shards: Shards) -> list[str]:
-    """HTML (with STYLE) of each model's softmax over the captions for each image, with the pictures; one
-    color scale for all.
-    """
-    body, shown = [], result["heatmap"]
-    head = "".join(f"<th>{html.escape(caption)}</th>" for caption in shown["captions"])
-    for one in result["models"]:
-        rows = []
-        for at, cells in enumerate(one["heatmap"]):
-            # Opacity is the probability, over the page's own background.
-            style = 'style="background: rgb(29 78 216 / {0:.3f})" class="{1}"'
-            marks = [
-                " ".join(["own"] * (at == other) + ["full"] * (cell > 0.75))
-                for other, cell in enumerate(cells)
-            ]
-            row = "".join(
-                f"<td {style.format(cell, mark)}>{100 * cell:.0f}</td>"
-                for cell, mark in zip(cells, marks, strict=True)
-            )
-            rows.append(
-                f"<tr><th>{html.escape(shown['captions'][at])}"
-                f" {sheet.picture(shards, shown['images'][at])}</th>{row}</tr>"
-            )
-        scale = f"softmax of {one['logit_scale']:.1f} &times; cosine, % of each row; one color scale"
-        body.append(f"<h2>{html.escape(one['model'])} <small>{scale}</small></h2>")
-        body.append(
-            '<div class="wide'
-            f' cells"><table><thead><tr><td></td>{head}</tr></thead>{"".join(rows)}</table></div>'
-        )
-    return body
-
-
-def thieves(result: dict, shards: Shards) -> list[str]:
-    """HTML of the captions that are first for images of other groups, with some of these images."""
-    body = []
-    for one in result["models"]:
-        body.append(f"<h2>Captions that steal most images from {html.escape(one['model'])}</h2>")
-        body += [] if one["thieves"] else ["<p>None.</p>"]
-        for thief in one["thieves"]:
-            body.append(
-                f"<h3>{html.escape(thief['caption'])} <small>first for {thief['stolen']:.4g} images of other"
-                " groups</small></h3>"
-            )
-            body.append("".join(sheet.picture(shards, at) for at in thief["images"]))
-    return body
+    hubs = [
+        [
+            Hub(hub["caption"], hub["wrong_firsts"], [thumbnail(shards, number) for number in hub["images"]])
+            for hub in model["hubs"]
+        ]
+        for model in result["models"]
+    ]
+    write_page(
+        path,
+        Path(__file__).with_name("confusion.html"),
+        title="Caption confusion",
+        text=confusion_text(result),
+        heatmaps=heatmap_values(result, shards),
+        hubs=list(zip([model["model"] for model in result["models"]], hubs, strict=True)),
+    )
+    write_png(path.with_suffix(".png"), heatmap_plot(result["models"], result["heatmap"]["captions"]))

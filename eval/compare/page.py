@@ -1,172 +1,169 @@
-"""A comparison for people: a Markdown table, and a page with the pictures that moved most."""
+"""A comparison as Markdown, and as a page with the captions that changed most."""
 
-import html
 from pathlib import Path
+from typing import NamedTuple
 
+from data_prep.html import write_page
 from data_prep.shards import Shards
-from eval.classify.zeroshot_page import NAMES
-from eval.classify.zeroshot_page import table as zeroshot_table
-from eval.compare.confusion_page import STYLE, heatmaps
-from eval.compare.confusion_page import table as confusion_table
-from eval.report import html as sheet
-from eval.report.plots import heatmaps as drawn_heatmaps
-from eval.report.plots import mixtures, recall, svg, write_png
-from train.publish.card_tables import markdown_table
+from data_prep.tables import markdown_table
+from eval.classify.zeroshot_page import table as zeroshot_text
+from eval.compare.confusion_page import confusion_text, heatmap_values
+from eval.report.images import thumbnail
+from eval.report.plots import heatmaps as heatmap_plot
+from eval.report.plots import recall, svg, write_png
+from eval.report.plots import wise_ft as wise_ft_plot
+from train.metrics import (
+    COMPARE,
+    DIRECTIONS,
+    GROUP_DIRECTIONS,
+    INSTANCE,
+    METRICS,
+    metrics_in,
+    show,
+    show_difference,
+    show_of,
+    title_of,
+)
 
-ROWS = {
-    "image_to_text/R@1": "image to text, R@1",
-    "image_to_text/R@10": "image to text, R@10",
-    "image_to_text/mean_rank": "image to text, mean rank",
-    "text_to_image/R@1": "text to image, R@1",
-    "text_to_image/R@10": "text to image, R@10",
-    "text_to_image/mean_rank": "text to image, mean rank",
-    "image_to_image/mAP": "image to image, mAP",
-    "legacy_diagonal/image_to_text/R@1": "image to text, R@1 by instance",
-    "legacy_diagonal/text_to_image/R@1": "text to image, R@1 by instance",
-    "calibration_error": "calibration error (ECE)",
-}
-OF_QUERIES = {"mean_rank": "rank"}  # how a measure is called where each query has one
+ROWS = (
+    *(f"{direction}/{metric}" for direction in GROUP_DIRECTIONS for metric in metrics_in(COMPARE)),
+    *(f"{INSTANCE}{direction}/R@1" for direction in DIRECTIONS),
+    "calibration_error",
+)
+ZEROSHOT_ROWS = ("top1", "macro_f1")
 
 
-def cells(models: list[dict]) -> list[list[str]]:
-    """The table: a header, then a row per measure; the first model's column is what the others' differences
-    are to.
+class Change(NamedTuple):
+    """A caption whose first relevant image moved.
+
+    Attributes:
+        image: number of a relevant image.
+        found: number of the image that the last model ranks first.
+        before, after: ranks of the first relevant image, by the first and by the last model.
     """
-    rows = [["", *(model["model"] for model in models)]]
-    for name, title in ROWS.items():
-        if all(name in model["metrics"] for model in models):
-            rows.append([title, *(_cell(model, name) for model in models)])
+
+    caption: str
+    image: int
+    found: int
+    before: float
+    after: float
+
+
+def comparison_rows(models: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table; the cells of all models but the first have their difference from the
+    first.
+    """
+    columns = ["", *(model["model"] for model in models)]
+    rows = [
+        [title_of(name), *(_with_difference(model, name) for model in models)]
+        for name in ROWS
+        if all(name in model["metrics"] for model in models)
+    ]
     if any(model.get("drift") for model in models):
-        shown = (model.get("drift") for model in models)
-        rows.append(["cosine to the first model's features", *(_drift(each) for each in shown)])
-    if "own_caption" in models[0]:
-        shares = ([100 * each for each in model["own_caption"].values()] for model in models)
         rows.append(
-            [
-                "own caption first among 10",
-                *(f"{value:.1f} % [{low:.1f}, {high:.1f}]" for value, low, high in shares),
-            ]
+            ["cosine to the first model's features", *(_drift(model.get("drift")) for model in models)]
         )
+    if "own_caption" in models[0]:
+        scores = (model["own_caption"] for model in models)
+        cells = (show("R@1", score["value"], [score["low"], score["high"]]) for score in scores)
+        rows.append(["own caption first among 10", *cells])
     if "zeroshot" in models[0]:
         rows += [
-            [f"zero-shot, {NAMES[name]}", *(_classes(model["zeroshot"], name) for model in models)]
-            for name in ("top1", "macro_f1")
+            [f"zero-shot, {METRICS[name].title}", *(_zeroshot(model["zeroshot"], name) for model in models)]
+            for name in ZEROSHOT_ROWS
         ]
-    return rows
+    return columns, rows
 
 
-def _classes(found: dict, name: str) -> str:
-    low, high = found["intervals"][name]
-    text = f"{100 * found['metrics'][name]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-    if name == "top1" and "difference" in found:
-        value, low, high, p = found["difference"]
-        text += f"; {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], p = {p:.2g}"
-    return text
+def _with_difference(model: dict, name: str) -> str:
+    difference = show_difference(name, model.get("differences", {}).get(name))
+    return "; ".join(filter(None, (show_of(model, name), difference)))
 
 
-def _drift(found: dict | None) -> str:
-    return f"images {found['image_cosine']:.3f}, texts {found['text_cosine']:.3f}" if found else ""
+def _drift(drift: dict | None) -> str:
+    return f"images {drift['image_cosine']:.3f}, texts {drift['text_cosine']:.3f}" if drift else ""
 
 
-def _cell(model: dict, name: str) -> str:
-    value, measure = model["metrics"][name], name.rsplit("/", 1)[-1]
-    scale, unit = (1, "") if measure == "mean_rank" else (100, " %")
-    text = f"{scale * value:.1f}{unit}"
-    if interval := model.get("intervals", {}).get(name):
-        text += f" [{scale * interval[0]:.1f}, {scale * interval[1]:.1f}]"
-    direction = name.rsplit("/", 1)[0]
-    if change := model.get("differences", {}).get(f"{direction}/{OF_QUERIES.get(measure, measure)}"):
-        text += (
-            f"; {scale * change[0]:+.1f} [{scale * change[1]:+.1f}, {scale * change[2]:+.1f}], p ="
-            f" {change[3]:.2g}"
-        )
-    return text
+def _zeroshot(result: dict, name: str) -> str:
+    difference = show_difference(name, result.get("difference")) if name == "top1" else ""
+    return "; ".join(filter(None, (show_of(result, name), difference)))
 
 
-def markdown(result: dict) -> str:
-    """The comparison as Markdown; in brackets 95 % intervals, then paired differences to the first model."""
-    parts = [_markdown_table(result)]
-    if "control" in result:
-        parts += ["**Control: what was forgotten**", _markdown_table(result["control"])]
-    if result.get("mixtures"):
-        lines = [
-            "| share of the last model's weights | R@1, both ways | on the control set |",
-            "|---|---|---|",
+def _description(result: dict) -> str:
+    return f"{result['n_images']} images, {result['n_texts']} captions ({result['data']})"
+
+
+def comparison_markdown(result: dict) -> str:
+    """The comparison as Markdown: figures with 95 % intervals and paired differences from the first model."""
+    parts = [_description(result), markdown_table(*comparison_rows(result["models"]))]
+    if "retention" in result:
+        retention = result["retention"]
+        parts += [
+            "**Retention set: what was forgotten**",
+            _description(retention),
+            markdown_table(*comparison_rows(retention["models"])),
         ]
-        for one in result["mixtures"]:
-            control = f"{100 * one['retention/mean/R@1']:.1f} %" if "retention/mean/R@1" in one else ""
-            lines.append(f"| {one['alpha']:g} | {100 * one['mean/R@1']:.1f} % | {control} |")
-        parts.append("\n".join(lines))
+    if "wise_ft" in result:
+        points = result["wise_ft"]
+        names = ["mean/R@1", *(["retention/mean/R@1"] if "retention/mean/R@1" in points[0] else [])]
+        rows = [[f"{point['alpha']:g}", *(show(name, point[name]) for name in names)] for point in points]
+        titles = ["mean R@1", "mean R@1 on the retention set"][: len(names)]
+        parts.append(markdown_table(["alpha, the weight of the last model", *titles], rows))
     if "saved" in result:
-        parts.append(f"The mixture was written to `{result['saved']}`.")
+        parts.append(f"The WiSE-FT model was written to `{result['saved']}`.")
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(found: dict) -> str:
-    said = f"{found['n_images']} images, {found['n_texts']} captions ({found['data']})"
-    return f"{said}\n\n{markdown_table(cells(found['models']))}"
-
-
-def write_page(path: Path, result: dict, moved: dict[str, list[dict]], shards: Shards) -> None:
-    """The page, and its drawings as PNG beside it: R@k under the page's name, heatmaps.png and mixtures.png.
+def write_comparison_page(
+    path: Path, result: dict, changes: tuple[list[Change], list[Change]], shards: Shards
+) -> None:
+    """The page, and its plots as PNG beside it: R@k under the page's name, heatmaps.png and wise_ft.png.
 
     Args:
-        moved: of eval.compare.compare.moves.
+        changes: for the better, and for the worse.
     """
-    body = [_html_table(result)]
-    if "zeroshot" in result["models"][0]:
-        body += ["<h2>Zero-shot classification</h2>", sheet.pre(zeroshot_table(_zeroshot(result)))]
-    if "control" in result:
-        body += ["<h2>Control: what was forgotten</h2>", _html_table(result["control"])]
-    if result.get("mixtures"):
-        drawing = mixtures(result["mixtures"])
-        body += ["<h2>Mixtures of the first and the last model's weights</h2>", svg(drawing)]
-        write_png(path.with_name("mixtures.png"), drawing)
-    last = html.escape(result["models"][-1]["model"])
-    for name, title in (("better", "What got better"), ("worse", "What got worse")):
-        body.append(
-            f"<h2>{title} <small>rank of the right picture, from the first model to {last}</small></h2>"
-        )
-        figures = []
-        for one in moved[name]:
-            said = (
-                f"{html.escape(one['caption'])}<br><small>{one['before']:.4g} &rarr;"
-                f" {one['after']:.4g}</small>"
-            )
-            wrong = f" {sheet.picture(shards, one['found'])}" if one["found"] != one["image"] else ""
-            figures.append(sheet.figure(sheet.picture(shards, one["image"]) + wrong, said))
-        body.append(f'<div class="row">{"".join(figures) or "None."}</div>')
-    body.append(
-        "<p><small>Left: a right picture; beside it, where it is another, what the last model finds"
-        " first.</small></p>"
-    )
-    body += [
-        "<h2>Captions among others</h2>",
-        sheet.pre(confusion_table(result["confusion"])),
-        *heatmaps(result["confusion"], shards),
-    ]
-    write_png(
-        path.with_name("heatmaps.png"),
-        drawn_heatmaps(result["confusion"]["models"], result["confusion"]["heatmap"]["captions"]),
-    )
-    sheet.write(
-        path,
-        "Comparison of models",
-        body,
-        recall(result["models"], ("image_to_text", "text_to_image", "image_to_image")),
-        STYLE,
-    )
-
-
-def _zeroshot(result: dict) -> list[dict]:
-    return [
+    confusion, plot = result["confusion"], recall(result["models"], GROUP_DIRECTIONS)
+    wise_ft = wise_ft_plot(result["wise_ft"]) if "wise_ft" in result else None
+    zeroshot = [
         {"model": model["model"], "templates": result["templates"], **model["zeroshot"]}
         for model in result["models"]
+        if "zeroshot" in model
     ]
-
-
-def _html_table(found: dict) -> str:
-    said = html.escape(
-        f"{found['n_images']} images, {found['n_texts']} captions ({found['data']}); changes are to the first"
+    sections = [("", result)] + [("Retention set: what was forgotten", result["retention"])] * (
+        "retention" in result
     )
-    return f"<p>{said}</p>{sheet.table(cells(found['models']))}"
+    write_page(
+        path,
+        Path(__file__).with_name("compare.html"),
+        title="Comparison of models",
+        plot=svg(plot),
+        sections=[
+            (
+                title,
+                f"{_description(section)}; differences are from the first model",
+                *comparison_rows(section["models"]),
+            )
+            for title, section in sections
+        ],
+        zeroshot=zeroshot_text(zeroshot) if zeroshot else "",
+        wise_ft=svg(wise_ft) if wise_ft else "",
+        last_model=result["models"][-1]["model"],
+        changes=[
+            (
+                title,
+                [
+                    (change, thumbnail(shards, change.image), thumbnail(shards, change.found))
+                    for change in moved
+                ],
+            )
+            for title, moved in zip(("What got better", "What got worse"), changes, strict=True)
+        ],
+        confusion=confusion_text(confusion),
+        heatmaps=heatmap_values(confusion, shards),
+    )
+    write_png(path.with_suffix(".png"), plot)
+    write_png(
+        path.with_name("heatmaps.png"), heatmap_plot(confusion["models"], confusion["heatmap"]["captions"])
+    )
+    if wise_ft:
+        write_png(path.with_name("wise_ft.png"), wise_ft)

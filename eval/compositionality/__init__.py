@@ -1,1 +1,1 @@
-"""Drawn scenes that ask about counting, binding and relations."""
+"""Counting, binding, relations and word order, on drawings with known captions."""

@@ -1,97 +1,93 @@
-"""The answers to the probes, for people: a table with chance beside each number, and a page with the
+"""The result of compositionality as text, chance beside each figure, and as a page with examples of the
 drawings.
 """
 
-import html
+from collections.abc import Iterable
 from pathlib import Path
 
-from eval.compositionality.drawings import Count, Pair, render
-from eval.report import html as sheet
+from data_prep.html import data_uri, write_page
+from data_prep.tables import markdown_table
+from eval.compositionality.drawings import render
+from eval.compositionality.score import Drawings
+from eval.compositionality.swaps import Swap
 
-CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "text_ties_half": 1 / 2, "image_ties_half": 1 / 2}
-COUNT_CHANCE = {
-    "accuracy": 1 / 10,
-    "mean_absolute_error": 3.3,
-}  # of guesses at random; always "five" or "six" errs by 2.5
+PAIR_CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "text_accuracy": 1 / 2, "image_accuracy": 1 / 2}
+COUNT_CHANCE = {"accuracy": 1 / 10, "mean_absolute_error": 3.3}  # of random predictions
+MAX_COUNTS, MAX_PAIRS, MAX_SWAPS = 10, 4, 20
+NOTES = (
+    "In counting, m captions that tie for first count 1/m each; always predicting five has a mean absolute"
+    " error of 2.5.\nText, image and group score are those of Winoground: both of a pair must be right, and a"
+    " tie is wrong. In accuracy a tie counts 1/2."
+)
 
 
-def table(result: dict) -> str:
-    """A result for people, chance beside each number."""
-
-    def line(name: str, at: dict, chance: float, unit: str = " %") -> str:
-        value, low, high, chance = (
-            f"{number * (100 if unit else 1):.1f}{unit}" for number in (*at.values(), chance)
-        )
-        return f"  {name:<40}{value:>9}   {low:>7} to {high:>7}{chance:>11}"
-
-    lines = [
-        f"{result['model']}, drawings of seed {result['seed']}",
-        f"{'':42}{'value':>9}   {'95 % interval':>18}{'chance':>11}",
-    ]
-    for held, scores in result["counting"].items():
-        lines.append(f"counting 1 to 10, {held} constant, {10 * result['n']} drawings")
-        lines.append(line("accuracy", scores["accuracy"], COUNT_CHANCE["accuracy"]))
-        lines.append(
-            line(
-                "mean absolute error", scores["mean_absolute_error"], COUNT_CHANCE["mean_absolute_error"], ""
-            )
-        )
-        lines.append("  drawn \\ guessed, % " + "".join(f"{n:>5}" for n in range(1, 11)))
-        lines += [
-            f"{n:>20} " + "".join(f"{100 * cell:>5.0f}" for cell in row)
-            for n, row in enumerate(scores["confusion"], 1)
+def result_text(result: dict) -> str:
+    """All tables."""
+    captions = f"; captions of {result['data']}" if "data" in result else ""
+    return "\n\n".join(
+        [
+            f"{result['model']}, drawings of seed {result['seed']}{captions}",
+            markdown_table(["", "value", "95 % interval", "chance"], _rows(result)),
+            *_count_tables(result),
+            NOTES,
         ]
-    for probe in ("binding", "relations"):
-        for kind, scores in result[probe].items():
-            lines.append(f"{probe}, {10 * result['n']} pairs" if kind in ("all", "binding") else f"  {kind}")
-            shown = CHANCE if kind in ("all", "binding") else ["text_ties_half", "image_ties_half"]
-            lines += [
-                line(name.replace("_ties_half", ", single comparisons"), scores[name], CHANCE[name])
-                for name in shown
-            ]
+    )
+
+
+def _rows(result: dict) -> Iterable[list[str]]:
+    for constant, scores in result["counting"].items():
+        title = f"counting 1 to 10, {constant} constant, {10 * result['n']} drawings"
+        yield _row(f"{title}: accuracy", scores["accuracy"], COUNT_CHANCE["accuracy"])
+        error = "mean_absolute_error"
+        yield _row(f"{title}: mean absolute error", scores[error], COUNT_CHANCE[error], 1, "")
+    for name in ("binding", "relations"):
+        for kind, scores in result[name].items():
+            is_whole = kind in ("all", "binding")
+            title = f"{name}, {10 * result['n']} pairs" if is_whole else f"{name}, {kind}"
+            shown = PAIR_CHANCE if is_whole else ("text_accuracy", "image_accuracy")
+            for score in shown:
+                words = score.replace("_", " ") if score.endswith("accuracy") else f"{score} score"
+                yield _row(f"{title}: {words}", scores[score], PAIR_CHANCE[score])
     if "swaps" in result:
-        scores = result["swaps"]
-        lines.append(
-            f"two words swapped in the captions of {scores['n']} of {scores['n_images']} images"
-            f" ({result['data']})"
-        )
-        lines.append(line("own caption preferred", scores["accuracy"], 1 / 2))
-    lines.append(
-        "always guessing five has a mean absolute error of 2.5; in counting, m captions that tie count 1/m"
-        " each"
-    )
-    lines.append(
-        "text, image and group want both of a pair right, and a tie is wrong; elsewhere a tie counts half"
-    )
-    return "\n".join(lines)
+        swaps = result["swaps"]
+        title = f"swapped words, captions of {swaps['n']} of {swaps['n_images']} images"
+        yield _row(f"{title}: own caption preferred", swaps["accuracy"], 1 / 2)
 
 
-def write_page(
-    path: Path, result: dict, pictures: list[Count], pairs: dict[str, list[Pair]], found: list
-) -> None:
-    """The table, and the first drawings of each probe."""
-    shown = {
-        f"Counting, {held} constant": [
-            (one.scene, one.captions[one.n - 1]) for one in pictures if one.held == held
-        ][:10]
-        for held in result["counting"]
-    }
-    shown |= {
-        name.capitalize(): [
-            item for pair in those[:4] for item in zip(pair.scenes, pair.captions, strict=True)
+def _row(title: str, score: dict[str, float], chance: float, scale: int = 100, unit: str = " %") -> list[str]:
+    value, low, high, chance = (f"{scale * number:.1f}" for number in (*score.values(), chance))
+    return [title, f"{value}{unit}", f"{low} to {high}{unit}", f"{chance}{unit}"]
+
+
+def _count_tables(result: dict) -> Iterable[str]:
+    for constant, scores in result["counting"].items():
+        columns = [f"counting, {constant} constant: drawn \\ predicted, %", *map(str, range(1, 11))]
+        rows = [
+            [str(n), *(f"{100 * share:.0f}" for share in row)] for n, row in enumerate(scores["confusion"], 1)
         ]
-        for name, those in pairs.items()
-    }
-    body = [sheet.pre(table(result))]
-    for title, drawings in shown.items():
-        figures = (
-            sheet.figure(sheet.image(render(scene), caption, 112), html.escape(caption))
-            for scene, caption in drawings
-        )
-        body.append(f'<h2>{title}</h2><div class="row large">{"".join(figures)}</div>')
-    if found:
-        rows = "".join(
-            f"<li>{html.escape(swap.caption)} &rarr; {html.escape(swap.swapped)}</li>" for swap in found[:20]
-        )
-        body.append(f"<h2>Swapped words</h2><ul>{rows}</ul>")
-    sheet.write(path, "Probes", body)
+        yield markdown_table(columns, rows)
+
+
+def write_compositionality_page(path: Path, result: dict, drawings: Drawings, swaps: list[Swap]) -> None:
+    """The tables, the first drawings of each kind, and the first swaps."""
+    examples = []
+    for constant in result["counting"]:
+        counts = [count for count in drawings.counts if count.constant == constant][:MAX_COUNTS]
+        shown = [(count.scene, count.captions[count.n - 1]) for count in counts]
+        examples.append((f"Counting, {constant} constant", shown))
+    for name, pairs in drawings.pairs.items():
+        shown = [
+            example for pair in pairs[:MAX_PAIRS] for example in zip(pair.scenes, pair.captions, strict=True)
+        ]
+        examples.append((name.capitalize(), shown))
+    write_page(
+        path,
+        Path(__file__).with_name("compositionality.html"),
+        title="Compositionality",
+        text=result_text(result),
+        examples=[
+            (title, [(data_uri(render(scene), 112), caption) for scene, caption in shown])
+            for title, shown in examples
+        ],
+        swaps=swaps[:MAX_SWAPS],
+    )

@@ -1,1 +1,1 @@
-"""HTML and plots that every command uses."""
+"""Plots and images for the pages of all commands."""

@@ -1,19 +1,21 @@
-"""Figures as pictures, where people would rather look; matplotlib draws, into SVG within a page and into PNG
-beside it.
-"""
+"""Plots by matplotlib: as SVG within a page, and as PNG beside it."""
 
 import io
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_prep.atomic import atomic_file
+from eval.retrieval.metrics import KS
 
-MOST_NAMED = 40  # classes whose names fit beside a matrix
+MAX_NAMED = 40  # classes whose names fit beside a confusion matrix
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -23,11 +25,11 @@ STYLE = {
 }
 
 
-def svg(figure: Figure) -> str:
-    """The drawing as an <svg> element, to stand in a page."""
+def svg(figure: Figure) -> Markup:
+    """The figure as an <svg> element."""
     buffer = io.StringIO()
     _save(figure, buffer, "svg", {"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])
 
 
 def write_png(path: Path, figure: Figure) -> None:
@@ -36,12 +38,11 @@ def write_png(path: Path, figure: Figure) -> None:
         _save(figure, file, "png", None)
 
 
-def _save(figure: Figure, file, kind: str, metadata: dict | None) -> None:
+def _save(figure: Figure, file: IO, format: str, metadata: dict | None) -> None:
     with rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph", UserWarning
-        )  # a caption may be in any script; an empty box is drawn
-        figure.savefig(file, format=kind, dpi=150, bbox_inches="tight", metadata=metadata)
+        # A caption may be in any script; a glyph that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(file, format=format, dpi=150, bbox_inches="tight", metadata=metadata)
 
 
 def _axes(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:
@@ -50,41 +51,31 @@ def _axes(rows: int, columns: int, width: float, height: float, **options) -> tu
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def short(name: str, most: int = 28) -> str:
-    """A name that fits on an axis; the end of a path says more than its beginning."""
-    name = name.rstrip("/").rsplit("/", 1)[-1] if len(name) > most else name
-    return name.replace("$", r"\$") if len(name) <= most else f"{name[: most - 1]}…".replace("$", r"\$")
+def short(name: str, max_length: int = 28) -> str:
+    """A name that fits on an axis: of a path the last part, cut where it is still too long."""
+    if len(name) > max_length:
+        name = name.rstrip("/").rsplit("/", 1)[-1]
+    if len(name) > max_length:
+        name = f"{name[: max_length - 1]}…"
+    return name.replace("$", r"\$")  # no mathematics
 
 
 def recall(models: list[dict], directions: Iterable[str]) -> Figure:
-    """R@1, R@5 and R@10 of each direction, a bar per model with its 95 % interval, and a line where guessing
-    is.
+    """R@1, R@5 and R@10 of each direction: a bar per model with its 95 % interval, and a dotted line at
+    chance.
 
     Args:
-        models: results of eval.retrieval.score.examine with their "model".
+        models: results of eval.retrieval.score.evaluate_full with their "model".
     """
-    names = ("R@1", "R@5", "R@10")
+    metrics = [f"R@{k}" for k in KS]
     directions = [name for name in directions if all(f"{name}/R@1" in model["intervals"] for model in models)]
     figure, axes = _axes(1, len(directions), 3.2 * len(directions), 3, sharey=True)
-    width = 0.8 / len(models)
-    for at, (axis, direction) in enumerate(zip(axes[0], directions, strict=True)):
+    for axis, direction in zip(axes[0], directions, strict=True):
+        names = [f"{direction}/{metric}" for metric in metrics]
         for number, model in enumerate(models):
-            values = 100 * np.array([model["metrics"][f"{direction}/{name}"] for name in names])
-            ends = 100 * np.array([model["intervals"][f"{direction}/{name}"] for name in names]).T
-            places = np.arange(len(names)) + (number - (len(models) - 1) / 2) * width
-            error = np.abs(np.stack([values - ends[0], ends[1] - values]))
-            axis.bar(
-                places,
-                values,
-                width * 0.92,
-                yerr=error,
-                capsize=2,
-                color=f"C{number}",
-                label=short(model["model"]),
-            )
-        guesses = [100 * models[0]["metrics"][f"chance/{direction}/{name}"] for name in names]
+            _bars(axis, model, names, number, len(models))
         axis.hlines(
-            guesses,
+            [100 * models[0]["metrics"][f"chance/{name}"] for name in names],
             np.arange(len(names)) - 0.45,
             np.arange(len(names)) + 0.45,
             "black",
@@ -92,24 +83,42 @@ def recall(models: list[dict], directions: Iterable[str]) -> Figure:
             label="chance",
         )
         axis.set_title(direction.replace("_", " "), fontsize=10)
-        axis.set_xticks(range(len(names)), names)
+        axis.set_xticks(range(len(metrics)), metrics)
         axis.set_ylim(0, 100)
-        if not at:
-            axis.set_ylabel("%, by group; 95 % intervals")
+    axes[0, 0].set_ylabel("%, by group; 95 % intervals")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def degraded(curves: dict[str, list[dict]], whole: float) -> Figure:
-    """R@1 of query images that are ever more shrunk, blurred or cut off; see eval.retrieval.robustness."""
+def _bars(axis: Axes, model: dict, names: list[str], number: int, n_models: int) -> None:
+    """One model's bars, the `number`th of `n_models` at each tick."""
+    values = 100 * np.array([model["metrics"][name] for name in names])
+    low, high = 100 * np.array([model["intervals"][name] for name in names]).T
+    width = 0.8 / n_models
+    axis.bar(
+        np.arange(len(names)) + (number - (n_models - 1) / 2) * width,
+        values,
+        width * 0.92,
+        yerr=np.abs(np.stack([values - low, high - values])),
+        capsize=2,
+        color=f"C{number}",
+        label=short(model["model"]),
+    )
+
+
+def robustness(curves: dict[str, list[dict]], undegraded: float) -> Figure:
+    """R@1 by level of degradation of the query images; see eval.retrieval.robustness.
+
+    Args:
+        undegraded: image_to_text/R@1 of the undegraded images; they find themselves, so image_to_image is 1.
+    """
     figure, axes = _axes(1, len(curves), 2.6 * len(curves), 2.4, sharey=True)
-    for axis, (kind, levels) in zip(axes[0], curves.items(), strict=True):
-        for name, first in (("image_to_text/R@1", whole), ("image_to_image/R@1", 1.0)):
-            axis.plot(
-                [100 * first, *(100 * one[name] for one in levels)], marker="o", label=name.replace("_", " ")
-            )
-        axis.set_xticks(range(len(levels) + 1), ["whole", *(f"{one['level']:g}" for one in levels)])
-        axis.set_title(kind, fontsize=10)
+    for axis, (degradation, points) in zip(axes[0], curves.items(), strict=True):
+        for name, start in (("image_to_text/R@1", undegraded), ("image_to_image/R@1", 1.0)):
+            values = [100 * start, *(100 * point[name] for point in points)]
+            axis.plot(values, marker="o", label=name.replace("_", " "))
+        axis.set_xticks(range(len(points) + 1), ["none", *(f"{point['level']:g}" for point in points)])
+        axis.set_title(degradation, fontsize=10)
         axis.set_ylim(0, 100)
     axes[0, 0].set_ylabel("R@1, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -117,15 +126,17 @@ def degraded(curves: dict[str, list[dict]], whole: float) -> Figure:
 
 
 def matrix(confusion: np.ndarray, classes: list[str]) -> Figure:
-    """float [C, C], images of class i taken for class j, as shares of each row; names where there is room for
-    them.
+    """A confusion matrix in % of each row, with class names where they fit.
+
+    Args:
+        confusion: float [C, C], images of class i that are classified as class j.
     """
     shares = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1e-300)
-    named = len(classes) <= MOST_NAMED
+    named = len(classes) <= MAX_NAMED
     side = min(9, 2.5 + 0.25 * len(classes)) if named else 7
     figure, axes = _axes(1, 1, side + 1.5, side)
     image = axes[0, 0].imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
-    axes[0, 0].set(xlabel="taken for", ylabel="class")
+    axes[0, 0].set(xlabel="classified as", ylabel="class")
     if named:
         axes[0, 0].set_xticks(range(len(classes)), [short(name) for name in classes], rotation=90)
         axes[0, 0].set_yticks(range(len(classes)), [short(name) for name in classes])
@@ -134,47 +145,39 @@ def matrix(confusion: np.ndarray, classes: list[str]) -> Figure:
 
 
 def heatmaps(models: list[dict], captions: list[str]) -> Figure:
-    """Softmax over captions for each image, a panel per model, all on one color scale; see
+    """Softmax over captions for each image, a panel per model, on one color scale; see
     eval.compare.confusion.
     """
     figure, axes = _axes(1, len(models), 1.6 + 3.4 * len(models), 4.6, sharey=True)
+    names = [short(caption) for caption in captions]
     for axis, model in zip(axes[0], models, strict=True):
         cells = 100 * np.array(model["heatmap"])
         image = axis.imshow(cells, cmap="Blues", vmin=0, vmax=100)
         for (row, column), cell in np.ndenumerate(cells):
             if cell >= 0.5:
-                axis.text(
-                    column,
-                    row,
-                    f"{cell:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=6,
-                    color="white" if cell > 60 else "black",
-                )
+                color = "white" if cell > 60 else "black"
+                axis.text(column, row, f"{cell:.0f}", ha="center", va="center", fontsize=6, color=color)
         axis.set_title(short(model["model"]), fontsize=10)
-        axis.set_xticks(
-            range(len(captions)), [short(caption) for caption in captions], rotation=90, fontsize=7
-        )
-        axis.set_yticks(range(len(captions)), [short(caption) for caption in captions], fontsize=7)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
     axes[0, 0].set_ylabel("image of")
     figure.colorbar(image, ax=axes[0].tolist(), label="% of a row", shrink=0.7)
     return figure
 
 
-def mixtures(points: list[dict]) -> Figure:
-    """R@1 of mixtures of weights, on the data against on the control set, or against the share where there is
+def wise_ft(points: list[dict]) -> Figure:
+    """R@1 of WiSE-FT models on the data, against that on the retention set, or against alpha where there is
     none.
     """
-    across = "control/mean/R@1" if "control/mean/R@1" in points[0] else "alpha"
-    scale = 100 if across != "alpha" else 1
+    has_retention = "retention/mean/R@1" in points[0]
     figure, axes = _axes(1, 1, 4.5, 3)
-    places = [(scale * one[across], 100 * one["mean/R@1"]) for one in points]
-    axes[0, 0].plot(*zip(*places, strict=True), marker="o")
-    for place, one in zip(places, points, strict=True):
-        axes[0, 0].annotate(f" {one['alpha']:g}", place)
+    xs = [100 * point["retention/mean/R@1"] if has_retention else point["alpha"] for point in points]
+    ys = [100 * point["mean/R@1"] for point in points]
+    axes[0, 0].plot(xs, ys, marker="o")
+    for x, y, point in zip(xs, ys, points, strict=True):
+        axes[0, 0].annotate(f" {point['alpha']:g}", (x, y))
     axes[0, 0].set(
-        xlabel="R@1 on the control set, %" if scale == 100 else "share of the last model",
+        xlabel="R@1 on the retention set, %" if has_retention else "alpha, the weight of the last model",
         ylabel="R@1 on the data, %",
     )
     return figure

@@ -1,1 +1,1 @@
-"""Captions find images, images find captions and each other."""
+"""Retrieval: captions find images, images find captions and each other."""

@@ -1,9 +1,9 @@
-"""How far a figure may be off: bootstrap over groups, because the variants of one thing stand or fall
-together.
+"""95 % intervals by bootstrap over groups, because queries of one group are correlated.
 
-Resampling single queries makes intervals too narrow where groups have several members (1.44 points were
-called 0.59)."""
+Resampling single queries makes intervals too narrow where groups have several members (1.44 points became
+0.59)."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of the second model to the first, on the same queries; `p` is two-sided."""
+    """The second model minus the first, on the same queries; `p` is two-sided."""
 
     value: float
     low: float
@@ -32,7 +32,7 @@ def mean_interval(values: np.ndarray, groups: np.ndarray, level: float = 0.95, s
     Args:
         values: float [n], one per query.
         groups: int64 [n], the group of each query.
-        level: share of such intervals that hold the true value.
+        level: probability that such an interval covers the true value.
         seed: of the resampling.
 
     Source: cluster bootstrap, Field and Welsh 2007 (doi:10.1111/j.1467-9868.2007.00593.x), percentile
@@ -51,8 +51,8 @@ def paired_difference(
 ) -> Difference:
     """The mean of second - first with its interval, and the p-value of no difference.
 
-    Pairing takes out how hard the queries are, which both models share. p is of a permutation test that flips
-    the sign of whole groups (Fisher 1935; (1 + hits) / (1 + flips), Phipson and Smyth 2010,
+    Pairing removes the difficulty of the queries, which both models share. p is that of a permutation test
+    that flips the sign of whole groups (Fisher 1935; (1 + hits) / (1 + flips), Phipson and Smyth 2010,
     arXiv:1603.05766).
 
     Args:
@@ -76,10 +76,8 @@ def _by_group(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.bincount(members, np.asarray(values, float)), np.bincount(members).astype(float)
 
 
-def _resamples(n: int, seed: int):
-    """How often each of n groups is drawn: float [CHUNK, n], again and again; memory does not grow with
-    RESAMPLES.
-    """
+def _resamples(n: int, seed: int) -> Iterator[np.ndarray]:
+    """RESAMPLES draws of n groups, in chunks: how often each group is drawn, float [CHUNK, n]."""
     rng = np.random.default_rng(seed)
     for _ in range(0, RESAMPLES, CHUNK):
         drawn = rng.integers(0, n, (CHUNK, n)) + n * np.arange(CHUNK)[:, None]

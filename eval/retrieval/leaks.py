@@ -1,5 +1,5 @@
-"""Images of val and test that a model takes for images of train: an audit of the splits by more than a hash
-of pixels.
+"""Leaks: images of val and test that a model cannot tell from a training image; finds more than a hash of
+pixels.
 """
 
 import csv
@@ -22,26 +22,29 @@ def nearest(
     Args:
         image_features: [n, d], L2-normed.
         train_features: [m, d], L2-normed.
-        chunk: Rows compared at once; memory is chunk * m.
+        chunk: rows compared at once; memory is chunk * m floats.
 
     Returns:
         Cosines [n], and numbers of training images [n].
     """
     best = [(part @ train_features.T).max(1) for part in image_features.split(chunk)]
-    return torch.cat([found.values for found in best]), torch.cat([found.indices for found in best])
+    return torch.cat([part.values for part in best]), torch.cat([part.indices for part in best])
 
 
 def leaks(
     shards: Shards, train: Shards, cosines: torch.Tensor, numbers: torch.Tensor, threshold: float
 ) -> Iterator[list]:
-    """Rows of HEADER for images whose nearest training image is at least as similar as `threshold`, the most
-    similar first.
+    """Rows of HEADER for images with a training image of at least this cosine, the most similar first.
+
+    Args:
+        shards: val or test.
+        cosines, numbers: of nearest().
     """
-    for at in cosines.argsort(descending=True, stable=True).tolist():
-        if cosines[at] < threshold:
+    for number in cosines.argsort(descending=True, stable=True).tolist():
+        if cosines[number] < threshold:
             return
-        train_image = train.read(int(numbers[at])).meta["image"]
-        yield [shards.read(at).meta["image"], shards.split, train_image, f"{cosines[at]:.4f}"]
+        train_image = train.read(int(numbers[number])).meta["image"]
+        yield [shards.read(number).meta["image"], shards.split, train_image, f"{cosines[number]:.4f}"]
 
 
 def write_leaks(path: Path, rows: list[list]) -> None:

@@ -1,51 +1,76 @@
-"""What a model finds, as a page: its figures, and captions drawn at random with the pictures they bring up."""
+"""A page of what a model finds: its figures, and random captions with the images that score highest."""
 
-import html
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from data_prep.html import write_page
 from data_prep.shards import Shards
 from eval.embed import Embedded
-from eval.report import html as sheet
-from eval.report.plots import degraded, recall, svg
+from eval.report.images import Thumbnail, thumbnail
+from eval.report.plots import recall, robustness, svg, write_png
+from train.metrics import ALL_DIRECTIONS
 
-QUERIES, SHOWN, THUMBNAIL_PX = 24, 8, 96
+QUERIES, MAX_RESULTS, THUMBNAIL_PX = 24, 8, 96
 
 
-def write_page(path: Path, embedded: Embedded, shards: Shards, models: list[dict], table: str) -> None:
-    """Write the page; the same captions for every model on the same data, so that two pages compare.
+class Result(NamedTuple):
+    """An image that a caption finds; `hit`: it is in the caption's group."""
+
+    image: Thumbnail
+    hit: bool
+
+
+class Query(NamedTuple):
+    """A caption, the rank of its first relevant image, and the images that score highest."""
+
+    caption: str
+    rank: int
+    results: list[Result]
+
+
+def write_retrieval_page(
+    path: Path, embedded: Embedded, shards: Shards, models: list[dict], text: str
+) -> None:
+    """Write the page, and its plot of R@k as a PNG beside it.
 
     Args:
-        models: results of eval.retrieval.score.examine with their "model"; the last is the one whose finds
-            are shown.
-        table: the same as text.
+        models: results of eval.retrieval.score.evaluate_full with their "model"; the queries are of the last.
+        text: the tables.
     """
-    texts, captions, result = embedded.captions.texts, embedded.captions, models[-1]
-    body = [sheet.pre(table)]
-    if "degraded" in result:
-        drawing = degraded(result["degraded"], result["metrics"]["image_to_text/R@1"])
-        body += ["<h2>Degraded query images</h2>", svg(drawing)]
-    chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:QUERIES].tolist()
-    body.append(
-        f"<p>{len(chosen)} of {len(texts)} captions, drawn at random, each with the {min(SHOWN, len(shards))}"
-        f" pictures that score highest among {len(shards)}. A green frame and a tick: the picture is in the"
-        " caption's group.</p>"
+    result = models[-1]
+    curves = None
+    if "robustness" in result:
+        curves = svg(robustness(result["robustness"], result["metrics"]["image_to_text/R@1"]))
+    plot = recall(models, ALL_DIRECTIONS)
+    write_page(
+        path,
+        Path(__file__).with_name("retrieval.html"),
+        title=f"Retrieval by {result['model']}",
+        text=text,
+        plot=svg(plot),
+        robustness=curves,
+        queries=random_queries(embedded, shards),
+        n_texts=len(embedded.captions.texts),
+        n_images=len(shards),
+        n_shown=min(MAX_RESULTS, len(shards)),
     )
-    for text in chosen:
+    write_png(path.with_suffix(".png"), plot)
+
+
+def random_queries(embedded: Embedded, shards: Shards) -> list[Query]:
+    """Random captions and what they find; the same captions for every model on the same data."""
+    captions, queries = embedded.captions, []
+    shuffled = torch.randperm(len(captions.texts), generator=torch.Generator().manual_seed(0))
+    for text in shuffled[:QUERIES].tolist():
         scores = embedded.image_features @ embedded.text_features[text]
         groups = set(captions.group_of[captions.text_of == text].tolist())
         order = scores.argsort(descending=True, stable=True).tolist()
-        place = 1 + next(at for at, number in enumerate(order) if int(shards.groups[number]) in groups)
-        figures = (_figure(shards, number, int(shards.groups[number]) in groups) for number in order[:SHOWN])
-        body.append(
-            f"<h2>{html.escape(texts[text])} <small>first right picture at place {place}</small></h2>"
-        )
-        body.append(f'<div class="row large">{"".join(figures)}</div>')
-    drawing = recall(models, ("image_to_text", "text_to_image", "image_to_image", "queries_to_image"))
-    sheet.write(path, f"What {result['model']} finds", body, drawing)
-
-
-def _figure(shards: Shards, number: int, hit: bool) -> str:
-    caption = html.escape(shards.captions(number)[0])
-    return sheet.figure(sheet.picture(shards, number, THUMBNAIL_PX), caption, hit)
+        hits = [int(shards.groups[number]) in groups for number in order]
+        results = [
+            Result(thumbnail(shards, number, THUMBNAIL_PX), hit)
+            for number, hit in zip(order[:MAX_RESULTS], hits, strict=False)
+        ]
+        queries.append(Query(captions.texts[text], 1 + hits.index(True), results))
+    return queries

@@ -27,7 +27,8 @@ from data_prep.atomic import atomic_file, atomic_folder, check_replaceable
 from data_prep.errors import NotFinite, UserError
 from data_prep.progress import progress
 from data_prep.report.summary import write_json
-from eval.embed import Inference, ready
+from eval.embed import load_for_eval
+from eval.options import Inference
 from eval.search.corpus import THUMBNAIL_PX, Corpus, Pictures, ShardsCorpus, corpus_at, together
 from eval.search.index import FORMAT, OWN_COLUMNS
 from train.data.loader import loader
@@ -98,7 +99,7 @@ def prepare(
     corpus = corpus_at(data, split)
     for shards in corpus.parts if isinstance(corpus, ShardsCorpus) else ():
         shards.verify(world.rank, world.world_size)
-    return corpus, ready(model, inference, world)
+    return corpus, load_for_eval(model, inference, world)
 
 
 def describe(model: str, corpus: Corpus, clip: Clip, inference: Inference) -> dict:
@@ -148,7 +149,7 @@ def begin(partial: Path, begun: dict, overwrite: bool) -> None:
 
 def size_of(inference: Inference) -> int:
     """Pictures in a block: whole batches."""
-    return max(1, BLOCK // inference.batch) * inference.batch
+    return max(1, BLOCK // inference.batch_size) * inference.batch_size
 
 
 def write_blocks(
@@ -160,9 +161,9 @@ def write_blocks(
     size, n = size_of(inference), len(corpus)
     ranges = [range(block * size, min((block + 1) * size, n)) for block in mine]
     batches = [
-        list(each[at : at + inference.batch])
+        list(each[at : at + inference.batch_size])
         for each in ranges
-        for at in range(0, len(each), inference.batch)
+        for at in range(0, len(each), inference.batch_size)
     ]
     inputs = iter(loader(Pictures(corpus, clip), batches, inference.workers, world, together))
     total, begun = sum(map(len, ranges)), None
@@ -170,7 +171,7 @@ def write_blocks(
     with torch.inference_mode(), bar:
         for block, numbers in zip(mine, ranges, strict=True):
             features, thumbnails, known = [], [], []
-            for _ in range(0, len(numbers), inference.batch):
+            for _ in range(0, len(numbers), inference.batch_size):
                 pixels, beside = next(inputs)
                 begun = begun or time.perf_counter()
                 if pixels is not None:

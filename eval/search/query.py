@@ -15,7 +15,8 @@ from data_prep.build.scan import Source, read_local
 from data_prep.errors import UserError
 from data_prep.images import BadImage
 from eval.classify.features import picture_of, read_file
-from eval.embed import INFERENCE, embed_texts
+from eval.embed import embed_texts
+from eval.options import INFERENCE
 from eval.retrieval.score import write_json
 from eval.search.index import Index, not_empty
 from eval.search.nearest import Hit, Nearest

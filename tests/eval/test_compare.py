@@ -1,4 +1,4 @@
-"""Two models side by side, and what lies between them."""
+"""Two models side by side, and WiSE-FT between them."""
 
 import json
 import re
@@ -17,10 +17,11 @@ from data_prep.shards import Shards
 from eval.classify.labelled import read_labelled
 from eval.classify.templates import read_templates
 from eval.classify.zeroshot import evaluate
-from eval.compare.compare import calibration_error, compare
-from eval.compare.confusion import confusion
+from eval.compare.command import compare, confusion
+from eval.compare.compare import calibration_error
 from eval.compare.wise_ft import mix
-from eval.embed import Captions, Embedded, Inference, embed
+from eval.embed import Captions, Embedded, embed
+from eval.options import Inference
 from eval.retrieval.ranking import Relevance
 from train.model.clip import load
 from train.world import World
@@ -43,7 +44,7 @@ def pair(tmp_path_factory, tiny_model) -> tuple[str, str]:
     return tiny_model, f"local-dir:{folder}"
 
 
-def test_mixtures_end_in_the_two_models(pair, icon_shards, tmp_path):
+def test_wise_ft_ends_in_the_two_models(pair, icon_shards, tmp_path):
     base, tuned = (load(name) for name in pair)
     shards = Shards(icon_shards, "val")
     for share, end in ((0.0, base), (1.0, tuned)):
@@ -74,12 +75,12 @@ def test_calibration_error_by_hand():
 
 
 def test_the_command_writes_a_page_a_table_and_a_mixture(pair, icon_folder, icon_shards, tmp_path, capsys):
-    build_icons(icon_folder, tmp_path / "control", val=0.1, test=0.3, seed=5)
+    build_icons(icon_folder, tmp_path / "retention", val=0.1, test=0.3, seed=5)
     as_folder(tmp_path / "labelled", pictures())
     more = {
-        "control": tmp_path / "control",
+        "retention_set": tmp_path / "retention",
         "labelled": tmp_path / "labelled",
-        "interpolate": (0.0, 0.5, 1.0),
+        "wise_ft": (0.0, 0.5, 1.0),
         "save": 0.5,
     }
     compare(pair, icon_shards, "val", out=tmp_path / "out", inference=Inference(workers=0), **more)
@@ -95,19 +96,20 @@ def test_the_command_writes_a_page_a_table_and_a_mixture(pair, icon_folder, icon
     assert 0 < p <= 1
     assert 0 < tuned["drift"]["image_cosine"] < 1
     assert 0 <= base["metrics"]["calibration_error"] <= 1
-    for place, found in (("", result), ("retention/", result["control"])):
+    for place, found in (("", result), ("retention/", result["retention"])):
         for share, model in ((0, found["models"][0]), (2, found["models"][1])):
-            assert result["mixtures"][share][f"{place}mean/R@1"] == model["metrics"]["mean/R@1"]
+            assert result["wise_ft"][share][f"{place}mean/R@1"] == model["metrics"]["mean/R@1"]
     for model in (base, tuned):
-        _, found, *_ = evaluate(
+        classified = evaluate(
             load(model["model"]),
             read_labelled(tmp_path / "labelled"),
             CLASSES,
             read_templates("simple"),
             World(),
         )
-        assert model["zeroshot"]["metrics"]["top1"] == pytest.approx(found.right.mean())
-        assert f"zero-shot, top-1 | {100 * base['zeroshot']['metrics']['top1']:.1f} %" in printed
+        assert model["zeroshot"]["metrics"] == classified.result["metrics"]
+        row = next(line for line in printed.splitlines() if line.startswith("| zero-shot, top-1 "))
+        assert f"{100 * model['zeroshot']['metrics']['top1']:.1f} %" in row
     change = tuned["zeroshot"]["metrics"]["top1"] - base["zeroshot"]["metrics"]["top1"]
     assert tuned["zeroshot"]["difference"][0] == pytest.approx(change)
     confusion(pair, icon_shards, "val", json=tmp_path / "confusion.json", inference=Inference(workers=0))
@@ -120,7 +122,7 @@ def test_the_command_writes_a_page_a_table_and_a_mixture(pair, icon_folder, icon
     assert not re.search(r"(src|href)=\"(?!data:|#)|url\((?!#)|@import|<script", page)
     assert page.count("<figure>") > 3
     assert page.count("<svg") == 2
-    for name in ("compare.png", "heatmaps.png", "mixtures.png"):
+    for name in ("compare.png", "heatmaps.png", "wise_ft.png"):
         assert min(Image.open(tmp_path / "out" / name).size) > 300
 
 
@@ -128,4 +130,4 @@ def test_mistakes_are_sentences(pair, icon_shards):
     with pytest.raises(UserError, match="two models or more"):
         compare(pair[:1], icon_shards)
     with pytest.raises(UserError, match="from 0 to 1"):
-        compare(pair, icon_shards, interpolate=(0.5, 2))
+        compare(pair, icon_shards, wise_ft=(0.5, 2))

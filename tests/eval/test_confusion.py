@@ -1,4 +1,4 @@
-"""Confusion equals brute force, and is exactly chance where a model sees nothing."""
+"""Caption confusion equals brute force, and is exactly at chance for a collapsed model."""
 
 import itertools
 import json
@@ -15,10 +15,11 @@ import train.model.clip
 from data_prep.build.pipeline import Reading, Splitting, Work, build
 from data_prep.errors import NotFinite, UserError
 from data_prep.shards import Shards
-from eval.compare.confusion import answer, confusion, find, heatmap, questions, read_columns, result_of
-from eval.compare.confusion_page import table, write_page
+from eval.compare.command import confusion
+from eval.compare.confusion import answer, count, heatmap, questions, read_columns, result_of
+from eval.compare.confusion_page import confusion_text, write_confusion_page
 from eval.compare.draws import column_of, draw, drawn_accuracy, expected_accuracy
-from eval.embed import Inference
+from eval.options import Inference
 from train.world import World
 
 
@@ -89,7 +90,7 @@ def test_fewer_captions_than_k_are_all_drawn():
     ]
     features = torch.ones(4, 4) / 2
     assert drawn_accuracy(features, features, column.first, draw(column, keys, 5, 0)).tolist() == [1 / 4] * 4
-    assert expected_accuracy(np.zeros(4, int), np.full(4, 3), column.wrong, 5) == pytest.approx([1 / 4] * 4)
+    assert expected_accuracy(np.zeros(4, int), np.full(4, 3), column.n_wrong, 5) == pytest.approx([1 / 4] * 4)
 
 
 @pytest.mark.parametrize("k", [1, 4, 9])
@@ -98,13 +99,14 @@ def test_a_collapsed_model_is_exactly_at_chance_and_a_perfect_one_right(k):
     drawn = draw(column, keys, k, 0)
     same, perfect = unit(1, 8).expand(24, 8).contiguous(), torch.eye(24)
     for features, accuracy in ((same, 1 / (k + 1)), (perfect, 1.0)):
-        found = find(features, features, column, World(), tile=7)
+        found = count(features, features, column, World(), tile=7)
         assert drawn_accuracy(features, features, column.first, drawn).tolist() == [accuracy] * 24
         np.testing.assert_allclose(
-            expected_accuracy(found.above, found.tied, column.wrong, k), accuracy, rtol=1e-14
+            expected_accuracy(found.above, found.tied, column.n_wrong, k), accuracy, rtol=1e-14
         )
-    assert find(same, same, column, World()).stolen == pytest.approx([22 / 24] * 24)  # all alike, so no thief
-    assert find(perfect, perfect, column, World()).stolen.sum() == 0
+    # all alike, so no hub
+    assert count(same, same, column, World()).wrong_firsts == pytest.approx([22 / 24] * 24)
+    assert count(perfect, perfect, column, World()).wrong_firsts.sum() == 0
 
 
 def test_counts_equal_brute_force_and_many_draws_agree_with_the_closed_form():
@@ -119,23 +121,23 @@ def test_counts_equal_brute_force_and_many_draws_agree_with_the_closed_form():
     images, captions = unit(13, 4), unit(len(column.texts), 4, seed=1)
     captions[3] = captions[7]
     scores = (images @ captions.T).numpy()
-    found, stolen = find(images, captions, column, World(), tile=5), np.zeros(len(column.texts))
+    found, wrong_firsts = count(images, captions, column, World(), tile=5), np.zeros(len(column.texts))
     for at in np.flatnonzero(column.first >= 0):
         wrong = [text for text in range(len(column.texts)) if text not in column.own[at]]
         lead = scores[at, wrong] - scores[at, column.first[at]]
         assert (found.above[at], found.tied[at]) == ((lead > 1e-6).sum(), (abs(lead) <= 1e-6).sum())
         top = [text for text in range(len(column.texts)) if scores[at, text] >= scores[at].max() - 1e-6]
         for text in top:
-            stolen[text] += (text not in column.own[at]) / len(top)
-    assert found.stolen == pytest.approx(stolen)
-    assert column.wrong[5] == 0
-    scored = np.flatnonzero(column.wrong)
+            wrong_firsts[text] += (text not in column.own[at]) / len(top)
+    assert found.wrong_firsts == pytest.approx(wrong_firsts)
+    assert column.n_wrong[5] == 0
+    scored = np.flatnonzero(column.n_wrong)
     keys = [f"key{at}" for at in range(13)]
     draws = [
         drawn_accuracy(images[scored], captions, column.first[scored], draw(column, keys, 3, seed)[scored])
         for seed in range(1500)
     ]
-    expected = expected_accuracy(found.above[scored], found.tied[scored], column.wrong[scored], 3)
+    expected = expected_accuracy(found.above[scored], found.tied[scored], column.n_wrong[scored], 3)
     assert abs(np.mean(draws, 0) - expected).max() < 4.5 * 0.5 / math.sqrt(1500)
     assert abs(np.mean(draws) - expected.mean()) < 4.5 * 0.5 / math.sqrt(1500 * len(scored))
 
@@ -180,12 +182,17 @@ def test_two_models_on_two_columns(tiny_model, with_short_captions, tmp_path, ca
     confusion(
         (tiny_model, other),
         with_short_captions,
+        "val",
         json=tmp_path / "a.json",
         page=tmp_path / "a.html",
         **options,
     )
     confusion(
-        (other,), with_short_captions, json=tmp_path / "b.json", **{**options, "inference": Inference(13, 0)}
+        (other,),
+        with_short_captions,
+        "val",
+        json=tmp_path / "b.json",
+        **{**options, "inference": Inference(13, 0)},
     )
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
     shards = Shards(with_short_captions, "val")
@@ -226,38 +233,36 @@ def test_the_page_escapes_what_it_shows(with_short_captions, tmp_path):
     answers = [
         answer("<i>&", unit(len(shards), 8), [unit(len(column.texts), 8, seed=1)], 10.0, asked, World())
     ]
-    write_page(tmp_path / "a.html", result_of(answers, asked, "here", 3, 0), asked.shards)
+    write_confusion_page(tmp_path / "a.html", result_of(answers, asked, "here", 3, 0), asked.shards)
     page = (tmp_path / "a.html").read_text()
     assert "<b>" not in page
     assert "<i>" not in page
     assert "&lt;b&gt;" in page
     assert "&lt;i&gt;&amp;" in page
-    assert "chance" in table(result_of(answers, asked, "here", 3, 0))
+    assert "chance" in confusion_text(result_of(answers, asked, "here", 3, 0))
 
 
 def test_mistakes_are_sentences(tiny_model, icon_folder, icon_shards, tmp_path):
-    with pytest.raises(UserError, match=r"no text in column 'short'.*takes caption"):
+    with pytest.raises(UserError, match=r"--columns short: no text in this column.*can be caption"):
         confusion((tiny_model,), icon_shards, columns=("short",))
     with pytest.raises(UserError, match="no MODEL given"):
         confusion((), icon_shards)
-    with pytest.raises(UserError, match="one wrong caption or more"):
+    with pytest.raises(UserError, match="--k 0: must be at least 1"):
         confusion((tiny_model,), icon_shards, k=0)
     column = column_of(
         "caption", [["a"]] * len(Shards(icon_shards, "val")), np.zeros(len(Shards(icon_shards, "val")), int)
     )
-    with pytest.raises(UserError, match="of one group"):
+    with pytest.raises(UserError, match="belongs to one group"):
         questions(Shards(icon_shards, "val"), [column], 1, 0)
 
 
 def test_features_that_are_not_finite_name_the_sample(tiny_model, icon_shards, monkeypatch):
-    import eval.compare.confusion as module
-
     def broken(name, *_):
         clip = load(name)
         clip.towers.model.text_projection.data[:] = torch.nan
         return clip
 
     load = train.model.clip.load
-    monkeypatch.setattr(module, "ready", broken)
+    monkeypatch.setattr("eval.compare.confusion.load_for_eval", broken)
     with pytest.raises(NotFinite, match="that of caption"):
         confusion((tiny_model,), icon_shards, inference=Inference(workers=0))

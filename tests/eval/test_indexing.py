@@ -15,7 +15,8 @@ from PIL import Image
 from data_prep.errors import NotFinite, UserError
 from data_prep.shards import Shards
 from eval.__main__ import main
-from eval.embed import Inference, ready
+from eval.embed import load_for_eval
+from eval.options import Inference
 from eval.search import indexing
 from eval.search.corpus import FolderCorpus, ShardsCorpus
 from eval.search.index import Index, not_empty
@@ -32,7 +33,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_picture_once_as_the_model_sees_it(icon_index, icon_shards, tiny_model):
-    index, clip = Index(icon_index), ready(tiny_model, HERE, World())
+    index, clip = Index(icon_index), load_for_eval(tiny_model, HERE, World())
     keys, features, groups, captions, pictures = [], [], [], [], []
     for split in SPLITS:
         shards = Shards(icon_shards, split)
@@ -74,13 +75,13 @@ def test_blocks_ranks_and_stops_change_no_byte(
     two.
     """
     monkeypatch.setattr(indexing, "BLOCK", 32)
-    small = Inference(global_batch_size=16, workers=0)
+    small = Inference(batch_size=16, workers=0)
     embed(tiny_model, icon_shards, tmp_path / "at once", inference=small)
     for world_size in (2, 3):
         out, corpus, clip = (
             tmp_path / f"of {world_size}",
             ShardsCorpus(icon_shards, ""),
-            ready(tiny_model, small, World()),
+            load_for_eval(tiny_model, small, World()),
         )
         begun = out.with_name(f".{out.name}.begun")
         indexing.begin(begun, indexing.describe(tiny_model, corpus, clip, small), False)
@@ -131,7 +132,7 @@ def test_a_folder_of_pictures_with_bad_ones(tiny_model, tmp_path):
 
 
 def test_a_feature_that_is_not_finite_is_named(tiny_model, icon_shards, tmp_path):
-    clip = ready(tiny_model, HERE, World())
+    clip = load_for_eval(tiny_model, HERE, World())
     clip.towers.model.visual.proj.data[0, 0] = torch.inf
     clip.save(save_tiny(tmp_path))
     with pytest.raises(NotFinite, match=r"not finite, the first of [0-9a-f]{16}"):

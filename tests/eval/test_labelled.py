@@ -15,7 +15,7 @@ from data_prep.errors import NotFinite, UserError
 from data_prep.images import BadImage
 from eval.classify.features import LabelledImages, embed_rows, image_features, usable_rows
 from eval.classify.labelled import IMAGENETTE, Labelled, read_labelled
-from eval.embed import Inference
+from eval.options import Inference
 from train.model.clip import load
 from train.world import World
 

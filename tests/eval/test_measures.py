@@ -1,5 +1,5 @@
-"""What a place is worth equals the mean over all orders of the ties, and an established library where there
-are none.
+"""Metrics of a query equal the mean over all orders of its ties, and an established library where there are
+none.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import torch
 from conftest import call
 from counts_script import counts
 
-from eval.retrieval.metrics import expected_hit, expected_rank, expected_reciprocal_rank, set_measures
+from eval.retrieval.metrics import all_relevant, expected_hit, expected_rank, expected_reciprocal_rank
 from eval.retrieval.ranking import TIE, positions
 from train.world import World
 
@@ -30,7 +30,7 @@ def test_expectations_over_the_orders_of_ties(counts):
 
 
 def brute_force(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
-    """AP, nDCG@10 and recall@k of one query over all orders of its ties."""
+    """Average precision, nDCG@10 and recall@k of one query over all orders of its ties."""
     values = []
     for order in itertools.permutations(range(len(scores))):
         ordered = list(order)
@@ -40,7 +40,7 @@ def brute_force(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
         places = np.arange(1, len(hits) + 1)
         ideal = (1 / np.log2(np.arange(2, 2 + min(10, int(hits.sum()))))).sum()
         one = {
-            "AP": (hits * np.cumsum(hits) / places).sum() / hits.sum(),
+            "mAP": (hits * np.cumsum(hits) / places).sum() / hits.sum(),
             "nDCG@10": (hits / np.log2(places + 1))[:10].sum() / ideal,
         }
         values.append(one | {f"recall@{k}": hits[:k].sum() / hits.sum() for k in (1, 5, 10)})
@@ -48,7 +48,7 @@ def brute_force(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("levels", [2, 3, 50])
-def test_set_measures_equal_brute_force_with_ties(levels):
+def test_metrics_of_all_relevant_items_equal_brute_force_with_ties(levels):
     rng = np.random.default_rng(levels)
     scores = rng.integers(0, levels, (6, 7)).astype(np.float32)
     relevant = rng.random((6, 7)) < 0.4
@@ -56,7 +56,7 @@ def test_set_measures_equal_brute_force_with_ties(levels):
     query_of, item_of = np.nonzero(relevant)
     for tile in (1, 4, 100):
         above, tied = positions(torch.from_numpy(scores), torch.eye(7), query_of, item_of, tile=tile)
-        found = set_measures(above, tied, query_of, 6)
+        found = all_relevant(above, tied, query_of, 6)
         for query in range(6):
             for name, expected in brute_force(scores[query], relevant[query]).items():
                 assert found[name][query] == pytest.approx(expected), (name, query)
@@ -74,9 +74,9 @@ def test_agreement_with_trec_eval_where_nothing_ties():
         judged, {"map", "ndcg_cut.10", "recall.5,10", "recip_rank"}
     ).evaluate(run)
     query_of, item_of = np.nonzero(relevant)
-    found = set_measures(*positions(torch.from_numpy(scores), torch.eye(60), query_of, item_of), query_of, 40)
+    found = all_relevant(*positions(torch.from_numpy(scores), torch.eye(60), query_of, item_of), query_of, 40)
     for ours, name in (
-        ("AP", "map"),
+        ("mAP", "map"),
         ("nDCG@10", "ndcg_cut_10"),
         ("recall@5", "recall_5"),
         ("recall@10", "recall_10"),
@@ -90,7 +90,7 @@ def test_nothing_is_its_own_neighbor():
     )
     groups = np.arange(12) // 3
     query_of, item_of = np.nonzero((groups[:, None] == groups[None]) & ~np.eye(12, dtype=bool))
-    above, tied = positions(features, features, query_of, item_of, without_self=True, tile=5)
+    above, tied = positions(features, features, query_of, item_of, exclude_self=True, tile=5)
     scores = (features @ features.T).numpy().astype(float)
     np.fill_diagonal(scores, -np.inf)
     assert above.tolist() == [
@@ -99,8 +99,7 @@ def test_nothing_is_its_own_neighbor():
     assert (tied == 1).all()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_any_number_of_ranks_and_any_tiles_give_the_same_integers(ranks, tmp_path):
-    call("tests.counts_script", tmp_path / "counts.json", ranks=ranks)
+def test_three_ranks_and_any_tiles_give_the_same_integers(tmp_path):
+    call("tests.counts_script", tmp_path / "counts.json", ranks=3)  # 10 tiles: not the same number for each
     found = json.loads((tmp_path / "counts.json").read_text())
     assert found == counts(World(), 5) == counts(World(), 1000)

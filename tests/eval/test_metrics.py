@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data_prep.errors import NotFinite
-from eval.retrieval.metrics import ceiling
-from eval.retrieval.ranking import TIE, Relevance, chance, check_finite, ranks, summarize
+from eval.retrieval.metrics import chance, instance_upper_bound
+from eval.retrieval.ranking import TIE, Relevance, check_finite, ranks, summarize
 
 
 def brute_force(scores: np.ndarray, relevant: np.ndarray) -> tuple[list[int], list[int]]:
@@ -37,7 +37,7 @@ def case(seed: int, levels: int | None):
     groups = rng.integers(0, 9, n_images)
     text_of = np.concatenate(
         [np.arange(n_texts), rng.integers(0, n_texts, 8)]
-    )  # some captions stand in several groups
+    )  # some captions are in several groups
     group_of = rng.choice(groups, len(text_of))
     text_of, group_of = (
         np.concatenate([text_of, rng.integers(0, n_texts, n_images)]),
@@ -94,14 +94,14 @@ def test_a_hand_made_matrix():
         4 / 3,
         1.5,
     )
-    assert (values["MRR"], values["tied"], values["R@1_gap"]) == (
+    assert (values["MRR"], values["tie_rate"], values["R@1_tie_range"]) == (
         pytest.approx((1 + 0.75 + 0.75) / 3),
         2 / 3,
         pytest.approx(2 / 3),
     )
 
 
-def test_legacy_diagonal_agrees_with_open_clip():
+def test_instance_metrics_agree_with_open_clip():
     open_clip_train = pytest.importorskip("open_clip_train.train")
     generator = torch.Generator().manual_seed(0)
     image_features = torch.nn.functional.normalize(torch.randn(101, 12, generator=generator), dim=1)
@@ -126,7 +126,7 @@ def test_a_collapsed_model_scores_chance_and_look_alikes_cost_the_instance_defin
     values, guess = summarize(found), chance(np.ones(n, int), n)
     for name in ("R@1", "R@5", "R@10", "mean_rank"):
         assert values[name] == pytest.approx(guess[name])
-    assert (values["tied"], values["R@1_gap"]) == (1, 1)
+    assert (values["tie_rate"], values["R@1_tie_range"]) == (1, 1)
     groups = np.repeat(np.arange(n // mates), mates)
     perfect = torch.eye(n // mates)[groups]
     by_group, _ = ranks(perfect, perfect, Relevance(groups, np.arange(n), groups))
@@ -134,7 +134,9 @@ def test_a_collapsed_model_scores_chance_and_look_alikes_cost_the_instance_defin
     by_instance, _ = ranks(perfect, perfect, Relevance.diagonal(n))
     assert by_instance.pessimistic.tolist() == [mates] * n
     assert by_instance.optimistic.tolist() == [1] * n
-    assert summarize(by_instance)["R@1"] == pytest.approx(1 / mates) == ceiling(np.full(n, mates))
+    assert (
+        summarize(by_instance)["R@1"] == pytest.approx(1 / mates) == instance_upper_bound(np.full(n, mates))
+    )
 
 
 def test_adding_a_constant_scaling_and_permuting_change_nothing():
@@ -178,12 +180,12 @@ def test_chance_is_the_mean_over_all_orders_of_the_gallery():
     assert values["R@10"] == 1.0  # more places than items
 
 
-def test_what_is_not_finite_is_named():
+def test_a_row_that_is_not_finite_is_named():
     features = torch.ones(3, 2)
     check_finite(features, "image_features", str)
     features[1, 0] = float("nan")
     with pytest.raises(
-        NotFinite, match="1 of 3 image_features are not finite, the first is that of sample 1"
+        NotFinite, match="1 of 3 image_features are not finite; the first is that of sample 1"
     ):
         check_finite(features, "image_features", lambda row: f"sample {row}")
     with pytest.raises(NotFinite, match="3 of 3"):

@@ -19,7 +19,7 @@ from eval.classify.features import Features, image_features
 from eval.classify.heads import STRENGTHS, fit_linear, fit_mlp, load_head, validation_split
 from eval.classify.labelled import read_labelled
 from eval.classify.linear_probe import probe
-from eval.embed import Inference
+from eval.options import Inference
 from train.model.clip import load
 from train.world import World
 

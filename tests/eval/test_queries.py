@@ -1,4 +1,4 @@
-"""Sentences beside the captions, and parts of the data, are scored as by hand."""
+"""Queries that are no captions, and slices of the data, are scored as by hand."""
 
 import json
 
@@ -9,8 +9,8 @@ from conftest import assert_mistake, build_icons, call_here
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.__main__ import main
-from eval.__main__ import retrieval as command
-from eval.embed import Inference
+from eval.options import Inference
+from eval.retrieval.command import retrieval
 from eval.retrieval.queries import read_queries
 
 
@@ -37,9 +37,10 @@ def test_the_captions_as_queries_score_what_captions_score(tiny_model, gallery, 
         for caption in shards.captions(number):
             keys.setdefault(caption, []).append(name)
     path = write(tmp_path / "queries.jsonl", [{"text": text, "keys": names} for text, names in keys.items()])
-    command(
+    retrieval(
         tiny_model,
         gallery,
+        "val",
         json=tmp_path / "out.json",
         queries=path,
         slice="set",
@@ -51,17 +52,17 @@ def test_the_captions_as_queries_score_what_captions_score(tiny_model, gallery, 
         assert result["metrics"][f"queries_to_image/{name}"] == pytest.approx(
             result["metrics"][f"text_to_image/{name}"]
         ), name
-    assert "queries to image, any of the group" in printed
+    assert "queries to image, by group, among" in printed
     found = result["slices"]
     assert set(found) == {shards.meta(number)["columns"]["set"] for number in range(len(shards))}
     weights = [each["n_images"] for each in found.values()]
     assert sum(weights) == len(shards)
     whole = np.average([each["image_to_text/R@1"] for each in found.values()], weights=weights)
     assert whole == pytest.approx(result["metrics"]["image_to_text/R@1"])
-    assert f"{next(iter(found))}: " in printed
+    assert f"| {next(iter(found))} " in printed
 
 
-def test_what_is_right_is_closed_over_groups(gallery, tmp_path):
+def test_all_members_of_a_group_are_relevant(gallery, tmp_path):
     shards = Shards(gallery, "val")
     groups, counts = np.unique(shards.groups, return_counts=True)
     members = np.flatnonzero(shards.groups == groups[counts.argmax()])
@@ -82,7 +83,14 @@ def test_a_query_without_an_image_is_listed_and_not_scored(tiny_model, gallery, 
     results = []
     for chosen in (rows[:1], rows):
         path = write(tmp_path / "a.jsonl", chosen)
-        command(tiny_model, gallery, json=tmp_path / "out.json", queries=path, inference=Inference(workers=0))
+        retrieval(
+            tiny_model,
+            gallery,
+            "val",
+            json=tmp_path / "out.json",
+            queries=path,
+            inference=Inference(workers=0),
+        )
         results.append(json.loads((tmp_path / "out.json").read_text()))
     assert results[0]["metrics"] == results[1]["metrics"]
     assert (results[0]["queries_without_images"], results[1]["queries_without_images"]) == (
@@ -93,9 +101,10 @@ def test_a_query_without_an_image_is_listed_and_not_scored(tiny_model, gallery, 
         "1 queries without an image in this split are not scored: line 2: y (nowhere.png)"
         in capsys.readouterr().out
     )
-    command(  # beside a result with a direction that this one has not
+    retrieval(  # beside a result with a direction that this one lacks
         tiny_model,
         gallery,
+        "val",
         json=tmp_path / "b.json",
         against=tmp_path / "out.json",
         page=tmp_path / "b.html",
@@ -112,13 +121,13 @@ def test_mistakes_are_sentences(tiny_model, gallery, tmp_path):
         tmp_path / "a.jsonl",
         [{"text": "x", "keys": [shards.key(0)]}, {"text": " ", "keys": ["nowhere.png"]}, ["z"]],
     )
-    with pytest.raises(UserError, match=r"a\.jsonl:2: an empty text.*2 of 3 lines"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: an empty text; fix or remove the 2 of 3 lines"):
         read_queries(path, shards)
     with pytest.raises(UserError, match="cannot be read"):
         read_queries(tmp_path / "none.jsonl", shards)
     with pytest.raises(UserError, match="no queries"):
         read_queries(write(tmp_path / "b.jsonl", []), shards)
-    options = ["--data", gallery, "--workers", 0, "--slice", "colour"]
+    options = ["--data", gallery, "--split", "val", "--workers", 0, "--slice", "colour"]
     assert_mistake(
         call_here(main, "retrieval", tiny_model, *options),
         "--slice colour: no sample has this column; they have set",

@@ -1,4 +1,4 @@
-"""From shards to numbers: what is printed and written equals brute force over the very captions and groups."""
+"""From shards to metrics: the printed and written values equal brute force over the captions and groups."""
 
 import json
 import shutil
@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from data_prep.build.pipeline import Reading, Splitting, Work, build
 from data_prep.shards import Shards
 from eval.__main__ import main
-from eval.embed import Inference, embed
-from eval.retrieval.score import Queries, differences, evaluate, examine
+from eval.embed import embed
+from eval.options import Inference
+from eval.retrieval.command import retrieval
+from eval.retrieval.score import QueryScores, differences, evaluate, evaluate_full
 from train.data.decode import decode
 from train.model.clip import load
 from train.world import World
@@ -59,8 +61,8 @@ def by_hand(model_name: str, shards: Shards) -> dict[str, float]:
     return {
         "image_to_text": [rank(row, yes) for row, yes in zip(scores, relevant, strict=True)],
         "text_to_image": [rank(row, yes) for row, yes in zip(scores.T, relevant.T, strict=True)],
-        "legacy_diagonal/image_to_text": [rank(row, yes) for row, yes in zip(diagonal, eye, strict=True)],
-        "legacy_diagonal/text_to_image": [rank(row, yes) for row, yes in zip(diagonal.T, eye, strict=True)],
+        "instance/image_to_text": [rank(row, yes) for row, yes in zip(diagonal, eye, strict=True)],
+        "instance/text_to_image": [rank(row, yes) for row, yes in zip(diagonal.T, eye, strict=True)],
     }
 
 
@@ -82,7 +84,7 @@ def test_the_numbers_are_those_of_brute_force(tiny_model, gallery):
 def test_what_the_examination_adds_is_that_of_brute_force(tiny_model, gallery):
     shards = Shards(gallery, "val")
     embedded = embed(load(tiny_model), shards, World(), Inference(16, 0))
-    result, queries = examine(embedded, shards.groups, World())
+    result, queries = evaluate_full(embedded, shards.groups, World())
     metrics = result["metrics"]
     assert metrics.items() >= evaluate(load(tiny_model), shards, World()).get("metrics").items()
     scores = (embedded.image_features.double() @ embedded.image_features.double().T).numpy()
@@ -96,36 +98,27 @@ def test_what_the_examination_adds_is_that_of_brute_force(tiny_model, gallery):
             ranks.append(places[0])
     assert metrics["image_to_image/mAP"] == pytest.approx(np.mean(precisions), abs=2e-3)
     assert metrics["image_to_image/mean_rank"] == pytest.approx(np.mean(ranks), abs=0.1)
-    assert len(queries.values["image_to_image/rank"]) == len(ranks)
+    assert len(queries.values["image_to_image/mean_rank"]) == len(ranks)
     for direction in ("image_to_text", "text_to_image"):
         for k in (1, 5, 10):
             assert queries.values[f"{direction}/R@{k}"].mean() == pytest.approx(metrics[f"{direction}/R@{k}"])
         assert metrics[f"{direction}/mAP"] <= metrics[f"{direction}/MRR"] + 1e-9
     _, sizes = np.unique(shards.groups, return_counts=True)
-    assert metrics["legacy_diagonal/ceiling_R@1"] == pytest.approx(len(sizes) / len(shards))
+    assert metrics["instance/R@1_upper_bound"] == pytest.approx(len(sizes) / len(shards))
     assert all(value[:3] == [0, 0, 0] and value[3] == 1 for value in differences(queries, queries).values())
 
 
-def test_any_number_of_ranks_and_workers_gives_the_same_json(tiny_model, gallery, tmp_path):
-    results = []
-    for ranks, workers in ((0, 0), (2, 1)):
-        out = tmp_path / f"{ranks}.json"
-        options = [
-            "--data",
-            gallery,
-            "--split",
-            "val",
-            "--json",
-            out,
-            "--global_batch_size",
-            8,
-            "--workers",
-            workers,
-        ]
-        printed = call("eval", "retrieval", tiny_model, *options, ranks=ranks).stdout
-        results.append(json.loads(out.read_text()))
-        assert "chance" in printed
-        assert f"{results[-1]['n_images']} images, {results[-1]['n_texts']} distinct captions" in printed
+def test_any_number_of_ranks_and_workers_gives_the_same_json(
+    tiny_model, gallery, tmp_path, one_thread, capsys
+):
+    retrieval(tiny_model, gallery, "val", json=tmp_path / "0.json", inference=Inference(8, 0))
+    printed = [capsys.readouterr().out]
+    options = ["--data", gallery, "--split", "val", "--json", tmp_path / "2.json", "--batch-size", 8]
+    printed.append(call("eval", "retrieval", tiny_model, *options, "--workers", 1, ranks=2).stdout)
+    results = [json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (0, 2)]
+    for text, result in zip(printed, results, strict=True):
+        assert "| chance |" in text
+        assert f"{result['n_images']} images, {result['n_texts']} distinct captions" in text
     assert results[0] == results[1]
     assert results[0].keys() == {
         "model",
@@ -139,28 +132,20 @@ def test_any_number_of_ranks_and_workers_gives_the_same_json(tiny_model, gallery
     }
     for name, (low, high) in results[0]["intervals"].items():
         assert low <= results[0]["metrics"][name] <= high, name
-    arrays = [Queries.load(tmp_path / f"{ranks}.queries.npz") for ranks in (0, 2)]
+    arrays = [QueryScores.load(tmp_path / f"{ranks}.queries.npz") for ranks in (0, 2)]
     first, second = ({name: each.tolist() for name, each in one.values.items()} for one in arrays)
     assert first == second
     assert results[0]["model"] == tiny_model
     for direction in ("image_to_text", "text_to_image"):
         for name in ("R@1", "R@5", "R@10", "mean_rank", "median_rank"):
             assert isinstance(results[0]["metrics"][f"{direction}/{name}"], float)
-            assert isinstance(results[0]["metrics"][f"legacy_diagonal/{direction}/{name}"], float)
+            assert isinstance(results[0]["metrics"][f"instance/{direction}/{name}"], float)
         assert 0 < results[0]["metrics"][f"chance/{direction}/R@1"] < 1
-    against = call(
-        "eval",
-        "retrieval",
-        "demo-vit:none",
-        "--data",
-        gallery,
-        "--split",
-        "val",
-        "--against",
-        tmp_path / "0.json",
-    ).stdout
+    retrieval("demo-vit:none", gallery, "val", against=tmp_path / "0.json", inference=Inference(workers=0))
+    against = capsys.readouterr().out
     assert tiny_model in against
-    assert "image to text, R@1: " in against
+    assert "| image to text, R@1 " in against
+    assert f"difference from {tiny_model}" in against
     assert "p = " in against
 
 
@@ -188,14 +173,26 @@ def test_weights_that_are_not_finite_are_an_error_that_names_a_sample(gallery, t
         tmp_path / "open_clip_model.safetensors",
     )
     result = call_here(
-        main, "retrieval", f"local-dir:{tmp_path}", "--data", gallery, "--workers", 0, expect=3
+        main,
+        "retrieval",
+        f"local-dir:{tmp_path}",
+        "--data",
+        gallery,
+        "--split",
+        "val",
+        "--workers",
+        0,
+        expect=3,
     )
     first = Shards(gallery, "val").key(0)
     assert_mistake(result, "image_features are not finite", f"sample {first}")
 
 
 def test_mistakes_are_sentences(tiny_model, gallery, icon_shards, tmp_path):
-    assert_mistake(call_here(main, "retrieval", tmp_path, "--data", gallery), "a MODEL is NAME:PRETRAINED")
+    assert_mistake(
+        call_here(main, "retrieval", tmp_path, "--data", gallery, "--split", "val"),
+        "a MODEL is NAME:PRETRAINED",
+    )
     assert_mistake(
         call_here(main, "retrieval", tiny_model, "--data", gallery, "--split", "dev"), "it has train"
     )
@@ -203,9 +200,9 @@ def test_mistakes_are_sentences(tiny_model, gallery, icon_shards, tmp_path):
     with open(altered / "val" / "val-000000.tar", "r+b") as file:
         file.write(b"x")
     assert_mistake(
-        call_here(main, "retrieval", tiny_model, "--data", altered),
+        call_here(main, "retrieval", tiny_model, "--data", altered, "--split", "val"),
         "val-000000.tar: altered since it was built",
     )
     (tmp_path / "other.json").write_text('{"model": "x", "n_images": 3, "n_texts": 3, "metrics": {}}')
-    options = ["--data", gallery, "--workers", 0, "--against", tmp_path / "other.json"]
+    options = ["--data", gallery, "--split", "val", "--workers", 0, "--against", tmp_path / "other.json"]
     assert_mistake(call_here(main, "retrieval", tiny_model, *options), "made on other data (None, 3 images)")

@@ -18,7 +18,7 @@ from test_indexing import empty_index
 from test_serve import ask, running
 
 from data_prep.build.pipeline import Reading, Splitting, Work, build
-from eval.embed import Inference
+from eval.options import Inference
 from eval.search.indexing import embed
 from eval.search.serve import app, open_columns
 

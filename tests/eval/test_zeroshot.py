@@ -23,7 +23,7 @@ from eval.classify.metrics import hierarchy, per_class, predict, read_parents, s
 from eval.classify.show import probabilities
 from eval.classify.templates import read_names, read_templates
 from eval.classify.zeroshot import evaluate, text_features, zeroshot
-from eval.embed import Inference
+from eval.options import Inference
 from eval.retrieval.ranking import TIE
 from train.data.decode import decode
 from train.model.clip import load

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
-from eval.embed import Inference, embed
+from eval.embed import embed
+from eval.options import Inference
 from train.loop import fit
 from train.model.clip import load
 from train.model.fetch import fetch

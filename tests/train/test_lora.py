@@ -14,7 +14,8 @@ from test_loop import assert_bit_equal, newest, recipe
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
-from eval.embed import INFERENCE, embed
+from eval.embed import embed
+from eval.options import INFERENCE
 from train.model.clip import Towers, load
 from train.model.lora import adapt, merged
 from train.world import World

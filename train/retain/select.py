@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from data_prep.errors import UserError
+from train.metrics import metric_of
 from train.model.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from train.model.lora import ROWS, merged
 from train.model.towers import Towers
@@ -27,7 +28,6 @@ Validate = Callable[[Clip, World], dict[str, float]]
 TRAINED, EMA = "trained", "ema"
 FILES = {TRAINED: "training.safetensors", EMA: "ema.safetensors"}
 RETENTION = "retention/mean/R@1"
-LOWER_IS_BETTER = ("mean_rank", "median_rank", "tied", "R@1_gap")
 
 
 class Score(NamedTuple):
@@ -128,7 +128,7 @@ class WeightSelector:
             if drop > self.recipe.max_retention_drop + 1e-9:
                 return Score(False, metrics[RETENTION])
         value = metrics[self.recipe.best_metric]
-        return Score(True, -value if self.recipe.best_metric.endswith(LOWER_IS_BETTER) else value)
+        return Score(True, value if metric_of(self.recipe.best_metric).higher_is_better else -value)
 
     def weights(self, name: str, trained: State, ema: State) -> State:
         """The weights of the candidate `name`."""

@@ -1,4 +1,4 @@
-"""Degraded pictures are what they say, and nothing degraded scores what the whole does."""
+"""Degraded images are as documented, and no degradation scores what the images themselves score."""
 
 import json
 
@@ -7,38 +7,40 @@ import pytest
 from PIL import Image
 
 from data_prep.shards import Shards
-from eval.__main__ import retrieval
-from eval.embed import Inference, embed
+from eval.embed import embed
+from eval.options import Inference
+from eval.retrieval.command import retrieval
 from eval.retrieval.robustness import LEVELS, curves, degrade
-from eval.retrieval.score import score
+from eval.retrieval.score import evaluate_features
 from train.model.clip import load
 from train.world import World
 
 
-def test_what_is_done_to_a_picture():
+def test_degradations_of_an_image():
     ramp = Image.fromarray(np.arange(64 * 48 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8))
     assert degrade("crop", 0.5)(ramp).tobytes() == ramp.crop((16, 12, 48, 36)).tobytes()
     assert degrade("resample", 1)(ramp).tobytes() == ramp.tobytes()
     assert degrade("blur", 0)(ramp).tobytes() == ramp.tobytes()
-    for kind, levels in LEVELS.items():
+    for degradation, levels in LEVELS.items():
         for level in levels:
-            changed = degrade(kind, level)(ramp)
+            changed = degrade(degradation, level)(ramp)
             assert changed.mode == "RGB"
-            assert (changed.size == ramp.size) == (kind != "crop")
+            assert (changed.size == ramp.size) == (degradation != "crop")
     assert degrade("crop", 0.5)(Image.new("RGB", (1, 1))).size == (1, 1)
 
 
-def test_no_degradation_is_the_whole(tiny_model, icon_shards, monkeypatch):
+def test_no_degradation_changes_nothing(tiny_model, icon_shards, monkeypatch):
     monkeypatch.setattr("eval.retrieval.robustness.LEVELS", {"crop": (1.0, 0.5)})
     shards, clip = Shards(icon_shards, "val"), load(tiny_model)
     embedded = embed(clip, shards, World(), Inference(16, 0))
-    whole, half = curves(clip, shards, embedded, World(), Inference(16, 0))["crop"]
+    undegraded, half = curves(clip, shards, embedded, World(), Inference(16, 0))["crop"]
     assert (
-        whole["image_to_text/R@1"] == score(embedded, shards.groups, World())["metrics"]["image_to_text/R@1"]
+        undegraded["image_to_text/R@1"]
+        == evaluate_features(embedded, shards.groups, World())["metrics"]["image_to_text/R@1"]
     )
-    assert whole["image_to_image/R@1"] == pytest.approx(
+    assert undegraded["image_to_image/R@1"] == pytest.approx(
         1, abs=0.05
-    )  # itself, but for pictures that this model takes for equal
+    )  # itself, except for images that tie
     assert half["level"] == 0.5
 
 
@@ -49,10 +51,11 @@ def test_the_command_prints_the_curve(tiny_model, icon_shards, tmp_path, capsys,
         icon_shards,
         json=tmp_path / "a.json",
         page=tmp_path / "a.html",
-        degrade=True,
+        split="val",
+        robustness=True,
         inference=Inference(workers=0),
     )
-    assert "blur      0.05: " in capsys.readouterr().out
+    assert "| blur 0.05 " in capsys.readouterr().out
     assert (tmp_path / "a.html").read_text().count("<svg") == 2
     assert min(Image.open(tmp_path / "a.png").size) > 300
-    assert json.loads((tmp_path / "a.json").read_text())["degraded"]["blur"][0]["level"] == 0.05
+    assert json.loads((tmp_path / "a.json").read_text())["robustness"]["blur"][0]["level"] == 0.05

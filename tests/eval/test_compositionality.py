@@ -1,4 +1,4 @@
-"""Drawings show what their captions say, and a model that sees nothing is exactly at chance."""
+"""Drawings show what their captions say, and a collapsed model is exactly at chance."""
 
 import json
 import math
@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import noise_images
 
-import eval.compositionality.scenes as module
 from data_prep.build.pipeline import Reading, Splitting, Work, build
 from data_prep.errors import NotFinite, UserError
 from data_prep.shards import Shards
+from eval.compositionality.command import compositionality
 from eval.compositionality.drawings import (
     COLORS,
     NUMBERS,
@@ -24,17 +24,10 @@ from eval.compositionality.drawings import (
     relations,
     render,
 )
-from eval.compositionality.page import CHANCE
-from eval.compositionality.scenes import (
-    half,
-    probes,
-    score_counting,
-    score_pairs,
-    score_swaps,
-    swapped,
-    swaps,
-)
-from eval.embed import Inference
+from eval.compositionality.page import PAIR_CHANCE
+from eval.compositionality.score import score_counting, score_pairs, score_swaps, wins
+from eval.compositionality.swaps import swap_words, swaps_of
+from eval.options import Inference
 from train.model.clip import load
 
 
@@ -60,22 +53,26 @@ def ink(scene) -> float:
     return (255 - np.asarray(render(scene)).astype(float).min(2)).sum() / (255 - min(COLORS[scene[0].color]))
 
 
-def test_as_many_shapes_as_said_and_the_area_that_is_held():
-    pictures = counting(3, seed=5)
-    assert len(pictures) == 60
-    for picture in pictures:
-        assert len(components((np.asarray(render(picture.scene)) < 250).any(2))) == picture.n
-        expected = TOTAL_AREA if picture.held == "total area" else TOTAL_AREA / 10 * picture.n
-        assert ink(picture.scene) == pytest.approx(expected, rel=0.03)
-        kinds = {shape.kind for shape in picture.scene}
+def test_as_many_shapes_as_said_and_the_constant_area():
+    drawings = counting(3, seed=5)
+    assert len(drawings) == 60
+    for drawing in drawings:
+        assert len(components((np.asarray(render(drawing.scene)) < 250).any(2))) == drawing.n
+        expected = TOTAL_AREA if drawing.constant == "total area" else TOTAL_AREA / 10 * drawing.n
+        assert ink(drawing.scene) == pytest.approx(expected, rel=0.03)
+        kinds = {shape.kind for shape in drawing.scene}
         assert (
-            picture.captions[picture.n - 1]
-            == f"{NUMBERS[picture.n - 1]} {kinds.pop()}{'s' if picture.n > 1 else ''}"
+            drawing.captions[drawing.n - 1]
+            == f"{NUMBERS[drawing.n - 1]} {kinds.pop()}{'s' if drawing.n > 1 else ''}"
         )
         assert not kinds
-    for held in ("total area", "shape area"):
+    for constant in ("total area", "shape area"):
         by_number = [
-            [(one.scene[0].kind, one.scene[0].color) for one in pictures if one.n == n and one.held == held]
+            [
+                (one.scene[0].kind, one.scene[0].color)
+                for one in drawings
+                if one.n == n and one.constant == constant
+            ]
             for n in range(1, 11)
         ]
         assert by_number == by_number[:1] * 10  # kind and color say nothing of the number
@@ -105,7 +102,7 @@ def test_a_pair_swaps_colors_and_nothing_else():
         assert sorted(pair.captions[0].split()) == sorted(pair.captions[1].split())
 
 
-def test_relations_are_true_of_their_pictures():
+def test_relations_are_true_of_their_drawings():
     seen = set()
     for pair in relations(40, 2):
         for scene, caption in zip(pair.scenes, pair.captions, strict=True):
@@ -128,15 +125,15 @@ def test_relations_are_true_of_their_pictures():
 
 
 def test_counting_is_exactly_at_chance_without_sight_and_right_with_it():
-    pictures = counting(2, 0)
-    numbers = np.array([picture.n for picture in pictures])
+    drawings = counting(2, 0)
+    numbers = np.array([drawing.n for drawing in drawings])
     for scores, accuracy, error in (
         (np.zeros((40, 10)), 0.1, 3.3),  # collapsed
         (np.tile(np.arange(10) == 4, (40, 1)).astype(float), 0.1, 2.5),  # always five
         (np.eye(10)[numbers - 1], 1.0, 0.0),
         (np.eye(10)[numbers % 10], 0.0, 1.8),  # one too many, and one for ten
     ):
-        for found in score_counting(scores, pictures).values():
+        for found in score_counting(scores, drawings).values():
             assert found["accuracy"]["value"] == pytest.approx(accuracy, abs=1e-14)
             assert found["mean_absolute_error"]["value"] == pytest.approx(error)
             np.testing.assert_allclose(np.sum(found["confusion"], 1), 1)
@@ -145,37 +142,37 @@ def test_counting_is_exactly_at_chance_without_sight_and_right_with_it():
 
 def test_pairs_are_scored_as_winoground_scores_them():
     perfect = np.tile(np.eye(2), (6, 1, 1))
-    assert {name: at["value"] for name, at in score_pairs(perfect).items()} == dict.fromkeys(CHANCE, 1.0)
-    blind = np.tile([0.3, 0.2], (6, 2, 1))  # one caption for both pictures
+    assert {name: at["value"] for name, at in score_pairs(perfect).items()} == dict.fromkeys(PAIR_CHANCE, 1.0)
+    blind = np.tile([0.3, 0.2], (6, 2, 1))  # one caption for both drawings
     for nothing in (np.ones((6, 2, 2)), blind, blind.transpose(0, 2, 1)):
         found = {name: at["value"] for name, at in score_pairs(nothing).items()}
-        assert found == {"text": 0, "image": 0, "group": 0, "text_ties_half": 0.5, "image_ties_half": 0.5}
+        assert found == {"text": 0, "image": 0, "group": 0, "text_accuracy": 0.5, "image_accuracy": 0.5}
     guesses = np.random.default_rng(0).random((8_000, 2, 2))
     for name, at in score_pairs(guesses).items():
-        assert at["value"] == pytest.approx(CHANCE[name], abs=4.5 * 0.5 / math.sqrt(8_000))
-    # The pictures tell the captions apart, and the captions do not tell the pictures apart.
+        assert at["value"] == pytest.approx(PAIR_CHANCE[name], abs=4.5 * 0.5 / math.sqrt(8_000))
+    # The drawings tell the captions apart, and the captions do not tell the drawings apart.
     found = score_pairs(np.array([[[0.9, 0.8], [0.2, 0.3]]]))
     assert {name: at["value"] for name, at in found.items()} == {
         "text": 1,
         "image": 0,
         "group": 0,
-        "text_ties_half": 1,
-        "image_ties_half": 0.5,
+        "text_accuracy": 1,
+        "image_accuracy": 0.5,
     }
-    assert half(np.array([1, 0, 1e-7, -1])).tolist() == [1, 0.5, 0.5, 0]
+    assert wins(np.array([1, 0, 1e-7, -1])).tolist() == [1, 0.5, 0.5, 0]
 
 
 def test_a_swap_exchanges_two_words_and_is_no_caption_of_the_group():
-    assert swapped("arrow to the right", set(), b"") == "right to the arrow"
-    assert swapped("red, blue", set(), b"") == "blue, red"
-    assert {swapped("bell alarm off clock", set(), bytes([at])) for at in range(30)} == {
+    assert swap_words("arrow to the right", set(), b"") == "right to the arrow"
+    assert swap_words("red, blue", set(), b"") == "blue, red"
+    assert {swap_words("bell alarm off clock", set(), bytes([at])) for at in range(30)} == {
         "alarm bell off clock",
         "bell clock off alarm",
     }
-    assert swapped("bell alarm", {"Alarm bell"}, b"") is None
+    assert swap_words("bell alarm", {"Alarm bell"}, b"") is None
     for caption in ("bell", "the bell", "bell Bell", "", "to the of", "42"):
-        assert swapped(caption, set(), b"") is None
-    assert swapped("bell bell clock", set(), b"") == "bell clock bell"
+        assert swap_words(caption, set(), b"") is None
+    assert swap_words("bell bell clock", set(), b"") == "bell clock bell"
 
 
 def test_swaps_of_a_collapsed_model_are_a_coin():
@@ -183,7 +180,7 @@ def test_swaps_of_a_collapsed_model_are_a_coin():
         torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=1
     )
     found = score_swaps(features, features, features.roll(1, 0), np.arange(5))
-    assert (found["accuracy"]["value"], found["tied"], found["n"]) == (1.0, 0.0, 5)
+    assert (found["accuracy"]["value"], found["tie_rate"], found["n"]) == (1.0, 0.0, 5)
     same = features[:1].expand(5, 8)
     assert score_swaps(features, same, same, np.arange(5))["accuracy"] == {
         "value": 0.5,
@@ -193,9 +190,9 @@ def test_swaps_of_a_collapsed_model_are_a_coin():
 
 
 def test_the_command(tiny_model, icon_shards, tmp_path, capsys):
-    options = {"data": icon_shards, "n": 1}
+    options = {"data": icon_shards, "split": "val", "n": 1}
     for name, batch in (("a", 64), ("b", 7)):
-        probes(
+        compositionality(
             tiny_model,
             json=tmp_path / f"{name}.json",
             page=tmp_path / f"{name}.html",
@@ -207,10 +204,10 @@ def test_the_command(tiny_model, icon_shards, tmp_path, capsys):
     assert result["model"] == tiny_model
     assert set(result["relations"]) == {"all", *RELATIONS}
     shards = Shards(icon_shards, "val")
-    assert result["swaps"]["n"] == len(swaps(shards, 0)) <= result["swaps"]["n_images"] == len(shards)
+    assert result["swaps"]["n"] == len(swaps_of(shards, 0)) <= result["swaps"]["n_images"] == len(shards)
     printed, page = capsys.readouterr().out, (tmp_path / "a.html").read_text()
     for words in (
-        "counting 1 to 10, total area constant, 10 drawings",
+        "| counting 1 to 10, total area constant, 10 drawings: accuracy ",
         "25.0 %",
         "16.7 %",
         "3.3",
@@ -228,13 +225,15 @@ def test_a_collapsed_model_is_at_chance_from_drawing_to_table(tiny_model, icon_s
         clip.towers.text_features = lambda tokens: torch.ones(len(tokens), 4) / 2
         return clip
 
-    monkeypatch.setattr(module, "ready", collapsed)
-    probes(tiny_model, icon_shards, n=1, inference=Inference(workers=0), json=tmp_path / "a.json")
+    monkeypatch.setattr("eval.embed.load_for_eval", collapsed)
+    compositionality(
+        tiny_model, icon_shards, "val", n=1, inference=Inference(workers=0), json=tmp_path / "a.json"
+    )
     result = json.loads((tmp_path / "a.json").read_text())
     for found in result["counting"].values():
         assert found["accuracy"]["value"] == pytest.approx(0.1, abs=1e-14)
-    for probe in ("binding", "relations"):
-        for found in result[probe].values():
+    for name in ("binding", "relations"):
+        for found in result[name].values():
             assert [at["value"] for at in found.values()] == [0, 0, 0, 0.5, 0.5]
     assert result["swaps"]["accuracy"]["value"] == 0.5
 
@@ -248,17 +247,17 @@ def test_mistakes_are_sentences(tiny_model, tmp_path, monkeypatch):
         split=Splitting(val=0.0, test=0.0),
         work=Work(1),
     )
-    with pytest.raises(UserError, match="one drawing or more"):
-        probes(tiny_model, n=0)
-    monkeypatch.setattr(module, "FUNCTION_WORDS", {"caption"})
+    with pytest.raises(UserError, match="--n 0: must be at least 1"):
+        compositionality(tiny_model, n=0)
+    monkeypatch.setattr("eval.compositionality.swaps.FUNCTION_WORDS", {"caption"})
     with pytest.raises(UserError, match="no caption of train has two words to swap"):
-        probes(tiny_model, tmp_path / "out", split="train")
+        compositionality(tiny_model, tmp_path / "out", split="train")
 
     def broken(name, *_):
         clip = load(name)
         clip.towers.model.visual.proj.data[:] = torch.nan
         return clip
 
-    monkeypatch.setattr(module, "ready", broken)
+    monkeypatch.setattr("eval.embed.load_for_eval", broken)
     with pytest.raises(NotFinite, match="that of the drawing of 'one circle'"):
-        probes(tiny_model, n=1)
+        compositionality(tiny_model, n=1)

@@ -1,0 +1,25 @@
+"""Images of samples for pages: small PNGs within the HTML, with their captions as titles."""
+
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from data_prep.html import data_uri
+from data_prep.shards import Shards
+from train.data.decode import decode
+
+
+class Thumbnail(NamedTuple):
+    """Attributes:
+    source: the value of <img src>.
+    title: the first caption, or the key.
+    """
+
+    source: Markup
+    title: str
+
+
+def thumbnail(shards: Shards, number: int, side_px: int = 64) -> Thumbnail:
+    """A sample's image, no larger than side_px."""
+    sample = shards.read(number)
+    return Thumbnail(data_uri(decode(sample.image), side_px), (*sample.captions, sample.key)[0])

@@ -1,0 +1,125 @@
+"""A result of `python -m eval retrieval` as text: tables for a terminal, and for Markdown."""
+
+from data_prep.tables import markdown_table
+from eval.retrieval.metrics import KS
+from train.metrics import (
+    ALL_DIRECTIONS,
+    BY_INSTANCE,
+    CHANCE,
+    DIRECTIONS,
+    INSTANCE,
+    METRICS,
+    RETRIEVAL,
+    metrics_in,
+    show,
+    show_difference,
+    show_of,
+    title_of,
+)
+
+MAX_LISTED = 5
+
+
+def result_text(result: dict, baseline: dict | None = None) -> str:
+    """All tables of a result; beside each figure chance, and another result on the same data if given."""
+    parts = [
+        f"{result['n_images']} images, {result['n_texts']} distinct captions ({result['data']})."
+        " In brackets: 95 % intervals."
+    ]
+    parts += _direction_tables(result, [baseline, result] if baseline else [result])
+    parts.append("\n".join(_notes(result)))
+    if "slices" in result:
+        parts.append(_slices_table(result["slices"]))
+    if "robustness" in result:
+        parts.append(robustness_table(result["robustness"], result["metrics"]["image_to_text/R@1"]))
+    if "differences" in result:
+        name = baseline["model"] if baseline else "the other model"
+        rows = [
+            [title_of(metric), show_difference(metric, difference)]
+            for metric, difference in result["differences"].items()
+        ]
+        parts.append(markdown_table(["paired by query", f"difference from {name}"], rows))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _direction_tables(result: dict, models: list[dict]) -> list[str]:
+    """A table for each direction by group, and for each direction by instance."""
+    galleries = {
+        "image_to_text": (result["n_texts"], "captions"),
+        "text_to_image": (result["n_images"], "images"),
+        "image_to_image": (result["n_images"] - 1, "images"),
+        "queries_to_image": (result["n_images"], "images"),
+    }
+    tables = []
+    for direction in ALL_DIRECTIONS:
+        title, (size, items) = direction.replace("_", " "), galleries[direction]
+        limited = f" (R@k is at most R@{size})" if size < max(KS) else ""
+        names = [f"{direction}/{metric}" for metric in metrics_in(RETRIEVAL)]
+        if f"{direction}/R@1" in result["metrics"]:
+            rows = [
+                [
+                    METRICS[name.rpartition("/")[2]].title,
+                    show(name, result["metrics"].get(CHANCE + name)),
+                    *(show_of(model, name) for model in models),
+                ]
+                for name in names
+            ]
+            first = f"{title}, by group, among {size} {items}{limited}"
+            tables.append(markdown_table([first, "chance", *(model["model"] for model in models)], rows))
+        if f"{INSTANCE}{direction}/R@1" in result["metrics"]:
+            rows = [
+                [
+                    METRICS[metric].title,
+                    *(show_of(model, f"{INSTANCE}{direction}/{metric}") for model in models),
+                ]
+                for metric in metrics_in(BY_INSTANCE)
+            ]
+            first = f"{title}, by instance (as on model cards)"
+            tables.append(markdown_table([first, *(model["model"] for model in models)], rows))
+    return tables
+
+
+def _notes(result: dict) -> list[str]:
+    metrics, notes = result["metrics"], []
+    if (bound := metrics.get(f"{INSTANCE}R@1_upper_bound")) is not None:
+        notes.append(
+            f"Upper bound of R@1 by instance (images of a group are indistinguishable): {100 * bound:.1f} %."
+        )
+    ranges = ", ".join(
+        f"{100 * metrics[f'{direction}/R@1_tie_range']:.1f} points ({direction.replace('_', ' ')})"
+        for direction in DIRECTIONS
+    )
+    notes.append(f"Ties are counted in expectation. Range of R@1 over all orders of ties: {ranges}.")
+    if missing := result.get("queries_without_images"):
+        more = "; ..." if len(missing) > MAX_LISTED else ""
+        notes.append(
+            f"{len(missing)} queries without an image in this split are not scored:"
+            f" {'; '.join(missing[:MAX_LISTED])}{more}"
+        )
+    return notes
+
+
+def _slices_table(slices: dict[str, dict[str, float]]) -> str:
+    names = [f"{direction}/R@1" for direction in DIRECTIONS]
+    rows = [
+        [value, str(found["n_images"]), *(show(name, found.get(name)) for name in names)]
+        for value, found in slices.items()
+    ]
+    return markdown_table(["slice", "images", *map(title_of, names)], rows)
+
+
+def robustness_table(curves: dict[str, list[dict]], undegraded: float) -> str:
+    """R@1 of degraded query images, a row per level.
+
+    Args:
+        curves: of eval.retrieval.robustness.curves.
+        undegraded: image_to_text/R@1 of the undegraded images.
+    """
+    names = [f"{direction}/R@1" for direction in ("image_to_text", "image_to_image")]
+    rows = [["none", show(names[0], undegraded), ""]]
+    rows += [
+        [f"{degradation} {point['level']:g}", *(show(name, point[name]) for name in names)]
+        for degradation, points in curves.items()
+        for point in points
+    ]
+    return markdown_table(["degraded query images", *map(title_of, names)], rows)
