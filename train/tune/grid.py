@@ -1,4 +1,4 @@
-"""The grid of a sweep: recipe keys and their values become named runs, here (train.sweep) and on a cluster (slurm)."""
+"""The grid of a sweep: recipe keys and their values become named runs, for train.sweep and slurm."""
 
 import itertools
 import re
@@ -27,8 +27,8 @@ def expand_grid(recipes: list[str], vary: list[str]) -> dict[str, tuple[str, lis
         name = "-".join([Path(recipe).stem, *(f"{key.split('.')[-1]}={value}" for key, value in values)])
         if name in runs:
             raise UserError(
-                f"{name}: two runs of the sweep have this name; use recipes with different file names and list"
-                " each value once"
+                f"{name}: two runs of the sweep have this name; use recipes with different file names and"
+                " list each value once"
             )
         runs[name] = (recipe, [word for key, value in values for word in _flag(key, value)])
     return runs

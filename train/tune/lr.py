@@ -1,4 +1,4 @@
-"""Search for a learning rate: train short runs, then choose a rate by the one-standard-error rule (python -m train.lr)."""
+"""Search for a learning rate (train.lr): short runs, then a rate by the one-standard-error rule."""
 
 import math
 from pathlib import Path
@@ -46,8 +46,8 @@ def find_rate(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
     text = markdown(rows)
     if n_done < len(recipes):
         text += (
-            f"\n\nThe search is unfinished: {n_done} of {len(recipes)} rates are trained. The same command resumes"
-            " it and then recommends a rate."
+            f"\n\nThe search is unfinished: {n_done} of {len(recipes)} rates are trained. The same command"
+            " resumes it and then recommends a rate."
         )
     elif not finished:
         text += "\n\nEvery rate diverged; try smaller ones with --rates."
@@ -84,9 +84,9 @@ def standard_error(score: float, n: int) -> float:
 def suggest(scores: dict[float, float], before: float, n_groups: int) -> tuple[float, list[str]]:
     """The rate to use, and the reasons as sentences.
 
-    Starting from the best rate, go to smaller rates while the score stays within one standard error of the best
-    (the one-standard-error rule, Breiman et al. 1984, section 3.4.3). Where scores cannot be told apart, the
-    smaller rate forgets less, and the full run gives it more steps than the short one did.
+    Starting from the best rate, go to smaller rates while the score stays within one standard error of the
+    best (the one-standard-error rule, Breiman et al. 1984, section 3.4.3). Where scores cannot be told apart,
+    the smaller rate forgets less, and the full run gives it more steps than the short one did.
 
     Args:
         scores: mean R@1 in 0..1 by rate; 0 for a rate that diverged.
@@ -107,7 +107,8 @@ def suggest(scores: dict[float, float], before: float, n_groups: int) -> tuple[f
     ]
     if chosen != best:
         reasons.append(
-            f"{chosen:g} is within one standard error ({100 * scores[chosen]:.1f} %); the smaller rate forgets less."
+            f"{chosen:g} is within one standard error ({100 * scores[chosen]:.1f} %); the smaller rate"
+            " forgets less."
         )
     if best == rates[-1] and len(rates) > 1:
         reasons.append(
@@ -115,7 +116,8 @@ def suggest(scores: dict[float, float], before: float, n_groups: int) -> tuple[f
         )
     if chosen == rates[0] and len(rates) > 1:
         reasons.append(
-            f"{chosen:g} is the smallest rate tried; try smaller ones: --rates {chosen / 10:.2g} {chosen / 3:.2g}."
+            f"{chosen:g} is the smallest rate tried; try smaller ones: --rates {chosen / 10:.2g}"
+            f" {chosen / 3:.2g}."
         )
     if max(scores.values()) - min(scores.values()) <= error and len(rates) > 1:
         reasons.append(

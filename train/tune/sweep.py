@@ -1,4 +1,4 @@
-"""Train the runs of a grid one after another, and write one table of what they reached (python -m train.sweep).
+"""Train the runs of a grid one after another and write one table of the results (train.sweep).
 
 recipe + grid -> RUNS/NAME.yaml -> python -m train, one process per run -> RUNS/sweep.md, RUNS/sweep.json
 """
@@ -32,8 +32,8 @@ def print_table(folder: Path) -> None:
     recipes = recipes_in(folder)
     if not recipes:
         raise UserError(
-            f"{folder}: contains no runs; to make some: python -m train.sweep RECIPE --data SHARDS --runs {folder}"
-            " --vary KEY=VALUES"
+            f"{folder}: contains no runs; to make some: python -m train.sweep RECIPE --data SHARDS --runs"
+            f" {folder} --vary KEY=VALUES"
         )
     rows = results(folder, recipes)
     print(text := markdown(rows))
@@ -89,7 +89,7 @@ def plan(
 
 
 def train_all(folder: Path, recipes: dict[str, Recipe], nproc: int) -> tuple[dict[str, int], bool]:
-    """Train each run in a process of its own, because training sets process-wide state; its output passes through.
+    """Train each run in a separate process, because training sets process-wide state.
 
     Returns:
         Exit codes of the runs that failed, and whether a stop was requested.

@@ -40,8 +40,8 @@ def results(
 
     Returns:
         For each run: `run`, the name of its folder; `state`; `varied`, the keys in which the runs differ;
-            `score`, `metrics`, `epoch`, `samples` and `weights` (trained, ema or a WiSE-FT mixture) of its best
-            checkpoint; `before`, the metrics before training; `pairs_per_s`, the median.
+            `score`, `metrics`, `epoch`, `samples` and `weights` (trained, ema or a WiSE-FT mixture) of its
+            best checkpoint; `before`, the metrics before training; `pairs_per_s`, the median.
     """
     all_leaves = {name: leaves(dataclasses.asdict(recipe)) for name, recipe in recipes.items() if recipe}
     keys = list(
