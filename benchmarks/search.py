@@ -22,13 +22,13 @@ import torch.nn.functional as F
 import tyro
 
 from data_prep.errors import exit_on_user_error
+from data_prep.tables import markdown_table
 from eval.embed import Inference, ready
 from eval.search import nearest as nearest_module
 from eval.search.index import FORMAT, Index
 from eval.search.indexing import INFERENCE, SCHEMA
 from eval.search.indexing import embed as embed_corpus
 from eval.search.nearest import Nearest
-from train.publish.card_tables import markdown_table
 from train.world import World
 
 
@@ -64,7 +64,7 @@ def nearest(
                 way.top(query[None], k)
                 seconds.append(time.perf_counter() - begun)
             rows.append([name, f"{1000 * np.median(seconds):.1f}", f"{1000 * max(seconds):.1f}"])
-    print(f"{n} x {d}, the {k} best groups, one thread\n\n{markdown_table(rows)}")
+    print(f"{n} x {d}, the {k} best groups, one thread\n\n{markdown_table(rows[0], rows[1:])}")
 
 
 def random_index(folder: Path, n: int, d: int) -> Path:
@@ -132,7 +132,7 @@ def embed(
     )
     print(f"{model}, batch {inference.batch}, {how}")
     print(
-        f"\n{markdown_table(rows)}\n\nembed reaches {middle['embed'] / middle['forward']:.1%} of its forward"
+        f"\n{markdown_table(rows[0], rows[1:])}\n\nembed reaches {middle['embed'] / middle['forward']:.1%} of its forward"
     )
 
 
