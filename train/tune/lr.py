@@ -10,7 +10,7 @@ from data_prep.atomic import atomic_file
 from data_prep.errors import NotFinite
 from data_prep.shards import Shards
 from train.recipe import Recipe, differences
-from train.retain.select import CONTROL
+from train.retain.select import RETENTION
 from train.tune.sweep import report_rest, train_all
 from train.tune.table import SCORE, markdown, recipes_in, results, write
 
@@ -64,7 +64,9 @@ def _recommend(
     """Draw lr.png; the reasons and the rate to use, as text."""
     rates = {name: recipe.optim.lr for name, recipe in recipes.items()}
     scores = {rates[row["run"]]: row["score"] for row in finished}
-    retention = {rates[row["run"]]: row["metrics"][CONTROL] for row in finished if CONTROL in row["metrics"]}
+    retention = {
+        rates[row["run"]]: row["metrics"][RETENTION] for row in finished if RETENTION in row["metrics"]
+    }
     before = finished[0]["before"][SCORE]
     rate, reasons = suggest(scores | {rates[name]: 0.0 for name in diverged}, before, n_groups)
     with atomic_file(folder / "lr.png") as partial:

@@ -8,8 +8,7 @@ from pathlib import Path
 from data_prep.atomic import atomic_file
 from data_prep.tables import markdown_table, percent
 from train.recipe import RESUME_SAFE, Recipe, flags_of, leaves, parse
-from train.retain.select import RETENTION as CONTROL
-from train.retain.select import TRAINED, prefix
+from train.retain.select import RETENTION, TRAINED, prefix
 
 # Rows are sorted by it. Each run has selected its best checkpoint by its own best_metric.
 SCORE = "val/mean/R@1"
@@ -99,7 +98,7 @@ def _metrics(line: dict, prefix: str = "") -> dict[str, float]:
 def markdown(rows: list[dict]) -> str:
     """The rows as a Markdown table with a note."""
     varied = list(dict.fromkeys(key for row in rows for key in row["varied"]))
-    has_retention = any(CONTROL in row["metrics"] for row in rows)
+    has_retention = any(RETENTION in row["metrics"] for row in rows)
     titles = ["run", *varied, "mean", *(name.replace("_", " ") for name in DIRECTIONS)]
     titles += [*(["retention, mean"] if has_retention else []), "epoch", "pairs/s", "state"]
     lines = []
@@ -110,7 +109,7 @@ def markdown(rows: list[dict]) -> str:
                 *(_shown(row["varied"].get(key, "")) for key in varied),
                 _before_and_after(row, SCORE),
                 *(percent(row["metrics"].get(f"val/{name}/R@1")) for name in DIRECTIONS),
-                *([_before_and_after(row, CONTROL)] if has_retention else []),
+                *([_before_and_after(row, RETENTION)] if has_retention else []),
                 *("" if row[name] is None else f"{row[name]:.4g}" for name in ("epoch", "pairs_per_s")),
                 row["state"],
             ]
