@@ -12,10 +12,10 @@ from pathlib import Path
 from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, UserError
 from data_prep.shards import Shards
-from train.loop import check_batch
 from train.recipe import Recipe, to_yaml
 from train.run.folder import Run
 from train.run.stop import Stop
+from train.setup import check_batch
 from train.tune.grid import expand_grid
 from train.tune.table import markdown, recipes_in, results, write
 from train.world import World
