@@ -1,4 +1,4 @@
-"""An export equals the model when it is loaded back, or nothing is kept; in fp16 and bf16 it is the rounded model."""
+"""An export that is loaded back equals the model, or nothing is kept; half precision is the rounded model."""
 
 import json
 
@@ -171,9 +171,7 @@ def test_a_run_is_compared_on_its_own_data(tiny_model, icon_shards, tmp_path, mo
         max(record["differences"]["transformers"][name] for name in ("image_features", "text_features"))
         <= 1e-6
     )
-    assert_mistake(
-        call_here(command.main, run, "--out", out), str(out), "exists", "--overwrite"
-    )
+    assert_mistake(call_here(command.main, run, "--out", out), str(out), "exists", "--overwrite")
     (run / "recipe.yaml").write_text(
         to_yaml(Recipe(model=tiny_model, data=str(tmp_path / "gone"), run=str(run)))
     )
@@ -198,9 +196,7 @@ def test_mistakes_are_sentences(tiny_model, tmp_path, monkeypatch):
         assert_mistake(result, missing, "none is installed", "training does not need it", "pip install")
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "_version", lambda package: "4.57.1")
-        assert_mistake(
-            call_here(command.main, tiny_model, "--out", tmp_path / "out"), "4.57.1 is installed"
-        )
+        assert_mistake(call_here(command.main, tiny_model, "--out", tmp_path / "out"), "4.57.1 is installed")
     assert not (tmp_path / "out").exists()
 
 

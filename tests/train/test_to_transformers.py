@@ -261,7 +261,7 @@ def test_known_architectures_fit(name):
 
 
 def test_other_supported_settings(tmp_path):
-    """Norms with another eps, a narrow MLP, heads of another width, patch dropout, another initial temperature."""
+    """Another norm eps, a narrow MLP, another head width, patch dropout, another initial temperature."""
     vision = {**VISION, "head_width": 8, "mlp_ratio": 2.0, "norm_kwargs": {"eps": 1e-2}, "patch_dropout": 0.5}
     save_tiny(
         tmp_path, vision_cfg=vision, text_cfg={**TEXT, "norm_kwargs": {"eps": 1e-3}}, init_logit_scale=3.0
@@ -275,6 +275,5 @@ def test_longest_edge_resizing_is_for_open_clip_only(tmp_path):
     save_tiny(tmp_path)
     set_preprocess(tmp_path, resize_mode="longest")
     assert (
-        "resize_mode = 'longest'"
-        in export(load(f"local-dir:{tmp_path}"), tmp_path / "out")["open_clip_only"]
+        "resize_mode = 'longest'" in export(load(f"local-dir:{tmp_path}"), tmp_path / "out")["open_clip_only"]
     )

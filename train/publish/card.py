@@ -120,7 +120,8 @@ def recipe_table(recipe: dict) -> str:
     # No local folders: the card is published.
     folders = {key: Path(recipe[key]).name for key in ("replay", "retention_set") if recipe.get(key)}
     values = leaves(recipe | folders | {"model": public_name(recipe["model"])})
-    rows = [[key, f"`{value}`"] for key, value in values.items() if key not in RESUME_SAFE]
+    shown = [key for key in values if key not in RESUME_SAFE or (key == "replay" and values[key])]
+    rows = [[key, f"`{values[key]}`"] for key in shown]
     return markdown_table(("key", "value"), rows)
 
 
