@@ -11,8 +11,9 @@ from train.loop import fit
 from train.recipe import Recipe
 from train.world import World
 
-SMALL = "--epochs 2 --global-batch-size 64 --micro-batch-size 64 --precision fp32 --workers 0".split()
-SMALL += "--activation-checkpointing none --log-every-steps 1 --optim.warmup-fraction 0.2".split()
+SMALL = ["--epochs", "2", "--global-batch-size", "64", "--micro-batch-size", "64", "--workers", "0"]
+SMALL += ["--precision", "fp32", "--activation-checkpointing", "none", "--log-every-steps", "1"]
+SMALL += ["--optim.warmup-fraction", "0.2"]
 
 
 def call_main(main, *words) -> None:
