@@ -4,6 +4,7 @@ import html
 from pathlib import Path
 
 from data_prep.shards import Shards
+from data_prep.tables import markdown_table
 from eval.classify.zeroshot_page import NAMES
 from eval.classify.zeroshot_page import table as zeroshot_table
 from eval.compare.confusion_page import STYLE, heatmaps
@@ -11,7 +12,6 @@ from eval.compare.confusion_page import table as confusion_table
 from eval.report import html as sheet
 from eval.report.plots import heatmaps as drawn_heatmaps
 from eval.report.plots import mixtures, recall, svg, write_png
-from train.publish.card_tables import markdown_table
 
 ROWS = {
     "image_to_text/R@1": "image to text, R@1",
@@ -104,7 +104,8 @@ def markdown(result: dict) -> str:
 
 def _markdown_table(found: dict) -> str:
     said = f"{found['n_images']} images, {found['n_texts']} captions ({found['data']})"
-    return f"{said}\n\n{markdown_table(cells(found['models']))}"
+    titles, *rows = cells(found["models"])
+    return f"{said}\n\n{markdown_table(titles, rows)}"
 
 
 def write_page(path: Path, result: dict, moved: dict[str, list[dict]], shards: Shards) -> None:

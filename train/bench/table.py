@@ -41,14 +41,19 @@ def plot(result: dict, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     left.set_yticks(range(len(rows)), names)
     left.invert_yaxis()
-    figure.suptitle(f"{result['model']}, batch {result['batch']}, {result['precision']}, {result['device']}")
+    figure.suptitle(
+        f"{result['model']}, batch {result['global_batch_size']}, {result['precision']}, {result['device']}"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
 
 
 def _step_name(row: dict) -> str:
-    return f"step: micro_batch_size {row['micro_batch_size']}, memory {row['memory']}"
+    return (
+        f"step: micro_batch_size {row['micro_batch_size']}, activation_checkpointing"
+        f" {row['activation_checkpointing']}"
+    )
 
 
 def _path_name(row: dict) -> str:
