@@ -184,8 +184,7 @@ def test_mistakes_are_sentences(tiny_model, tmp_path, monkeypatch):
     refused = call_here(command.main, tiny_model, "--out", tmp_path / "other", "--overwrite")
     assert_mistake(refused, "no export.json", "not deleted")
     assert_mistake(
-        call_here(command.main, tiny_model, "--out", tmp_path / "out", "--data", tmp_path),
-        "no manifest.json",
+        call_here(command.main, tiny_model, "--out", tmp_path / "out", "--data", tmp_path), "no manifest.json"
     )
     for missing, arguments in (("transformers", []), ("onnxruntime", ["--onnx"])):
         with monkeypatch.context() as patch:

@@ -135,7 +135,7 @@ def test_a_tag_of_open_clip_comes_from_its_repository(hub, offline, capsys):
         for name, tensor in model.state_dict().items()
     }
     hub.put("timm/resnet50_clip.cc12m", {"open_clip_model.safetensors": save(half)})
-    with pytest.raises(UserError, match="perhaps you meant 'RN50'"):
+    with pytest.raises(UserError, match="did you mean 'RN50'"):
         fetch("RN51:cc12m")
     fetch("RN50-quickgelu:cc12m")
     assert "102.0 million parameters" in capsys.readouterr().out

@@ -16,11 +16,7 @@ TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "image_size": 160}
 
 
 @pytest.mark.parametrize(
-    ("changes", "in_one_file"),
-    [
-        ({"quick_gelu": True}, True),
-        ({"vision_cfg": TIMM}, False),
-    ],
+    ("changes", "in_one_file"), [({"quick_gelu": True}, True), ({"vision_cfg": TIMM}, False)]
 )
 def test_features_are_open_clips_at_any_batch_size(changes, in_one_file, tmp_path, monkeypatch):
     monkeypatch.setattr(to_onnx, "ONE_FILE_BYTES", 2e9 if in_one_file else 0)

@@ -102,12 +102,7 @@ def test_the_config_says_what_the_model_is(quick):
         text["max_position_embeddings"],
         text["bos_token_id"],
         text["eos_token_id"],
-    ) == (
-        2,
-        77,
-        49406,
-        49407,
-    )
+    ) == (2, 77, 49406, 49407)
     preprocess = json.loads((out / "preprocessor_config.json").read_text())
     assert (preprocess["image_mean"], preprocess["image_std"]) == ([0.5, 0.4, 0.3], [0.5, 0.25, 0.2])
     assert (preprocess["size"], preprocess["resample"], preprocess["do_center_crop"]) == (

@@ -177,8 +177,7 @@ def _commit(
         return parent
     additions = [CommitOperationAdd(name, str(files[name])) for name in changed]
     print(
-        f"uploading to {url(repo)}: {len(changed)} of {len(files)} files are new or have changed",
-        flush=True,
+        f"uploading to {url(repo)}: {len(changed)} of {len(files)} files are new or have changed", flush=True
     )
     with hub_errors(api, repo):
         operations = [*additions, *(CommitOperationDelete(name) for name in outdated)]
