@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from data_prep.tables import markdown_table
 from eval.retrieval.intervals import mean_interval, paired_difference
 from eval.retrieval.score import QueryScores
-from train.publish.card_tables import markdown_table
 
 Pooled = tuple[np.ndarray, np.ndarray]  # what each query scored, float [n], and its group, int64 [n]
 
@@ -73,7 +73,7 @@ def figures(found: dict[str, list[QueryScores]]) -> str:
             means = [100 * pooled(queries)[0].mean() for queries in seeds]
             spread = f"; {min(means):.1f} to {max(means):.1f}" if len(seeds) > 1 else ""
             rows[-1].append(f"{value:.1f} [{low:.1f}, {high:.1f}{spread}]")
-    return markdown_table(rows)
+    return markdown_table(rows[0], rows[1:])
 
 
 def differences(found: dict[str, list[QueryScores]], reference: str) -> str:
@@ -90,7 +90,7 @@ def differences(found: dict[str, list[QueryScores]], reference: str) -> str:
                 f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] p"
                 f" {'<' if p < 0.001 else ''}{max(p, 0.001):.2g}"
             )
-    return markdown_table(rows)
+    return markdown_table(rows[0], rows[1:])
 
 
 def over_seeds(seeds: list[QueryScores], pooled: Callable[[QueryScores], Pooled]) -> Pooled:
@@ -117,4 +117,4 @@ def mixtures(seeds: list[list[dict]]) -> str:
                 f"{100 * (on_a - a[0]):+.1f}",
             ]
         )
-    return markdown_table(rows)
+    return markdown_table(rows[0], rows[1:])

@@ -22,14 +22,13 @@ import torch.nn.functional as F
 import tyro
 
 from data_prep.errors import exit_on_user_error
-from eval.embed import load_for_eval
-from eval.options import Inference
+from data_prep.tables import markdown_table
+from eval.embed import Inference, ready
 from eval.search import nearest as nearest_module
 from eval.search.index import FORMAT, Index
 from eval.search.indexing import INFERENCE, SCHEMA
 from eval.search.indexing import embed as embed_corpus
 from eval.search.nearest import Nearest
-from train.publish.card_tables import markdown_table
 from train.world import World
 
 
@@ -65,7 +64,7 @@ def nearest(
                 way.top(query[None], k)
                 seconds.append(time.perf_counter() - begun)
             rows.append([name, f"{1000 * np.median(seconds):.1f}", f"{1000 * max(seconds):.1f}"])
-    print(f"{n} x {d}, the {k} best groups, one thread\n\n{markdown_table(rows)}")
+    print(f"{n} x {d}, the {k} best groups, one thread\n\n{markdown_table(rows[0], rows[1:])}")
 
 
 def random_index(folder: Path, n: int, d: int) -> Path:
@@ -103,10 +102,8 @@ def embed(
 ) -> None:
     """Pictures per second of `eval embed`, as it says itself, and of the forward of as many random pictures."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clip = load_for_eval(model, inference, World(device=device))
-    pixels = torch.randint(
-        0, 256, (inference.batch_size, 3, *clip.image_size), dtype=torch.uint8, device=device
-    )
+    clip = ready(model, inference, World(device=device))
+    pixels = torch.randint(0, 256, (inference.batch, 3, *clip.image_size), dtype=torch.uint8, device=device)
     rates = {"embed": [], "forward": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(turns):
@@ -118,11 +115,11 @@ def embed(
             with torch.inference_mode():
                 clip.towers.image_features(pixels)
                 begun = time.perf_counter()
-                batches = min(200, int(count) // inference.batch_size + 1)
+                batches = min(200, int(count) // inference.batch + 1)
                 for _ in range(batches):
                     features = clip.towers.image_features(pixels)
                 features.cpu()
-            rates["forward"].append(batches * inference.batch_size / (time.perf_counter() - begun))
+            rates["forward"].append(batches * inference.batch / (time.perf_counter() - begun))
     middle = {name: float(np.median(values)) for name, values in rates.items()}
     rows = [
         [name, f"{middle[name]:.1f}", ", ".join(f"{one:.1f}" for one in found)]
@@ -133,9 +130,9 @@ def embed(
         f"{inference.precision}, {inference.workers} workers, {torch.get_num_threads()} threads,"
         f" {device.type}"
     )
-    print(f"{model}, batch {inference.batch_size}, {how}")
+    print(f"{model}, batch {inference.batch}, {how}")
     print(
-        f"\n{markdown_table(rows)}\n\nembed reaches {middle['embed'] / middle['forward']:.1%} of its forward"
+        f"\n{markdown_table(rows[0], rows[1:])}\n\nembed reaches {middle['embed'] / middle['forward']:.1%} of its forward"
     )
 
 

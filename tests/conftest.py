@@ -269,15 +269,7 @@ def assert_mistake(result: subprocess.CompletedProcess, *words: str) -> None:
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
-    """A hub on the loopback, with huggingface_hub's client in this process turned to it and an empty cache."""
-    with Hub() as hub:
-        for name, value in hub.environment(tmp_path / "hf").items():
-            monkeypatch.setenv(name, value)
-        for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": hub.url}.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "hf" / "no-token"))
+def hub(tmp_path) -> Iterator[Hub]:
+    """A hub on the loopback; huggingface_hub's client in this process uses it, with an empty cache."""
+    with Hub() as hub, hub.in_this_process(tmp_path / "hf"):
         yield hub

@@ -1,19 +1,22 @@
-"""A Hugging Face hub on the loopback, for huggingface_hub's own client: repositories, LFS, commits, tags, and
-failures on demand.
+"""A Hugging Face hub on the loopback: repositories, LFS, commits, tags, and failures on demand.
 
     with Hub() as hub:
         hub.put("laion/some-clip", {"open_clip_config.json": b"..."})
         call("eval", "retrieval", "hf-hub:laion/some-clip", ..., **hub.environment(cache))
 
-The answers are those that huggingface.co gives; the Xet protocol is left out (HF_HUB_DISABLE_XET=1). One
-user, "me", with the token TOKEN and the organisation "my-org"."""
+It answers huggingface_hub's client as huggingface.co does, without the Xet protocol (HF_HUB_DISABLE_XET=1).
+There is one user, "me", with the token TOKEN and the organisation "my-org".
+"""
 
+import contextlib
 import hashlib
 import http.server
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hub_answers import TOKEN, Answers, Refused
 
 
@@ -28,11 +31,11 @@ class Repo:
         return list(self.commits)[-1]
 
     def commit(self, files: dict[str, bytes]) -> str:
-        said = "".join(
+        content = "".join(
             f"{len(self.commits)} {path} {hashlib.sha256(data).hexdigest()}\n"
             for path, data in sorted(files.items())
         )
-        sha = hashlib.sha1(said.encode()).hexdigest()
+        sha = hashlib.sha1(content.encode()).hexdigest()
         self.commits[sha] = files
         return sha
 
@@ -44,16 +47,16 @@ class Repo:
 
 
 class Hub:
-    """The hub and what it remembers.
+    """The hub and its state.
 
     Attributes:
         repos: "me/clip", or "datasets/me/icons" -> Repo.
         blobs: sha256 -> bytes, large files that were uploaded, committed or not.
-        log: "METHOD /path" of every request; "PUT sha256" of a blob that came in whole, "CUT sha256 after n"
+        log: "METHOD /path" of every request; "PUT sha256" of a blob that arrived whole, "CUT sha256 after n"
             of one that did not.
-        cut: (k, n) ends the network in the k-th PUT from now on, after n of its bytes, until `down` is set
-            False again.
-        spoiled: paths of which other bytes are given back than came.
+        cut: (k, n) breaks the connection in the k-th PUT from now on, after n of its bytes; then `down` is
+            True until it is set to False.
+        spoiled: paths that are returned with other bytes than were uploaded.
     """
 
     def __init__(self):
@@ -79,11 +82,11 @@ class Hub:
         self.put(name, files)
 
     def put(self, name: str, files: dict[str, bytes]) -> str:
-        """A repository with these files, as if somebody had published it; the commit."""
+        """Commit these files to a repository, without a request; the commit."""
         return self.repos.setdefault(name, Repo()).commit(files)
 
     def environment(self, cache: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """What a command wants in its environment to see this hub, and no other."""
+        """Environment variables with which a command sees this hub and no other."""
         values = {
             "HF_ENDPOINT": self.url,
             "HF_HUB_DISABLE_XET": "1",
@@ -96,6 +99,20 @@ class Hub:
             "HF_TOKEN_PATH": str(cache / "no-token"),
         }
         return values
+
+    @contextlib.contextmanager
+    def in_this_process(self, cache: Path) -> Iterator[None]:
+        """Point huggingface_hub's client in this process to this hub, with `cache` as its cache."""
+        constants = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": self.url}
+        constants["HUGGINGFACE_CO_URL_TEMPLATE"] = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        constants["HF_HUB_CACHE"] = str(cache / "hub")
+        constants["HF_TOKEN_PATH"] = str(cache / "no-token")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment(cache).items():
+                patch.setenv(name, value)
+            for name, value in constants.items():
+                patch.setattr(f"huggingface_hub.constants.{name}", value)
+            yield
 
     def count(self, start: str) -> int:
         return sum(line.startswith(start) for line in self.log)

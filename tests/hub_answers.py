@@ -1,5 +1,4 @@
-"""The requests that the loopback hub of tests/hub.py answers, and how: what huggingface_hub 0.34 to 2.4 ask
-for.
+"""How the loopback hub of tests/hub.py answers the requests of huggingface_hub 0.34 to 2.4.
 
 Uploading: whoami-v2, repos/create, refs, tree, validate-yaml, preupload, LFS batch, PUT, verify, commit, tag.
 Downloading: revision, tree, paths-info, HEAD and GET of resolve.
@@ -29,7 +28,7 @@ def is_large(path: str) -> bool:
 
 
 def oid(path: str, data: bytes) -> str:
-    """What the hub calls a file's content: sha256 of a large one, git's sha1 of the others."""
+    """The hub's id of a file's content: sha256 for large files, git's sha1 for others."""
     return (
         hashlib.sha256(data).hexdigest()
         if is_large(path)
@@ -38,7 +37,7 @@ def oid(path: str, data: bytes) -> str:
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """One request: found in ROUTES by method and path."""
+    """One request; ROUTES maps its method and path to an answer."""
 
     hub = None  # a hub.Hub
 
@@ -51,9 +50,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         path = unquote(address.path)
         self.query = {name: values[0] for name, values in parse_qs(address.query).items()}
-        self.body = (
-            b"" if self.command == "PUT" else self._read()
-        )  # in whole, or the client waits for ever after a refusal
+        # Read whole, or the client waits forever after a refusal.
+        self.body = b"" if self.command == "PUT" else self._read()
         try:
             for methods, pattern, answer in ROUTES:
                 if self.command in methods and (match := re.fullmatch(pattern, path)):
@@ -69,7 +67,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = _serve
 
     def _drop(self) -> None:
-        """As a pulled cable: no answer, and a reset."""
+        """Break the connection: no answer, and a reset."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
@@ -95,9 +93,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _authenticate(self) -> None:
-        said = self.headers.get("Authorization")
-        self.user = USER if said == f"Bearer {TOKEN}" else None
-        if said and not self.user:
+        authorization = self.headers.get("Authorization")
+        self.user = USER if authorization == f"Bearer {TOKEN}" else None
+        if authorization and not self.user:
             raise Refused(401, "", "Invalid credentials in Authorization header")
 
     def _repo(self, name: str, to_write: bool = False):
@@ -129,13 +127,13 @@ class Answers(http.server.BaseHTTPRequestHandler):
         )
 
     def create(self) -> None:
-        said = json.loads(self.body)
-        name = f"{said['organization']}/{said['name']}"
-        self._check_rights(said["organization"])
+        request = json.loads(self.body)
+        name = f"{request['organization']}/{request['name']}"
+        self._check_rights(request["organization"])
         url = {"url": f"{self.hub.url}/{name}"}
         if name in self.hub.repos:
             return self._answer({**url, "error": "You already created this model repo"}, 409)
-        private = said.get("visibility") == "private" or said.get("private") is True
+        private = request.get("visibility") == "private" or request.get("private") is True
         self.hub.create(
             name, private, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
         )
@@ -155,12 +153,12 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self._answer({"errors": problems, "warnings": []}, 400 if problems else 200)
 
     def preupload(self, name: str, revision: str) -> None:
-        repo, asked = self._repo(name, to_write=True), json.loads(self.body)["files"]
-        there = repo.commits[repo.at(revision)]
+        repo, entries = self._repo(name, to_write=True), json.loads(self.body)["files"]
+        committed = repo.commits[repo.at(revision)]
         files = []
-        for each in asked:
-            path = each["path"]
-            known = {"oid": oid(path, there[path])} if path in there else {}
+        for entry in entries:
+            path = entry["path"]
+            known = {"oid": oid(path, committed[path])} if path in committed else {}
             files.append(
                 {
                     "path": path,
@@ -174,12 +172,12 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def batch(self, name: str) -> None:
         self._repo(name, to_write=True)
         objects = []
-        for each in json.loads(self.body)["objects"]:
-            place = {
-                "upload": {"href": f"{self.hub.url}/lfs/{each['oid']}"},
+        for entry in json.loads(self.body)["objects"]:
+            actions = {
+                "upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}"},
                 "verify": {"href": f"{self.hub.url}/lfs-verify"},
             }
-            objects.append({**each} if each["oid"] in self.hub.blobs else {**each, "actions": place})
+            objects.append(entry if entry["oid"] in self.hub.blobs else {**entry, "actions": actions})
         self._answer({"transfer": "basic", "objects": objects})
 
     def put_blob(self, sha256: str) -> None:
@@ -199,8 +197,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self._answer(b"")
 
     def verify(self) -> None:
-        said = json.loads(self.body)
-        if len(self.hub.blobs.get(said["oid"], b"")) != said["size"]:
+        request = json.loads(self.body)
+        if len(self.hub.blobs.get(request["oid"], b"")) != request["size"]:
             raise Refused(404, "", "Object does not exist")
         self._answer({})
 

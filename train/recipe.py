@@ -20,6 +20,11 @@ from data_prep.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 
+# Keys as help shows them.
+Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
+Shards = Annotated[str, tyro.conf.arg(metavar="SHARDS")]
+Run = Annotated[str, tyro.conf.arg(metavar="RUN")]
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -74,12 +79,12 @@ class Captions:
 class Recipe:
     """Everything that decides a run. The defaults are those of recipes/spectrum_icons.yaml."""
 
-    model: str
+    model: Model
     """NAME:PRETRAINED (ViT-L-14:laion2b_s32b_b82k; ViT-B-32:none for random weights), hf-hub:ID,
     local-dir:PATH, or a run folder."""
-    data: str
+    data: Shards
     """Folder of shards, made by: python -m data_prep build."""
-    run: str
+    run: Run
     """Run folder to write. An unfinished run of the same recipe in it is resumed."""
     epochs: int = 40
     global_batch_size: int = 384
@@ -109,7 +114,7 @@ class Recipe:
     l2_sp: float = 0.0
     """L2-SP: after each step, pull every weight towards its initial value by lr times this. 100 is weak,
     10000 is strong; 0 disables."""
-    replay: str = ""
+    replay: Shards = ""
     """Folder of shards with general pairs. Each step distills the initial model's features of some of them,
     so that less is forgotten."""
     replay_weight: float = 1.0
@@ -127,7 +132,7 @@ class Recipe:
     one) are validated too."""
     best_metric: str = "val/mean/R@1"
     """Validation metric that selects the exported weights."""
-    retention_set: str = ""
+    retention_set: Shards = ""
     """Folder of shards with what the model must not forget; scored as retention/ at each validation."""
     max_retention_drop: float = 1.0
     """Largest drop of retention/mean/R@1 that exported weights may have, 0.005 for half a point. If every
@@ -166,8 +171,7 @@ Options = TypeVar("Options")
 
 
 def parse(arguments: list[str], prog: str = "python -m train RECIPE", guide: str | None = None) -> Recipe:
-    """The recipe of a command line: `[RECIPE.yaml] [--flag value ...]`; tyro prints help and mistakes, and
-    exits.
+    """Parse a command line, `[RECIPE.yaml] [--flag value ...]`; tyro prints help and mistakes, and exits.
 
     Args:
         prog: start of the usage line.
@@ -182,8 +186,7 @@ def parse(arguments: list[str], prog: str = "python -m train RECIPE", guide: str
 
 
 def parse_with(options: type[Options], arguments: list[str], prog: str, guide: str) -> tuple[Options, Recipe]:
-    """A command's own options and a recipe, from one command line; --help lists the command's own options
-    alone.
+    """Parse a command's own options and a recipe; --help lists the command's own options alone.
 
     Args:
         options: dataclass of the command's options.

@@ -1,6 +1,4 @@
-"""Every figure of the card is one of a file, no path of this machine is in it, and its metadata is what the
-hub reads.
-"""
+"""Every figure of the card comes from a file, it contains no local path, and the hub reads its metadata."""
 
 import json
 import shutil
@@ -13,7 +11,15 @@ from huggingface_hub import ModelCard
 from data_prep.errors import UserError
 from train.export.folder import export
 from train.model.clip import load, public_name
-from train.publish.card import base_of, draw_curve, hub_id, recipe_table, seconds_of_steps, write_card
+from train.publish.card import (
+    base_of,
+    draw_curve,
+    hub_id,
+    recipe_table,
+    seconds_of_steps,
+    weights_in_words,
+    write_card,
+)
 from train.publish.card_tables import read_tables
 
 
@@ -22,6 +28,15 @@ def exported(tuned_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "export"
     export(load(str(tuned_run[0])), folder)
     return folder
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|\n").split("|")]
+
+
+def lines_of(text: str, title: str) -> list[list[str]]:
+    """The lines of the card's tables with this title, as cells."""
+    return [cells(line) for line in text.splitlines() if line.startswith(f"| {title} ")]
 
 
 @pytest.fixture
@@ -36,31 +51,31 @@ def test_the_figures_are_those_of_the_files(tuned_run, icon_shards, folder, tmp_
     assert text == (folder / "README.md").read_text()
     compared = json.loads(results.read_text())
     base, tuned = compared["models"]
-    cells = []
+    expected = []
     for model in (base, tuned):
-        shown = [
-            100 * model["metrics"]["text_to_image/R@1"],
-            *(100 * each for each in model["intervals"]["text_to_image/R@1"]),
-        ]
-        cells.append(" {:.1f} % [{:.1f}, {:.1f}] ".format(*shown))
-    value, low, high, _ = (100 * each for each in tuned["differences"]["text_to_image/R@1"])
-    row = next(line for line in text.splitlines() if line.startswith("| text to image, R@1 |"))
-    assert row.split("|")[3:5] == cells
-    assert row.endswith(f"| {value:+.1f} [{low:+.1f}, {high:+.1f}] |")
-    assert f"| chance | {public_name(base['model'])} | **this model** |" in text
-    assert text.count("| text to image, R@1 |") == 2  # and the control set
+        value, interval = model["metrics"]["text_to_image/R@1"], model["intervals"]["text_to_image/R@1"]
+        expected.append("{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * x for x in (value, *interval))))
+    value, low, high = (100 * x for x in tuned["differences"]["text_to_image/R@1"][:3])
+    row, of_retention_set = lines_of(text, "text to image, R@1")
+    assert row[2:] == [*expected, f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"]
+    assert of_retention_set != row
+    titles = next(cells(line) for line in text.splitlines() if "**this model**" in line)
+    base_name = public_name(base["model"])
+    assert titles == ["", "chance", base_name, "**this model**", f"difference from {base_name}"]
     report = json.loads((icon_shards / "report.json").read_text())["splits"]["train"]
-    assert f"| train | {report['images']} | {report['captions']} | {report['groups']} |" in text
+    assert lines_of(text, "train") == [
+        ["train", *(str(report[name]) for name in ("images", "captions", "groups"))]
+    ]
     state = json.loads((run / "checkpoints" / "best" / "state.json").read_text())
-    assert f"\n{state['samples']:,} pairs were seen" in text
-    assert "| optim.lr | `0.001` |" in text
+    assert f"\n{state['samples']:,} pairs seen at this checkpoint" in text
+    assert lines_of(text, "optim.lr") == [["optim.lr", "`0.001`"]]
     assert json.loads((run / "environment.json").read_text())["data_fingerprint"] in text
-    assert "Made from `icons.csv`." in text
-    assert "(pictures/validation.png)" in text
-    assert "(pictures/0.png)" in text
-    assert {path.name for path in (folder / "pictures").iterdir()} == {"validation.png", "0.png"}
-    for mine in (tmp_path, run, icon_shards, Path.home()):
-        assert str(mine) not in text
+    assert "Built from `icons.csv`." in text
+    assert "(images/validation.png)" in text
+    assert "(images/0.png)" in text
+    assert {path.name for path in (folder / "images").iterdir()} == {"validation.png", "0.png"}
+    for path in (tmp_path, run, icon_shards, Path.home()):
+        assert str(path) not in text
 
 
 def test_the_metadata_is_what_the_hub_reads(tuned_run, folder):
@@ -74,30 +89,30 @@ def test_the_metadata_is_what_the_hub_reads(tuned_run, folder):
     )
     assert data.datasets == ["me/icons"]
     tuned = json.loads(results.read_text())["models"][1]["metrics"]
-    found = {
-        (each.task_type, each.metric_type, each.dataset_split): each.metric_value
-        for each in data.eval_results
+    values = {
+        (result.task_type, result.metric_type, result.dataset_split): result.metric_value
+        for result in data.eval_results
     }
-    assert found["text-to-image-retrieval", "R@1", "test"] == tuned["text_to_image/R@1"]
-    assert found["image-to-text-retrieval", "median_rank", "test"] == tuned["image_to_text/median_rank"]
-    assert len(found) == 2 * 3 * 6
+    assert values["text-to-image-retrieval", "R@1", "test"] == tuned["text_to_image/R@1"]
+    assert values["image-to-text-retrieval", "median_rank", "test"] == tuned["image_to_text/median_rank"]
+    assert len(values) == 2 * 3 * 6
 
 
-def test_what_is_not_known_is_left_out(folder):
+def test_unknown_facts_are_left_out(folder):
     text = write_card(folder, "me/clip")
     for word in (
         "## Data",
         "## Training",
         "## Results",
-        "## Licence",
-        "pictures/",
+        "## License",
+        "images/",
         "None",
         "fine-tuned from",
         "license",
         "model-index",
     ):
         assert word not in text, word
-    assert not (folder / "pictures").exists()
+    assert not (folder / "images").exists()
     assert "hf-hub:me/clip" in text
 
 
@@ -109,39 +124,38 @@ def test_a_run_whose_shards_are_gone_still_has_their_sha256(tuned_run, folder, t
     )
     text = write_card(folder, "me/clip", run)
     assert "sha256 of the data: `" in text
-    assert "| train |" not in text
+    assert not lines_of(text, "train")
     assert str(tmp_path) not in text
 
 
-def test_results_that_were_made_apart_stand_in_one_table(tuned_run, folder, tmp_path):
+def test_results_of_separate_files_share_a_table(tuned_run, folder, tmp_path):
     compared = json.loads(tuned_run[1].read_text())
     files = []
     for number, model in enumerate(compared["models"]):
         shared = {name: compared[name] for name in ("data", "data_sha256", "n_images", "n_texts")}
         files.append(tmp_path / f"{number}.json")
         files[-1].write_text(json.dumps({**model, **shared}))
-    ours = compared["models"][1]["weights_sha256"]
-    (table,) = read_tables(tuple(files), ours)
+    (table,) = read_tables(tuple(files), compared["models"][1]["weights_sha256"])
     assert [public_name(model["model"]) for model in table.models] == [
         public_name(model["model"]) for model in compared["models"]
     ]
-    assert "change" not in table.markdown()["table"]
-    with pytest.raises(UserError, match="not the weights to publish"):
+    assert "difference" not in table.markdown()["table"]
+    with pytest.raises(UserError, match="none of which has the weights to publish"):
         write_card(folder, "me/clip", None, (files[0],))
-    with pytest.raises(UserError, match="not the weights to publish"):
+    with pytest.raises(UserError, match="none of which has the weights to publish"):
         read_tables(tuple(files), "0" * 64)
 
 
 def test_mistakes_are_sentences(folder, tmp_path):
     (tmp_path / "other.json").write_text("[]")
-    for name, said in (("gone.json", "not readable"), ("other.json", "not a result of")):
-        with pytest.raises(UserError, match=said):
+    for name, problem in (("gone.json", "cannot be read"), ("other.json", "must be the JSON of")):
+        with pytest.raises(UserError, match=problem):
             write_card(folder, "me/clip", None, (tmp_path / name,))
     for name in ("gone.png", "other.json"):
         with pytest.raises(UserError, match=r"\.png, \.jpg"):
             write_card(folder, "me/clip", None, (), (tmp_path / name,))
     noise_images(tmp_path, 1)
-    with pytest.raises(UserError, match=r"there is another 0\.png"):
+    with pytest.raises(UserError, match=r"another image is called 0\.png"):
         write_card(folder, "me/clip", None, (), (tmp_path / "0.png", tmp_path / "0.png"))
 
 
@@ -158,17 +172,17 @@ def test_mistakes_are_sentences(folder, tmp_path):
         ("local-dir:/home/me/runs/icons/checkpoints/best", "icons", None),
     ],
 )
-def test_names_have_no_folders_of_this_machine(model, shown, repository):
+def test_names_have_no_local_folders(model, shown, repository):
     assert public_name(model) == shown
     assert hub_id(model) == repository
 
 
-def test_the_recipe_names_no_folders_of_this_machine():
+def test_the_recipe_names_no_local_folders():
     table = recipe_table(
         {
             "model": "local-dir:/home/me/base",
             "data": "/home/me/d",
-            "control": "/home/me/general",
+            "retention_set": "/home/me/general",
             "replay": "/home/me/old",
             "lock": "text",
         }
@@ -177,14 +191,14 @@ def test_the_recipe_names_no_folders_of_this_machine():
     assert all(name in table for name in ("`base`", "`general`", "`old`", "`text`"))
 
 
-def test_the_base_of_a_chain_of_runs_is_its_first(tmp_path):
+def test_the_base_of_a_chain_of_runs(tmp_path):
     for name, model in (("one", "ViT-B-32:laion2b_s34b_b79k"), ("two", tmp_path / "one")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.yaml").write_text(f"model: {model}\n")
     assert base_of(str(tmp_path / "two")) == "ViT-B-32:laion2b_s34b_b79k"
 
 
-def test_time_is_that_of_the_logged_steps():
+def test_the_time_of_the_logged_steps():
     log = [
         {"samples": 0, "val/mean/R@1": 0.1},
         {"samples": 200, "time/pairs_per_s": 50},
@@ -194,10 +208,15 @@ def test_time_is_that_of_the_logged_steps():
     assert seconds_of_steps([]) == 0
 
 
-def test_the_curve_is_small_and_the_same_every_time(tmp_path):
+def test_weights_are_named_as_in_papers():
+    names = [weights_in_words(weights) for weights in ("trained", "ema", "wise_ft 0.50")]
+    assert names == ["", "exponential moving average (EMA)", "WiSE-FT, alpha 0.50"]
+
+
+def test_the_curve_is_small_and_reproducible(tmp_path):
     log = [
-        {"samples": at * 384, "val/image_to_text/R@1": at % 7 / 10, "val/text_to_image/R@1": at % 5 / 10}
-        for at in range(400)
+        {"samples": n * 384, "val/image_to_text/R@1": n % 7 / 10, "val/text_to_image/R@1": n % 5 / 10}
+        for n in range(400)
     ]
     assert draw_curve(log, tmp_path / "a.png")
     assert draw_curve(log, tmp_path / "b.png")

@@ -1,17 +1,16 @@
-"""An export is the same model, read back from its files, or nothing is left; in halves it is the rounded
-model.
-"""
+"""An export that is loaded back equals the model, or nothing is kept; half precision is the rounded model."""
 
 import json
 
 import open_clip
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_mistake, call, call_here, picture, save_tiny
+from conftest import ROOT, TINY, assert_mistake, call_here, picture, save_tiny
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
+from train.export import __main__ as command
 from train.export import folder as exporting
 from train.export import to_transformers
 from train.export.folder import export, snippets, table
@@ -41,7 +40,7 @@ def test_the_printed_snippets_run(quick):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_halves_are_the_rounded_weights(quick, dtype, tmp_path):
+def test_half_precision_holds_the_rounded_weights(quick, dtype, tmp_path):
     from transformers import CLIPModel
 
     torch_dtype = exporting.DTYPES[dtype]
@@ -71,7 +70,7 @@ def test_weights_that_a_dtype_cannot_hold_are_refused(quick, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_activation_is_noticed_and_nothing_is_left(quick, monkeypatch, tmp_path):
+def test_a_wrong_activation_is_noticed_and_nothing_is_kept(quick, monkeypatch, tmp_path):
     right = to_transformers.config_of
 
     def wrong(clip, dtype):
@@ -85,21 +84,21 @@ def test_a_wrong_activation_is_noticed_and_nothing_is_left(quick, monkeypatch, t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("damage", "said"), [("image_mean", "pixels by"), ("resample", "pixels by")])
-def test_a_wrong_preprocessing_is_noticed(quick, monkeypatch, tmp_path, damage, said):
+@pytest.mark.parametrize("setting", ["image_mean", "resample"])
+def test_a_wrong_preprocessing_is_noticed(quick, monkeypatch, tmp_path, setting):
     right = to_transformers._image_processor
 
     def wrong(clip):
         processor = right(clip)
-        setattr(processor, damage, {"image_mean": [0.48, 0.4, 0.3], "resample": 2}[damage])
+        setattr(processor, setting, {"image_mean": [0.48, 0.4, 0.3], "resample": 2}[setting])
         return processor
 
     monkeypatch.setattr(to_transformers, "_image_processor", wrong)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match="pixels by"):
         export(load(quick[0]), tmp_path / "out")
 
 
-def test_a_tokenizer_that_reads_otherwise_is_noticed(quick, monkeypatch, tmp_path):
+def test_a_wrong_tokenizer_is_noticed(quick, monkeypatch, tmp_path):
     right = to_transformers._tokenizer
 
     def wrong(clip):
@@ -115,21 +114,21 @@ def test_a_tokenizer_that_reads_otherwise_is_noticed(quick, monkeypatch, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_timm_tower_is_exported_for_open_clip_alone(tmp_path):
+def test_a_timm_tower_is_exported_for_open_clip_only(tmp_path):
     vision = {"timm_model_name": "test_vit", "timm_pool": "token", "image_size": 160}
     save_tiny(tmp_path, vision_cfg=vision)
     record = export(load(f"local-dir:{tmp_path}"), tmp_path / "out")
     assert set(record["files"]) == {"open_clip_config.json", "open_clip_model.safetensors"}
-    said = (
-        "for open_clip alone: transformers' CLIPModel and CLIPProcessor have no place for"
+    note = (
+        "for open_clip only: transformers' CLIPModel and CLIPProcessor do not support"
         " vision_cfg.timm_model_name = 'test_vit'"
     )
-    assert said in table(record)
+    assert note in table(record)
     assert "CLIPModel" not in snippets(record, str(tmp_path / "out"))
     assert record["differences"]["open_clip"]["image_features"] == 0
 
 
-def test_coca_is_exported_for_open_clip_alone(tmp_path):
+def test_coca_is_exported_for_open_clip_only(tmp_path):
     vision = {**TINY["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
     text = {**TINY["text_cfg"], "embed_cls": True, "output_tokens": True}
     config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
@@ -142,17 +141,17 @@ def test_coca_is_exported_for_open_clip_alone(tmp_path):
         "attn_pooler_heads": 2,
     }
     model = open_clip.CoCa(**config)
-    model.text_decoder.text_projection.data.zero_()  # open_clip leaves it as the memory was
+    model.text_decoder.text_projection.data.zero_()  # open_clip leaves it uninitialised
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     (tmp_path / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": {}})
     )
     record = export(load(f"local-dir:{tmp_path}"), tmp_path / "out")
-    assert "multimodal_cfg" in record["open_clip_alone"]
+    assert "multimodal_cfg" in record["open_clip_only"]
     assert record["differences"]["open_clip"]["text_features"] == 0
 
 
-def test_a_run_is_compared_on_its_own_data(tiny_model, icon_shards, tmp_path):
+def test_a_run_is_compared_on_its_own_data(tiny_model, icon_shards, tmp_path, monkeypatch, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     (run / "checkpoints" / "best").mkdir(parents=True)
     load(tiny_model).save(run / "checkpoints" / "best")
@@ -160,8 +159,10 @@ def test_a_run_is_compared_on_its_own_data(tiny_model, icon_shards, tmp_path):
     (run / "environment.json").write_text(
         json.dumps({"data_fingerprint": Shards(icon_shards, "train").fingerprint})
     )
-    printed = call("train.export", run, "--out", out).stdout
-    assert f"compared on 16 pictures and captions of the val split of {icon_shards.name} (" in printed
+    monkeypatch.setattr("sys.argv", ["train.export", str(run), "--out", str(out)])
+    command.main()
+    printed = capsys.readouterr().out
+    assert f"compared on 16 images and captions of the val split of {icon_shards.name} (" in printed
     assert f'create_model_and_transforms("local-dir:{out}")' in printed
     record = json.loads((out / "export.json").read_text())
     assert record["weights_sha256"] == load(tiny_model).fingerprint()
@@ -170,36 +171,31 @@ def test_a_run_is_compared_on_its_own_data(tiny_model, icon_shards, tmp_path):
         max(record["differences"]["transformers"][name] for name in ("image_features", "text_features"))
         <= 1e-6
     )
-    assert_mistake(
-        call_here(exporting.main, run, "--out", out), str(out), "exists already", "--overwrite True"
-    )
+    assert_mistake(call_here(command.main, run, "--out", out), str(out), "exists", "--overwrite")
     (run / "recipe.yaml").write_text(
         to_yaml(Recipe(model=tiny_model, data=str(tmp_path / "gone"), run=str(run)))
     )
-    assert exporting.data_of(run) is None
+    assert exporting.shards_of(run) is None
 
 
 def test_mistakes_are_sentences(tiny_model, tmp_path, monkeypatch):
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "file").touch()
-    taken = call_here(exporting.main, tiny_model, "--out", tmp_path / "theirs", "--overwrite", "True")
-    assert_mistake(taken, "no export.json", "not deleted")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    refused = call_here(command.main, tiny_model, "--out", tmp_path / "other", "--overwrite")
+    assert_mistake(refused, "no export.json", "not deleted")
     assert_mistake(
-        call_here(exporting.main, tiny_model, "--out", tmp_path / "out", "--data", tmp_path),
-        "no manifest.json",
+        call_here(command.main, tiny_model, "--out", tmp_path / "out", "--data", tmp_path), "no manifest.json"
     )
-    for missing, arguments in (("transformers", []), ("onnxruntime", ["--onnx", "True"])):
+    for missing, arguments in (("transformers", []), ("onnxruntime", ["--onnx"])):
         with monkeypatch.context() as patch:
             patch.setattr(
                 exporting, "_version", lambda package, gone=missing: None if package == gone else "99"
             )
-            found = call_here(exporting.main, tiny_model, "--out", tmp_path / "out", *arguments)
-        assert_mistake(found, missing, "none is installed", "training does without", "pip install")
+            result = call_here(command.main, tiny_model, "--out", tmp_path / "out", *arguments)
+        assert_mistake(result, missing, "none is installed", "training does not need it", "pip install")
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "_version", lambda package: "4.57.1")
-        assert_mistake(
-            call_here(exporting.main, tiny_model, "--out", tmp_path / "out"), "4.57.1 is installed"
-        )
+        assert_mistake(call_here(command.main, tiny_model, "--out", tmp_path / "out"), "4.57.1 is installed")
     assert not (tmp_path / "out").exists()
 
 

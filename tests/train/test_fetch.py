@@ -1,4 +1,4 @@
-"""Base weights come into the cache or into a folder, and what loads from there is what the hub has."""
+"""Base weights are fetched into the cache or into a folder, and load from there as the hub has them."""
 
 import json
 import shutil
@@ -40,21 +40,23 @@ def test_a_repository_of_the_hub_is_fetched_once_and_loads_offline(
 ):
     hub.put("me/clip", tiny_files)
     fetch("hf-hub:me/clip")
-    assert "HF_HUB_OFFLINE=1 python -m train RECIPE.yaml --model hf-hub:me/clip" in capsys.readouterr().out
+    assert "HF_HUB_OFFLINE=1 python -m train RECIPE --model hf-hub:me/clip" in capsys.readouterr().out
     offline()
-    asked = len(hub.log)
+    requests = len(hub.log)
     clip = load("hf-hub:me/clip")
     assert clip.config == load(tiny_model).config
     shards = Shards(icon_shards, "val")
-    found, expected = (embed(each, shards, World(), Inference(16, 0)) for each in (clip, load(tiny_model)))
-    assert torch.equal(found.image_features, expected.image_features)
-    assert torch.equal(found.text_features, expected.text_features)
+    embedded, expected = (
+        embed(model, shards, World(), Inference(16, 0)) for model in (clip, load(tiny_model))
+    )
+    assert torch.equal(embedded.image_features, expected.image_features)
+    assert torch.equal(embedded.text_features, expected.text_features)
     with pytest.raises(
         UserError,
         match=r"hf-hub:me/other: not in the cache.*HF_HUB_OFFLINE=1.*python -m train.fetch hf-hub:me/other$",
     ):
         load("hf-hub:me/other")
-    assert len(hub.log) == asked
+    assert len(hub.log) == requests
 
 
 def test_an_older_version_is_named_by_its_tag(hub, offline, tiny_model, tiny_files, tmp_path):
@@ -69,18 +71,18 @@ def test_an_older_version_is_named_by_its_tag(hub, offline, tiny_model, tiny_fil
         load("hf-hub:me/clip@v2")
 
 
-def test_a_folder_is_written_and_wants_no_network(hub, offline, tiny_model, tiny_files, tmp_path, capsys):
+def test_a_folder_is_written_and_needs_no_network(hub, offline, tiny_model, tiny_files, tmp_path, capsys):
     hub.put("me/clip", tiny_files)
     fetch("hf-hub:me/clip", tmp_path / "base")
     assert f"--model local-dir:{tmp_path / 'base'}" in capsys.readouterr().out
     offline()
     shutil.rmtree(tmp_path / "hf")
     assert load(f"local-dir:{tmp_path / 'base'}").fingerprint() == load(tiny_model).fingerprint()
-    with pytest.raises(UserError, match="there already; pass another --out"):
+    with pytest.raises(UserError, match="already exists; pass another --out"):
         fetch("hf-hub:me/clip", tmp_path / "base")
 
 
-def test_a_model_of_the_hub_is_trained_on_as_one_of_a_folder_is(
+def test_training_from_the_hub_equals_training_from_a_folder(
     hub, tiny_model, tiny_files, icon_shards, tmp_path
 ):
     hub.put("me/clip", tiny_files)
@@ -134,7 +136,7 @@ def test_a_tag_of_open_clip_comes_from_its_repository(hub, offline, capsys):
         for name, tensor in model.state_dict().items()
     }
     hub.put("timm/resnet50_clip.cc12m", {"open_clip_model.safetensors": save(half)})
-    with pytest.raises(UserError, match="perhaps you meant 'RN50'"):
+    with pytest.raises(UserError, match="did you mean 'RN50'"):
         fetch("RN51:cc12m")
     fetch("RN50-quickgelu:cc12m")
     assert "102.0 million parameters" in capsys.readouterr().out
@@ -151,5 +153,5 @@ def test_a_tag_of_open_clip_comes_from_its_repository(hub, offline, capsys):
 
 
 def test_a_name_without_a_scheme_is_explained():
-    with pytest.raises(UserError, match="nothing to fetch; a MODEL is"):
+    with pytest.raises(UserError, match="not a model; a MODEL is"):
         fetch("somewhere")

@@ -1,4 +1,4 @@
-"""The towers in onnxruntime: the same features as open_clip's, for any number of inputs, in one file or two."""
+"""The towers in onnxruntime: the same features as open_clip's at any batch size, in one file or two."""
 
 import numpy as np
 import onnxruntime
@@ -16,12 +16,7 @@ TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "image_size": 160}
 
 
 @pytest.mark.parametrize(
-    ("changes", "in_one_file"),
-    [
-        ({"quick_gelu": True}, True),
-        ({"quick_gelu": True}, False),
-        ({"vision_cfg": TIMM}, True),
-    ],
+    ("changes", "in_one_file"), [({"quick_gelu": True}, True), ({"vision_cfg": TIMM}, False)]
 )
 def test_features_are_open_clips_at_any_batch_size(changes, in_one_file, tmp_path, monkeypatch):
     monkeypatch.setattr(to_onnx, "ONE_FILE_BYTES", 2e9 if in_one_file else 0)
@@ -35,10 +30,8 @@ def test_features_are_open_clips_at_any_batch_size(changes, in_one_file, tmp_pat
     assert max(record["differences"]["onnx"].values()) <= 1e-5
     assert "image.onnx" in table(record)
     clip.towers.eval()
-    images, tokens = (
-        onnxruntime.InferenceSession(out / "image.onnx"),
-        onnxruntime.InferenceSession(out / "text.onnx"),
-    )
+    image_session = onnxruntime.InferenceSession(out / "image.onnx")
+    text_session = onnxruntime.InferenceSession(out / "text.onnx")
     for batch in (1, 5):
         pixels = torch.rand(batch, 3, *clip.image_size)
         ids = clip.tokenizer([f"a brick, number {number}" for number in range(batch)])
@@ -47,18 +40,17 @@ def test_features_are_open_clips_at_any_batch_size(changes, in_one_file, tmp_pat
                 F.normalize(x, dim=-1)
                 for x in (clip.towers.model.encode_image(pixels), clip.towers.model.encode_text(ids))
             ]
-        found = images.run(["features"], {"pixels": pixels.numpy()}) + tokens.run(
-            ["features"], {"tokens": ids.numpy()}
-        )
-        for one, other in zip(found, expected, strict=True):
-            assert one.dtype == np.float32
-            np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=1e-5)
+        features = image_session.run(["features"], {"pixels": pixels.numpy()})
+        features += text_session.run(["features"], {"tokens": ids.numpy()})
+        for exported, reference in zip(features, expected, strict=True):
+            assert exported.dtype == np.float32
+            np.testing.assert_allclose(exported, reference.numpy(), rtol=0, atol=1e-5)
 
 
 def test_a_wrong_tower_is_noticed(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         to_onnx._Tower, "forward", lambda tower, inputs: getattr(tower.model, tower.encode)(inputs)
-    )  # not normed
+    )  # not L2-normed
     with pytest.raises(UserError, match="onnx image_features by"):
         export(load(tiny_model), tmp_path / "out", onnx=True)
     assert not list(tmp_path.iterdir())

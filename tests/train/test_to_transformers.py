@@ -1,6 +1,4 @@
-"""CLIPModel of the written files: the same features through every class, the same tokens; and what it cannot
-hold.
-"""
+"""CLIPModel of the exported files: the same features by every class, the same tokens; unsupported models."""
 
 import json
 from pathlib import Path
@@ -14,7 +12,8 @@ from conftest import TINY, picture, save_tiny
 from data_prep.shards import sha256_of
 from train.export import to_transformers
 from train.export.folder import export, table
-from train.model.clip import Clip, Towers, load
+from train.model.clip import Clip, load
+from train.model.towers import Towers
 
 CAPTIONS = [
     "a red brick",
@@ -43,9 +42,9 @@ CLEANED = [
 VISION, TEXT = TINY["vision_cfg"], TINY["text_cfg"]
 
 
-def features(found) -> torch.Tensor:
-    """get_*_features gives a tensor in transformers 4, and an output object in 5; normed."""
-    return F.normalize(getattr(found, "pooler_output", found).float(), dim=-1)
+def features(output) -> torch.Tensor:
+    """L2-normed; get_*_features returns a tensor in transformers 4 and an output object in 5."""
+    return F.normalize(getattr(output, "pooler_output", output).float(), dim=-1)
 
 
 def until_end(rows: list[list[int]]) -> list[list[int]]:
@@ -78,13 +77,13 @@ def test_transformers_gives_the_same_features_through_every_class(quick):
         with torch.no_grad():
             expected_image = F.normalize(clip.towers.model.encode_image(pixels), dim=-1)
             expected_text = F.normalize(clip.towers.model.encode_text(clip.tokenizer(CAPTIONS)), dim=-1)
-            found = model(**texts, pixel_values=pixels)
+            output = model(**texts, pixel_values=pixels)
             zero_padded = model.get_text_features(clip.tokenizer(CAPTIONS))
-        assert (found.image_embeds - expected_image).abs().max() <= 1e-6
-        assert (found.text_embeds - expected_text).abs().max() <= 1e-6
+        assert (output.image_embeds - expected_image).abs().max() <= 1e-6
+        assert (output.text_embeds - expected_text).abs().max() <= 1e-6
         assert (features(zero_padded) - expected_text).abs().max() <= 1e-6
         scale = clip.towers.model.logit_scale.exp()
-        assert (found.logits_per_image - scale * expected_image @ expected_text.T).abs().max() <= 1e-5
+        assert (output.logits_per_image - scale * expected_image @ expected_text.T).abs().max() <= 1e-5
 
 
 def test_the_config_says_what_the_model_is(quick):
@@ -103,12 +102,7 @@ def test_the_config_says_what_the_model_is(quick):
         text["max_position_embeddings"],
         text["bos_token_id"],
         text["eos_token_id"],
-    ) == (
-        2,
-        77,
-        49406,
-        49407,
-    )
+    ) == (2, 77, 49406, 49407)
     preprocess = json.loads((out / "preprocessor_config.json").read_text())
     assert (preprocess["image_mean"], preprocess["image_std"]) == ([0.5, 0.4, 0.3], [0.5, 0.25, 0.2])
     assert (preprocess["size"], preprocess["resample"], preprocess["do_center_crop"]) == (
@@ -131,9 +125,9 @@ def test_token_ids_are_open_clips(quick, tiny_model, length, tmp_path):
     if length == 10:
         name, out = tiny_model, tmp_path / "out"
         record = export(load(name), out)
-    theirs = load(name).tokenizer
-    assert theirs(["x"]).shape == (1, length)
-    expected = until_end(theirs(CAPTIONS).tolist())
+    reference = load(name).tokenizer
+    assert reference(["x"]).shape == (1, length)
+    expected = until_end(reference(CAPTIONS).tolist())
     assert max(map(len, expected)) == length
     for tokenizer in (
         CLIPTokenizer.from_pretrained(out),
@@ -143,20 +137,20 @@ def test_token_ids_are_open_clips(quick, tiny_model, length, tmp_path):
         assert tokenizer.model_max_length == length
         assert tokenizer(CAPTIONS, truncation=True).input_ids == expected
         assert tokenizer(
-            [theirs.clean_fn(caption) for caption in CLEANED], truncation=True
-        ).input_ids == until_end(theirs(CLEANED).tolist())
+            [reference.clean_fn(caption) for caption in CLEANED], truncation=True
+        ).input_ids == until_end(reference(CLEANED).tolist())
     assert record["differences"]["transformers"]["text_features"] <= 1e-6
 
 
 def test_captions_that_open_clip_cleans_are_counted(quick, monkeypatch, tmp_path):
-    monkeypatch.setattr("train.export.reference.SENTENCES", ["plain", "it's", *CLEANED])
+    monkeypatch.setattr("train.export.reference.FIXED_CAPTIONS", ["plain", "it's", *CLEANED])
     record = export(load(quick[0]), tmp_path / "out")
     assert record["differences"]["transformers"]["captions_cleaned"] == len(CLEANED)
-    assert "8 of the captions have curly quotes" in table(record)
+    assert "8 captions contain curly quotes" in table(record)
 
 
 def test_the_snippets_of_a_model_card_run_in_fp16(quick):
-    """What the LEGO model's card shows: load in half precision, embed, classify, and the pipeline."""
+    """As the LEGO model's card shows: load in half precision, embed, classify, and the pipeline."""
     from transformers import CLIPModel, CLIPProcessor, pipeline
 
     name, out, _ = quick
@@ -169,7 +163,7 @@ def test_the_snippets_of_a_model_card_run_in_fp16(quick):
         text = features(
             model.get_text_features(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
         )
-        seen = features(model.get_image_features(pixel_values=inputs.pixel_values.half()))
+        images = features(model.get_image_features(pixel_values=inputs.pixel_values.half()))
         probabilities = model(**inputs).logits_per_image.softmax(dim=1)[0]
     clip = load(name)
     clip.towers.eval()
@@ -178,13 +172,13 @@ def test_the_snippets_of_a_model_card_run_in_fp16(quick):
             clip.eval_transform(image)[None], clip.tokenizer(labels)
         )
     assert (text * expected_text).sum(dim=1).min() > 0.9999
-    assert (seen * expected_image).sum() > 0.999
+    assert (images * expected_image).sum() > 0.999
     expected = (scale * expected_image @ expected_text.T).softmax(dim=1)[0]
     torch.testing.assert_close(probabilities.float(), expected.detach(), rtol=0, atol=0.01)
     ask = pipeline("zero-shot-image-classification", model=str(out))
     answer = {
-        found["label"]: found["score"]
-        for found in ask(image, candidate_labels=labels, hypothesis_template="{}")
+        label["label"]: label["score"]
+        for label in ask(image, candidate_labels=labels, hypothesis_template="{}")
     }
     torch.testing.assert_close(
         torch.tensor([answer[label] for label in labels]), expected.detach(), rtol=0, atol=0.01
@@ -192,7 +186,7 @@ def test_the_snippets_of_a_model_card_run_in_fp16(quick):
 
 
 @pytest.mark.parametrize("preprocess", [{"resize_mode": "squash"}, {"interpolation": "bilinear"}])
-def test_other_preprocessing_is_followed(preprocess, tmp_path):
+def test_other_preprocessing_is_exported(preprocess, tmp_path):
     save_tiny(tmp_path)
     set_preprocess(tmp_path, **preprocess)
     record = export(load(f"local-dir:{tmp_path}"), tmp_path / "out")
@@ -200,24 +194,22 @@ def test_other_preprocessing_is_followed(preprocess, tmp_path):
     assert record["differences"]["open_clip"]["pixels"] == 0
 
 
-def test_a_crop_is_a_pixel_beside_where_libraries_round_otherwise(quick):
-    """open_clip rounds half of an odd number to even, transformers down: as `compare` says, one picture in
-    four.
-    """
+def test_one_crop_in_four_is_shifted_by_a_pixel(quick):
+    """open_clip rounds half of an odd number to even, transformers down, as `compare` documents."""
     from transformers import CLIPImageProcessorPil
 
     name, out, _ = quick
     clip, processor = load(name), CLIPImageProcessorPil.from_pretrained(out)
     for more in range(8):
         wide = picture(32 + more, 32)
-        ours, theirs = clip.preprocess(wide), processor(wide, return_tensors="pt").pixel_values[0]
+        ours, exported = clip.preprocess(wide), processor(wide, return_tensors="pt").pixel_values[0]
         if more % 4 == 3:
-            ours, theirs = ours[..., :-1], theirs[..., 1:]
-        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+            ours, exported = ours[..., :-1], exported[..., 1:]
+        torch.testing.assert_close(exported, ours, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "setting"),
     [
         ({"vision_cfg": {**VISION, "pool_type": "avg"}}, "vision_cfg.pool_type = 'avg'"),
         ({"vision_cfg": {**VISION, "no_ln_pre": True}}, "vision_cfg.no_ln_pre = True"),
@@ -235,21 +227,21 @@ def test_a_crop_is_a_pixel_beside_where_libraries_round_otherwise(quick):
         ({"init_logit_bias": -10}, "init_logit_bias = -10"),
     ],
 )
-def test_what_clipmodel_cannot_hold_is_seen_in_the_config(changes, said, tmp_path):
+def test_unsupported_settings_are_named(changes, setting, tmp_path):
     save_tiny(tmp_path, **changes)
-    assert said in " ".join(to_transformers.odd_settings(load(f"local-dir:{tmp_path}")))
+    assert setting in " ".join(to_transformers.unsupported_settings(load(f"local-dir:{tmp_path}")))
 
 
-def test_what_clipmodel_cannot_hold_is_seen_in_the_weights(tiny_model):
+def test_unsupported_weights_are_named(tiny_model):
     clip = load(tiny_model)
-    assert to_transformers.odd_settings(clip) == to_transformers.odd_weights(clip) == []
+    assert to_transformers.unsupported_settings(clip) == to_transformers.unsupported_weights(clip) == []
     clip.towers.model.visual.extra = torch.nn.Parameter(torch.zeros(3))
-    assert to_transformers.odd_weights(clip) == ["visual.extra [3]"]
+    assert to_transformers.unsupported_weights(clip) == ["visual.extra [3]"]
 
 
 @pytest.mark.parametrize("name", ["ViT-L-14", "ViT-B-32-quickgelu", "ViT-H-14", "ViT-B-16-plus-240"])
 def test_known_architectures_fit(name):
-    """Names and shapes alone: these have hundreds of millions of weights."""
+    """Names and shapes only: these have hundreds of millions of weights."""
     config = open_clip.get_model_config(name)
     with torch.device("meta"):
         model = open_clip.CLIP(**config)
@@ -260,26 +252,23 @@ def test_known_architectures_fit(name):
         open_clip.get_tokenizer(name),
         {"model_cfg": config, "preprocess_cfg": {"resize_mode": "shortest"}},
     )
-    assert to_transformers.odd_settings(clip) == to_transformers.odd_weights(clip) == []
+    assert to_transformers.unsupported_settings(clip) == to_transformers.unsupported_weights(clip) == []
 
 
-def test_other_settings_that_clipmodel_holds(tmp_path):
-    """Norms with another eps, a narrow MLP, heads of another width, patch dropout, and another temperature to
-    start from.
-    """
+def test_other_supported_settings(tmp_path):
+    """Another norm eps, a narrow MLP, another head width, patch dropout, another initial temperature."""
     vision = {**VISION, "head_width": 8, "mlp_ratio": 2.0, "norm_kwargs": {"eps": 1e-2}, "patch_dropout": 0.5}
     save_tiny(
         tmp_path, vision_cfg=vision, text_cfg={**TEXT, "norm_kwargs": {"eps": 1e-3}}, init_logit_scale=3.0
     )
     record = export(load(f"local-dir:{tmp_path}"), tmp_path / "out")
-    assert record["open_clip_alone"] == ""
+    assert record["open_clip_only"] == ""
     assert record["differences"]["transformers"]["image_features"] <= 1e-6
 
 
-def test_longest_edge_resizing_is_for_open_clip_alone(tmp_path):
+def test_longest_edge_resizing_is_for_open_clip_only(tmp_path):
     save_tiny(tmp_path)
     set_preprocess(tmp_path, resize_mode="longest")
     assert (
-        "resize_mode = 'longest'"
-        in export(load(f"local-dir:{tmp_path}"), tmp_path / "out")["open_clip_alone"]
+        "resize_mode = 'longest'" in export(load(f"local-dir:{tmp_path}"), tmp_path / "out")["open_clip_only"]
     )

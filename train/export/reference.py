@@ -1,4 +1,4 @@
-"""What a model gives for a few pictures and captions: the measure that every export of it is held to."""
+"""Reference images, captions and outputs of a model: every format of an export is compared with them."""
 
 import io
 import math
@@ -12,8 +12,9 @@ from torch import nn
 
 from data_prep.shards import Shards, read_manifest
 
-PICTURES = 16  # as many as say something, and few enough for ViT-L/14 on a CPU
-SENTENCES = [  # are always asked too, because a set's captions may all be short and plain
+N_IMAGES = 16  # few enough for ViT-L/14 on a CPU
+# Always compared as well, because the captions of a data set may all be short and plain ASCII.
+FIXED_CAPTIONS = [
     "a red brick",
     "A  Photo, of the CAT's 2x4 (blue)!",
     "schräg, l'été, 日本語 ½ 👍",
@@ -23,18 +24,16 @@ SENTENCES = [  # are always asked too, because a set's captions may all be short
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures (RGB, of any size), captions, and a sentence on where they are from."""
+    """Images (RGB, of any size), captions, and where they are from."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     captions: list[str]
     source: str
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """L2-normed image_features [n, d] and text_features [m, d], and logits [n, m] with the model's own
-    temperature.
-    """
+    """L2-normed image_features [n, d] and text_features [m, d]; logits [n, m] at the model's temperature."""
 
     image_features: torch.Tensor
     text_features: torch.Tensor
@@ -48,49 +47,44 @@ class Outputs:
         }
 
 
-def max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest absolute difference of two tensors; infinite where either is not finite, so that no bound
-    lets it pass.
-    """
-    difference = (one.double() - other.double()).abs().max().item()
+def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest absolute difference; infinite if a value is not finite, so that no bound accepts it."""
+    difference = (a.double() - b.double()).abs().max().item()
     return difference if math.isfinite(difference) else math.inf
 
 
 def samples(data: Path | None) -> Samples:
-    """Pictures and captions from the first split of val, test, train that `data` has; without data, drawn
-    ones.
-    """
+    """Images and captions of the first of val, test, train that `data` has; synthetic ones without data."""
     if data is None:
-        pictures = [_drawing(number) for number in range(PICTURES)]
         return Samples(
-            pictures,
-            list(SENTENCES),
-            f"{PICTURES} drawn pictures and {len(SENTENCES)} sentences: there is no data at hand",
+            [_drawing(number) for number in range(N_IMAGES)],
+            list(FIXED_CAPTIONS),
+            f"{N_IMAGES} synthetic images and {len(FIXED_CAPTIONS)} fixed captions (no data was given)",
         )
     splits = read_manifest(data)["splits"]
     split = next((name for name in ("val", "test", "train") if splits.get(name, {}).get("samples")), "val")
     shards = Shards(data, split)
-    step = max(1, len(shards) // PICTURES)
-    read = [shards.read(number) for number in range(0, len(shards), step)][:PICTURES]
-    pictures = [Image.open(io.BytesIO(sample.image)).convert("RGB") for sample in read]
-    captions = [sample.captions[0] for sample in read] + SENTENCES
+    step = max(1, len(shards) // N_IMAGES)
+    read = [shards.read(number) for number in range(0, len(shards), step)][:N_IMAGES]
+    images = [Image.open(io.BytesIO(sample.image)).convert("RGB") for sample in read]
+    captions = [sample.captions[0] for sample in read] + FIXED_CAPTIONS
     source = (
-        f"{len(pictures)} pictures and captions of the {split} split of {data.resolve().name}"
+        f"{len(images)} images and captions of the {split} split of {data.resolve().name}"
         f" ({shards.fingerprint[:12]})"
     )
-    return Samples(pictures, captions, f"{source}, and {len(SENTENCES)} sentences")
+    return Samples(images, captions, f"{source} and {len(FIXED_CAPTIONS)} fixed captions")
 
 
 @torch.no_grad()
 def outputs(model: nn.Module, pixels: torch.Tensor, tokens: torch.Tensor) -> Outputs:
-    """What an open_clip model gives for normalised pixels [n, 3, H, W] and tokens [m, L]."""
+    """Outputs of an open_clip model for normalised pixels [n, 3, H, W] and tokens [m, L]."""
     image_features = F.normalize(model.encode_image(pixels), dim=-1)
     text_features = F.normalize(model.encode_text(tokens), dim=-1)
     return Outputs(image_features, text_features, model.logit_scale.exp() * image_features @ text_features.T)
 
 
 def _drawing(number: int) -> Image.Image:
-    """A disc and a bar on a gradient, in sizes and colors that follow the number."""
+    """A disc and a bar on a gradient; sizes and colors depend on the number."""
     width, height = 200 + 30 * (number % 4), 200 + 40 * (number // 4)
     image = Image.merge(
         "RGB",

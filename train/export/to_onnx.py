@@ -1,4 +1,4 @@
-"""Both towers for onnxruntime, with which neither torch nor open_clip is needed to ask the model.
+"""Both towers for onnxruntime, for inference without torch and open_clip.
 
 image.onnx   pixels fp32 [b, 3, H, W], normalised   -> features fp32 [b, d], L2-normed
 text.onnx    tokens int64 [b, L]                    -> features fp32 [b, d], L2-normed
@@ -14,15 +14,15 @@ from torch import nn
 
 from train.export.reference import Outputs, max_difference
 
-# onnxruntime fuses products and reorders sums as it likes: 2e-7 was measured of ViT-L/14, and what is wrong
-# shows from 1e-2 on.
+# onnxruntime fuses and reorders operations: 2e-7 was measured for ViT-L/14. A wrong graph differs by 1e-2 and
+# more.
 BOUND = 1e-4
-# protobuf, and so an .onnx file, ends at 2 GiB; above, the weights lie in .onnx.data beside it
+# A protobuf, and so an .onnx file, holds at most 2 GiB; above that the weights are in .onnx.data beside it.
 ONE_FILE_BYTES = 1_900_000_000
 
 
 class _Tower(nn.Module):
-    """One tower as a plain function of its input, L2-normed."""
+    """One tower as a function of one input, with L2-normed output."""
 
     def __init__(self, model: nn.Module, encode: str):
         super().__init__()
@@ -33,10 +33,10 @@ class _Tower(nn.Module):
 
 
 def write(model: nn.Module, folder: Path, pixels: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Write image.onnx and text.onnx of an open_clip model, for any number of inputs at once.
+    """Write image.onnx and text.onnx of an open_clip model, for any batch size.
 
     Args:
-        pixels, tokens: two or more of each, to trace with.
+        pixels, tokens: at least two of each, for tracing.
     """
     for name, encode, input_name, inputs in (
         ("image", "encode_image", "pixels", pixels),
@@ -47,7 +47,7 @@ def write(model: nn.Module, folder: Path, pixels: torch.Tensor, tokens: torch.Te
         logging.disable(logging.WARNING)
         try:
             with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")  # of torch about itself
+                warnings.simplefilter("ignore")  # torch warns about its own internals
                 torch.onnx.export(
                     tower,
                     (inputs[:2],),
@@ -64,21 +64,21 @@ def write(model: nn.Module, folder: Path, pixels: torch.Tensor, tokens: torch.Te
 
 
 def compare(folder: Path, pixels: torch.Tensor, tokens: torch.Tensor, expected: Outputs) -> dict[str, float]:
-    """The largest differences of onnxruntime's features, for all inputs at once and for one alone."""
+    """The largest differences of onnxruntime's features, in one batch and for a single input."""
     import onnxruntime
 
-    found = {}
+    differences = {}
     for name, inputs, features in (
         ("image", pixels, expected.image_features),
         ("text", tokens, expected.text_features),
     ):
         session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
         input_name = session.get_inputs()[0].name
-        together, alone = (
-            torch.from_numpy(session.run(None, {input_name: part.numpy()})[0])
-            for part in (inputs, inputs[:1])
+        batched, single = (
+            torch.from_numpy(session.run(None, {input_name: batch.numpy()})[0])
+            for batch in (inputs, inputs[:1])
         )
-        found[f"{name}_features"] = max(
-            max_difference(together, features), max_difference(alone, features[:1])
+        differences[f"{name}_features"] = max(
+            max_difference(batched, features), max_difference(single, features[:1])
         )
-    return found
+    return differences

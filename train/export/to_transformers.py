@@ -1,12 +1,11 @@
-"""The same model as transformers' CLIPModel: weights renamed, config, preprocessor and tokenizer; and the
-proof that it is the same.
+"""Write a model as transformers' CLIPModel (weights, config, preprocessor, tokenizer), and compare it.
 
-  open_clip  visual.* transformer.* ...  -> CLIPModel  vision_model.* text_model.* ...        model.safetensors
+  open_clip  visual.* transformer.* ...  -> CLIPModel  vision_model.* text_model.* ...       model.safetensors
              in_proj (q, k, v in one)    ->            q_proj, k_proj, v_proj
              x @ proj                    ->            Linear, which holds the transpose
 
-Only export imports this module; transformers itself is imported where it is used, because training does
-without."""
+transformers is imported inside functions, because training does not need it.
+"""
 
 import dataclasses
 import math
@@ -24,10 +23,10 @@ from data_prep.errors import UserError
 from train.export.reference import Outputs, Samples, max_difference
 from train.model.clip import Clip
 
-# What CLIPModel can follow, whatever its value; any other setting has to be open_clip's default.
-# patch_dropout acts in training alone, pad_id and eos_id under settings that are refused, and a norm commutes
-# with the choice of one token.
-HELD = {
+# Settings that CLIPModel supports at any value; every other one must have open_clip's default. patch_dropout
+# acts in training only, pad_id and eos_id matter only under settings that are not supported, and a norm
+# commutes with selecting one token.
+SUPPORTED = {
     "model_cfg": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale"},
     "vision_cfg": (
         {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "pos_embed_type"}
@@ -55,7 +54,7 @@ RENAMES = [
     (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
     (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
     (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # spelled so in transformers
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # transformers' spelling
     (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
     (r"^visual\.proj$", "visual_projection.weight"),
     (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
@@ -63,72 +62,68 @@ RENAMES = [
     (r"^ln_final\.", "text_model.final_layer_norm."),
     (r"^text_projection$", "text_projection.weight"),
 ]
-# Both libraries sum in another order, which costs a few units of the last place of fp32 (6e-8); a wrong
-# activation or a swapped projection gives 1e-2 and more, at which the bound need not be sharp.
+# The libraries sum in different orders, which costs a few fp32 units in the last place (6e-8). A wrong
+# activation or a swapped projection differs by 1e-2 and more, so the bound need not be tight.
 FEATURES_BOUND = 1e-5
-PIXELS_BOUND = 1e-5  # Pillow does the resizing in both; (x / 255 - mean) / std is rounded at other places
+PIXELS_BOUND = 1e-5  # both resize with Pillow; (x / 255 - mean) / std is rounded at different points
 
 
-def odd_settings(clip: Clip) -> list[str]:
-    """Settings of the model that CLIPModel or CLIPProcessor has no place for, as "vision_cfg.pool_type =
-    'avg'".
-    """
+def unsupported_settings(clip: Clip) -> list[str]:
+    """Settings that CLIPModel or CLIPProcessor does not support, as "vision_cfg.pool_type = 'avg'"."""
     model_cfg = clip.config["model_cfg"]
-    found = [
-        f"{name} = {value!r}" for name, value in model_cfg.items() if name not in HELD["model_cfg"] and value
+    unsupported = [
+        f"{name} = {value!r}"
+        for name, value in model_cfg.items()
+        if name not in SUPPORTED["model_cfg"] and value
     ]
-    for part, schema in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        settings, default = dataclasses.asdict(schema(**model_cfg[part])), dataclasses.asdict(schema())
+    for tower, schema in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        settings, default = dataclasses.asdict(schema(**model_cfg[tower])), dataclasses.asdict(schema())
         if set(settings["norm_kwargs"] or {}) <= {"eps"}:
             settings["norm_kwargs"] = None
-        odd = {name for name in default if name not in HELD[part] and settings[name] != default[name]}
-        odd |= {
-            name for name in ("layers", "patch_size") if not isinstance(settings.get(name, 1), int)
-        }  # a ResNet, flat patches
-        found += [f"{part}.{name} = {settings[name]!r}" for name in default if name in odd]
+        names = {name for name in default if name not in SUPPORTED[tower] and settings[name] != default[name]}
+        # Lists here mean a ResNet, or patches that are not square.
+        names |= {name for name in ("layers", "patch_size") if not isinstance(settings.get(name, 1), int)}
+        unsupported += [f"{tower}.{name} = {settings[name]!r}" for name in default if name in names]
     if len(set(clip.image_size)) > 1:
-        found.append(f"image_size = {list(clip.image_size)}")
+        unsupported.append(f"image_size = {list(clip.image_size)}")
     if (mode := clip.config["preprocess_cfg"]["resize_mode"]) not in ("shortest", "squash"):
-        found.append(f"resize_mode = {mode!r}")
+        unsupported.append(f"resize_mode = {mode!r}")
     if type(clip.tokenizer) is not SimpleTokenizer:
-        found.append(f"the tokenizer {type(clip.tokenizer).__name__}")
-    return found
+        unsupported.append(f"the tokenizer {type(clip.tokenizer).__name__}")
+    return unsupported
 
 
-def odd_weights(clip: Clip) -> list[str]:
-    """Weights by which the model and CLIPModel differ in name or shape; for a model without odd settings."""
+def unsupported_weights(clip: Clip) -> list[str]:
+    """Weights whose name or shape differs from CLIPModel's; for a model without unsupported settings."""
     from transformers import CLIPModel
 
     with torch.device("meta"):
-        wanted = CLIPModel(config_of(clip, torch.float32)).state_dict()
-        given = renamed(
+        target = CLIPModel(config_of(clip, torch.float32)).state_dict()
+        ours = renamed(
             {
                 name: torch.empty_like(tensor, device="meta")
                 for name, tensor in clip.towers.model.state_dict().items()
             }
         )
-    shapes = [{name: tuple(tensor.shape) for name, tensor in weights.items()} for weights in (given, wanted)]
+    shapes = [{name: tuple(tensor.shape) for name, tensor in weights.items()} for weights in (ours, target)]
     return sorted(f"{name} {list(shape)}" for name, shape in shapes[0].items() ^ shapes[1].items())
 
 
 def write(clip: Clip, folder: Path, dtype: torch.dtype) -> None:
-    """Write what CLIPModel and CLIPProcessor read; for a model without odd settings and weights."""
+    """Write the files of CLIPModel and CLIPProcessor, for a model without unsupported settings or weights."""
     weights = renamed(clip.weights(dtype))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config_of(clip, dtype).save_pretrained(folder)
-    shutil.copymode(
-        folder / "config.json", folder / "model.safetensors"
-    )  # safetensors writes for its user alone
+    # safetensors makes its files readable by their owner only.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
     _image_processor(clip).save_pretrained(folder)
     tokenizer = _tokenizer(clip)
     tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.model.save(
-        str(folder)
-    )  # vocab.json and merges.txt, which transformers 4 wants
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, needed by transformers 4
 
 
 def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """open_clip's state dict as CLIPModel's; no tensor shares memory with another one."""
+    """open_clip's state dict under CLIPModel's names; no two tensors share memory."""
     result = {}
     for name, tensor in weights.items():
         new = _new_name(name)
@@ -187,27 +182,27 @@ def config_of(clip: Clip, dtype: torch.dtype):
 def compare(
     folder: Path, clip: Clip, samples: Samples, pixels: torch.Tensor, tokens: torch.Tensor, expected: Outputs
 ) -> dict:
-    """How far what `write` wrote is from the original, once transformers has loaded it, in fp32.
+    """Load what `write` wrote with transformers, in fp32, and compare it with the original.
 
     Args:
+        samples: images and captions.
         pixels, tokens: the samples as the original's preprocessing and tokenizer make them.
-        expected: what open_clip gives for these.
+        expected: open_clip's outputs for these.
 
     Returns:
         image_features, text_features, logits: the largest differences, for the same pixels and each library's
             own tokens.
-        pixels, pixels_torchvision: of CLIPProcessor's pixels of square pictures, with its Pillow and its
-            default backend. The default resizes otherwise, by a level or two of 255 where it works on bytes:
-            no bound can be given for all machines.
-        from_pictures, from_pictures_least_cosine: the whole way with the default backend, from the pictures
-            as they are. Where an odd number of pixels is to be cropped away, transformers rounds down and
-            open_clip to even, so that every fourth crop of pictures that are not square is a pixel beside.
-        captions_cleaned: captions of which open_clip repairs something (curly quotes, `&amp;`, full-width
-            letters: ftfy) that transformers leaves as it is, so that their tokens differ. Tokens of repaired
-            captions are equal.
+        pixels, pixels_torchvision: the largest differences of CLIPProcessor's pixels of square images, with
+            its Pillow and its default backend. The default backend resizes differently, by a level or two of
+            255 where it works on bytes, so no bound holds on all machines.
+        from_images, from_images_min_cosine: image features of the original images with the default backend.
+            Where an odd number of pixels is cropped away, transformers rounds down and open_clip to even, so
+            one crop in four of images that are not square is shifted by one pixel.
+        captions_cleaned: captions that open_clip cleans (curly quotes, `&amp;`, full-width letters: ftfy) and
+            transformers does not, so their tokens differ. Tokens of cleaned captions are equal.
 
     Raises:
-        UserError: they are not.
+        UserError: the tokenizers differ on cleaned captions.
     """
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
     from transformers.utils.logging import disable_progress_bar
@@ -219,40 +214,42 @@ def compare(
     processor = CLIPProcessor.from_pretrained(folder)
     cleaned = [clip.tokenizer.clean_fn(caption) for caption in samples.captions]
     texts = processor.tokenizer(cleaned, padding=True, truncation=True, return_tensors="pt")
-    for caption, ids, wanted in zip(
+    for caption, ids, reference in zip(
         cleaned, _until_end(texts.input_ids, model), _until_end(tokens, model), strict=True
     ):
-        if ids != wanted:
+        if ids != reference:
             raise UserError(
-                f"{clip.name}: CLIPTokenizer reads {caption!r} as {ids}, open_clip as {wanted}; nothing was"
-                " written; if the caption spells a special token, as <|endoftext|>, pass other --data"
+                f"{clip.name}: CLIPTokenizer reads {caption!r} as {ids}, open_clip as {reference}; nothing"
+                " was kept; if the caption contains a special token such as <|endoftext|>, pass other --data"
             )
     raw = processor.tokenizer(samples.captions, padding=True, truncation=True, return_tensors="pt").input_ids
-    changed = sum(
-        one != other
-        for one, other in zip(_until_end(raw, model), _until_end(texts.input_ids, model), strict=True)
+    n_cleaned = sum(
+        raw_ids != cleaned_ids
+        for raw_ids, cleaned_ids in zip(
+            _until_end(raw, model), _until_end(texts.input_ids, model), strict=True
+        )
     )
-    squares = [picture.crop((0, 0, min(picture.size), min(picture.size))) for picture in samples.pictures]
-    square_pixels = torch.stack([clip.preprocess(picture) for picture in squares])
+    squares = [image.crop((0, 0, min(image.size), min(image.size))) for image in samples.images]
+    square_pixels = torch.stack([clip.preprocess(image) for image in squares])
     by_pillow = CLIPImageProcessorPil.from_pretrained(folder)
     with torch.no_grad():
-        found = model(**texts, pixel_values=pixels)
-        pictures = processor.image_processor(samples.pictures, return_tensors="pt").pixel_values
-        from_pictures = model(**texts, pixel_values=pictures).image_embeds
+        output = model(**texts, pixel_values=pixels)
+        own_pixels = processor.image_processor(samples.images, return_tensors="pt").pixel_values
+        from_images = model(**texts, pixel_values=own_pixels).image_embeds
     return {
-        **Outputs(found.image_embeds, found.text_embeds, found.logits_per_image).differences(expected),
+        **Outputs(output.image_embeds, output.text_embeds, output.logits_per_image).differences(expected),
         "pixels": max_difference(by_pillow(squares, return_tensors="pt").pixel_values, square_pixels),
         "pixels_torchvision": max_difference(
             processor.image_processor(squares, return_tensors="pt").pixel_values, square_pixels
         ),
-        "from_pictures": max_difference(from_pictures, expected.image_features),
-        "from_pictures_least_cosine": (from_pictures * expected.image_features).sum(dim=1).min().item(),
-        "captions_cleaned": changed,
+        "from_images": max_difference(from_images, expected.image_features),
+        "from_images_min_cosine": (from_images * expected.image_features).sum(dim=1).min().item(),
+        "captions_cleaned": n_cleaned,
     }
 
 
 def bounds(clip: Clip) -> dict[str, float]:
-    """The most that a difference may be; logits are cosines times the temperature, and so is their bound."""
+    """The largest allowed differences; that of logits is scaled by the temperature, as logits are."""
     scale = max(1.0, clip.towers.model.logit_scale.exp().item())
     return {
         "image_features": FEATURES_BOUND,
@@ -269,8 +266,8 @@ def _new_name(name: str) -> str:
 
 
 def _until_end(tokens: torch.Tensor, model) -> list[list[int]]:
-    """Each row up to its end token; what follows is padding (0 in open_clip, the end token in transformers),
-    unseen by a causal tower.
+    """Each row up to its end token. Padding follows (0 in open_clip, the end token in transformers), which a
+    causal tower does not see.
     """
     end = model.config.text_config.eos_token_id
     return [row[: row.index(end) + 1] for row in tokens.tolist()]
@@ -293,11 +290,10 @@ def _image_processor(clip: Clip):
 
 
 def _tokenizer(clip: Clip):
-    """CLIPTokenizer from open_clip's own vocabulary, with the names that transformers gives the two special
-    tokens.
+    """CLIPTokenizer with open_clip's vocabulary and transformers' names of the two special tokens.
 
-    It pads with the end token, not with open_clip's 0: that is the token "!", and as a padding token it would
-    be cut out of captions."""
+    It pads with the end token and not with open_clip's 0, because 0 is the token "!" and would be removed
+    from captions as padding."""
     from transformers import CLIPTokenizer
 
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}

@@ -1,10 +1,10 @@
-"""The model card: every figure in it comes from a file, and what no file says is left out.
+"""The model card: every figure comes from a file; what no file contains is left out.
 
-RUN (recipe, environment, metrics) + SHARDS (manifest, report) + results of eval (JSON) + pictures ->
-FOLDER/README.md, FOLDER/pictures/
+RUN (recipe, environment, metrics) + SHARDS (manifest, report) + results of eval (JSON) + images ->
+FOLDER/README.md, FOLDER/images/
 
-The words are in card.md. Names of files and models are shown without the folders that they lie in on this
-machine."""
+The text is in card.md. Files and models are named without local folders.
+"""
 
 import json
 import math
@@ -15,20 +15,20 @@ from pathlib import Path
 import open_clip
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
-from train.export.folder import data_of
+from data_prep.tables import markdown_table
+from train.export.folder import FEATURES, RECORD, shards_of
 from train.model.clip import CONFIG_FILE, WEIGHTS_FILE, load, public_name
-from train.publish.card_tables import DIRECTIONS, markdown_table, read_tables
-from train.recipe import RESUME_SAFE
+from train.publish.card_tables import DIRECTIONS, read_tables
+from train.recipe import RESUME_SAFE, leaves
 from train.retain.select import EMA, TRAINED
 
 TEMPLATE = Path(__file__).parent / "card.md"
-PICTURES, CURVE = "pictures", "validation.png"
-SHOWN_PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".webp", ".gif")
+IMAGES, CURVE = "images", "validation.png"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".webp", ".gif")
 
 
 def write_card(
@@ -36,23 +36,23 @@ def write_card(
     repo: str,
     run: Path | None = None,
     results: tuple[Path, ...] = (),
-    pictures: tuple[Path, ...] = (),
+    images: tuple[Path, ...] = (),
     dataset: tuple[str, ...] = (),
     license: str = "",
 ) -> str:
-    """Write the card of an exported folder, and the pictures that it shows.
+    """Write the card of an exported folder, and the images that it shows.
 
     Args:
         repo: USER/NAME, where it will be loaded from.
         results: JSON of `python -m eval retrieval --json` or of `python -m eval compare`.
-        dataset: hub data sets beside those that the shards were made of.
-        license: as the hub writes it; "" leaves it out.
+        dataset: data sets on the hub, beside those that the shards were made of.
+        license: by its hub identifier; "" leaves it out.
 
     Returns:
         The card.
 
     Raises:
-        UserError: a result or a picture cannot be read, or is of other weights.
+        UserError: a result or an image cannot be read, or a result is of other weights.
     """
     recipe = recipe_of(run) if run else {}
     data = data_facts(run) if run else {}
@@ -60,7 +60,7 @@ def write_card(
     base = base_of(recipe["model"]) if run else ""
     base_model = hub_id(base)
     datasets = sorted({*dataset, *data.get("hub_datasets", [])})
-    measured = [each for table in tables for each in table.eval_results(datasets)]
+    eval_results = [result for table in tables for result in table.eval_results(datasets)]
     metadata = ModelCardData(
         license=license or None,
         library_name="open_clip",
@@ -69,8 +69,8 @@ def write_card(
         base_model_relation="finetune" if base_model else None,
         datasets=datasets or None,
         tags=["clip", "open_clip", "image-text-retrieval"],
-        model_name=repo.split("/")[1] if measured else None,
-        eval_results=measured or None,
+        model_name=repo.split("/")[1] if eval_results else None,
+        eval_results=eval_results or None,
     )
     card = ModelCard.from_template(
         metadata,
@@ -84,8 +84,8 @@ def write_card(
         data=data,
         training=training_facts(run) if run else {},
         results=[table.markdown() for table in tables],
-        has_control=any(table.is_control for table in tables),
-        pictures=gather_pictures(folder, run, pictures),
+        has_retention=any(table.is_retention for table in tables),
+        images=[f"{IMAGES}/{name}" for name in gather_images(folder, run, images)],
         in_transformers=(folder / "config.json").is_file(),
     )
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
@@ -99,16 +99,14 @@ def recipe_of(run: Path) -> dict:
 
 
 def base_of(model: str) -> str:
-    """The MODEL that a chain of runs began with."""
+    """The MODEL that the first run of a chain started from."""
     while (Path(model) / "recipe.yaml").is_file():
         model = recipe_of(Path(model))["model"]
     return model
 
 
 def hub_id(model: str) -> str | None:
-    """The repository that a MODEL comes from, where open_clip knows one: ViT-L-14:laion2b_s32b_b82k has
-    USER/NAME of LAION's.
-    """
+    """The hub repository of a MODEL if it has one; open_clip knows those of its NAME:PRETRAINED."""
     if model.startswith("hf-hub:"):
         return model.removeprefix("hf-hub:").partition("@")[0]
     name, _, tag = model.partition(":")
@@ -116,49 +114,40 @@ def hub_id(model: str) -> str | None:
 
 
 def recipe_table(recipe: dict) -> str:
-    """The keys that decide what a run computes."""
-    leaves = {}
-    for key, value in recipe.items():
-        if key not in RESUME_SAFE:
-            leaves |= (
-                {f"{key}.{name}": each for name, each in value.items()}
-                if isinstance(value, dict)
-                else {key: value}
-            )
-    if leaves:
-        leaves["model"] = public_name(leaves["model"])
-        leaves |= {
-            key: Path(recipe[key]).name for key in ("replay", "control") if recipe.get(key)
-        }  # no folders of this machine
-    return (
-        markdown_table([["key", "value"], *([name, f"`{value}`"] for name, value in leaves.items())])
-        if leaves
-        else ""
-    )
+    """The keys that decide what a run computes; "" without a recipe."""
+    if not recipe:
+        return ""
+    # No local folders: the card is published.
+    folders = {key: Path(recipe[key]).name for key in ("replay", "retention_set") if recipe.get(key)}
+    values = leaves(recipe | folders | {"model": public_name(recipe["model"])})
+    shown = [key for key in values if key not in RESUME_SAFE or (key == "replay" and values[key])]
+    rows = [[key, f"`{values[key]}`"] for key in shown]
+    return markdown_table(("key", "value"), rows)
 
 
 def weights_of(folder: Path) -> str:
-    """The fingerprint of the model that an export is of, which results of eval carry too."""
+    """The fingerprint of the exported model, by which results of eval are matched."""
     return (
-        json.loads((folder / "export.json").read_text()).get("weights_sha256")
+        json.loads((folder / RECORD).read_text()).get("weights_sha256")
         or load(f"local-dir:{folder}").fingerprint()
     )
 
 
 def model_facts(folder: Path) -> dict:
-    """What the exported files say of the model."""
+    """Facts of the model, from the exported files."""
     config = json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]
     with safe_open(folder / WEIGHTS_FILE, "pt") as weights:
-        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 not a dict
-    record = json.loads((folder / "export.json").read_text())
+        names = weights.keys()  # safe_open gives no dict to iterate over
+        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    record = json.loads((folder / RECORD).read_text())
     differences = {}
-    for kind, found in record.get("differences", {}).items():
-        if values := [found[name] for name in ("image_features", "text_features") if name in found]:
-            differences[kind] = f"{max(values):.2g}"
-    least_cosine = record.get("differences", {}).get("transformers", {}).get("from_pictures_least_cosine")
+    for file_format, measured in record["differences"].items():
+        if values := [measured[name] for name in FEATURES if name in measured]:
+            differences[file_format] = f"{max(values):.2g}"
+    min_cosine = record["differences"].get("transformers", {}).get("from_images_min_cosine")
     return {
-        "from_pictures_least_cosine": f"{least_cosine:.4f}" if least_cosine else "",
-        "dtype": record.get("dtype", "fp32"),
+        "from_images_min_cosine": f"{min_cosine:.4f}" if min_cosine else "",
+        "dtype": record["dtype"],
         "differences": differences,
         "parameters": f"{parameters / 1e6:.1f} million",
         "embed_dim": config["embed_dim"],
@@ -168,52 +157,55 @@ def model_facts(folder: Path) -> dict:
 
 
 def data_facts(run: Path) -> dict:
+    """Facts of the training data; its sha256 alone if the shards are gone or have changed."""
     facts = {"sha256": json.loads((run / "environment.json").read_text())["data_fingerprint"]}
-    if (folder := data_of(run)) is None:
+    if (folder := shards_of(run)) is None:
         return facts
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    inputs = list(manifest["inputs"])
-    hub = [found[1] for source in inputs if (found := re.match(r"hf://datasets/([^/@]+/[^/@]+)", source))]
+    inputs = list(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["inputs"])
+    matches = [re.match(r"hf://datasets/([^/@]+/[^/@]+)", source) for source in inputs]
     names = [re.split(r"[?#]", source.rstrip("/"))[0].rsplit("/", 1)[-1] for source in inputs]
-    facts |= {"hub_datasets": hub, "inputs": names[:5], "more_inputs": max(0, len(names) - 5)}
+    facts["hub_datasets"] = [match[1] for match in matches if match]
+    facts |= {"inputs": names[:5], "more_inputs": max(0, len(names) - 5)}
     if (folder / "report.json").is_file():
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        columns = ("images", "captions", "groups")
         rows = [
-            [name, *(f"{counts[kind]:,}" for kind in ("images", "captions", "groups"))]
-            for name, counts in report["splits"].items()
+            [split, *(f"{counts[column]:,}" for column in columns)]
+            for split, counts in report["splits"].items()
         ]
         facts |= {"rows": f"{report['rows']:,}", "rejects": f"{report['rejects']:,}"}
-        facts["splits"] = markdown_table([["split", "images", "captions", "groups"], *rows])
+        facts["splits"] = markdown_table(("split", *columns), rows)
     return facts
 
 
 def training_facts(run: Path) -> dict:
-    """Pairs seen, the machine, and how long the steps took."""
+    """Pairs seen, exported weights, machine and training time."""
     environment = json.loads((run / "environment.json").read_text())
-    device, ranks = environment["device"], environment["world_size"]
-    facts = {
-        "device": (
-            f"{ranks} x {device}"
-            if device != "cpu"
-            else f"{ranks} x CPU with {environment['threads']} threads"
-        )
-    }
-    facts["packages"] = ", ".join(
-        f"{name} {environment['packages'][name]}" for name in ("torch", "open_clip_torch")
-    )
     state = json.loads((run / "checkpoints" / "best" / "state.json").read_text())
-    facts["weights"] = {TRAINED: "", EMA: "a moving average over the steps"}.get(
-        name := state.get("weights", TRAINED), f"a {name}"
-    )
-    facts |= {"samples": f"{state['samples']:,}", "commit": (environment["git_commit"] or "")[:12]}
+    device, ranks = environment["device"], environment["world_size"]
+    if device == "cpu":
+        device = f"CPU with {environment['threads']} threads"
+    facts = {
+        "device": f"{ranks} x {device}",
+        "packages": ", ".join(
+            f"{name} {environment['packages'][name]}" for name in ("torch", "open_clip_torch")
+        ),
+        "weights": weights_in_words(state.get("weights", TRAINED)),
+        "samples": f"{state['samples']:,}",
+        "commit": (environment["git_commit"] or "")[:12],
+    }
     if seconds := seconds_of_steps(_log(run)):
-        unit, size = next(
-            (unit, size)
-            for unit, size in (("hours", 3600), ("minutes", 60), ("seconds", 1))
-            if seconds >= size or size == 1
-        )
+        units = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+        unit, size = next((unit, size) for unit, size in units if seconds >= size or size == 1)
         facts["time"] = f"{seconds / size:.1f} {unit}"
     return facts
+
+
+def weights_in_words(weights: str) -> str:
+    """Exported weights that are not the trained ones: "ema", "wise_ft 0.50" -> "WiSE-FT, alpha 0.50"."""
+    if weights in (TRAINED, EMA):
+        return {TRAINED: "", EMA: "exponential moving average (EMA)"}[weights]
+    return f"WiSE-FT, alpha {weights.split()[-1]}"
 
 
 def _log(run: Path) -> list[dict]:
@@ -221,9 +213,7 @@ def _log(run: Path) -> list[dict]:
 
 
 def seconds_of_steps(log: list[dict]) -> float:
-    """What the logged steps took, waiting for data included: validation, checkpoints and what was done twice
-    are not in it.
-    """
+    """Duration of the logged steps, waiting for data included, validation and checkpoints excluded."""
     seconds, before = 0.0, 0
     for line in log:
         if "time/pairs_per_s" in line:
@@ -232,25 +222,31 @@ def seconds_of_steps(log: list[dict]) -> float:
     return seconds
 
 
-def gather_pictures(folder: Path, run: Path | None, pictures: tuple[Path, ...]) -> list[str]:
-    """Put the curve of validation and the given files into FOLDER/pictures, and nothing else; their names."""
-    shutil.rmtree(folder / PICTURES, ignore_errors=True)
-    (folder / PICTURES).mkdir()
-    names = [CURVE] if run and draw_curve(_log(run), folder / PICTURES / CURVE) else []
-    for path in pictures:
-        if path.suffix.lower() not in SHOWN_PICTURES or not path.is_file():
-            raise UserError(f"--pictures {path}: {', '.join(SHOWN_PICTURES)} files are wanted")
+def gather_images(folder: Path, run: Path | None, images: tuple[Path, ...]) -> list[str]:
+    """Replace FOLDER/images by the validation curve and the given files.
+
+    Returns:
+        File names in FOLDER/images.
+    """
+    shutil.rmtree(folder / IMAGES, ignore_errors=True)
+    (folder / IMAGES).mkdir()
+    names = [CURVE] if run and draw_curve(_log(run), folder / IMAGES / CURVE) else []
+    for path in images:
+        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+            raise UserError(f"--images {path}: must be an existing file, {', '.join(IMAGE_SUFFIXES)}")
         if (name := re.sub(r"[^\w.-]", "-", path.name)) in names:
-            raise UserError(f"--pictures {path}: there is another {name}; rename one")
-        shutil.copyfile(path, folder / PICTURES / name)
+            raise UserError(f"--images {path}: another image is called {name}; rename one")
+        shutil.copyfile(path, folder / IMAGES / name)
         names.append(name)
     if not names:
-        (folder / PICTURES).rmdir()
+        (folder / IMAGES).rmdir()
     return names
 
 
 def draw_curve(log: list[dict], path: Path) -> bool:
-    """R@1 on the validation split over the run; False where there were no two validations to join by a line."""
+    """Draw R@1 on the validation split over the run; False, and no file, with fewer than two validations."""
+    from matplotlib.figure import Figure
+
     lines = [line for line in log if "val/image_to_text/R@1" in line]
     if len(lines) < 2:
         return False
@@ -268,5 +264,5 @@ def draw_curve(log: list[dict], path: Path) -> bool:
     axes.set(xlabel="pairs seen", ylabel="R@1 on the validation split, %", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, metadata={"Software": None})  # the same log gives the same bytes
+    figure.savefig(path, metadata={"Software": None})  # so that the same log gives the same bytes
     return True

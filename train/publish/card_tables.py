@@ -1,6 +1,4 @@
-"""Results of eval as the model card shows them: a table per split, other models beside this one, and the same
-as metadata.
-"""
+"""Results of eval for the model card: a table per split with other models, and metadata for the hub."""
 
 import json
 from pathlib import Path
@@ -8,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from data_prep.errors import UserError
+from data_prep.tables import markdown_table
 from train.model.clip import public_name
 
 MEASURES = {
@@ -21,124 +20,127 @@ MEASURES = {
 DIRECTIONS = ("image_to_text", "text_to_image", "image_to_image")
 
 
-def markdown_table(rows: list[list[str]]) -> str:
-    head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
 def read_tables(paths: tuple[Path, ...], weights: str) -> list["Table"]:
-    """The results in some files of eval; those on the same split share a table.
+    """The results in some files of eval; results on the same split share a table.
 
     Args:
-        weights: sha256 of the model that the card is for, see train.model.clip.Clip.fingerprint.
+        weights: sha256 of the published model, see train.model.clip.Clip.fingerprint.
 
     Raises:
-        UserError: not such a file, or no figures of these weights in it.
+        UserError: not such a file, or it has no figures of these weights.
     """
-    found: dict[tuple, dict] = {}
+    tables: dict[tuple, dict] = {}
     for path in paths:
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--results {path}: not readable ({error}); python -m eval retrieval MODEL --json FILE"
-                " makes one"
-            ) from None
-        if not isinstance(result, dict) or not (
-            {"models", "n_images"} <= result.keys() or {"model", "metrics"} <= result.keys()
-        ):
-            raise UserError(
-                f"--results {path}: not a result of python -m eval retrieval --json or python -m eval compare"
+        result = _read(path)
+        for split, is_retention in ((result, False), (result.get("retention"), True)):
+            if not split:
+                continue
+            facts = {name: split[name] for name in ("data", "data_sha256", "n_images", "n_texts")}
+            table = tables.setdefault(
+                (split["data"], split["data_sha256"]), {**facts, "is_retention": is_retention, "models": []}
             )
-        for one, is_control in ((result, False), (result.get("control"), True)):
-            if one:
-                group = {name: one[name] for name in ("data", "data_sha256", "n_images", "n_texts")} | {
-                    "is_control": is_control
-                }
-                models = found.setdefault((one["data"], one["data_sha256"]), {**group, "models": []})[
-                    "models"
-                ]
-                known = {model["weights_sha256"] for model in models}
-                models += [model for model in _with_base(one) if model["weights_sha256"] not in known]
-    return [Table(group, weights) for group in found.values()]
+            known = {model["weights_sha256"] for model in table["models"]}
+            table["models"] += [
+                model for model in _with_baseline(split) if model["weights_sha256"] not in known
+            ]
+    return [Table(table, weights) for table in tables.values()]
 
 
-def _with_base(result: dict) -> list[dict]:
-    """A result's models; those of a comparison say what their differences are to."""
+def _read(path: Path) -> dict:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--results {path}: cannot be read ({error}); make one with: python -m eval retrieval MODEL"
+            " --data SHARDS --json FILE"
+        ) from None
+    if not isinstance(result, dict) or not (
+        {"models", "n_images"} <= result.keys() or {"model", "metrics"} <= result.keys()
+    ):
+        raise UserError(
+            f"--results {path}: must be the JSON of python -m eval retrieval --json or python -m eval compare"
+        )
+    return result
+
+
+def _with_baseline(result: dict) -> list[dict]:
+    """A result's models; those of a comparison name the model that their differences are relative to."""
     if "models" in result:
-        return [{**model, "base": result["models"][0]["model"]} for model in result["models"]]
+        return [{**model, "baseline": result["models"][0]["model"]} for model in result["models"]]
     return [{**result, "differences": {}}]
 
 
 class Table:
-    """The figures of some models on one split.
+    """Metrics of some models on one split.
 
     Args:
-        found: data, n_images, n_texts, is_control, and models, results of eval.
-        weights: sha256 of the model that the card is for, one of them.
+        facts: data, n_images, n_texts, is_retention (the retention set), and models, results of eval.
+        weights: sha256 of the published model, which is one of them.
     """
 
-    def __init__(self, found: dict, weights: str):
-        folder, _, split = found["data"].rpartition(", ")
+    def __init__(self, facts: dict, weights: str):
+        folder, _, split = facts["data"].rpartition(", ")
         self.folder, self.split = Path(folder).name, split
         self.data = f"{self.folder}, {split}"
-        self.n_images, self.n_texts, self.is_control = (
-            found["n_images"],
-            found["n_texts"],
-            found["is_control"],
-        )
-        self.models: list[dict] = found["models"]
-        self.ours = next((model for model in self.models if model["weights_sha256"] == weights), None)
-        if self.ours is None:
+        self.n_images, self.n_texts = facts["n_images"], facts["n_texts"]
+        self.is_retention: bool = facts["is_retention"]
+        self.models: list[dict] = facts["models"]
+        self.published = next((model for model in self.models if model["weights_sha256"] == weights), None)
+        if self.published is None:
             names = ", ".join(model["model"] for model in self.models)
             raise UserError(
-                f"--results: on {self.data} there are figures of {names}, but these are not the weights to"
-                f" publish (sha256 {weights[:12]}...); evaluate them with: python -m eval retrieval MODEL"
-                " --json FILE"
+                f"--results: on {self.data} there are results of {names}, none of which has the weights to"
+                f" publish (sha256 {weights[:12]}...); evaluate them: python -m eval retrieval MODEL --data"
+                " SHARDS --json FILE"
             )
 
     def markdown(self) -> dict[str, str]:
-        """A title and a table: chance, each model with 95 % intervals, and the paired difference where one
-        was made.
+        """`title` and `table`: chance, each model with its 95 % intervals, and paired differences if there
+        are any.
         """
-        others = [model for model in self.models if model is not self.ours]
-        shown = [*others, self.ours]
-        changes = self.ours.get("differences", {})
-        head = ["", "chance", *(public_name(model["model"]) for model in others), "**this model**"]
-        rows = [[*head, f"change to {public_name(self.ours['base'])}"] if changes else head]
-        for prefix, ending in (("", ""), ("legacy_diagonal/", ", by instance")):
-            for direction in DIRECTIONS:
-                for measure, title in MEASURES.items():
-                    name = f"{prefix}{direction}/{measure}"
-                    if name in self.ours["metrics"] and (not prefix or measure == "R@1"):
-                        cells = [
-                            "" if prefix else _cell(self.ours, f"chance/{name}"),
-                            *(_cell(model, name) for model in shown),
-                        ]
-                        change = changes.get(
-                            "" if prefix else f"{direction}/{'rank' if measure == 'mean_rank' else measure}"
-                        )
-                        more = [_change(change, measure)] if changes else []
-                        rows.append([f"{direction.replace('_', ' ')}, {title}{ending}", *cells, *more])
+        others = [model for model in self.models if model is not self.published]
+        differences = self.published.get("differences", {})
+        columns = ["", "chance", *(public_name(model["model"]) for model in others), "**this model**"]
+        if differences:
+            columns.append(f"difference from {public_name(self.published['baseline'])}")
+        names = [(f"{direction}/{measure}", "") for direction in DIRECTIONS for measure in MEASURES]
+        names += [(f"instance/{direction}/R@1", ", instance") for direction in DIRECTIONS]
+        rows = [
+            self._row(name, ending, [*others, self.published], differences)
+            for name, ending in names
+            if name in self.published["metrics"]
+        ]
         title = f"{self.data}: {self.n_images:,} images, {self.n_texts:,} distinct captions"
-        return {"title": f"Control, {title}" if self.is_control else title, "table": markdown_table(rows)}
+        if self.is_retention:
+            title = f"Retention set, {title}"
+        return {"title": title, "table": markdown_table(columns, rows)}
+
+    def _row(self, name: str, ending: str, models: list[dict], differences: dict) -> list[str]:
+        """One metric: its title, chance, each model, and the difference where the table has that column."""
+        *instance, direction, measure = name.split("/")
+        cells = ["" if instance else _cell(self.published, f"chance/{name}")]
+        cells += [_cell(model, name) for model in models]
+        if differences:
+            key = f"{direction}/{'rank' if measure == 'mean_rank' else measure}"
+            cells.append("" if instance else _difference(differences.get(key), measure))
+        return [f"{direction.replace('_', ' ')}, {MEASURES[measure]}{ending}", *cells]
 
     def eval_results(self, datasets: list[str]) -> list[EvalResult]:
-        """The same for the card's metadata."""
+        """The metrics as metadata of the hub."""
         return [
             EvalResult(
                 task_type=f"{direction.replace('_', '-')}-retrieval",
                 task_name=f"{direction.replace('_', ' ')} retrieval",
-                dataset_type=datasets[0] if len(datasets) == 1 and not self.is_control else self.folder,
+                dataset_type=datasets[0] if len(datasets) == 1 and not self.is_retention else self.folder,
                 dataset_name=self.folder,
                 dataset_split=self.split,
                 metric_type=measure,
                 metric_name=MEASURES[measure],
-                metric_value=self.ours["metrics"][f"{direction}/{measure}"],
+                metric_value=self.published["metrics"][f"{direction}/{measure}"],
             )
             for direction in DIRECTIONS
             for measure in MEASURES
-            if f"{direction}/{measure}" in self.ours["metrics"]
+            if f"{direction}/{measure}" in self.published["metrics"]
         ]
 
 
@@ -150,13 +152,14 @@ def _cell(model: dict, name: str) -> str:
     if (value := model["metrics"].get(name)) is None:
         return ""
     scale, unit = _scale(name)
-    low_high = model.get("intervals", {}).get(name, ())
-    ends = f" [{', '.join(f'{scale * each:.1f}' for each in low_high)}]" if low_high else ""
-    return f"{scale * value:.1f}{unit}{ends}"
+    ends = model.get("intervals", {}).get(name, ())
+    interval = f" [{', '.join(f'{scale * end:.1f}' for end in ends)}]" if ends else ""
+    return f"{scale * value:.1f}{unit}{interval}"
 
 
-def _change(change: list[float] | None, measure: str) -> str:
-    if not change:
+def _difference(difference: list[float] | None, measure: str) -> str:
+    """A paired difference [value, low, high, p] with its interval."""
+    if not difference:
         return ""
-    value, low, high = (_scale(measure)[0] * each for each in change[:3])
+    value, low, high = (_scale(measure)[0] * number for number in difference[:3])
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -1,80 +1,35 @@
-"""A learning rate for your data: a few short runs that differ in nothing else, and the rate to take.
-
-  python -m train.lr train/recipes/icons.yaml --data SHARDS --out runs/lr
-      a quarter of the recipe's epochs at a tenth, a third, once, three and ten times its rate; --optim.lr for
-      the center
-  ... --rates 1e-6 3e-6 1e-5 --part 0.5
-      these rates, and half of the epochs; rates that were tried before with as many epochs count too
-
-Each run has its whole warm-up and cosine, the same seed and data. The runs, their table and a plot (lr.png)
-are in --out. The same command goes on, as `python -m train.sweep` does."""
+"""Search for a learning rate (train.lr): short runs, then a rate by the one-standard-error rule."""
 
 import math
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from data_prep.errors import NotFinite, UserError
+from data_prep.atomic import atomic_file
+from data_prep.errors import NotFinite
 from data_prep.shards import Shards
-from train.bench.table import write_png
-from train.recipe import Recipe, differences, parse
-from train.tune.sweep import end, plan, train_all
-from train.tune.table import CONTROL, SCORE, markdown, recipes_in, results, write
+from train.recipe import Recipe, differences
+from train.retain.select import RETENTION
+from train.tune.sweep import report_rest, train_all
+from train.tune.table import SCORE, markdown, recipes_in, results, write
 
-GRID = (0.1, 1 / 3, 1, 3, 10)
-
-
-@dataclass(frozen=True)
-class Search(Recipe):
-    """A recipe, and the rates to try."""
-
-    out: str = field(kw_only=True)
-    """Folder for the runs, their table and the plot."""
-    rates: tuple[float, ...] = ()
-    """Peak learning rates; none is a tenth, a third, once, three and ten times optim.lr."""
-    part: float = 0.25
-    """Of the recipe's epochs, rounded; at least one."""
-    nproc: int = 1
-    """Processes of each run, one per GPU, as torchrun's --nproc_per_node."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    if not words:
-        print(__doc__.strip())
-        return
-    settings = parse([*words, "--run", "unused"], Search)
-    if not 0 < settings.part <= 1:
-        raise UserError(
-            f"--part {settings.part}: a part of the epochs is wanted, above 0, and 1 for all of them"
-        )
-    rates = settings.rates or [float(f"{settings.optim.lr * factor:.1e}") for factor in GRID]
-    if len(set(rates)) < 2 or min(rates) <= 0:
-        raise UserError(f"--rates {' '.join(map(str, rates))}: at least two are wanted, above 0")
-    epochs = max(1, round(settings.part * settings.epochs))
-    vary = [f"epochs={epochs}", f"optim.lr={','.join(f'{rate:g}' for rate in sorted(set(rates)))}"]
-    search(
-        Path(settings.out),
-        plan([*words, "--run", "unused"], Search, vary, Path(settings.out)),
-        settings.nproc,
-    )
-
-
-def search(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
-    """Train the runs that are not finished; print and write their table, the plot, and the rate to take.
+def find_rate(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
+    """Train the runs that are not finished; print and write their table, the plot and the rate to use.
 
     Args:
-        recipes: by the names of their runs; they differ in optim.lr.
+        recipes: by the names of their runs; they differ in optim.lr alone.
 
     Raises:
-        UserError: there is no val split to judge by, or a run cannot begin.
-        Fault: runs failed, and not because they diverged.
+        UserError: there is no val split to compare on, or a run cannot start.
+        Fault: runs failed for another reason than divergence.
     """
     first = next(iter(recipes.values()))
-    n = len(np.unique(Shards(first.data, "val").groups))
+    n_groups = len(np.unique(Shards(first.data, "val").groups))
     failed, stopped = train_all(folder, recipes, nproc)
     known = {
         name: recipe
@@ -82,112 +37,125 @@ def search(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
         if recipe and _is_comparable(recipe, first)
     } | recipes
     rows = results(folder, known, failed)
-    text = markdown(rows)
-    # A rate that diverges is a result, and no failure; where that was in the last steps, the run is over
-    # without a validation.
     diverged = {name for name, code in failed.items() if code == NotFinite.exit_code}
+    # A run that diverges in its last steps finishes without a validation.
     diverged |= {row["run"] for row in rows if row["state"] == "finished" and row["score"] is None}
-    if over := [row for row in rows if row["state"] == "finished" and row["run"] not in diverged]:
-        scores = {known[row["run"]].optim.lr: row["score"] for row in over}
-        controls = {
-            known[row["run"]].optim.lr: row["metrics"][CONTROL] for row in over if CONTROL in row["metrics"]
-        }
-        before = over[0]["before"][SCORE]
-        rate, why = suggest(scores | {known[name].optim.lr: 0.0 for name in diverged}, before, n)
-        if waiting := len(rows) - len(over) - len(diverged):
-            why.append(f"{waiting} of {len(rows)} rates are not finished, and may change this.")
-        write_png(folder / "lr.png", plot(scores, controls, before, rate, n))
-        text += f"\n\n{' '.join(why)}\n\n    --optim.lr {rate:g}"
+    finished = [row for row in rows if row["state"] == "finished" and row["run"] not in diverged]
+    done = {row["run"] for row in finished} | diverged
+    n_done = len(done & set(recipes))
+    text = markdown(rows)
+    if n_done < len(recipes):
+        text += (
+            f"\n\nThe search is unfinished: {n_done} of {len(recipes)} rates are trained. The same command"
+            " resumes it and then recommends a rate."
+        )
+    elif not finished:
+        text += "\n\nEvery rate diverged; try smaller ones with --rates."
+    else:
+        text += f"\n\n{_recommend(folder, finished, diverged, known, n_groups)}"
     print(text)
     write(folder, rows, text)
-    end(folder, {name: code for name, code in failed.items() if name not in diverged}, stopped)
+    report_rest(folder, {name: code for name, code in failed.items() if name not in diverged}, stopped)
 
 
-def _is_comparable(one: Recipe, other: Recipe) -> bool:
-    return all(difference.startswith("optim.lr: ") for difference in differences(one, other))
+def _recommend(
+    folder: Path, finished: list[dict], diverged: set[str], recipes: dict[str, Recipe], n_groups: int
+) -> str:
+    """Draw lr.png; the reasons and the rate to use, as text."""
+    rates = {name: recipe.optim.lr for name, recipe in recipes.items()}
+    scores = {rates[row["run"]]: row["score"] for row in finished}
+    retention = {
+        rates[row["run"]]: row["metrics"][RETENTION] for row in finished if RETENTION in row["metrics"]
+    }
+    before = finished[0]["before"][SCORE]
+    rate, reasons = suggest(scores | {rates[name]: 0.0 for name in diverged}, before, n_groups)
+    with atomic_file(folder / "lr.png") as partial:
+        plot(scores, retention, before, rate, n_groups).savefig(partial, format="png", dpi=150)
+    return f"{' '.join(reasons)}\n\n    --optim.lr {rate:g}"
+
+
+def _is_comparable(recipe: Recipe, reference: Recipe) -> bool:
+    return all(difference.startswith("optim.lr: ") for difference in differences(recipe, reference))
 
 
 def standard_error(score: float, n: int) -> float:
-    """Of a share of `n` queries that stand for themselves: sqrt(p (1 - p) / n)."""
+    """Standard error of a proportion over `n` independent queries: sqrt(p (1 - p) / n)."""
     return math.sqrt(score * (1 - score) / n)
 
 
-def suggest(scores: dict[float, float], before: float, n: int) -> tuple[float, list[str]]:
-    """The rate to take, and sentences that say why.
+def suggest(scores: dict[float, float], before: float, n_groups: int) -> tuple[float, list[str]]:
+    """The rate to use, and the reasons as sentences.
 
-    It is the smallest in the row of rates that begins at the best one and goes down while the score stays
-    within one standard error of the best (the rule of Breiman et al. 1984, section 3.4.3): where the figures
-    cannot tell, less is forgotten at the smaller rate, and a whole run gives it more steps than this short
-    one did.
+    Starting from the best rate, go to smaller rates while the score stays within one standard error of the
+    best (the one-standard-error rule, Breiman et al. 1984, section 3.4.3). Where scores cannot be told apart,
+    the smaller rate forgets less, and the full run gives it more steps than the short one did.
 
     Args:
-        scores: of each rate, in 0..1; 0 of one that diverged.
+        scores: mean R@1 in 0..1 by rate; 0 for a rate that diverged.
         before: the score of the weights before training.
-        n: groups in the val split. The images of a group stand or fall together, so they count once; the
-            rates are compared on the same images, so the error between them is smaller than this one.
+        n_groups: groups in the val split; queries of one group are correlated and count once. All rates are
+            compared on the same images, so the true error of a difference is smaller.
     """
     rates = sorted(scores)
     best = max(rates, key=lambda rate: (scores[rate], -rate))
-    error, chosen = standard_error(scores[best], n), best
+    error, chosen = standard_error(scores[best], n_groups), best
     for rate in reversed(rates[: rates.index(best)]):
         if scores[best] - scores[rate] > error:
             break
         chosen = rate
-    why = [
-        f"The best by validation is {best:g}: mean R@1 {100 * scores[best]:.1f} %, ± {100 * error:.1f} for"
-        f" {n} groups."
+    reasons = [
+        f"Best on val: {best:g}, mean R@1 {100 * scores[best]:.1f} % (standard error {100 * error:.1f},"
+        f" {n_groups} groups)."
     ]
     if chosen != best:
-        why.append(
-            f"{chosen:g} is within that of it ({100 * scores[chosen]:.1f} %), and smaller rates forget less."
+        reasons.append(
+            f"{chosen:g} is within one standard error ({100 * scores[chosen]:.1f} %); the smaller rate"
+            " forgets less."
         )
     if best == rates[-1] and len(rates) > 1:
-        why.append(
-            f"{best:g} is the largest that was tried: try further, --rates {3 * best:.2g} {10 * best:.2g}."
+        reasons.append(
+            f"{best:g} is the largest rate tried; try larger ones: --rates {3 * best:.2g} {10 * best:.2g}."
         )
     if chosen == rates[0] and len(rates) > 1:
-        why.append(
-            f"{chosen:g} is the smallest that was tried: try further, --rates {chosen / 10:.2g}"
+        reasons.append(
+            f"{chosen:g} is the smallest rate tried; try smaller ones: --rates {chosen / 10:.2g}"
             f" {chosen / 3:.2g}."
         )
     if max(scores.values()) - min(scores.values()) <= error and len(rates) > 1:
-        why.append(
-            "All rates are within the error: this search cannot tell them apart; a larger --part, or more"
-            " validation data, might."
+        reasons.append(
+            "All rates are within one standard error, so this search cannot rank them; use a larger"
+            " --epochs-fraction or more validation data."
         )
     if scores[best] <= before:
-        why.append(
-            f"None is better than the weights before training ({100 * before:.1f} %): a larger --part may"
-            " show more."
+        reasons.append(
+            f"No rate is better than the weights before training ({100 * before:.1f} %); try a larger"
+            " --epochs-fraction."
         )
-    return chosen, why
+    return chosen, reasons
 
 
 def plot(
-    scores: dict[float, float], controls: dict[float, float], before: float, chosen: float, n: int
-) -> Figure:
-    """Mean R@1 over the rate, with its standard error; on the control set too, where there is one."""
+    scores: dict[float, float], retention: dict[float, float], before: float, chosen: float, n_groups: int
+) -> "Figure":
+    """Mean R@1 over the rate with its standard error, and on the retention set where there is one."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     rates = sorted(scores)
-    errors = [100 * standard_error(scores[rate], n) for rate in rates]
     axis.errorbar(
         rates,
         [100 * scores[rate] for rate in rates],
-        errors,
+        [100 * standard_error(scores[rate], n_groups) for rate in rates],
         marker="o",
         capsize=3,
         label="val, ± one standard error",
     )
     axis.axhline(100 * before, color="C0", linestyle="dotted", label="val before training")
-    if controls:
-        axis.plot(
-            sorted(controls),
-            [100 * controls[rate] for rate in sorted(controls)],
-            marker="s",
-            color="C1",
-            label="control",
-        )
+    if retention:
+        rates = sorted(retention)
+        percents = [100 * retention[rate] for rate in rates]
+        axis.plot(rates, percents, marker="s", color="C1", label="retention set")
     axis.axvline(chosen, color="gray", linestyle="dashed", label=f"--optim.lr {chosen:g}")
     axis.set_xscale("log")
     axis.set(xlabel="peak learning rate", ylabel="mean R@1 of both directions, %")

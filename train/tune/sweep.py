@@ -1,30 +1,18 @@
-"""Runs over values of a recipe's keys, one after another, and one table that says which was best.
+"""Train the runs of a grid one after another and write one table of the results (train.sweep).
 
-  python -m train.sweep train/recipes/icons.yaml --vary optim.lr=1e-5,3e-5 --vary global_batch_size=128,256 --data SHARDS
-      --run RUNS a run for each combination, four here, in RUNS/NAME; other flags of the recipe are of all of
-      them
-  ... --nproc 2               each on two GPUs
-  python -m train.sweep --table RUNS
-      the table alone, of any folder of runs: those of `python -m slurm sweep`, of runs that go on, of some
-          started by hand
-
-The same command again goes on: finished runs are skipped, unfinished ones resume. One that fails is listed,
-    and the others
-go on. To stop: touch RUNS/stop, or Ctrl-C. The table is printed, and is RUNS/sweep.md and RUNS/sweep.json.
+recipe + grid -> RUNS/NAME.yaml -> python -m train, one process per run -> RUNS/sweep.md, RUNS/sweep.json
 """
 
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-
-import tyro
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, UserError
 from data_prep.shards import Shards
-from train.recipe import AnyRecipe, Recipe, parse, plain, to_yaml
+from train.recipe import Recipe, to_yaml
 from train.run.folder import Run
 from train.run.stop import Stop
 from train.setup import check_batch
@@ -36,132 +24,107 @@ ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
 }
-LOOK_S = 0.5  # between two looks at whether the sweep is to stop
+POLL_S = 0.5  # between two checks for a stop request
 
 
-@dataclass(frozen=True)
-class Sweep(Recipe):
-    """A recipe, and what to vary of it."""
-
-    vary: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A key and its values, optim.lr=1e-5,3e-5; with several --vary, every combination of their values."""
-    nproc: int = 1
-    """Processes of each run, one per GPU, as torchrun's --nproc_per_node."""
-
-
-def main() -> None:
-    words = sys.argv[1:]
-    if not words:
-        print(__doc__.strip())
-    elif words[0] == "--table":
-        if len(words) != 2:
-            raise UserError(
-                f"--table {' '.join(words[1:])}: one folder of runs is wanted: python -m train.sweep --table"
-                " RUNS"
-            )
-        table(Path(words[1]))
-    else:
-        settings = parse(words, Sweep)
-        sweep(Path(settings.run), plan(words, Sweep, list(settings.vary), Path(settings.run)), settings.nproc)
-
-
-def table(folder: Path) -> None:
-    """Prints and writes the table of the runs in `folder`, as they are now."""
+def print_table(folder: Path) -> None:
+    """Print and write the table of the runs in `folder`, finished or not."""
     recipes = recipes_in(folder)
     if not recipes:
         raise UserError(
-            f"{folder}: no runs in it; python -m train.sweep RECIPE --vary KEY=VALUES --data SHARDS --run"
-            f" {folder} makes some"
+            f"{folder}: contains no runs; to make some: python -m train.sweep RECIPE --data SHARDS --runs"
+            f" {folder} --vary KEY=VALUES"
         )
     rows = results(folder, recipes)
     print(text := markdown(rows))
     write(folder, rows, text)
 
 
-def sweep(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
+def train_grid(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
     """Train every run that is not finished, then print and write the table of all runs in `folder`.
 
     Raises:
-        UserError: a run cannot begin; none was begun.
-        Fault: some failed; the table lists them.
+        UserError: a run cannot start; none was started.
+        Fault: runs failed; the table lists them.
     """
     failed, stopped = train_all(folder, recipes, nproc)
     rows = results(folder, recipes_in(folder) | recipes, failed)
     print(text := markdown(rows))
     write(folder, rows, text)
-    end(folder, failed, stopped)
+    report_rest(folder, failed, stopped)
 
 
-def end(folder: Path, failed: dict[str, int], stopped: bool) -> None:
-    """Say what is left to do."""
+def report_rest(folder: Path, failed: dict[str, int], stopped: bool) -> None:
+    """Say how to continue after a stop or a failure."""
     if stopped:
         print(
-            "stopped; the same command goes on; the table as it stands: python -m train.sweep --table"
+            "stopped; the same command resumes; the table at any time: python -m train.sweep --table"
             f" {folder}"
         )
     if failed:
         raise Fault(
-            f"{folder}: {len(failed)} of the runs failed ({', '.join(failed)}), and said why above; the same"
+            f"{folder}: {len(failed)} runs failed ({', '.join(failed)}), see their messages above; the same"
             " command tries them again"
         )
 
 
-def plan(words: list[str], schema: type[AnyRecipe], vary: list[str], folder: Path) -> dict[str, Recipe]:
-    """The recipe of each run by its name; a mistake in any of them is found here, before the first begins.
+def plan(
+    arguments: list[str], vary: list[str], folder: Path, read: Callable[[list[str]], tuple[object, Recipe]]
+) -> dict[str, Recipe]:
+    """The recipe of each run by its name; a mistake in any of them is raised before the first run starts.
 
     Args:
-        words: the command line, `[RECIPE.yaml] [--flag value ...]`, read as `schema`.
+        arguments: the command line, `[RECIPE.yaml] [--flag value ...]`.
         vary: see train.tune.grid.expand_grid.
-        folder: to hold the run folders.
+        folder: parent of the run folders.
+        read: parses a command line into the command's own options and a recipe.
     """
-    named = words[0] if not words[0].startswith("-") else "run"
+    if typed := [word for word in arguments if word == "--run" or word.startswith("--run=")]:
+        raise UserError(f"{typed[0]}: each run has its own folder in --runs {folder}; leave --run out")
+    recipe_file = arguments[0] if not arguments[0].startswith("-") else "run"
     return {
-        name: plain(parse([*words, *flags, "--run", str(folder / name)], schema))
-        for name, (_, flags) in expand_grid([named], vary).items()
+        name: read([*arguments, *flags, "--run", str(folder / name)])[1]
+        for name, (_, flags) in expand_grid([recipe_file], vary).items()
     }
 
 
 def train_all(folder: Path, recipes: dict[str, Recipe], nproc: int) -> tuple[dict[str, int], bool]:
-    """Each run by a process of its own, because training sets what is global to one; its bar and its words
-    are passed through.
+    """Train each run in a separate process, because training sets process-wide state.
 
     Returns:
-        The exit codes of those that failed, and whether the sweep was stopped before its end.
+        Exit codes of the runs that failed, and whether a stop was requested.
     """
     if "WORLD_SIZE" in os.environ:
         raise UserError(
-            "a sweep starts the processes of its runs itself; start it without torchrun, with --nproc"
+            "a sweep starts the processes of its runs itself; run it without torchrun, with --nproc"
         )
     if nproc < 1:
-        raise UserError(f"--nproc {nproc}: at least 1 is wanted")
-    finished = {name for name, recipe in recipes.items() if check(recipe, nproc)}
+        raise UserError(f"--nproc {nproc}: must be at least 1")
+    finished = {name for name, recipe in recipes.items() if is_finished(recipe, nproc)}
     folder.mkdir(parents=True, exist_ok=True)
     failed = {}
     with Stop(folder / "stop") as stop:
         for number, (name, recipe) in enumerate(recipes.items(), 1):
             if stop.requested():
                 break
-            print(
-                f"== {number} of {len(recipes)}: {name}{' is finished' if name in finished else ''}",
-                flush=True,
-            )
-            if (
-                name not in finished
-                and (code := train_one(folder / f"{name}.yaml", recipe, nproc, stop))
-                and not stop.requested()
-            ):
+            state = " is finished" if name in finished else ""
+            print(f"== {number} of {len(recipes)}: {name}{state}", flush=True)
+            if name in finished:
+                continue
+            code = train_one(folder / f"{name}.yaml", recipe, nproc, stop)
+            if code and not stop.requested():
                 failed[name] = code
         stopped = stop.requested()
     stop.file.unlink(missing_ok=True)
     return failed, stopped
 
 
-def check(recipe: Recipe, nproc: int) -> bool:
-    """Whether the run is finished already.
+def is_finished(recipe: Recipe, nproc: int) -> bool:
+    """Whether the run is finished.
 
     Raises:
-        UserError: it cannot begin, or go on: another recipe or other data in its folder, another process at
-            it, too large a batch.
+        UserError: it can neither start nor resume: its folder holds a run of another recipe or of other data,
+            another process trains it, or the batch is too large.
     """
     shards, run = Shards(recipe.data, "train"), Run(recipe, World())
     try:
@@ -173,8 +136,10 @@ def check(recipe: Recipe, nproc: int) -> bool:
 
 
 def train_one(file: Path, recipe: Recipe, nproc: int, stop: Stop) -> int:
-    """The exit code of a training, whose recipe is written to `file`; where the sweep is to stop, it is asked
-    to stop.
+    """Write the recipe to `file` and train it; a stop request is passed on to the run.
+
+    Returns:
+        The exit code of the training process.
     """
     with atomic_file(file) as partial:
         partial.write_text(to_yaml(recipe))
@@ -183,16 +148,16 @@ def train_one(file: Path, recipe: Recipe, nproc: int, stop: Stop) -> int:
         if nproc > 1
         else ["-m"]
     )
-    asked = Path(recipe.run) / "stop"
+    run_stop = Path(recipe.run) / "stop"
     with subprocess.Popen([sys.executable, *launcher, "train", str(file)], env=ENVIRONMENT) as process:
         while process.poll() is None:
-            if stop.requested() and not asked.exists():
-                asked.parent.mkdir(exist_ok=True)
-                asked.touch()
+            if stop.requested() and not run_stop.exists():
+                run_stop.parent.mkdir(exist_ok=True)
+                run_stop.touch()
             try:
-                process.wait(LOOK_S)
+                process.wait(POLL_S)
             except subprocess.TimeoutExpired:
                 continue
     if stop.requested():
-        asked.unlink(missing_ok=True)  # it may have ended by itself meanwhile
+        run_stop.unlink(missing_ok=True)  # the run may have ended before it read the file
     return process.returncode

@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs between their recipes, and what the best checkpoint of each reached."""
+"""Compare runs: the recipe keys in which they differ, and what the best checkpoint of each reached."""
 
 import dataclasses
 import json
@@ -6,82 +6,73 @@ import statistics
 from pathlib import Path
 
 from data_prep.atomic import atomic_file
-from train.bench.table import padded_table
+from data_prep.tables import markdown_table, percent
 from train.recipe import RESUME_SAFE, Recipe, flags_of, leaves, parse
-from train.retain.select import RETENTION as CONTROL
-from train.retain.select import TRAINED, prefix
+from train.retain.select import RETENTION, TRAINED, prefix
 
-SCORE = (
-    "val/mean/R@1"  # what rows are sorted by; each run has chosen its weights to use by its own best_metric
-)
-UNTOLD = {*RESUME_SAFE} - {
-    "workers",
-    "micro_batch_size",
-    "memory",
-    "compile",
-}  # differences that no column is worth
+# Rows are sorted by it. Each run has selected its best checkpoint by its own best_metric.
+SCORE = "val/mean/R@1"
+# Differences in these keys get no column: they change neither results nor speed.
+WITHOUT_COLUMN = {*RESUME_SAFE} - {"workers", "micro_batch_size", "activation_checkpointing", "compile"}
 DIRECTIONS = ("image_to_text", "text_to_image")
 NOTE = (
-    "R@1 in %, by group, on the val split, of the best checkpoint by validation; arrows: from the weights"
-    " before training. To choose by val flatters; of the one that you choose: `python -m eval retrieval RUN"
-    " --data SHARDS --split test`"
+    "R@1 by group in % on the val split, at the best checkpoint; arrows: from the weights before training."
+    " Values selected on val are optimistic; to report the selected run: `python -m eval retrieval RUN --data"
+    " SHARDS --split test`"
 )
 
 
 def recipes_in(folder: Path) -> dict[str, Recipe | None]:
-    """The recipes of the runs in `folder` by their names; None of those that a cluster has not begun yet."""
-    waiting = {path.parent.parent.name: None for path in sorted(folder.glob("*/slurm/recipe.yaml"))}
-    return waiting | {
-        path.parent.name: parse(flags_of(path)) for path in sorted(folder.glob("*/recipe.yaml"))
-    }
+    """Recipes of the runs in `folder` by name; None for runs that a cluster has queued but not started."""
+    queued = {path.parent.parent.name: None for path in sorted(folder.glob("*/slurm/recipe.yaml"))}
+    started = {path.parent.name: parse(flags_of(path)) for path in sorted(folder.glob("*/recipe.yaml"))}
+    return queued | started
 
 
 def results(
     folder: Path, recipes: dict[str, Recipe | None], failed: dict[str, int] | None = None
 ) -> list[dict]:
-    """What each run reached so far, the best first.
+    """What each run has reached, the best first.
 
     Args:
-        failed: exit codes of runs that a sweep saw fail.
+        failed: exit codes of runs that failed in this sweep.
 
     Returns:
-        For each: `run`, its folder's name; `state`; `varied`, the keys that differ between the runs; `score`,
-            `metrics`, `epoch` and
-        `samples` of its best checkpoint, and which `weights` that gives away; `before`, the metrics before
-        training; `pairs_per_s`, the median.
+        For each run: `run`, the name of its folder; `state`; `varied`, the keys in which the runs differ;
+            `score`, `metrics`, `epoch`, `samples` and `weights` (trained, ema or a WiSE-FT mixture) of its
+            best checkpoint; `before`, the metrics before training; `pairs_per_s`, the median.
     """
     all_leaves = {name: leaves(dataclasses.asdict(recipe)) for name, recipe in recipes.items() if recipe}
-    keys = list(dict.fromkeys(key for found in all_leaves.values() for key in found if key not in UNTOLD))
-    varied = [key for key in keys if len({str(found.get(key)) for found in all_leaves.values()}) > 1]
+    keys = list(
+        dict.fromkeys(key for values in all_leaves.values() for key in values if key not in WITHOUT_COLUMN)
+    )
+    varied = [key for key in keys if len({str(values.get(key)) for values in all_leaves.values()}) > 1]
     rows = []
     for name in recipes:
-        row = {"run": name, "state": "not begun"} | _reached(folder / name)
+        row = {"run": name, "state": "not started"} | _reached(folder / name)
         if failed and name in failed:
             row["state"] = f"failed, exit code {failed[name]}"
-        rows.append(
-            row | {"varied": {key: all_leaves[name].get(key) for key in varied} if name in all_leaves else {}}
-        )
+        row["varied"] = {key: all_leaves[name].get(key) for key in varied} if name in all_leaves else {}
+        rows.append(row)
     return sorted(
         rows, key=lambda row: (-1 if row["score"] is None else row["score"], row["run"]), reverse=True
     )
 
 
 def _reached(run: Path) -> dict:
-    lines = (
-        (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-        if (run / "metrics.jsonl").is_file()
-        else []
-    )
-    lines = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be in the making
+    """What the files of one run say; None where it has no checkpoint yet."""
+    metrics_file, state_file = run / "metrics.jsonl", run / "checkpoints" / "best" / "state.json"
+    text = metrics_file.read_text() if metrics_file.is_file() else ""
+    # The run may be writing the last line at this moment.
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     validations = [line for line in lines if SCORE in line]
     trained = [line for line in validations if line["samples"]]  # the first is of the weights before training
-    state_file = run / "checkpoints" / "best" / "state.json"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
     best = next((line for line in trained if line["samples"] == state["samples"]), None) if state else None
     weights = state.get("weights", TRAINED)
     metrics = _metrics(best or {}, prefix(weights))
     speeds = [line["time/pairs_per_s"] for line in lines if "time/pairs_per_s" in line]
-    found = {
+    reached = {
         "score": metrics.get(SCORE),
         "epoch": best and 1 + trained.index(best),
         "samples": best and best["samples"],
@@ -91,43 +82,43 @@ def _reached(run: Path) -> dict:
         "pairs_per_s": statistics.median(speeds) if speeds else None,
     }
     if (run / "status.json").is_file():
-        found["state"] = json.loads((run / "status.json").read_text())["state"]
-    return found
+        reached["state"] = json.loads((run / "status.json").read_text())["state"]
+    return reached
 
 
-def _metrics(line: dict, of: str = "") -> dict[str, float]:
+def _metrics(line: dict, prefix: str = "") -> dict[str, float]:
+    """The metrics of one candidate in a line of metrics.jsonl, without its prefix."""
     return {
-        name.removeprefix(of): value
+        name.removeprefix(prefix): value
         for name, value in line.items()
-        if name.startswith((f"{of}val/", f"{of}control/"))
+        if name.startswith((f"{prefix}val/", f"{prefix}retention/"))
     }
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as a table for people, in Markdown."""
+    """The rows as a Markdown table with a note."""
     varied = list(dict.fromkeys(key for row in rows for key in row["varied"]))
-    has_control = any(CONTROL in row["metrics"] for row in rows)
-    titles = [
-        *varied,
-        "mean",
-        *(name.replace("_", " ") for name in DIRECTIONS),
-        *(["control, mean"] if has_control else []),
-    ]
-    cells = {}
+    has_retention = any(RETENTION in row["metrics"] for row in rows)
+    titles = ["run", *varied, "mean", *(name.replace("_", " ") for name in DIRECTIONS)]
+    titles += [*(["retention, mean"] if has_retention else []), "epoch", "pairs/s", "state"]
+    lines = []
     for row in rows:
-        values = [_shown(row["varied"].get(key, "")) for key in varied]
-        recalls = [
-            _change(row, SCORE),
-            *(_percent(row["metrics"].get(f"val/{name}/R@1")) for name in DIRECTIONS),
-        ]
-        control = [_change(row, CONTROL)] if has_control else []
-        others = ["" if row[name] is None else f"{row[name]:.4g}" for name in ("epoch", "pairs_per_s")]
-        cells[row["run"]] = [*values, *recalls, *control, *others, row["state"]]
-    return "\n".join([*padded_table("run", (*titles, "epoch", "pairs/s", "state"), cells), "", NOTE])
+        lines.append(
+            [
+                row["run"],
+                *(_shown(row["varied"].get(key, "")) for key in varied),
+                _before_and_after(row, SCORE),
+                *(percent(row["metrics"].get(f"val/{name}/R@1")) for name in DIRECTIONS),
+                *([_before_and_after(row, RETENTION)] if has_retention else []),
+                *("" if row[name] is None else f"{row[name]:.4g}" for name in ("epoch", "pairs_per_s")),
+                row["state"],
+            ]
+        )
+    return f"{markdown_table(titles, lines)}\n\n{NOTE}"
 
 
 def write(folder: Path, rows: list[dict], text: str) -> None:
-    """sweep.md, the text, and sweep.json, the rows."""
+    """Write sweep.md (the text) and sweep.json (the rows)."""
     for name, content in (
         ("sweep.md", f"{text}\n"),
         ("sweep.json", json.dumps({"score": SCORE, "runs": rows}, indent=1) + "\n"),
@@ -136,12 +127,8 @@ def write(folder: Path, rows: list[dict], text: str) -> None:
             partial.write_text(content)
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def _change(row: dict, name: str) -> str:
-    return " → ".join(filter(None, (_percent(row["before"].get(name)), _percent(row["metrics"].get(name)))))
+def _before_and_after(row: dict, name: str) -> str:
+    return " → ".join(filter(None, (percent(row["before"].get(name)), percent(row["metrics"].get(name)))))
 
 
 def _shown(value: object) -> str:
