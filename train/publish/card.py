@@ -21,8 +21,9 @@ from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.tables import markdown_table
 from train.export.folder import FEATURES, RECORD, shards_of
+from train.metrics import DIRECTIONS
 from train.model.clip import CONFIG_FILE, WEIGHTS_FILE, load, public_name
-from train.publish.card_tables import DIRECTIONS, read_tables
+from train.publish.card_tables import read_tables
 from train.recipe import RESUME_SAFE, leaves
 from train.retain.select import EMA, TRAINED
 
@@ -252,7 +253,7 @@ def draw_curve(log: list[dict], path: Path) -> bool:
         return False
     figure = Figure(figsize=(6.4, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for direction in DIRECTIONS[:2]:
+    for direction in DIRECTIONS:
         values = [100 * line[f"val/{direction}/R@1"] for line in lines]
         axes.plot(
             [line["samples"] for line in lines],

@@ -7,17 +7,19 @@ from huggingface_hub import EvalResult
 
 from data_prep.errors import UserError
 from data_prep.tables import markdown_table
+from train.metrics import (
+    CARD,
+    CHANCE,
+    DIRECTIONS,
+    GROUP_DIRECTIONS,
+    INSTANCE,
+    METRICS,
+    metrics_in,
+    show_difference,
+    show_of,
+    title_of,
+)
 from train.model.clip import public_name
-
-MEASURES = {
-    "R@1": "R@1",
-    "R@5": "R@5",
-    "R@10": "R@10",
-    "mean_rank": "mean rank",
-    "median_rank": "median rank",
-    "mAP": "mAP",
-}
-DIRECTIONS = ("image_to_text", "text_to_image", "image_to_image")
 
 
 def read_tables(paths: tuple[Path, ...], weights: str) -> list["Table"]:
@@ -103,27 +105,23 @@ class Table:
         columns = ["", "chance", *(public_name(model["model"]) for model in others), "**this model**"]
         if differences:
             columns.append(f"difference from {public_name(self.published['baseline'])}")
-        names = [(f"{direction}/{measure}", "") for direction in DIRECTIONS for measure in MEASURES]
-        names += [(f"instance/{direction}/R@1", ", instance") for direction in DIRECTIONS]
-        rows = [
-            self._row(name, ending, [*others, self.published], differences)
-            for name, ending in names
-            if name in self.published["metrics"]
-        ]
+        names = [f"{direction}/{metric}" for direction in GROUP_DIRECTIONS for metric in metrics_in(CARD)]
+        names += [f"{INSTANCE}{direction}/R@1" for direction in DIRECTIONS]
+        models = [*others, self.published]
+        rows = []
+        for name in names:
+            if name in self.published["metrics"]:
+                row = [title_of(name), show_of(self.published, CHANCE + name)]
+                row += [show_of(model, name) for model in models]
+                rows.append(
+                    [*row, show_difference(name, differences.get(name), p_value=False)]
+                    if differences
+                    else row
+                )
         title = f"{self.data}: {self.n_images:,} images, {self.n_texts:,} distinct captions"
         if self.is_retention:
             title = f"Retention set, {title}"
         return {"title": title, "table": markdown_table(columns, rows)}
-
-    def _row(self, name: str, ending: str, models: list[dict], differences: dict) -> list[str]:
-        """One metric: its title, chance, each model, and the difference where the table has that column."""
-        *instance, direction, measure = name.split("/")
-        cells = ["" if instance else _cell(self.published, f"chance/{name}")]
-        cells += [_cell(model, name) for model in models]
-        if differences:
-            key = f"{direction}/{'rank' if measure == 'mean_rank' else measure}"
-            cells.append("" if instance else _difference(differences.get(key), measure))
-        return [f"{direction.replace('_', ' ')}, {MEASURES[measure]}{ending}", *cells]
 
     def eval_results(self, datasets: list[str]) -> list[EvalResult]:
         """The metrics as metadata of the hub."""
@@ -134,32 +132,11 @@ class Table:
                 dataset_type=datasets[0] if len(datasets) == 1 and not self.is_retention else self.folder,
                 dataset_name=self.folder,
                 dataset_split=self.split,
-                metric_type=measure,
-                metric_name=MEASURES[measure],
-                metric_value=self.published["metrics"][f"{direction}/{measure}"],
+                metric_type=metric,
+                metric_name=METRICS[metric].title,
+                metric_value=self.published["metrics"][f"{direction}/{metric}"],
             )
-            for direction in DIRECTIONS
-            for measure in MEASURES
-            if f"{direction}/{measure}" in self.published["metrics"]
+            for direction in GROUP_DIRECTIONS
+            for metric in metrics_in(CARD)
+            if f"{direction}/{metric}" in self.published["metrics"]
         ]
-
-
-def _scale(measure: str) -> tuple[float, str]:
-    return (1, "") if measure.endswith("rank") else (100, " %")
-
-
-def _cell(model: dict, name: str) -> str:
-    if (value := model["metrics"].get(name)) is None:
-        return ""
-    scale, unit = _scale(name)
-    ends = model.get("intervals", {}).get(name, ())
-    interval = f" [{', '.join(f'{scale * end:.1f}' for end in ends)}]" if ends else ""
-    return f"{scale * value:.1f}{unit}{interval}"
-
-
-def _difference(difference: list[float] | None, measure: str) -> str:
-    """A paired difference [value, low, high, p] with its interval."""
-    if not difference:
-        return ""
-    value, low, high = (_scale(measure)[0] * number for number in difference[:3])
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"

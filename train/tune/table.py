@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_prep.atomic import atomic_file
 from data_prep.tables import markdown_table, percent
+from train.metrics import DIRECTIONS
 from train.recipe import RESUME_SAFE, Recipe, flags_of, leaves, parse
 from train.retain.select import RETENTION, TRAINED, prefix
 
@@ -14,7 +15,6 @@ from train.retain.select import RETENTION, TRAINED, prefix
 SCORE = "val/mean/R@1"
 # Differences in these keys get no column: they change neither results nor speed.
 WITHOUT_COLUMN = {*RESUME_SAFE} - {"workers", "micro_batch_size", "activation_checkpointing", "compile"}
-DIRECTIONS = ("image_to_text", "text_to_image")
 NOTE = (
     "R@1 by group in % on the val split, at the best checkpoint; arrows: from the weights before training."
     " Values selected on val are optimistic; to report the selected run: `python -m eval retrieval RUN --data"
