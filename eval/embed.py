@@ -47,6 +47,7 @@ class Captions:
         text_of, group_of: int64 [pairs], text text_of[i] is a caption in group group_of[i]; see
             eval.retrieval.ranking.Relevance.
         image_of: int64 [pairs], the image that the text is a caption of.
+        same_image: int64 [n_images], the first image whose file has the same bytes; None if all differ.
     """
 
     texts: list[str]
@@ -54,6 +55,7 @@ class Captions:
     text_of: np.ndarray
     group_of: np.ndarray
     image_of: np.ndarray
+    same_image: np.ndarray | None = None
 
     def first_image(self) -> np.ndarray:
         """int64 [texts], the first image that has each text as a caption."""
@@ -62,14 +64,17 @@ class Captions:
 
 def read_captions(shards: Shards) -> Captions:
     number_of: dict[str, int] = {}
-    first, text_of, group_of, image_of = [], [], [], []
+    image_with: dict[str, int] = {}  # sha256 of the image's bytes -> the first image that has them
+    first, text_of, group_of, image_of, same_image = [], [], [], [], []
     for image, group in enumerate(shards.groups.tolist()):
-        texts = [number_of.setdefault(caption, len(number_of)) for caption in shards.captions(image)]
+        meta = shards.meta(image)
+        texts = [number_of.setdefault(caption, len(number_of)) for caption in meta["captions"]]
+        same_image.append(image_with.setdefault(meta.get("sha256") or f"number {image}", image))
         first.append(texts[0])
         text_of += texts
         group_of += [group] * len(texts)
         image_of += [image] * len(texts)
-    arrays = (np.array(numbers) for numbers in (first, text_of, group_of, image_of))
+    arrays = (np.array(numbers) for numbers in (first, text_of, group_of, image_of, same_image))
     return Captions(list(number_of), *arrays)
 
 
@@ -97,6 +102,8 @@ def embed(clip: Clip, shards: Shards, world: World, inference: Inference) -> Emb
     """
     captions = read_captions(shards)
     image_features = embed_images(clip, shards, world, inference)
+    # Equal images tie exactly; in batches of other sizes their features would differ by rounding.
+    image_features = image_features[torch.from_numpy(captions.same_image).to(image_features.device)]
     return Embedded(image_features, embed_texts(clip, captions.texts, world, inference), captions)
 
 

@@ -5,7 +5,8 @@ Light on purpose: training chooses checkpoints by it, eval prints and compares b
 The functions that compute retrieval metrics are in eval/retrieval/metrics.py, by the same names.
 
     val/image_to_text/R@1  =  split / direction / metric        mean/R@1: the mean of DIRECTIONS
-    instance/...              only an image's own first caption is relevant, as on most model cards
+    instance/...              only an image's own first caption is relevant, as open_clip_train counts
+    own_captions/...          any of an image's own captions is relevant, as CLIP_benchmark counts
     chance/...                expectation of a random order
 """
 
@@ -14,7 +15,13 @@ from typing import NamedTuple
 DIRECTIONS = ("image_to_text", "text_to_image")  # those that training validates
 GROUP_DIRECTIONS = (*DIRECTIONS, "image_to_image")  # those that every data set has
 ALL_DIRECTIONS = (*GROUP_DIRECTIONS, "queries_to_image")  # with sentences that are no captions
-INSTANCE, CHANCE = "instance/", "chance/"  # prefixes
+INSTANCE, OWN_CAPTIONS, CHANCE = "instance/", "own_captions/", "chance/"  # prefixes
+
+# What else than its group's captions can be relevant to an image, by prefix.
+DEFINITIONS = {
+    INSTANCE: "by instance",
+    OWN_CAPTIONS: "by own captions",
+}
 
 # Tables that show a metric.
 RETRIEVAL = "retrieval"  # python -m eval retrieval
@@ -74,10 +81,11 @@ def metrics_in(table: str) -> list[str]:
 
 
 def title_of(name: str) -> str:
-    """The title of a full name: "instance/image_to_text/R@1" -> "image to text, R@1, by instance"."""
-    direction, _, _ = name.removeprefix(INSTANCE).rpartition("/")
+    """The title of a full name: "image_to_text/R@1" -> "image to text, R@1"."""
+    prefix = next((prefix for prefix in DEFINITIONS if name.startswith(prefix)), "")
+    direction, _, _ = name.removeprefix(prefix).rpartition("/")
     words = [direction.replace("_", " "), metric_of(name).title] if direction else [metric_of(name).title]
-    return ", ".join(words) + (", by instance" if name.startswith(INSTANCE) else "")
+    return ", ".join(words) + (f", {DEFINITIONS[prefix]}" if prefix else "")
 
 
 def show(name: str, value: float | None, interval: list[float] | None = None) -> str:

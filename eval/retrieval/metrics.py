@@ -2,8 +2,8 @@
 
 A query has three counts: `above`, irrelevant items clearly above its best relevant one; `tied`, irrelevant
     items
-within eval.retrieval.ranking.TIE of it; `matching`, relevant items within TIE of it. So a model that gives
-all items one score gets what a random order gets, neither 0 nor 100 %.
+within eval.retrieval.ranking.TIE of it; `matching`, relevant items within TIE of it. A model that gives all
+items one score gets what a random order gets, neither 0 nor 100 %.
 
 A new metric: a function here, in FIRST_RELEVANT or all_relevant(), and its entry in train.metrics.METRICS.
 """
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+
+from train.metrics import DIRECTIONS
 
 KS = (1, 5, 10)
 DEPTH = 10  # of nDCG
@@ -103,13 +105,27 @@ def _within(ranks: np.ndarray, depth: int) -> np.ndarray:
     return np.clip(ranks, 0, depth).astype(int)
 
 
-def instance_upper_bound(group_sizes: np.ndarray) -> float:
-    """R@1 by instance of a perfect model: 1 / k where k images are indistinguishable (one group).
+def instance_upper_bounds(captions: np.ndarray, images: np.ndarray) -> dict[str, float]:
+    """The largest possible R@1 by instance in each direction, where pair i is image i with caption i.
+
+    Equal captions are one query or tied items, and so are equal images; ties count in expectation. A query
+    string (or image) that occurs in several pairs has one ranking for all of them, which at best puts the
+    most frequent of its targets first.
 
     Args:
-        group_sizes: int64 [queries], members of each query's group, itself included.
+        captions: int64 [n], equal for equal captions.
+        images: int64 [n], equal for images with the same bytes.
     """
-    return float((1 / group_sizes).mean())
+    bounds = {}
+    for direction, queries, targets in zip(DIRECTIONS, (images, captions), (captions, images), strict=True):
+        pairs, n_pairs = np.unique(np.stack([queries, targets]), axis=1, return_counts=True)
+        values, n_tied = np.unique(targets, return_counts=True)
+        hits = (
+            n_pairs / n_tied[np.searchsorted(values, pairs[1])]
+        )  # of all queries, if this target comes first
+        starts = np.flatnonzero(np.r_[True, pairs[0][1:] != pairs[0][:-1]])
+        bounds[direction] = float(np.maximum.reduceat(hits, starts).sum() / len(queries))
+    return bounds
 
 
 def chance(n_relevant: np.ndarray, n_gallery: int) -> dict[str, float]:

@@ -97,6 +97,8 @@ def slices(
     """R@1 of the queries of each value of a column, against the whole gallery; the most frequent values
     first.
 
+    A text is a query of every slice that has an image with this caption.
+
     Args:
         values: "DIRECTION/METRIC" -> float [queries]; see eval.retrieval.score.QueryScores.
         column: of the input of data_prep, as KEY.json has it.
@@ -111,13 +113,16 @@ def slices(
             f"--slice {column}: no sample has this column; they have {', '.join(known) or 'none'}"
         )
     of_image = np.array([str("(none)" if cells.get(column) is None else cells[column]) for cells in columns])
-    of_text = of_image[embedded.captions.first_image()]
+    captions = embedded.captions
     names, counts = np.unique(of_image, return_counts=True)
     found = {}
     for name in names[np.argsort(-counts, kind="stable")][:MAX_SLICES].tolist():
-        found[name] = {"n_images": int((of_image == name).sum())}
-        for direction, cell in zip(DIRECTIONS, (of_image, of_text), strict=True):
+        images = of_image == name
+        texts = np.zeros(len(captions.texts), bool)
+        texts[captions.text_of[images[captions.image_of]]] = True  # a text may be in several slices
+        found[name] = {"n_images": int(images.sum())}
+        for direction, queries in zip(DIRECTIONS, (images, texts), strict=True):
             metric = f"{direction}/R@1"
-            if metric in values and (cell == name).any():
-                found[name][metric] = float(values[metric][cell == name].mean())
+            if metric in values and queries.any():
+                found[name][metric] = float(values[metric][queries].mean())
     return found

@@ -17,9 +17,9 @@ from data_prep.shards import Shards
 from eval.embed import Captions, Embedded, embed
 from eval.options import INFERENCE, Inference
 from eval.retrieval.intervals import mean_interval, paired_difference
-from eval.retrieval.metrics import all_relevant, chance, instance_upper_bound
+from eval.retrieval.metrics import all_relevant, chance, instance_upper_bounds
 from eval.retrieval.ranking import Relevance, first_of, positions, query_values, ranks, summarize
-from train.metrics import ALL_DIRECTIONS, CHANCE, COMPARE, DIRECTIONS, INSTANCE, metrics_in
+from train.metrics import ALL_DIRECTIONS, CHANCE, COMPARE, DIRECTIONS, INSTANCE, OWN_CAPTIONS, metrics_in
 from train.model.clip import Clip
 from train.world import World
 
@@ -56,9 +56,7 @@ def evaluate_features(embedded: Embedded, groups: np.ndarray, world: World) -> d
     for number, direction in enumerate(DIRECTIONS):
         metrics |= _prefixed(f"{direction}/", summarize(by_group[number]))
         instance = summarize(by_instance[number])
-        instance["median_rank"] = float(
-            np.floor(instance["median_rank"])
-        )  # as open_clip rounds it on model cards
+        instance["median_rank"] = float(np.floor(instance["median_rank"]))  # as open_clip does on model cards
         metrics |= _prefixed(f"{INSTANCE}{direction}/", instance)
         metrics |= _prefixed(f"{CHANCE}{direction}/", by_chance[number])
     metrics["mean/R@1"] = sum(metrics[f"{direction}/R@1"] for direction in DIRECTIONS) / len(DIRECTIONS)
@@ -122,7 +120,8 @@ def evaluate_full(
     embedded: Embedded, groups: np.ndarray, world: World, extra: ExtraQueries | None = None
 ) -> tuple[dict, QueryScores]:
     """All that evaluate_features() returns, and more: mAP, nDCG@10, recall@k, image_to_image,
-    queries_to_image, the upper bound of R@1 by instance, 95 % intervals.
+    queries_to_image, own_captions/ where an image has several, upper bounds of R@1 by instance, 95 %
+    intervals.
 
     Args:
         groups: int64 [n_images], the group of each image.
@@ -154,9 +153,32 @@ def evaluate_full(
         intervals[name] = [low, high]
         if metric == "mean_rank":
             metrics.setdefault(f"{direction}/median_rank", float(np.median(values)))
-    _, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    metrics[f"{INSTANCE}R@1_upper_bound"] = instance_upper_bound(sizes[members])
-    return result | {"intervals": intervals}, queries
+    _add_upper_bounds(metrics, embedded)
+    if len(embedded.captions.image_of) > len(images):
+        metrics |= _by_own_captions(embedded, world)
+    return result | {"intervals": intervals, "n_groups": len(np.unique(groups))}, queries
+
+
+def _add_upper_bounds(metrics: dict[str, float], embedded: Embedded) -> None:
+    """Add instance/DIRECTION/R@1_upper_bound, which no measured value can exceed."""
+    same_image = embedded.captions.same_image
+    images = np.arange(len(embedded.image_features)) if same_image is None else same_image
+    for direction, bound in instance_upper_bounds(embedded.captions.first, images).items():
+        measured = metrics[f"{INSTANCE}{direction}/R@1"]
+        assert measured <= bound + 1e-6, (direction, measured, bound)
+        metrics[f"{INSTANCE}{direction}/R@1_upper_bound"] = bound
+
+
+def _by_own_captions(embedded: Embedded, world: World) -> dict[str, float]:
+    """Metrics under own_captions/: any caption of an image is relevant to it, and no other."""
+    images, captions = embedded.image_features, embedded.captions
+    relevance = Relevance(np.arange(len(images)), captions.text_of, captions.image_of)
+    metrics = {}
+    for direction, counts in zip(
+        DIRECTIONS, ranks(images, embedded.text_features, relevance, world), strict=True
+    ):
+        metrics |= _prefixed(f"{OWN_CAPTIONS}{direction}/", summarize(counts))
+    return metrics
 
 
 def _add_captions(queries: QueryScores, embedded: Embedded, groups: np.ndarray, world: World) -> None:

@@ -1,11 +1,13 @@
 """A result of `python -m eval retrieval` as text: tables for a terminal, and for Markdown."""
 
 from data_prep.tables import markdown_table
+from eval.retrieval.intervals import Difference, cautions
 from eval.retrieval.metrics import KS
 from train.metrics import (
     ALL_DIRECTIONS,
     BY_INSTANCE,
     CHANCE,
+    DEFINITIONS,
     DIRECTIONS,
     INSTANCE,
     METRICS,
@@ -43,7 +45,7 @@ def result_text(result: dict, baseline: dict | None = None) -> str:
 
 
 def _direction_tables(result: dict, models: list[dict]) -> list[str]:
-    """A table for each direction by group, and for each direction by instance."""
+    """Tables of each direction: by group, and by instance in each of its definitions."""
     galleries = {
         "image_to_text": (result["n_texts"], "captions"),
         "text_to_image": (result["n_images"], "images"),
@@ -66,25 +68,41 @@ def _direction_tables(result: dict, models: list[dict]) -> list[str]:
             ]
             first = f"{title}, by group, among {size} {items}{limited}"
             tables.append(markdown_table([first, "chance", *(model["model"] for model in models)], rows))
-        if f"{INSTANCE}{direction}/R@1" in result["metrics"]:
-            rows = [
-                [
-                    METRICS[metric].title,
-                    *(show_of(model, f"{INSTANCE}{direction}/{metric}") for model in models),
+        for prefix, definition in DEFINITIONS.items():
+            if f"{prefix}{direction}/R@1" in result["metrics"]:
+                rows = [
+                    [
+                        METRICS[metric].title,
+                        *(show_of(model, f"{prefix}{direction}/{metric}") for model in models),
+                    ]
+                    for metric in metrics_in(BY_INSTANCE)
                 ]
-                for metric in metrics_in(BY_INSTANCE)
-            ]
-            first = f"{title}, by instance (as on model cards)"
-            tables.append(markdown_table([first, *(model["model"] for model in models)], rows))
+                columns = [f"{title}, {definition}", *(model["model"] for model in models)]
+                tables.append(markdown_table(columns, rows))
     return tables
 
 
 def _notes(result: dict) -> list[str]:
     metrics, notes = result["metrics"], []
-    if (bound := metrics.get(f"{INSTANCE}R@1_upper_bound")) is not None:
+    bounds = [
+        f"{100 * metrics[name]:.1f} % ({direction.replace('_', ' ')})"
+        for direction in DIRECTIONS
+        if (name := f"{INSTANCE}{direction}/R@1_upper_bound") in metrics
+    ]
+    if bounds:
         notes.append(
-            f"Upper bound of R@1 by instance (images of a group are indistinguishable): {100 * bound:.1f} %."
+            "By instance, only an image's first caption is relevant to it (as open_clip_train counts); by own"
+            " captions, any of its captions (as CLIP_benchmark counts)."
         )
+        notes.append(
+            "Upper bound of R@1 by instance, first caption (equal captions and equal image files are"
+            f" indistinguishable): {', '.join(bounds)}."
+        )
+    if "n_groups" in result:
+        differences = {
+            title_of(name): Difference(*value) for name, value in result.get("differences", {}).items()
+        }
+        notes += cautions(result["n_groups"], differences)
     ranges = ", ".join(
         f"{100 * metrics[f'{direction}/R@1_tie_range']:.1f} points ({direction.replace('_', ' ')})"
         for direction in DIRECTIONS

@@ -1,56 +1,94 @@
-"""Intervals hold the truth as often as they say, also where members of a group agree."""
+"""Intervals contain the true value as often as they say, near 0 and 100 % and with few groups too.
+
+benchmarks/intervals.md has the table for all rates, numbers of groups and correlations.
+"""
 
 import numpy as np
 import pytest
 
-from eval.retrieval.intervals import mean_interval, paired_difference
+from benchmarks.intervals import difference_coverage, group_rates, mean_coverage, simulated_groups
+from eval.retrieval.intervals import cautions, mean_interval, paired_difference
 
 
-def hits(rng, n_groups: int, base: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of 1 to 6 queries, of which a group's own chance decides: members agree."""
-    groups = np.repeat(np.arange(n_groups), rng.integers(1, 7, n_groups))
-    chances = np.clip(rng.beta(0.6, 0.6, n_groups) + base, 0, 1)
-    return (rng.random(len(groups)) < chances[groups]).astype(float), groups
+@pytest.mark.parametrize(
+    ("rate", "n_groups", "correlation"),
+    [(0.02, 100, 0.5), (0.3, 10, 0.5), (0.99, 100, 0.2), (0.002, 600, 0.5), (0.3, 100, 0.0)],
+)
+def test_coverage_of_a_mean(rate, n_groups, correlation):
+    """The percentiles of a cluster bootstrap have 0.80 to 0.89 in the first three."""
+    coverage, _ = mean_coverage(rate, n_groups, correlation, repeats=800)
+    assert 0.93 <= coverage <= 0.99
 
 
-def test_coverage_over_simulated_groups():
-    rng, inside, narrow = np.random.default_rng(0), 0, 0
-    for seed in range(400):
-        values, groups = hits(rng, 150, 0.0)
-        low, high = mean_interval(values, groups, seed=seed)[1:]
-        inside += low <= 0.5 <= high
-        low, high = mean_interval(values, np.arange(len(values)), seed=seed)[1:]
-        narrow += low <= 0.5 <= high
-    assert 0.93 <= inside / 400 <= 0.97
-    assert narrow / 400 < 0.9  # what resampling single queries would have claimed
+@pytest.mark.parametrize(("n_groups", "gain"), [(15, 0.05), (100, 0.05), (600, 0.0)])
+def test_coverage_of_a_paired_difference(n_groups, gain):
+    assert difference_coverage(0.3, n_groups, 0.5, gain, repeats=400) >= 0.91
 
 
-def test_paired_differences_are_tighter_and_fair():
-    rng, found, wrong = np.random.default_rng(1), [], 0
+def test_independent_queries_would_be_called_too_certain():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        groups = simulated_groups(rng, 100)
+        hits = rng.random(len(groups)) < group_rates(rng, 100, 0.3, 0.5)[groups]
+        _, low, high = mean_interval(hits.astype(float), np.arange(len(groups)))
+        covered += low <= 0.3 <= high
+    assert covered / 400 < 0.85
+
+
+def test_no_hit_and_no_miss_leave_an_interval():
+    groups = np.repeat(np.arange(50), 3)
+    value, low, high = mean_interval(np.zeros(150), groups)
+    assert (value, low) == (0, 0)
+    assert 0.03 < high < 0.08  # three of 50 groups would be 6 %
+    value, low, high = mean_interval(np.ones(150), groups)
+    assert (value, high) == (1, 1)
+    assert 0.92 < low < 0.97
+
+
+def test_p_values_of_no_difference_are_uniform_enough_and_gains_are_found():
+    rng, wrong, found = np.random.default_rng(1), 0, 0
     for seed in range(200):
         groups = np.repeat(np.arange(100), rng.integers(1, 5, 100))
-        hard = rng.random(100)[groups]
+        difficulty = rng.random(100)[groups]
         first, second, better = (
-            (rng.random(len(groups)) < np.clip(hard + gain, 0, 1)).astype(float) for gain in (0, 0, 0.12)
+            (rng.random(len(groups)) < np.clip(difficulty + gain, 0, 1)).astype(float)
+            for gain in (0, 0, 0.12)
         )
         wrong += paired_difference(first, second, groups, seed=seed).p < 0.05
-        found.append(paired_difference(first, better, groups, seed=seed))
+        found += paired_difference(first, better, groups, seed=seed).p < 0.05
     assert wrong / 200 < 0.09
-    assert np.mean([difference.p < 0.05 for difference in found]) > 0.6
-    assert np.mean([difference.low <= 0.113 <= difference.high for difference in found]) > 0.9
-    first, groups = hits(rng, 200, 0.0)
+    assert found / 200 > 0.6
+
+
+def test_pairing_is_tighter_than_two_intervals():
+    rng = np.random.default_rng(2)
+    groups = simulated_groups(rng, 200)
+    first = (rng.random(len(groups)) < group_rates(rng, 200, 0.5, 0.5)[groups]).astype(float)
     second = np.where(rng.random(len(first)) < 0.05, 1 - first, first)
-    paired = paired_difference(first, second, groups)
-    apart = mean_interval(first, groups)
-    assert paired.high - paired.low < (apart.high - apart.low) / 2
+    paired, single = paired_difference(first, second, groups), mean_interval(first, groups)
+    assert paired.high - paired.low < (single.high - single.low) / 2
 
 
-def test_the_value_is_the_plain_mean_and_nothing_changes_nothing():
-    values, groups = hits(np.random.default_rng(2), 40, 0.0)
+def test_values_are_plain_means_and_the_order_of_queries_does_not_matter():
+    rng = np.random.default_rng(3)
+    groups = simulated_groups(rng, 40)
+    values = rng.random(len(groups))
     assert mean_interval(values, groups).value == pytest.approx(values.mean())
-    assert mean_interval(values, groups) == mean_interval(values, groups)
+    order = rng.permutation(len(groups))
+    np.testing.assert_allclose(mean_interval(values[order], groups[order]), mean_interval(values, groups))
     same = paired_difference(values, values, groups)
-    assert same == (0, 0, 0, 1)
-    order = np.random.default_rng(3).permutation(len(values))
-    moved = mean_interval(values[order], groups[order])
-    np.testing.assert_allclose(moved, mean_interval(values, groups), atol=1e-12)
+    assert (same.value, same.p) == (0, 1)
+    assert same.low == -same.high < 0  # one query of a few hundred may always have changed
+    counts = rng.integers(0, 9, len(groups)).astype(float)  # not in 0 to 1
+    value, low, high = mean_interval(counts, groups)
+    assert low < value < high
+    assert mean_interval(np.array([0.0, 1.0]), np.zeros(2)).high > 0.99  # one group tells nothing
+
+
+def test_cautions():
+    assert cautions(20) == []
+    assert cautions(19) == ["Only 19 groups of queries: intervals are wide, and rough."]
+    agreeing = paired_difference(np.zeros(400), np.ones(400), np.arange(400))
+    assert cautions(400, {"R@1": agreeing}) == []
+    (sentence,) = cautions(400, {"R@1": agreeing._replace(p=0.07)})
+    assert sentence.startswith("R@1: the interval excludes 0 and p is 0.070")

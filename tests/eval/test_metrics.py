@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_prep.errors import NotFinite
-from eval.retrieval.metrics import chance, instance_upper_bound
+from eval.retrieval.metrics import chance, instance_upper_bounds
 from eval.retrieval.ranking import TIE, Relevance, check_finite, ranks, summarize
 
 
@@ -134,9 +134,27 @@ def test_a_collapsed_model_scores_chance_and_look_alikes_cost_the_instance_defin
     by_instance, _ = ranks(perfect, perfect, Relevance.diagonal(n))
     assert by_instance.pessimistic.tolist() == [mates] * n
     assert by_instance.optimistic.tolist() == [1] * n
-    assert (
-        summarize(by_instance)["R@1"] == pytest.approx(1 / mates) == instance_upper_bound(np.full(n, mates))
-    )
+    bounds = instance_upper_bounds(groups, groups)
+    assert summarize(by_instance)["R@1"] == pytest.approx(1 / mates) == bounds["image_to_text"]
+
+
+def test_the_upper_bound_by_instance_is_reached_by_a_perfect_model_and_never_exceeded():
+    """Images of a group with captions of their own can all be found: the bound is 1, not 1 / group size."""
+    assert instance_upper_bounds(np.arange(6), np.arange(6)) == {"image_to_text": 1, "text_to_image": 1}
+    captions, images = np.array([0, 0, 0, 1, 2, 2]), np.array([0, 0, 1, 1, 2, 3])
+    bounds = instance_upper_bounds(captions, images)
+    # Caption 0 is three queries; image 0, twice in the gallery and wanted by two of them, comes first.
+    assert bounds["text_to_image"] == pytest.approx((2 / 2 + 1 / 2 + 1) / 6)
+    assert bounds["image_to_text"] == pytest.approx((2 / 3 + 1 + 1 / 2 + 1 / 2) / 6)
+    rng = np.random.default_rng(0)
+    for seed in range(200):
+        captions, images = rng.integers(0, 4, (2, 7))
+        points = torch.from_numpy(rng.standard_normal((8, 5)).astype("f"))
+        directions = torch.nn.functional.normalize(points)
+        counts = ranks(directions[images], directions[4 + captions], Relevance.diagonal(7))
+        bounds = instance_upper_bounds(captions, images)
+        for direction, found in zip(bounds, counts, strict=True):
+            assert summarize(found)["R@1"] <= bounds[direction] + 1e-6, (seed, direction)
 
 
 def test_adding_a_constant_scaling_and_permuting_change_nothing():
