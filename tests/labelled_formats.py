@@ -1,4 +1,4 @@
-"""The same labelled images in every format that eval.classify.labelled reads, as these formats are published."""
+"""The same labelled images in every format that eval.classify.labelled reads, as published."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def as_parquet(path: Path, found: list[tuple[int, bytes]], **options) -> Path:
 
 
 def as_cars(folder: Path, found: list[tuple[int, bytes]]) -> Path:
-    """cars_train/00001.png ..., and devkit/ with the structs of the original (0-based here is 1-based there)."""
+    """cars_train/00001.png ..., and devkit/ with the structs of the original (labels there are 1-based)."""
     (folder / "cars_train").mkdir(parents=True)
     (folder / "devkit").mkdir()
     fields = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname"]
