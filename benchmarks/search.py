@@ -1,14 +1,17 @@
-"""What a search costs beside the encoder, and what an index costs beside the model's forward.
+"""Time of a search without the encoder, and of making an index compared with the model's forward.
 
-    python -m benchmarks.search nearest                       100 thousand x 768, one thread: faiss, torch; --n 1000000 --approximate True
-    python -m benchmarks.search embed MODEL --data SHARDS     `python -m eval embed` against its forward alone, in turns
+  python -m benchmarks.search nearest
+      100 thousand x 768, one thread: faiss and torch; --n 1000000 --approximate for an inverted file
+  python -m benchmarks.search embed MODEL --data SHARDS
+      `python -m eval embed` and its forward alone, in turns
 
-The first makes an index of random features in a temporary folder; what is nearest among them costs what it
-costs among others."""
+The first makes an index of random features in a temporary folder; search time does not depend on the values.
+"""
 
 import contextlib
 import io
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -21,15 +24,19 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+from data_prep.cli import run_commands
 from data_prep.errors import exit_on_user_error
 from data_prep.tables import markdown_table
-from eval.embed import Inference, ready
+from eval.embed import load_for_eval
+from eval.options import Inference
 from eval.search import nearest as nearest_module
+from eval.search.command import embed as embed_corpus
 from eval.search.index import FORMAT, Index
-from eval.search.indexing import INFERENCE, SCHEMA
-from eval.search.indexing import embed as embed_corpus
+from eval.search.indexing import SCHEMA
 from eval.search.nearest import Nearest
 from train.world import World
+
+INFERENCE = Inference(precision="bf16" if torch.cuda.is_available() else "fp32")
 
 
 def nearest(
@@ -43,7 +50,7 @@ def nearest(
         index = Index(random_index(Path(folder), n, d))
         asked = F.normalize(torch.randn(queries, d, generator=torch.Generator().manual_seed(1)), dim=-1)
         ways = (
-            {"faiss": Nearest(index), "torch": Nearest(index, library=False)}
+            {"faiss": Nearest(index), "torch": Nearest(index, use_faiss=False)}
             if nearest_module.faiss
             else {"torch": Nearest(index)}
         )
@@ -55,7 +62,7 @@ def nearest(
                 f"approximate: made and measured in {time.perf_counter() - begun:.0f} s, recall@10"
                 f" {recall:.3f} of exact"
             )
-        rows = [["", "median ms", "slowest ms"]]
+        rows = []
         for name, way in ways.items():
             way.top(asked[:1], k)
             seconds = []
@@ -64,11 +71,12 @@ def nearest(
                 way.top(query[None], k)
                 seconds.append(time.perf_counter() - begun)
             rows.append([name, f"{1000 * np.median(seconds):.1f}", f"{1000 * max(seconds):.1f}"])
-    print(f"{n} x {d}, the {k} best groups, one thread\n\n{markdown_table(rows[0], rows[1:])}")
+    columns = ["", "median ms", "slowest ms"]
+    print(f"{n} x {d}, the {k} best groups, one thread\n\n{markdown_table(columns, rows)}")
 
 
 def random_index(folder: Path, n: int, d: int) -> Path:
-    """An index without pictures, of random features in clusters, four pictures in a group."""
+    """An index without images, of random features in clusters, four images in a group."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(max(1, n // 500), d, generator=generator)
     features = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (n, d))
@@ -100,45 +108,45 @@ def random_index(folder: Path, n: int, d: int) -> Path:
 def embed(
     model: Annotated[str, tyro.conf.Positional], data: Path, turns: int = 3, inference: Inference = INFERENCE
 ) -> None:
-    """Pictures per second of `eval embed`, as it says itself, and of the forward of as many random pictures."""
+    """Images per second of `eval embed`, as printed, and of the forward of as many random images."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clip = ready(model, inference, World(device=device))
-    pixels = torch.randint(0, 256, (inference.batch, 3, *clip.image_size), dtype=torch.uint8, device=device)
+    clip = load_for_eval(model, inference, World(device=device))
+    pixels = torch.randint(
+        0, 256, (inference.batch_size, 3, *clip.image_size), dtype=torch.uint8, device=device
+    )
     rates = {"embed": [], "forward": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(turns):
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said):
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
                 embed_corpus(model, data, Path(folder) / "index", overwrite=True, inference=inference)
-            count, _, _, _, _, rate, *_ = said.getvalue().split()
+            count, rate = re.match(
+                r"(\d+) images \(\d+ embedded now, ([\d.]+)/s\)", output.getvalue()
+            ).groups()
             rates["embed"].append(float(rate))
             with torch.inference_mode():
                 clip.towers.image_features(pixels)
                 begun = time.perf_counter()
-                batches = min(200, int(count) // inference.batch + 1)
+                batches = min(200, int(count) // inference.batch_size + 1)
                 for _ in range(batches):
                     features = clip.towers.image_features(pixels)
                 features.cpu()
-            rates["forward"].append(batches * inference.batch / (time.perf_counter() - begun))
+            rates["forward"].append(batches * inference.batch_size / (time.perf_counter() - begun))
     middle = {name: float(np.median(values)) for name, values in rates.items()}
     rows = [
-        [name, f"{middle[name]:.1f}", ", ".join(f"{one:.1f}" for one in found)]
-        for name, found in rates.items()
+        [name, f"{middle[name]:.1f}", ", ".join(f"{rate:.1f}" for rate in of_turns)]
+        for name, of_turns in rates.items()
     ]
-    rows.insert(0, ["pictures/s", "median", "of each turn"])
+    columns = ["images/s", "median", "of each turn"]
     how = (
         f"{inference.precision}, {inference.workers} workers, {torch.get_num_threads()} threads,"
         f" {device.type}"
     )
-    print(f"{model}, batch {inference.batch}, {how}")
-    print(
-        f"\n{markdown_table(rows[0], rows[1:])}\n\nembed reaches {middle['embed'] / middle['forward']:.1%} of its forward"
-    )
+    print(f"{model}, batch {inference.batch_size}, {how}")
+    share = middle["embed"] / middle["forward"]
+    print(f"\n{markdown_table(columns, rows)}\n\nembed reaches {share:.1%} of its forward")
 
 
 if __name__ == "__main__":
-    commands = {"nearest": nearest, "embed": embed}
-    config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
-    exit_on_user_error(
-        lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=config)
-    )
+    commands = {name: f"benchmarks.search:{name}" for name in ("nearest", "embed")}
+    exit_on_user_error(lambda: run_commands("python -m benchmarks.search", __doc__, commands))

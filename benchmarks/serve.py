@@ -1,11 +1,10 @@
-"""What the search page's server bears: many people at once, who search for sentences and now and then for a
-picture.
+"""Load test of the search page's server: many clients search with sentences and images.
 
     python -m benchmarks.serve INDEX
 
-Each client asks, waits for the answer, and asks again; no two sentences are likely to be equal, so that the
-server's memory of texts is of no help. The server is a process of its own, on the same machine as the
-clients."""
+Each client sends a search, waits for the answer, and sends the next. Sentences differ, so the server's cache
+of texts does not help. The server is a separate process on the machine of the clients.
+"""
 
 import http.client
 import json
@@ -24,117 +23,121 @@ import numpy as np
 import tyro
 
 from data_prep.errors import UserError, exit_on_user_error
-from eval.search.index import Index, not_empty
+from data_prep.tables import markdown_table
+from eval.search.index import Index, open_index
 
 
 def bench(
     indexes: Annotated[tuple[Path, ...], tyro.conf.Positional],
     clients: int = 50,
     seconds: float = 60,
-    pictures: float = 0.1,
+    images: float = 0.1,
     k: int = 24,
 ) -> tuple[dict, str]:
-    """Ask a server of these indexes for a while; counts and latencies, and of what.
+    """Search a server of these indexes for a while; counts and latencies, and a title.
 
     Args:
-        indexes: As of `python -m eval serve`.
-        clients: How many ask at once.
-        seconds: For how long.
-        pictures: Share of the searches that send a picture.
-        k: Results wanted of each.
+        indexes: As for `python -m eval serve`.
+        clients: Number of concurrent clients.
+        seconds: Duration.
+        images: Share of the searches that send an image.
+        k: Results of each search.
     """
-    index = not_empty(Index(indexes[0]))
+    index = open_index(indexes[0])
     with started(*indexes) as (_, host):
-        found = load(host, index, clients, seconds, pictures, k)
-    return found, f"{clients} clients, {seconds:g} s, {len(index):,} pictures, {len(indexes)} models"
+        result = load(host, index, clients, seconds, images, k)
+    return result, f"{clients} clients, {seconds:g} s, {len(index):,} images, {len(indexes)} models"
 
 
 @contextmanager
 def started(*arguments) -> Iterator[tuple[subprocess.Popen, str]]:
-    """A server in a process of its own, and its "host:port"; it is ended at last.
+    """A server in a separate process, and its "host:port"; it is stopped at the end.
 
     Args:
-        arguments: of `python -m eval serve`.
+        arguments: Of `python -m eval serve`.
 
     Raises:
-        UserError: it did not start; it has said why.
+        UserError: It did not start; its own message is above.
     """
-    line = [sys.executable, "-m", "eval", "serve", *map(str, arguments), "--port", "0"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as server:
+    command = [sys.executable, "-m", "eval", "serve", *map(str, arguments), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            said = server.stdout.readline()
-            if "http://" not in said:
-                raise UserError("the server did not start; what it said stands above")
-            yield server, said.split("http://")[1].split()[0]
+            line = server.stdout.readline()
+            if "http://" not in line:
+                raise UserError("the server did not start; see its message above")
+            yield server, line.split("http://")[1].split()[0]
         finally:
             if server.poll() is None:
                 server.send_signal(signal.SIGINT)
 
 
-def load(host: str, index: Index, clients: int, seconds: float, pictures: float, k: int) -> dict:
-    """A number of clients, each in a thread; see `summary`."""
-    end, asked = time.monotonic() + seconds, [[] for _ in range(clients)]
+def load(host: str, index: Index, clients: int, seconds: float, images: float, k: int) -> dict:
+    """The searches of several clients, each in a thread; see `summary`."""
+    end, searches = time.monotonic() + seconds, [[] for _ in range(clients)]
     threads = [
-        threading.Thread(target=client, args=(host, index, seed, end, pictures, k, each))
-        for seed, each in enumerate(asked)
+        threading.Thread(target=client, args=(host, index, seed, end, images, k, own))
+        for seed, own in enumerate(searches)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return summary([each for one in asked for each in one], seconds)
+    return summary([search for own in searches for search in own], seconds)
 
 
-def client(host: str, index: Index, seed: int, end: float, pictures: float, k: int, asked: list) -> None:
-    """Ask until `end`; (kind, seconds, whether it was answered with results) of each search goes to `asked`."""
+def client(host: str, index: Index, seed: int, end: float, images: float, k: int, searches: list) -> None:
+    """Search until `end`; (kind, seconds, whether there were results) of each search goes to `searches`."""
     rng, connection = random.Random(seed), http.client.HTTPConnection(host, timeout=120)
     while time.monotonic() < end:
         number = rng.randrange(len(index))
-        if rng.random() < pictures:
-            kind, address, body, sent = "picture", f"/api/search?k={k}", index.thumbnail(number), "image/webp"
+        if rng.random() < images:
+            kind, address, body, content_type = (
+                "image",
+                f"/api/search?k={k}",
+                index.thumbnail(number),
+                "image/webp",
+            )
         else:
             words = " ".join(index.rows([number])[0]["captions"]).split()[:8]
-            kind, address, sent = "text", "/api/search", "application/json"
+            kind, address, content_type = "text", "/api/search", "application/json"
             body = json.dumps({"text": f"{' '.join(words)} {rng.randrange(10**6)}", "k": k})
         started = time.monotonic()
         try:
-            connection.request("POST", address, body, {"content-type": sent})
+            connection.request("POST", address, body, {"content-type": content_type})
             answer = connection.getresponse()
             good = answer.status == 200 and len(json.loads(answer.read())["results"][0]) > 0
         except (OSError, ValueError, http.client.HTTPException):
             good = False
             connection.close()  # the next request opens a new one
-        asked.append((kind, time.monotonic() - started, good))
+        searches.append((kind, time.monotonic() - started, good))
     connection.close()
 
 
-def summary(asked: list[tuple[str, float, bool]], seconds: float) -> dict:
-    """Counts, and latencies in ms of the searches that were answered; of all and by kind."""
-    found = {"requests": len(asked), "errors": sum(not good for *_, good in asked), "seconds": seconds}
-    for kind in ("text", "picture"):
-        good = [1e3 * took for name, took, good in asked if name == kind and good] or [0.0]
-        of_kind = [good for name, _, good in asked if name == kind]
+def summary(searches: list[tuple[str, float, bool]], seconds: float) -> dict:
+    """Counts, and latencies in ms of the answered searches; of all and by kind."""
+    result = {"requests": len(searches), "errors": sum(not good for *_, good in searches), "seconds": seconds}
+    for kind in ("text", "image"):
+        good = [1e3 * took for name, took, good in searches if name == kind and good] or [0.0]
+        of_kind = [good for name, _, good in searches if name == kind]
         p50, p95, slowest = np.percentile(good, [50, 95, 100]).tolist()
         latencies = {"p50_ms": p50, "p95_ms": p95, "slowest_ms": slowest}
-        found[kind] = {"requests": len(of_kind), "errors": len(of_kind) - sum(of_kind), **latencies}
-    return found
+        result[kind] = {"requests": len(of_kind), "errors": len(of_kind) - sum(of_kind), **latencies}
+    return result
 
 
-def table(found: dict, title: str) -> str:
-    lines = [
-        title,
-        "",
-        "| | requests | a second | errors | p50 ms | p95 ms | slowest ms |",
-        "|---|---|---|---|---|---|---|",
+def table(result: dict, title: str) -> str:
+    columns = ["", "requests", "a second", "errors", "p50 ms", "p95 ms", "slowest ms"]
+    rows = [
+        [
+            kind,
+            f"{result[kind]['requests']}",
+            f"{result[kind]['requests'] / result['seconds']:.1f}",
+            f"{result[kind]['errors']}",
+            *(f"{result[kind][name]:.0f}" for name in ("p50_ms", "p95_ms", "slowest_ms")),
+        ]
+        for kind in ("text", "image")
     ]
-    for kind in ("text", "picture"):
-        one = found[kind]
-        numbers = " | ".join(f"{one[name]:.0f}" for name in ("p50_ms", "p95_ms", "slowest_ms"))
-        lines.append(
-            f"| {kind} | {one['requests']} | {one['requests'] / found['seconds']:.1f} | {one['errors']} |"
-            f" {numbers} |"
-        )
-    return "\n".join([*lines, "", json.dumps(found)])
+    return f"{title}\n\n{markdown_table(columns, rows)}\n\n{json.dumps(result)}"
 
 
 if __name__ == "__main__":

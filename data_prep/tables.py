@@ -1,10 +1,10 @@
-"""One way to print a table: Markdown whose columns are padded, so that it reads in a terminal as in a document."""
+"""One way to print a table: Markdown with padded columns, readable in a terminal and in a document."""
 
 from collections.abc import Iterable, Sequence
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The rows below their titles; the first column is aligned left, the others right.
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """The rows below their titles; the first `left` columns are aligned left, the others right.
 
     Args:
         columns: titles.
@@ -15,11 +15,11 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     """
     lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (columns, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["-" * width if at < left else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
     padded = [
         [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+            cell.ljust(width) if at < left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         for line in lines
     ]

@@ -1,8 +1,7 @@
-"""What the pages that are served have in common: a loopback server, its guards, and answers that are
-sentences.
+"""What served pages share: a loopback server, its security headers, and errors as one sentence of JSON.
 
-A page is one HTML file that loads nothing from elsewhere. Nothing but its own routes is answered: no folder
-is served."""
+A page is one HTML file that loads nothing from elsewhere. Only its routes are answered; no folder is served.
+"""
 
 import contextlib
 import socket
@@ -23,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from data_prep.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-GUARDS = {
+SECURITY_HEADERS = {
     "content-security-policy": (
         "default-src 'none'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src"
         " 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -35,109 +34,104 @@ MAX_BODY_BYTES = 32 << 20
 
 
 class Refused(Exception):
-    """A request that cannot be answered: a sentence for the one who asked, and an HTTP status."""
+    """A request that cannot be answered: one sentence for the user, and an HTTP status."""
 
-    def __init__(self, said: str, status: int = 400):
-        super().__init__(said)
-        self.said, self.status = said, status
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.message, self.status = message, status
 
 
 def application(page: Path, routes: Sequence[Route], host: str = LOOPBACK[0]) -> Starlette:
-    """The app: `page` at /, and `routes`; a Refused or UserError of theirs becomes {"error": its sentence}.
+    """The app: `page` at /, and `routes`. A Refused or UserError becomes {"error": its sentence}.
 
     Args:
-        host: that it will be bound to. Bound to loopback it answers to loopback's names alone, so that no
-            page from elsewhere reaches it under a name of its own (DNS rebinding).
+        host: Address that the server is bound to. On loopback, only loopback's host names are accepted, so a
+            foreign page cannot reach the server under a name that it controls (DNS rebinding).
     """
     content = page.read_text(encoding="utf-8")
 
-    async def show(_: Request) -> Response:
+    async def show_page(_: Request) -> Response:
         return HTMLResponse(content)
 
-    async def refused(_: Request, error: Refused) -> Response:
-        return JSONResponse({"error": error.said}, error.status)
+    async def on_refused(_: Request, error: Refused) -> Response:
+        return JSONResponse({"error": error.message}, error.status)
 
-    async def mistaken(_: Request, error: UserError) -> Response:
+    async def on_user_error(_: Request, error: UserError) -> Response:
         return JSONResponse({"error": str(error)}, 400)
 
-    async def unknown(request: Request, error: HTTPException) -> Response:
-        return JSONResponse(
-            {"error": f"{request.method} {request.url.path}: {error.detail}"},
-            error.status_code,
-            error.headers,
-        )
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse({"error": message}, error.status_code, error.headers)
 
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
     return Starlette(
-        routes=[Route("/", show), *routes],
+        routes=[Route("/", show_page), *routes],
         middleware=[
-            Middleware(_Guarded),
+            Middleware(_WithSecurityHeaders),
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
         ],
-        exception_handlers={Refused: refused, UserError: mistaken, HTTPException: unknown},
+        exception_handlers={Refused: on_refused, UserError: on_user_error, HTTPException: on_http_error},
     )
 
 
-class _Guarded:
-    """Puts GUARDS on every answer."""
+class _WithSecurityHeaders:
+    """Adds SECURITY_HEADERS to every response."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def guarded(message) -> None:
+        added = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
+
+        async def send_with_headers(message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"],
-                    *((name.encode(), value.encode()) for name, value in GUARDS.items()),
-                ]
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
-        await self.app(scope, receive, guarded)
+        await self.app(scope, receive, send_with_headers)
 
 
-async def body(request: Request, most: int = MAX_BODY_BYTES) -> bytes:
-    """The request's body; of a larger one no more than `most` bytes are ever held.
+async def body(request: Request, max_bytes: int = MAX_BODY_BYTES) -> bytes:
+    """The request's body. At most `max_bytes` are held in memory, however much is sent.
 
     Raises:
-        Refused: it is larger, or whoever sent it has gone.
+        Refused: It is larger, or the client disconnected.
     """
     parts, size = [], 0
     try:
         async for part in request.stream():
             size += len(part)
-            if size <= most:
+            if size <= max_bytes:
                 parts.append(part)
-            elif (
-                size > 8 * most
-            ):  # up to here it is read and dropped: a browser hears no answer before it has sent all
+            elif size > 8 * max_bytes:
+                # Up to here the rest is read and dropped: a browser sees no response before all is sent.
                 break
     except ClientDisconnect:
-        raise Refused("the request ended before its body did") from None
-    if size > most:
-        raise Refused(f"more than {most >> 20} MiB were sent; a smaller file is wanted", 413)
+        raise Refused("the request ended before its body was complete") from None
+    if size > max_bytes:
+        raise Refused(f"more than {max_bytes >> 20} MiB were sent; send a smaller file", 413)
     return b"".join(parts)
 
 
 def same_origin(request: Request) -> None:
-    """For routes that write.
+    """Guard of the routes that write.
 
     Raises:
-        Refused: a page from elsewhere sent this (a browser says so itself, in Sec-Fetch-Site).
+        Refused: A foreign page sent this; browsers report it in Sec-Fetch-Site.
     """
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        raise Refused("this was sent by another page, and is not done", 403)
+        raise Refused("this request comes from another page and is refused", 403)
 
 
-def serve(app: Starlette, host: str, port: int, what: str) -> None:
-    """Answer until Ctrl-C; the address is printed when it is open.
+def serve(app: Starlette, host: str, port: int, title: str) -> None:
+    """Serve until Ctrl-C; the address is printed once the port is open.
 
     Args:
-        port: 0 takes a free one.
-        what: of the sentence "WHAT: http://...".
+        port: 0 takes a free port.
+        title: First word of the printed line "TITLE: http://...".
 
     Raises:
-        UserError: the port is taken.
+        UserError: The port cannot be opened.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
@@ -151,15 +145,15 @@ def serve(app: Starlette, host: str, port: int, what: str) -> None:
         ) from None
     listening.listen(256)
     shown = f"[{host}]" if ":" in host else host
-    print(f"{what}: http://{shown}:{listening.getsockname()[1]}    (Ctrl-C ends it)", flush=True)
+    print(f"{title}: http://{shown}:{listening.getsockname()[1]}    (Ctrl-C stops it)", flush=True)
     if host not in LOOPBACK:
         print(
-            f"anyone who reaches {host} can see this; nobody is asked for a password",
+            f"warning: anyone who can reach {host} can use this page; there is no password",
             file=sys.stderr,
             flush=True,
         )
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
     )
-    with contextlib.suppress(KeyboardInterrupt):  # it has ended in good order, and then says so once more
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn shuts down cleanly, then raises it once more
         server.run(sockets=[listening])

@@ -23,7 +23,7 @@
       serves a search page: sentences, images, filters, models side by side
   python -m eval export indexes/icons --out icons.sql
       writes an index for pgvector (.sql), as .parquet or as .npy
-  python -m eval cluster indexes/icons --page clusters.html --label set
+  python -m eval cluster indexes/icons --page clusters.html --label-column set
       clusters of a corpus with names, a map of them, and near duplicates
 
 MODEL is a run folder (its best checkpoint), NAME:PRETRAINED as open_clip knows them (ViT-B-32:none for random

@@ -1,6 +1,9 @@
-"""A real browser, without a window, for pages that are served: an installed Chromium, driven by playwright.
+"""A real browser without a window, for the pages: an installed Chromium, driven by playwright.
 
-python tests/browser.py http://127.0.0.1:8000/#text=bell page.png        takes a picture for the README
+python tests/browser.py http://127.0.0.1:8000/#text=bell page.png        takes a screenshot for the docs
+
+Pages forbid eval in their Content-Security-Policy, so wait with locators (expect, locator.wait_for), not with
+page.wait_for_function("a string").
 """
 
 import io
@@ -15,56 +18,69 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-QUIET = [
+ARGUMENTS = [
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
 ]
-expect.set_options(timeout=15_000)  # a busy machine is slow
+expect.set_options(timeout=15_000)  # for a busy machine
+
+
+_running: list[Browser] = []
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The installed browser; where there is none, the test is skipped, and says so."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if not found:
+    """The installed browser; one that is already running is used again, as by the fixture `browser`."""
+    if _running:
+        yield _running[0]
+        return
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if not path:
         pytest.skip(f"no browser on PATH ({', '.join(NAMES)}); apt-get install chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=QUIET)
-        yield browser
-        browser.close()
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        _running.append(browser)
+        try:
+            yield browser
+        finally:
+            _running.clear()
+            browser.close()
 
 
 @contextmanager
 def opened(browser: Browser, url: str, **options) -> Iterator[Page]:
-    """A page in a fresh profile, that asked nobody but its own server and wrote no error into its console.
+    """A page in a fresh profile; at the end, it has requested nothing from other hosts and logged no error.
 
     Args:
-        options: of Browser.new_context: viewport, color_scheme, ...
+        url: http://..., or file://... of one page.
+        options: Of Browser.new_context: viewport, color_scheme, ...
     """
-    origin, strangers, complaints = "/".join(url.split("/")[:3]), [], []
+    origin = url if url.startswith("file:") else "/".join(url.split("/")[:3])
+    foreign, errors = [], []
+
+    def on_request(request) -> None:
+        if not request.url.startswith((origin, "data:", f"blob:{origin}")):
+            foreign.append(request.url)
+
+    def on_console(message) -> None:
+        # The browser logs each refused response; the page shows its sentence.
+        if (
+            message.type in ("error", "warning")
+            and "the server responded with a status of" not in message.text
+        ):
+            errors.append(message.text)
+
     with browser.new_context(**options) as context:
         page = context.new_page()
-        page.on(
-            "request",
-            lambda request: (
-                request.url.startswith((origin, "data:", f"blob:{origin}")) or strangers.append(request.url)
-            ),
-        )
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "console",
-            lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None,
-        )
+        page.on("request", on_request)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", on_console)
         page.goto(url)
         yield page
-        # A browser notes each answer that refuses; the page shows its sentence.
-        assert (
-            strangers,
-            [each for each in complaints if "the server responded with a status of" not in each],
-        ) == ([], [])
+        assert (foreign, errors) == ([], [])
 
 
 def overflow_px(page: Page) -> int:
@@ -73,7 +89,7 @@ def overflow_px(page: Page) -> int:
 
 
 def screenshot(page: Page, path: Path) -> None:
-    """A PNG of what the window shows, of 256 colors, so that it is small."""
+    """A PNG of what the window shows, in 256 colors to keep it small."""
     page.wait_for_load_state("networkidle")
     Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256).save(path, optimize=True)
 

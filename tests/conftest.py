@@ -25,7 +25,7 @@ from data_prep.icons import icons
 from data_prep.shards import sha256_of
 from eval.compare.command import compare
 from eval.options import Inference
-from eval.search.indexing import embed as embed_corpus
+from eval.search.command import embed as embed_corpus
 from eval.validation import validator
 from train.loop import fit
 from train.model.clip import load
@@ -114,6 +114,15 @@ def narrow_index(tmp_path_factory, icon_shards) -> Path:
     return folder / "narrow"
 
 
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    """One browser for all tests; each page gets a fresh profile, see browser.opened."""
+    from browser import chromium  # here, because most tests need no browser
+
+    with chromium() as browser:
+        yield browser
+
+
 def save_tiny(folder: Path, **changes) -> Path:
     torch.manual_seed(1)
     config = {**TINY, **changes}
@@ -153,7 +162,7 @@ def quick(tmp_path_factory) -> tuple[str, Path, dict]:
     return f"local-dir:{folder}", folder / "out", export(load(f"local-dir:{folder}"), folder / "out")
 
 
-def picture(width: int = 48, height: int = 48) -> Image.Image:
+def noise_image(width: int = 48, height: int = 48) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 

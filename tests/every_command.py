@@ -8,12 +8,13 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from eval.classify.command import linear_probe, zeroshot
-
 import train.world
+from eval.classify.command import linear_probe, zeroshot
 from eval.compare.command import compare, confusion
 from eval.compositionality.command import compositionality
 from eval.options import Inference
+from eval.search import indexing
+from eval.search.command import embed
 
 
 def every_command(model: str, shards: Path, images: Path, out: Path) -> None:
@@ -25,6 +26,8 @@ def every_command(model: str, shards: Path, images: Path, out: Path) -> None:
     compositionality(model, shards, "val", n=1, json=out / "compositionality.json", **options)
     more = {"labelled": images, "labelled_split": "val", "wise_ft": (0.5,)}
     compare((model, model), shards, "val", out / "compare", **more, **options)
+    indexing.BLOCK_IMAGES = 28  # so that each rank embeds several blocks
+    embed(model, shards, out / "index", **options)
 
 
 if __name__ == "__main__":

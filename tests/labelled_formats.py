@@ -1,6 +1,4 @@
-"""The same pictures with labels in every format that eval.classify.labelled reads, written as those formats
-are published.
-"""
+"""The same labelled images in every format that eval.classify.labelled reads, as published."""
 
 import json
 from pathlib import Path
@@ -16,7 +14,7 @@ CLASSES = ["Acura Integra", "BMW M3", "Fiat 500"]
 COUNTS = (7, 4, 9)
 
 
-def pictures(seed: int = 0) -> list[tuple[int, bytes]]:
+def labelled_images(seed: int = 0) -> list[tuple[int, bytes]]:
     """(label, PNG) of noise around a color of the class, one of them see-through."""
     rng = np.random.default_rng(seed)
     found = []
@@ -42,10 +40,10 @@ def as_folder(
 
 
 def as_csv(folder: Path, found: list[tuple[int, bytes]]) -> Path:
-    (folder / "pictures").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     for number, (_, data) in enumerate(found):
-        (folder / "pictures" / f"{number}.png").write_bytes(data)
-    lines = [f"pictures/{number}.png,{CLASSES[label]}" for number, (label, _) in enumerate(found)]
+        (folder / "images" / f"{number}.png").write_bytes(data)
+    lines = [f"images/{number}.png,{CLASSES[label]}" for number, (label, _) in enumerate(found)]
     (folder / "labels.csv").write_text("\n".join(["image,label", *lines]) + "\n")
     return folder / "labels.csv"
 
@@ -71,7 +69,7 @@ def as_parquet(path: Path, found: list[tuple[int, bytes]], **options) -> Path:
 
 
 def as_cars(folder: Path, found: list[tuple[int, bytes]]) -> Path:
-    """cars_train/00001.png ..., and devkit/ with the structs of the original (0-based here is 1-based there)."""
+    """cars_train/00001.png ..., and devkit/ with the structs of the original (labels there are 1-based)."""
     (folder / "cars_train").mkdir(parents=True)
     (folder / "devkit").mkdir()
     fields = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname"]

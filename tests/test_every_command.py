@@ -6,7 +6,7 @@ import sys
 
 from conftest import ROOT, environment
 from every_command import every_command
-from labelled_formats import as_folder, pictures
+from labelled_formats import as_folder, labelled_images
 
 NAMES = (
     "zeroshot.json",
@@ -19,7 +19,9 @@ NAMES = (
 
 def test_two_ranks_give_the_result_of_one(tiny_model, icon_shards, tmp_path):
     for split, seeds in (("train", (1, 2)), ("val", (3,))):
-        as_folder(tmp_path / "images", [each for seed in seeds for each in pictures(seed)], split=split)
+        as_folder(
+            tmp_path / "images", [each for seed in seeds for each in labelled_images(seed)], split=split
+        )
     paths = [icon_shards, tmp_path / "images"]
     every_command(tiny_model, *paths, tmp_path / "one")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -36,6 +38,8 @@ def test_two_ranks_give_the_result_of_one(tiny_model, icon_shards, tmp_path):
     for name in NAMES:
         one, two = (json.loads((tmp_path / ranks / name).read_text()) for ranks in ("one", "two"))
         assert close(one, two), name
+    index = {path.name: path.read_bytes() for path in (tmp_path / "one" / "index").iterdir()}
+    assert index == {path.name: path.read_bytes() for path in (tmp_path / "two" / "index").iterdir()}
 
 
 def close(one, two) -> bool:

@@ -1,1 +1,1 @@
-"""Images with labels: zero-shot, linear probes and heads."""
+"""Classification of labelled images: zero-shot, and heads on frozen features."""

@@ -1,4 +1,4 @@
-"""Image features of pictures with labels, each computed once, and kept by content."""
+"""Image features of labelled images, computed once and cached by content."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.images import BadImage, Rules, check
 from data_prep.progress import progress
-from eval.classify.labelled import Labelled
+from eval.classify.labelled import SPLITS, Labelled
 from eval.embed import batches
 from eval.options import Inference
 from eval.retrieval.ranking import check_finite
@@ -24,15 +24,12 @@ from train.data.loader import loader
 from train.model.clip import Clip
 from train.world import World
 
-RULES = Rules(
-    min_side_px=1, max_aspect=float("inf")
-)  # a published set is taken as it is, but for damage and blank pictures
+# Published data sets are taken as they are; only damaged and blank images are rejected.
+RULES = Rules(min_side_px=1, max_aspect=float("inf"))
 
 
 class LabelledImages(Dataset):
-    """(uint8 [3, H, W], usable) by number: the picture, checked and put right, as the model's own
-    preprocessing wants it.
-    """
+    """(uint8 [3, H, W], whether it is usable) by number, preprocessed for the model."""
 
     def __init__(self, data: Labelled, clip: Clip):
         self.read, self.transform, self.size = data.read, clip.eval_transform, clip.image_size
@@ -44,12 +41,23 @@ class LabelledImages(Dataset):
             return torch.zeros(3, *self.size, dtype=torch.uint8), False
 
 
+def split_of(data: Path, split: str) -> str:
+    """`split` where the data has splits; "" for a file or a folder of classes, which are one split."""
+    if data.is_dir() and (
+        any((data / name).is_dir() for name in SPLITS)
+        or any((data / name).is_file() for name in ("manifest.json", "cars_meta.mat", "devkit/cars_meta.mat"))
+        or next(data.glob("*.parquet"), None)
+        or next(data.glob("data/*.parquet"), None)
+    ):
+        return split
+    return ""
+
+
 def checked(data: bytes | BadImage) -> bytes:
-    """The bytes of a picture, or of what it became by being put right: transparency on white, EXIF
-    orientation applied.
+    """The bytes of an image, re-encoded where needed: transparency on white, EXIF orientation applied.
 
     Raises:
-        BadImage: it cannot be used.
+        BadImage: It cannot be used.
     """
     if isinstance(data, BadImage):
         raise data
@@ -57,37 +65,40 @@ def checked(data: bytes | BadImage) -> bytes:
 
 
 def read_file(path: Path, option: str) -> bytes:
-    """The bytes of a file that the option `option` names.
+    """The bytes of the file that `option` names.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: It cannot be read.
     """
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot be read ({error.strerror}); a picture is wanted") from None
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror}); pass an image file") from None
 
 
-def picture_of(data: bytes, what: str) -> Image.Image:
-    """A picture that somebody shows, in RGB.
+def open_image(data: bytes, name: str) -> Image.Image:
+    """An image from the user, in RGB.
+
+    Args:
+        name: What error messages call it.
 
     Raises:
-        UserError: it cannot be used; `what` names it.
+        UserError: It cannot be used.
     """
     try:
         return decode(checked(data))
     except BadImage as bad:
-        raise UserError(f"{what}: {bad}; another picture is wanted") from None
+        raise UserError(f"{name}: {bad}; use another image") from None
 
 
 class Features(NamedTuple):
-    """Of the m pictures that can be read.
+    """Features of the m usable images.
 
     Attributes:
         image_features: fp32 [m, d], L2-normed.
         labels, groups: int64 [m].
-        numbers: int64 [m], of the pictures in what they were read from.
-        unreadable: the other pictures, (name, reason).
+        numbers: int64 [m], of the images in the data that they were read from.
+        unreadable: (name, reason) of the other images.
     """
 
     image_features: torch.Tensor
@@ -97,16 +108,48 @@ class Features(NamedTuple):
     unreadable: list[tuple[str, str]]
 
 
+def image_features(
+    clip: Clip, data: Labelled, world: World, inference: Inference, cache: Path | None = None
+) -> Features:
+    """The features of all usable images, computed or read from `cache`.
+
+    Args:
+        cache: Folder of .npz files, named by a hash of the model's weights, config and precision, and of the
+            images' bytes. A damaged file is written again.
+
+    Raises:
+        NotFinite, UserError: See usable_rows.
+    """
+    if cache is None:
+        return usable_rows(data, *embed_rows(clip, data, world, inference))
+    settings = [
+        clip.fingerprint(),
+        json.dumps(clip.config, sort_keys=True),
+        str(clip.towers.bf16),
+        data.sha256,
+    ]
+    path = cache / f"{hashlib.sha256(' '.join(settings).encode()).hexdigest()[:32]}.npz"
+    cached = read_cached(path, len(data))
+    if any(world.any(cached is None)):
+        rows, usable = embed_rows(clip, data, world, inference)
+        if world.is_first:
+            cache.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as partial, open(partial, "wb") as file:
+                np.savez(file, image_features=rows.cpu().numpy(), usable=usable.cpu().numpy())
+        cached = rows, usable
+    return usable_rows(data, *(tensor.to(world.device) for tensor in cached))
+
+
 def embed_rows(
     clip: Clip, data: Labelled, world: World, inference: Inference
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """image_features fp32 [n, d] and which rows are usable, bool [n]; the same on every rank."""
+    """image_features fp32 [n, d], and which rows are usable, bool [n]; the same on every rank."""
     clip.towers.eval()
-    mine = batches(len(data), inference.batch_size)[world.rank :: world.world_size]
-    images = loader(LabelledImages(data, clip), mine, inference.workers, world, default_collate)
+    own = batches(len(data), inference.batch_size)[world.rank :: world.world_size]
+    images = loader(LabelledImages(data, clip), own, inference.workers, world, default_collate)
     bar = progress(
         images,
-        total=len(mine),
+        total=len(own),
         desc="embedding images",
         unit="batch",
         leave=False,
@@ -116,77 +159,43 @@ def embed_rows(
     with torch.inference_mode():
         parts = [(clip.towers.image_features(pixels.to(world.device)), usable) for pixels, usable in bar]
     width = int(world.max(torch.tensor([parts[0][0].shape[1] if parts else 0])).item())
-    features, good = (
-        torch.zeros(len(data), width, device=world.device),
-        torch.zeros(len(data), dtype=torch.int32, device=world.device),
-    )
-    for rows, (part, usable) in zip(mine, parts, strict=True):
-        features[rows] = part
-        good[rows] = usable.int().to(world.device)
-    return world.sum(features), world.sum(good).bool()
+    rows = torch.zeros(len(data), width, device=world.device)
+    is_usable = torch.zeros(len(data), dtype=torch.int32, device=world.device)
+    for numbers, (features, usable) in zip(own, parts, strict=True):
+        rows[numbers] = features
+        is_usable[numbers] = usable.int().to(world.device)
+    return world.sum(rows), world.sum(is_usable).bool()
 
 
 def usable_rows(data: Labelled, rows: torch.Tensor, usable: torch.Tensor) -> Features:
-    """What embed_rows gave, without the pictures that cannot be read.
+    """The result of embed_rows without unreadable images.
 
     Raises:
-        NotFinite: a feature is not finite; the first such picture is named.
-        UserError: no picture can be read.
+        NotFinite: A feature is not finite; the first such image is named.
+        UserError: No image can be read.
     """
     keep = usable.cpu().nonzero().flatten().numpy()
-    unreadable = [
-        (data.names[number], _problem(data.read(number)))
-        for number in (~usable).cpu().nonzero().flatten().tolist()
-    ]
+    rest = (~usable).cpu().nonzero().flatten().tolist()
+    unreadable = [(data.names[number], _reason(data.read(number))) for number in rest]
     if not len(keep):
         raise UserError(
-            f"{data.place}: none of {len(data)} pictures can be read, the first because: {unreadable[0][1]};"
-            " check --data"
+            f"{data.place}: none of {len(data)} images can be read (the first: {unreadable[0][1]})"
         )
     features = rows[usable]
     check_finite(features, "image_features", lambda row: f"image {data.names[keep[row]]}")
     return Features(features, data.labels[keep], data.groups[keep], keep, unreadable)
 
 
-def _problem(data: bytes | BadImage) -> str:
+def _reason(data: bytes | BadImage) -> str:
     try:
         checked(data)
     except BadImage as bad:
         return str(bad)
-    return "was not readable before, and is now"
-
-
-def image_features(
-    clip: Clip, data: Labelled, world: World, inference: Inference, cache: Path | None = None
-) -> Features:
-    """The features of all pictures that can be read, computed, or read from `cache`.
-
-    Args:
-        cache: folder of .npz files, named by a hash of the model's weights, config and precision, and the
-            pictures' bytes; one that cannot be read is made again.
-
-    Raises:
-        NotFinite, UserError: see usable_rows.
-    """
-    if cache is None:
-        return usable_rows(data, *embed_rows(clip, data, world, inference))
-    parts = [clip.fingerprint(), json.dumps(clip.config, sort_keys=True), str(clip.towers.bf16), data.sha256]
-    path = cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.npz"
-    found = read_cached(path, len(data))
-    if any(world.any(found is None)):
-        rows, usable = embed_rows(clip, data, world, inference)
-        if world.is_first:
-            cache.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as partial, open(partial, "wb") as file:
-                np.savez(file, image_features=rows.cpu().numpy(), usable=usable.cpu().numpy())
-        found = rows, usable
-    return usable_rows(data, *(tensor.to(world.device) for tensor in found))
+    return "could not be read the first time"
 
 
 def read_cached(path: Path, n: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """image_features fp32 [n, d] and usable bool [n] of a file of image_features; None where there is none,
-    or a damaged one.
-    """
+    """image_features fp32 [n, d] and usable bool [n] from a cached file; None if missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             rows, usable = arrays["image_features"], arrays["usable"]

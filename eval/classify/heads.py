@@ -1,12 +1,12 @@
-"""Heads on image features of a frozen model: fitted, written down, and read again.
+"""Classification heads on frozen image features: training, saving and loading.
 
     linear  image_features [n, d] -> class logits                              multinomial logistic regression
     mlp     image_features [n, d] -> zero-shot logits [n, C] -> class logits   C-980-980-C
 
-The validation, a fifth of each class of the training pictures or a split of its own, chooses the linear
-head's regularization; its accuracy after each epoch is the MLP's history.
-Sources: linear probe, Radford et al. 2021 (arXiv:2103.00020), appendix A.3; the MLP's sizes are a tutorial's
-    on Stanford Cars.
+Validation images are a fifth of each class of the training images, or a split of the data. They choose the
+linear head's regularization; the MLP's history is its accuracy on them after each epoch.
+Sources: the linear probe is from Radford et al. 2021 (arXiv:2103.00020), appendix A.3; the MLP's sizes are
+from a tutorial on Stanford Cars.
 """
 
 import json
@@ -28,9 +28,8 @@ from eval.classify.features import Features
 from eval.retrieval.score import write_json
 
 HIDDEN, DROPOUTS, LR, EPOCHS, BATCH = 980, (0.25, 0.3), 2e-4, 6, 64
-STRENGTHS = np.logspace(
-    -2, 6, 9
-)  # scikit-learn's C: the inverse of the regularization; the features are L2-normed
+# scikit-learn's C, the inverse of the regularization; large values matter because features are L2-normed
+C_VALUES = np.logspace(-2, 6, 9)
 SEED = 0
 
 
@@ -39,13 +38,14 @@ class Head(nn.Module):
 
     Args:
         kind: "linear" or "mlp".
-        classes: C names.
-        width: d, of the features.
-        weights: Clip.fingerprint() of the model that the features are of.
+        classes: Names of the C classes.
+        width: Feature dimension d.
+        weights: Clip.fingerprint() of the model that computes the features.
     """
 
     def __init__(self, kind: Literal["linear", "mlp"], classes: list[str], width: int, weights: str):
         super().__init__()
+        self.kind = kind
         self.about = {"kind": kind, "classes": classes, "width": width, "weights_sha256": weights}
         n = len(classes)
         if kind == "linear":
@@ -62,30 +62,30 @@ class Head(nn.Module):
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """fp32 [b, d], L2-normed -> [b, C]."""
-        if self.about["kind"] == "linear":
+        if self.kind == "linear":
             return self.layers(image_features)
         return self.layers(self.logit_scale * image_features @ self.text_features.T)
 
     def logits(self, image_features: torch.Tensor) -> torch.Tensor:
-        """The same for evaluation: without dropout and gradients."""
+        """forward() for evaluation: without dropout and gradients."""
         self.eval()
         with torch.inference_mode():
             return self(image_features)
 
     def save(self, folder: Path) -> None:
-        """Write KIND.safetensors and KIND.json, which load_head reads."""
+        """Write KIND.safetensors and KIND.json for load_head."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.about['kind']}.safetensors"
+        path = folder / f"{self.kind}.safetensors"
         with atomic_file(path) as partial:
             save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, partial)
         write_json(path.with_suffix(".json"), self.about)
 
 
 def load_head(path: Path) -> Head:
-    """The head whose KIND.json is at `path`; `about["weights_sha256"]` says which model's features it wants.
+    """The head whose KIND.json is `path`; `about["weights_sha256"]` names the model that it needs.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: There is none, or it is damaged.
     """
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -93,65 +93,64 @@ def load_head(path: Path) -> Head:
         head.load_state_dict(load_file(path.with_suffix(".safetensors")))
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{path}: not a head ({error}); make one with: python -m eval probe MODEL --data DATA --save"
+            f"{path}: not a head ({error}); make one: python -m eval linear-probe MODEL --data DATA --out"
             " FOLDER"
         ) from None
     return head.eval()
 
 
 class Split(NamedTuple):
-    """Positions of training pictures, int64."""
+    """Positions of the images for fitting and for validation, int64."""
 
     fit: np.ndarray
     val: np.ndarray
 
 
 def validation_split(labels: np.ndarray, groups: np.ndarray, seed: int = SEED) -> Split:
-    """A fifth of each class's groups for validation, at least one where it has two; a whole group is on one
-    side.
+    """A fifth of each class's groups for validation, at least one of two. Groups are not divided.
 
     Args:
         labels, groups: int64 [n].
 
     Raises:
-        UserError: no class has pictures of two groups.
+        UserError: No class has images of two groups.
     """
-    rng, chosen = np.random.default_rng(seed), []
+    rng, held_out = np.random.default_rng(seed), []
     for label in np.unique(labels):
         members = rng.permutation(np.unique(groups[labels == label]))
-        chosen.append(members[: max(len(members) // 5, min(1, len(members) - 1))])
-    val = np.flatnonzero(np.isin(groups, np.concatenate(chosen)))
+        held_out.append(members[: max(len(members) // 5, min(1, len(members) - 1))])
+    val = np.flatnonzero(np.isin(groups, np.concatenate(held_out)))
     if not len(val):
         raise UserError(
-            f"{len(labels)} training pictures, those of a class all of one group; at least two groups of a"
-            " class are wanted, one of them for validation"
+            f"{len(labels)} training images, where each class is a single group; a class needs at least two"
+            " groups, one of them for validation. Pass --val-split, or more data"
         )
     return Split(np.setdiff1d(np.arange(len(labels)), val), val)
 
 
-def fit_linear(found: Features, classes: list[str], split: Split, weights: str) -> tuple[Head, list[dict]]:
-    """The linear head, and validation accuracy by C; ties go to the stronger regularization. The best C is
-    fitted to all pictures.
+def fit_linear(features: Features, classes: list[str], split: Split, weights: str) -> tuple[Head, list[dict]]:
+    """The linear head, fitted to all images with the best C, and validation accuracy by C.
 
-    A class without training pictures is never predicted: its bias is -1e4.
+    Ties go to the stronger regularization. A class without training images gets the bias -1e4, so it is never
+    predicted.
 
     Raises:
-        UserError: fewer than two classes have training pictures.
+        UserError: Fewer than two classes have training images.
     """
-    features, labels = found.image_features.cpu().double().numpy(), found.labels
+    inputs, labels = features.image_features.cpu().double().numpy(), features.labels
     if len(np.unique(labels[split.fit])) < 2:
-        raise UserError("training pictures of fewer than two classes; at least two are wanted")
+        raise UserError("the training images have fewer than two classes; a classifier needs at least two")
     history = []
-    for strength in progress(STRENGTHS, desc="linear probe", unit="fit", leave=False, delay=1):
-        fitted = _regression(features[split.fit], labels[split.fit], strength)
-        accuracy = float((fitted.predict(features[split.val]) == labels[split.val]).mean())
-        history.append({"C": float(strength), "val_accuracy": accuracy})
+    for c in progress(C_VALUES, desc="linear probe", unit="fit", leave=False, delay=1):
+        fitted = _regression(inputs[split.fit], labels[split.fit], c)
+        accuracy = float((fitted.predict(inputs[split.val]) == labels[split.val]).mean())
+        history.append({"C": float(c), "val_accuracy": accuracy})
     best = max(history, key=lambda row: (row["val_accuracy"], -row["C"]))
-    fitted = _regression(features, labels, best["C"])
+    fitted = _regression(inputs, labels, best["C"])
     weight, bias = fitted.coef_, fitted.intercept_
-    if len(weight) == 1:  # of two classes scikit-learn keeps the second's logit
+    if len(weight) == 1:  # of two classes, scikit-learn keeps only the second's logit
         weight, bias = np.concatenate([0 * weight, weight]), np.array([0, bias[0]])
-    head = Head("linear", classes, features.shape[1], weights)
+    head = Head("linear", classes, inputs.shape[1], weights)
     with torch.no_grad():
         head.layers.weight.zero_()
         head.layers.bias.fill_(-1e4)
@@ -160,19 +159,18 @@ def fit_linear(found: Features, classes: list[str], split: Split, weights: str) 
     return head, [{**row, "chosen": row is best} for row in history]
 
 
-def _regression(features: np.ndarray, labels: np.ndarray, strength: float):
-    from sklearn.exceptions import ConvergenceWarning  # here, because it takes a second
+def _regression(features: np.ndarray, labels: np.ndarray, c: float):
+    from sklearn.exceptions import ConvergenceWarning  # here, because the import takes a second
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # 1000 iterations are the paper's; validation judges the outcome
-        return LogisticRegression(C=strength, max_iter=1000).fit(features, labels)
+        # The paper uses 1000 iterations too; validation judges the result.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=c, max_iter=1000).fit(features, labels)
 
 
 def fit_mlp(
-    found: Features,
+    features: Features,
     texts: torch.Tensor,
     logit_scale: float,
     classes: list[str],
@@ -180,40 +178,51 @@ def fit_mlp(
     weights: str,
     seed: int = SEED,
 ) -> tuple[Head, list[dict]]:
-    """The MLP on the class logits, and its history: losses and validation accuracy by epoch.
+    """The MLP on zero-shot logits, and losses and validation accuracy by epoch.
 
     Args:
         texts: text_features fp32 [C, d], L2-normed.
-        logit_scale: exponentiated.
-        seed: of weights, order and dropout.
+        logit_scale: Exponentiated.
+        seed: Of weights, order and dropout.
     """
-    features, labels = found.image_features.cpu(), torch.from_numpy(found.labels)
+    inputs, labels = features.image_features.cpu(), torch.from_numpy(features.labels)
     fit, val = torch.from_numpy(split.fit), torch.from_numpy(split.val)
     history = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = Head("mlp", classes, features.shape[1], weights)
+        head = Head("mlp", classes, inputs.shape[1], weights)
         head.text_features.copy_(texts)
         head.logit_scale.fill_(logit_scale)
         optimizer = torch.optim.Adam(head.parameters(), LR)
-        for epoch in (bar := progress(range(1, EPOCHS + 1), desc="MLP", unit="epoch", leave=False, delay=1)):
-            head.train()
-            losses = []
-            for rows in fit[torch.randperm(len(fit))].split(BATCH):
-                if len(rows) == 1:  # one picture has no variance to normalize with
-                    continue
-                loss = F.cross_entropy(head(features[rows]), labels[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-            logits = head.logits(features[val])
-            accuracy, loss = (
-                (logits.argmax(1) == labels[val]).double().mean().item(),
-                F.cross_entropy(logits, labels[val]).item(),
-            )
+        bar = progress(range(1, EPOCHS + 1), desc="MLP", unit="epoch", leave=False, delay=1)
+        for epoch in bar:
+            train_loss = _epoch(head, optimizer, inputs, labels, fit)
+            logits = head.logits(inputs[val])
+            val_loss = F.cross_entropy(logits, labels[val]).item()
+            accuracy = (logits.argmax(1) == labels[val]).double().mean().item()
             history.append(
-                {"epoch": epoch, "loss": float(np.mean(losses)), "val_loss": loss, "val_accuracy": accuracy}
+                {"epoch": epoch, "loss": train_loss, "val_loss": val_loss, "val_accuracy": accuracy}
             )
             bar.set_postfix(val_accuracy=f"{accuracy:.3f}", refresh=False)
     return head.eval(), history
+
+
+def _epoch(
+    head: Head,
+    optimizer: torch.optim.Optimizer,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    fit: torch.Tensor,
+) -> float:
+    """One epoch of training on the rows `fit`, int64; the mean loss."""
+    head.train()
+    losses = []
+    for rows in fit[torch.randperm(len(fit))].split(BATCH):
+        if len(rows) == 1:  # batch norm needs a variance
+            continue
+        loss = F.cross_entropy(head(inputs[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return float(np.mean(losses))

@@ -81,7 +81,11 @@ class Labelled:
 
 
 def read_labelled(
-    data: Path, split: str = "", image_column: str = "image", label_column: str = "label"
+    data: Path,
+    split: str = "",
+    image_column: str = "image",
+    label_column: str = "label",
+    images: str = "",
 ) -> Labelled:
     """The pictures with labels at `data`; its kind is told by what lies there.
 
@@ -89,6 +93,7 @@ def read_labelled(
         data: a folder or file of one of the kinds above.
         split: which one, where there are several.
         image_column, label_column: of a CSV or Parquet; of shards, label_column.
+        images: of a CSV, the folder that its paths are relative to; by default the folder of the CSV.
 
     Raises:
         UserError: no such data, split or column; nothing in it has a label.
@@ -98,7 +103,7 @@ def read_labelled(
             raise UserError(f"{data}: a file is one split, but --split {split!r} was given; leave that out")
         if data.suffix == ".parquet":
             return _parquet(str(data), [data], image_column, label_column)
-        return _csv(data, image_column, label_column)
+        return _csv(data, image_column, label_column, Path(images) if images else data.parent)
     if not data.is_dir():
         raise UserError(
             f"{data}: no such file or folder; a folder per class, a CSV, a Parquet file or shards are wanted"
@@ -200,7 +205,7 @@ def _folders(folder: Path) -> Labelled:
     )
 
 
-def _csv(path: Path, image_column: str, label_column: str) -> Labelled:
+def _csv(path: Path, image_column: str, label_column: str, root: Path) -> Labelled:
     images, labels = [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -213,7 +218,7 @@ def _csv(path: Path, image_column: str, label_column: str) -> Labelled:
         raise UserError(
             f"{path}: cannot be read as a CSV in UTF-8 ({error}); write it as one, or pass another --data"
         ) from None
-    return _labelled(str(path), labels, images, lambda keep: _Files(path.parent, [images[at] for at in keep]))
+    return _labelled(str(path), labels, images, lambda keep: _Files(root, [images[at] for at in keep]))
 
 
 def _check_columns(path: Path, having: list[str], *wanted: str) -> None:

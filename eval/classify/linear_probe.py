@@ -1,177 +1,149 @@
-"""What a frozen model's image features know of the classes, beside what it says of them without training; see
-eval.classify.heads.
+"""How well classes can be learned from a model's frozen image features, compared with zero-shot.
 
-Features are computed once and cached by content.
+train, val, test -> image_features (cached by content) -> linear head, MLP (eval.classify.heads) -> metrics
 """
 
 import dataclasses
 import hashlib
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 
 from data_prep.errors import UserError
-from eval.classify.features import Features, image_features
-from eval.classify.heads import Split, fit_linear, fit_mlp, validation_split
+from eval.classify.features import Features, image_features, split_of
+from eval.classify.heads import Head, Split, fit_linear, fit_mlp, validation_split
 from eval.classify.labelled import Labelled, read_labelled
-from eval.classify.linear_probe_page import table, write_page
 from eval.classify.metrics import predict, summarize
 from eval.classify.templates import read_names, read_templates
 from eval.classify.zeroshot import text_features
 from eval.embed import load_for_eval
-from eval.options import INFERENCE, Inference
+from eval.options import Inference
 from eval.retrieval.ranking import TIE
-from eval.retrieval.score import write_json
-from train.world import joined_world
+from train.model.clip import Clip
+from train.world import World
 
 
-def probe(
-    model: Annotated[str, tyro.conf.Positional],
+class Task(NamedTuple):
+    """Data of a linear probe; `val` is None where a part of `train` is held out."""
+
+    train: Labelled
+    val: Labelled | None
+    test: Labelled
+    sentences: list[list[str]]
+
+
+def read_task(
     data: Path,
-    split: str = "train",
-    val_split: str = "",
-    test_data: Path | None = None,
-    test_split: str = "val",
-    image_column: str = "image",
-    label_column: str = "label",
-    names: str = "",
-    templates: str = "simple",
-    cache: Path = Path("runs/features"),
-    save: Path | None = None,
-    json: Path | None = None,
-    page: Path | None = None,
-    inference: Inference = INFERENCE,
-) -> None:
-    """Trains a linear probe, and an MLP on the zero-shot logits, on a frozen model; accuracy and F1 beside
-    zero-shot.
+    splits: tuple[str, str, str],
+    test_data: Path,
+    images: str,
+    image_column: str,
+    label_column: str,
+    names: str,
+    templates: str,
+) -> Task:
+    """The options of the command, read and checked; see eval.classify.command.linear_probe.
 
     Args:
-        model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder.
-        data: Pictures with labels to train on, of any kind that zeroshot reads.
-        split: Of --data, where it has splits.
-        val_split: Of --data, to choose by; by default a fifth of the training pictures is, whole groups of
-            shards.
-        test_data: Pictures with labels to test on; by default those of --data in --test-split.
-        test_split: Of the pictures to test on, where they have splits.
-        image_column: Of a CSV or Parquet: file names relative to its folder, or the pictures themselves.
-        label_column: Of a CSV, Parquet or shards.
-        names: What the classes are called in sentences; see zeroshot.
-        templates: openai (80), simple (7 of them), plain, icons, products, cars, or a text file of lines with
-            {} in them.
-        cache: Folder that keeps features, named by a hash of weights and pictures.
-        save: Folder to write the heads to, which eval.classify.heads.load_head reads.
-        json: File to write results and history to.
-        page: HTML file to write: the table, and the validation's curves, which are a PNG beside it too.
-        inference: How models are run.
+        splits: For training, validation ("" holds out a part of the training images) and test.
     """
-    with joined_world() as world:
+    train_split, val_split, test_split = splits
 
-        def prepare() -> tuple:
-            train = read_labelled(data, "" if data.is_file() else split, image_column, label_column)
-            place = test_data or data
-            test = aligned(
-                read_labelled(place, "" if place.is_file() else test_split, image_column, label_column), train
-            )
-            val = (
-                aligned(read_labelled(data, val_split, image_column, label_column), train)
-                if val_split
-                else None
-            )
-            clip = load_for_eval(model, inference, world)
-            return (
-                train,
-                val,
-                test,
-                [
-                    [pattern(name) for pattern in read_templates(templates)]
-                    for name in read_names(names, train.classes)
-                ],
-                clip,
-            )
+    def read(place: Path, split: str) -> Labelled:
+        return read_labelled(place, split_of(place, split), image_column, label_column, images)
 
-        train, val, test, sentences, clip = world.all_or_raise(prepare)
-        texts = text_features(clip, sentences, world, inference).cpu()
-        found, tested = (image_features(clip, part, world, inference, cache) for part in (train, test))
-        weights, logit_scale = clip.fingerprint(), clip.towers.model.logit_scale.exp().item()
-        features = tested.image_features.cpu()
-        if val:
-            parts, found = joined(found, image_features(clip, val, world, inference, cache))
-        else:
-            parts = validation_split(found.labels, found.groups)
-        linear, swept = fit_linear(found, train.classes, parts, weights)
-        mlp, epochs = fit_mlp(found, texts, logit_scale, train.classes, parts, weights)
-        scores = {
-            "zero-shot": (features @ texts.T, TIE),
-            "linear": (linear.logits(features), 0.0),
-            "mlp": (mlp.logits(features), 0.0),
-        }
-        result = {
-            "id": hashlib.sha256(
-                dumps(
-                    [weights, clip.config, train.sha256, test.sha256, inference.precision, sentences],
-                    sort_keys=True,
-                ).encode()
-            ).hexdigest()[:12],
-            "model": model,
-            "weights_sha256": weights,
-            **{
-                name: {"data": part.place, "sha256": part.sha256}
-                for name, part in (("train", train), ("test", test))
-            },
-            "n_images": len(tested.labels),
-            "n_train": [len(parts.fit), len(parts.val)],
-            "n_classes": len(train.classes),
-            "unreadable": found.unreadable + tested.unreadable,
-            "unlabelled": train.unlabelled + test.unlabelled,
-            "heads": {
-                name: summarize(predict(logits, tested.labels, tie), tested.groups)
-                for name, (logits, tie) in scores.items()
-            },
-            "history": {"linear": swept, "mlp": epochs},
-        }
-        if world.is_first:
-            print(table(result))
-            if save:
-                linear.save(save)
-                mlp.save(save)
-                print(f"heads: {save / 'linear.json'}, {save / 'mlp.json'}")
-            if json:
-                write_json(json, result)
-            if page:
-                write_page(page, result)
-                print(f"curves: {page}")
+    train = read(data, train_split)
+    test = with_classes_of(train, read(test_data, test_split))
+    val = None
+    if val_split:
+        val = with_classes_of(train, read_labelled(data, val_split, image_column, label_column, images))
+    patterns, class_names = read_templates(templates), read_names(names, train.classes)
+    return Task(train, val, test, [[pattern(name) for pattern in patterns] for name in class_names])
 
 
-def joined(fit: Features, val: Features) -> tuple[Split, Features]:
-    """Both together, and which of them is which."""
+def evaluate_heads(
+    model: str, task: Task, inference: Inference, world: World, cache: Path
+) -> tuple[dict, list[Head]]:
+    """The result of the command, and the heads that were trained."""
+    clip = world.all_or_raise(lambda: load_for_eval(model, inference, world))
+    texts = text_features(clip, task.sentences, world, inference).cpu()
+    train, test = (image_features(clip, data, world, inference, cache) for data in (task.train, task.test))
+    if task.val:
+        split, train = concatenated(train, image_features(clip, task.val, world, inference, cache))
+    else:
+        split = validation_split(train.labels, train.groups)
+    weights, logit_scale = clip.fingerprint(), clip.towers.model.logit_scale.exp().item()
+    linear, linear_history = fit_linear(train, task.train.classes, split, weights)
+    mlp, mlp_history = fit_mlp(train, texts, logit_scale, task.train.classes, split, weights)
+    features = test.image_features.cpu()
+    scores = {
+        "zero-shot": (features @ texts.T, TIE),
+        "linear": (linear.logits(features), 0.0),
+        "mlp": (mlp.logits(features), 0.0),
+    }
+    result = {
+        **identity(model, clip, task, inference),
+        "n_images": len(test.labels),
+        "n_train": [len(split.fit), len(split.val)],
+        "n_classes": len(task.train.classes),
+        "unreadable": train.unreadable + test.unreadable,
+        "unlabelled": task.train.unlabelled + task.test.unlabelled,
+        "heads": {
+            name: summarize(predict(logits, test.labels, tie), test.groups)
+            for name, (logits, tie) in scores.items()
+        },
+        "history": {"linear": linear_history, "mlp": mlp_history},
+    }
+    return result, [linear, mlp]
+
+
+def identity(model: str, clip: Clip, task: Task, inference: Inference) -> dict:
+    """What the result is of: an id, the model and the data."""
+    weights = clip.fingerprint()
+    settings = [
+        weights,
+        clip.config,
+        task.train.sha256,
+        task.test.sha256,
+        inference.precision,
+        task.sentences,
+    ]
+    return {
+        "id": hashlib.sha256(dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
+        "model": model,
+        "weights_sha256": weights,
+        "train": {"data": task.train.place, "sha256": task.train.sha256},
+        "test": {"data": task.test.place, "sha256": task.test.sha256},
+    }
+
+
+def concatenated(fit: Features, val: Features) -> tuple[Split, Features]:
+    """Both in one, and the positions of each."""
     features = torch.cat([fit.image_features, val.image_features])
-    n, ends = len(fit.labels), (np.concatenate(pair) for pair in zip(fit[1:4], val[1:4], strict=True))
-    return Split(np.arange(n), np.arange(n, len(features))), Features(
-        features, *ends, fit.unreadable + val.unreadable
-    )
+    labels, groups, numbers = (np.concatenate(pair) for pair in zip(fit[1:4], val[1:4], strict=True))
+    split = Split(np.arange(len(fit.labels)), np.arange(len(fit.labels), len(features)))
+    return split, Features(features, labels, groups, numbers, fit.unreadable + val.unreadable)
 
 
-def aligned(test: Labelled, train: Labelled) -> Labelled:
-    """`test` with its labels numbered by the classes of `train`.
+def with_classes_of(train: Labelled, data: Labelled) -> Labelled:
+    """`data` with its labels numbered by the classes of `train`.
 
     Raises:
-        UserError: it has pictures of other classes, or they are the very training pictures.
+        UserError: It has images of other classes, or the same images as `train`.
     """
     numbers = {name: number for number, name in enumerate(train.classes)}
-    used = [test.classes[label] for label in np.unique(test.labels)]
+    used = [data.classes[label] for label in np.unique(data.labels)]
     if unknown := [name for name in used if name not in numbers]:
         raise UserError(
-            f"{test.place}: class {unknown[0]!r} ({len(unknown)} such) is none of {train.place}; test on the"
-            " classes of training"
+            f"{data.place}: class {unknown[0]!r} ({len(unknown)} such) is not a class of {train.place}; test"
+            " on the classes of the training data"
         )
-    if test.sha256 == train.sha256:
+    if data.sha256 == train.sha256:
         raise UserError(
-            f"{test.place}: the very pictures of training; pass others to test on, with --test-data or"
-            " --test-split"
+            f"{data.place}: the same images as the training data; pass others with --test-data or --split"
         )
-    labels = np.array([numbers.get(name, -1) for name in test.classes])[test.labels]
-    return dataclasses.replace(test, classes=train.classes, labels=labels)
+    labels = np.array([numbers.get(name, -1) for name in data.classes])[data.labels]
+    return dataclasses.replace(data, classes=train.classes, labels=labels)

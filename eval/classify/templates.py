@@ -1,6 +1,4 @@
-"""What classes are called, and what is said around their names: open_clip's lists for photographs, some for
-other pictures, or files.
-"""
+"""Class names and sentences around them: open_clip's templates, some for other domains, or files."""
 
 import difflib
 import json
@@ -37,31 +35,29 @@ def read_templates(templates: str) -> list[Callable[[str], str]]:
 
     Args:
         templates: openai (80, those of Radford et al. 2021 for ImageNet), simple (7 of them), plain, icons,
-            products, cars, or a text file with a line for each, in which {} stands for the name.
+            products, cars, or a text file with a template per line, where {} is replaced by the name.
 
     Raises:
-        UserError: it is none of them, or a line lacks {}.
+        UserError: It is none of these, or a line has no {}.
     """
-    if templates in ("openai", "simple"):
-        return list(
-            open_clip.OPENAI_IMAGENET_TEMPLATES
-            if templates == "openai"
-            else open_clip.SIMPLE_IMAGENET_TEMPLATES
-        )
+    if templates == "openai":
+        return list(open_clip.OPENAI_IMAGENET_TEMPLATES)
+    if templates == "simple":
+        return list(open_clip.SIMPLE_IMAGENET_TEMPLATES)
     if templates in DOMAINS:
         return [_filler(line) for line in DOMAINS[templates]]
-    choice = ["openai", "simple", *DOMAINS]
     if not Path(templates).is_file():
-        near = difflib.get_close_matches(templates, choice, n=1)
+        choices = ["openai", "simple", *DOMAINS]
+        near = difflib.get_close_matches(templates, choices, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
-            f"--templates {templates}: no such file or list; {f'perhaps {near[0]}, ' if near else ''}one of"
-            f" {', '.join(choice)}"
+            f"--templates {templates}: no such file or list; {hint}It can be {', '.join(choices)}"
         )
     lines = read_lines(Path(templates))
     for number, line in lines:
         if "{}" not in line:
             raise UserError(
-                f"{templates}:{number}: {line!r} has no {{}}; write {{}} where the class name belongs"
+                f"{templates}:{number}: {line!r} has no {{}}; write {{}} in place of the class name"
             )
     return [_filler(line) for _, line in lines]
 
@@ -71,58 +67,59 @@ def _filler(line: str) -> Callable[[str], str]:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines that are not empty, with their numbers.
+    """(line number, text) of the lines that are not empty.
 
     Raises:
-        UserError: it cannot be read, or is empty.
+        UserError: The file cannot be read, or is empty.
     """
     try:
-        lines = [
-            (number, line.strip())
-            for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
-            if line.strip()
-        ]
+        texts = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read as text in UTF-8 ({error}); write one entry per line"
-        ) from None
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); write one entry per line") from None
+    lines = [(number, line.strip()) for number, line in enumerate(texts, 1) if line.strip()]
     if not lines:
-        raise UserError(f"{path}: empty; write one entry per line")
+        raise UserError(f"{path}: is empty; write one entry per line")
     return lines
 
 
 def read_names(names: str, classes: list[str]) -> list[str]:
-    """A name for each class; see --names. Underscores of the data's own names become spaces.
+    """A name for each class, from the option --names; underscores in the data's own names become spaces.
 
     Raises:
-        UserError: the file does not fit the classes.
+        UserError: The names do not match the classes.
     """
     if not names:
         return [name.replace("_", " ") for name in classes]
     if names == "imagenet":
-        titles = list(open_clip.IMAGENET_CLASSNAMES)
+        class_names = list(open_clip.IMAGENET_CLASSNAMES)
     elif names.endswith(".json"):
         given = read_map(Path(names))
         if missing := [name for name in classes if name not in given]:
             raise UserError(
-                f"{names}: no name for {len(missing)} of {len(classes)} classes, as {missing[0]!r}; add them"
+                f"{names}: {len(missing)} of {len(classes)} classes lack a name: {missing[0]!r}, ...; add it"
             )
-        titles = [given[name] for name in classes]
+        class_names = [given[name] for name in classes]
     else:
-        titles = [line for _, line in read_lines(Path(names))]
-    if len(titles) != len(classes):
+        class_names = [line for _, line in read_lines(Path(names))]
+    if len(class_names) != len(classes):
         raise UserError(
-            f"--names {names}: {len(titles)} names for {len(classes)} classes; one for each, in their order,"
-            " is wanted"
+            f"--names {names}: {len(class_names)} names for {len(classes)} classes; give one per class, in"
+            " their order"
         )
-    return titles
+    return class_names
 
 
 def read_map(path: Path) -> dict[str, str]:
+    """A JSON object of texts.
+
+    Raises:
+        UserError: The file is not one.
+    """
+    example = 'write an object of texts, such as {"siamese": "cat"}'
     try:
         given = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); an object of texts is wanted") from None
+        raise UserError(f"{path}: cannot be read as JSON ({error}); {example}") from None
     if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
-        raise UserError(f'{path}: not an object of texts; one like {{"siamese": "cat"}} is wanted')
+        raise UserError(f"{path}: not an object of texts; {example}")
     return given

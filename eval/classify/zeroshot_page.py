@@ -1,126 +1,128 @@
-"""What a zero-shot classifier gets right and wrong, for people: a table of several models, and a page for
-each.
-"""
+"""Zero-shot results for people: a table of several models, and a page for each model."""
 
-import html
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.html import data_uri
+from data_prep.html import write_page as write_html
+from data_prep.tables import markdown_table, percent
 from eval.classify.features import checked
 from eval.classify.labelled import Labelled
-from eval.classify.metrics import TOP, Missed
-from eval.report import html as sheet
-from eval.report.plots import matrix
+from eval.classify.metrics import NAMES, TOP, Mistake
+from eval.report.plots import matrix, svg, write_png
 from train.data.decode import decode
+from train.metrics import METRICS, show, show_difference, show_of
 
-SIDE_PX = 96
-
-NAMES = {
-    "top1": "top-1",
-    f"top{TOP}": f"top-{TOP}",
-    "mean_per_class": "mean per class",
-    "macro_f1": "macro F1",
-    "weighted_f1": "weighted F1",
-}
+TEMPLATE = Path(__file__).with_name("zeroshot.html")
+SIDE_PX, MOST_LISTED = 96, 5
 
 
-def write_page(path: Path, result: dict, confusion: np.ndarray, missed: list[Missed], data: Labelled) -> None:
-    """Write a page for one model's result, and its confusion matrix float [C, C] as a PNG beside it."""
-    classes = sorted(result["classes"].items(), key=lambda item: (item[1]["n"] == 0, item[1]["recall"]))
-    rows = [["class", "images", "right", "F1", "most often taken for"]]
-    for name, found in classes:
-        others = confusion[data.classes.index(name)].copy()
-        others[data.classes.index(name)] = 0
-        thief = f"{data.classes[others.argmax()]} ({others.max():.4g})" if others.max() else ""
-        rows.append(
-            [name, str(found["n"]), f"{100 * found['recall']:.1f} %", f"{100 * found['f1']:.1f} %", thief]
-        )
-    figures = []
-    for one in missed:
-        shown = sheet.image(decode(checked(data.read(one.number))), data.names[one.number], SIDE_PX)
-        figures.append(
-            sheet.figure(
-                shown, f"{html.escape(data.classes[one.label])} &rarr; {html.escape(data.classes[one.taken])}"
-            )
-        )
-    body = [
-        sheet.pre(table([result])),
-        "<h2>Surest mistakes <small>class &rarr; what it was taken for</small></h2>",
+def write_page(
+    path: Path, result: dict, confusion: np.ndarray, mistakes: list[Mistake], data: Labelled
+) -> None:
+    """Write the page of one model's result, and its confusion matrix, float [C, C], as a PNG beside it."""
+    figure = matrix(confusion, data.classes)
+    examples = [
+        {
+            "image": data_uri(decode(checked(data.read(mistake.number))), SIDE_PX),
+            "name": data.names[mistake.number],
+            "label": data.classes[mistake.label],
+            "predicted": data.classes[mistake.predicted],
+        }
+        for mistake in mistakes
     ]
-    body += [
-        f'<div class="row large">{"".join(figures) or "None."}</div>',
-        "<h2>Classes, the worst first</h2>",
-        sheet.table(rows),
-    ]
-    sheet.write(path, f"Zero-shot classification by {result['model']}", body, matrix(confusion, data.classes))
+    write_html(
+        path,
+        TEMPLATE,
+        title=f"Zero-shot classification by {result['model']}",
+        drawing=svg(figure),
+        table=table([result]),
+        mistakes=examples,
+        classes=class_rows(result, confusion, data.classes),
+    )
+    write_png(path.with_suffix(".png"), figure)
+
+
+def class_rows(result: dict, confusion: np.ndarray, classes: list[str]) -> list[list[str]]:
+    """Class, images, recall, F1, most frequent wrong prediction; lowest recall first, empty classes last."""
+    rows = []
+    for name, values in sorted(
+        result["classes"].items(), key=lambda item: (item[1]["n"] == 0, item[1]["recall"])
+    ):
+        wrong = confusion[classes.index(name)].copy()
+        wrong[classes.index(name)] = 0
+        most = f"{classes[wrong.argmax()]} ({wrong.max():.4g})" if wrong.max() else ""
+        rows.append([name, str(values["n"]), percent(values["recall"]), percent(values["f1"]), most])
+    return rows
 
 
 def table(results: list[dict]) -> str:
-    """Results on the same data for people, side by side."""
-    width = max(24, *(len(result["model"]) + 2 for result in results))
+    """Results on the same data for the terminal, side by side; the first model is the baseline."""
     first = results[0]
     lines = [
-        f"{first['n_images']} images, {first['n_classes']} classes ({first['data']}); templates:"
-        f" {first['templates']}"
+        f"{first['n_images']} images, {first['n_classes']} classes ({first['data']});"
+        f" templates: {first['templates']}",
+        *skipped_images(first, "scored"),
+        "",
     ]
-    for kind in ("unreadable", "unlabelled"):
-        if first[kind]:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in first[kind][:5])
-            lines.append(
-                f"{len(first[kind])} {kind} images are not scored:"
-                f" {listed}{'; ...' if len(first[kind]) > 5 else ''}"
-            )
-    lines.append(
-        "".ljust(18) + "chance".rjust(9) + "".join(result["model"].rjust(width) for result in results)
-    )
     for level in ("", "parent", "child"):
-        found = [result[level] if level else result for result in results if not level or level in result]
-        if not found:
+        at_level = [result[level] if level else result for result in results if not level or level in result]
+        if not at_level:
             continue
         if level:
-            lines.append(f"{level} level, {found[0]['n_images']} images, {found[0]['n_classes']} classes")
-        n_classes = found[0]["n_classes"]
-        for name, title in NAMES.items():
-            if name in found[0]["metrics"]:
-                guess = found[0]["metrics"].get(f"chance/{name}")
-                lines.append(
-                    f"  {title}".ljust(18)
-                    + (f"{100 * guess:.1f} %" if guess else "").rjust(9)
-                    + _cells(found, name, width)
-                )
-        if n_classes < TOP and f"top{TOP}" in found[0]["metrics"]:
-            lines.append(f"  (top-{TOP} of {n_classes} classes is top-{n_classes}: always right)")
-    lines.append(
-        "  ".join(
-            [f"largest class: {first['metrics']['largest_class']:.1%} of the images", "[95 % interval]"]
-        )
-    )
-    if any(result["metrics"]["tied"] for result in results):
-        lines.append(
-            "tied for the first place, and counted in expectation: "
-            + ", ".join(f"{r['metrics']['tied']:.1%}" for r in results)
-        )
+            lines.append(
+                f"{level} level, {at_level[0]['n_images']} images, {at_level[0]['n_classes']} classes\n"
+            )
+        columns = [result["model"] for result in results]
+        lines += [metric_table(dict(zip(columns, at_level, strict=True))), ""]
+    lines += notes(first["n_classes"], first["metrics"])
+    if any(result["metrics"]["tie_rate"] for result in results):
+        rates = ", ".join(f"{result['metrics']['tie_rate']:.1%}" for result in results)
+        lines.append(f"tied for the first place, counted in expectation: {rates}")
     for result in results[1:]:
-        value, low, high, p = (
-            scale * each for scale, each in zip((100, 100, 100, 1), result["difference"], strict=True)
-        )
-        lines.append(
-            f"{result['model']}: top-1 {value:+.1f} points [{low:+.1f}, {high:+.1f}] from {first['model']}, p"
-            f" = {p:.2g}"
-        )
-    return "\n".join(
+        difference = show_difference("top1", result["difference"])
+        lines.append(f"{result['model']}: top-1 minus that of {first['model']}, in points: {difference}")
+    weights = ", ".join(result["weights_sha256"][:12] for result in results)
+    return "\n".join([*lines, f"weights: {weights}  data: {first['data_sha256'][:12]}"])
+
+
+def metric_table(results: dict[str, dict]) -> str:
+    """Metrics with 95 % intervals, a column for each of the results; "chance" is that of the first.
+
+    Args:
+        results: Title of the column -> {"metrics", "intervals"}.
+    """
+    first = next(iter(results.values()))["metrics"]
+    rows = [
         [
-            *lines,
-            "weights: "
-            + ", ".join(r["weights_sha256"][:12] for r in results)
-            + f"  data: {first['data_sha256'][:12]}",
+            METRICS[name].title,
+            show(name, first.get(f"chance/{name}")),
+            *(show_of(result, name) for result in results.values()),
         ]
-    )
+        for name in NAMES
+        if name in first
+    ]
+    return markdown_table(["metric [95 % interval]", "chance", *results], rows)
 
 
-def _cells(found: list[dict], name: str, width: int) -> str:
-    cells = ((result["metrics"][name], *result["intervals"][name]) for result in found)
-    return "".join(
-        f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]".rjust(width) for value, low, high in cells
-    )
+def skipped_images(result: dict, use: str) -> list[str]:
+    """A line each for unreadable and unlabelled images, if there are any.
+
+    Args:
+        use: Of the sentence "3 unreadable images are not USE".
+    """
+    lines = []
+    for reason in ("unreadable", "unlabelled"):
+        if skipped := result[reason]:
+            listed = "; ".join(f"{name}: {why}" for name, why in skipped[:MOST_LISTED])
+            more = "; ..." if len(skipped) > MOST_LISTED else ""
+            lines.append(f"{len(skipped)} {reason} images are not {use}: {listed}{more}")
+    return lines
+
+
+def notes(n_classes: int, metrics: dict) -> list[str]:
+    lines = [f"largest class: {metrics['largest_class']:.1%} of the images"]
+    if n_classes < TOP:
+        lines.append(f"top-{TOP} of {n_classes} classes is top-{n_classes}: always correct")
+    return lines

@@ -1,4 +1,4 @@
-"""Names for clusters of pictures, from the words of their captions."""
+"""Names for clusters of images, from the words of their captions."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,20 +9,22 @@ from data_prep.progress import progress
 from eval.search.index import Index
 
 ROWS_AT_ONCE = 8_192
-LIFT, NAME_TERMS, MOST_TERMS, TERM_CHARACTERS = 2.0, 3, 8, 40
-# scikit-learn's list of English stop words would do, but it also has up, down, top, bottom and fire, which
-# tell pictures apart.
+LIFT, NAME_TERMS, MAX_TERMS, TERM_CHARACTERS = 2.0, 3, 8, 40
+# scikit-learn's English stop words also contain up, down, top, bottom and fire, which distinguish images.
 FUNCTION_WORDS = "a an and are as at be by for from in into is it its of on or that the their this to with"
 
 
 def terms_of(index: Index, members: Sequence[np.ndarray]) -> list[list[str]]:
-    """Of each cluster the words and pairs of words of its captions that tell it apart, the best first; none
-    where there are none.
+    """The words and pairs of words that distinguish each cluster, best first; empty without captions.
 
-    By class-based TF-IDF (Grootendorst, BERTopic, 2022, arXiv:2203.05794): how often a term is in the
-    cluster, times log(1 + terms per cluster / how often it is in all). A term counts once for a picture. That
-    formula alone likes words that are frequent everywhere, so those come last that are not LIFT times as
-    frequent in the cluster as in all."""
+    By class-based TF-IDF (Grootendorst, BERTopic, 2022, arXiv:2203.05794): frequency of a term in the
+    cluster, times log(1 + terms per cluster / frequency in all). A term counts once per image. The formula
+    alone favours words that are frequent everywhere, so terms that are not LIFT times as frequent in the
+    cluster as in all come last.
+
+    Args:
+        members: int64, the images of each cluster.
+    """
     analyze = CountVectorizer(ngram_range=(1, 2), stop_words=FUNCTION_WORDS.split()).build_analyzer()
 
     def terms(numbers: np.ndarray) -> Iterator[str]:
@@ -38,42 +40,33 @@ def terms_of(index: Index, members: Sequence[np.ndarray]) -> list[list[str]]:
     rarity, n = np.log1p(counts.sum() / len(members) / in_all), sum(map(len, members))
     best = []
     for numbers, row in zip(members, counts, strict=True):
-        frequent = row.data / len(numbers) >= LIFT * in_all[row.indices] / n
-        best.append(apart(vocabulary[row.indices], row.data * rarity[row.indices], frequent))
+        is_specific = row.data / len(numbers) >= LIFT * in_all[row.indices] / n
+        best.append(_best_terms(vocabulary[row.indices], row.data * rarity[row.indices], is_specific))
     return best
 
 
-def apart(terms: np.ndarray, scores: np.ndarray, first: np.ndarray) -> list[str]:
-    """The best terms, at most 3 * MOST_TERMS, those of `first` before the others; none shares a word with a
-    better one.
-    """
-    chosen, words = [], set()
-    for at in np.lexsort(
-        (terms, [-term.count(" ") for term in terms], -scores, ~first)
-    ):  # of equals the longer
-        if words.isdisjoint(terms[at].split()):
-            chosen.append(str(terms[at]))
-            words.update(terms[at].split())
-            if len(chosen) == 3 * MOST_TERMS:
+def _best_terms(terms: np.ndarray, scores: np.ndarray, is_specific: np.ndarray) -> list[str]:
+    """At most 3 * MAX_TERMS terms, specific ones first; none shares a word with a better one."""
+    best, words = [], set()
+    lengths = [-term.count(" ") for term in terms]  # of equal scores, the longer term comes first
+    for position in np.lexsort((terms, lengths, -scores, ~is_specific)):
+        term = str(terms[position])
+        if words.isdisjoint(term.split()):
+            best.append(term)
+            words.update(term.split())
+            if len(best) == 3 * MAX_TERMS:
                 break
-    return chosen
+    return best
 
 
 def distinct_names(terms: Sequence[Sequence[str]]) -> list[str]:
-    """A name for each cluster: its best terms, more of them where a larger cluster has that name, and its
-    number as a last resort.
-    """
+    """A name for each cluster: its best terms, more of them if the name is taken, at last with its number."""
     names: list[str] = []
     for number, best in enumerate(terms, 1):
         short = [term[:TERM_CHARACTERS] for term in best]
-        choices = (
-            [", ".join(short[:count]) for count in range(NAME_TERMS, max(NAME_TERMS, len(short)) + 1)]
-            if short
-            else []
-        )
-        name = next(
-            (each for each in choices if each not in names),
-            f"{choices[0]} ({number})" if choices else f"cluster {number}",
-        )
+        lengths = range(NAME_TERMS, max(NAME_TERMS, len(short)) + 1) if short else ()
+        choices = [", ".join(short[:length]) for length in lengths]
+        fallback = f"{choices[0]} ({number})" if choices else f"cluster {number}"
+        name = next((choice for choice in choices if choice not in names), fallback)
         names.append(name if name not in names else f"{name} ({number})")
     return names

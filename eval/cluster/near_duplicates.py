@@ -1,6 +1,4 @@
-"""Pictures of an index that are nearly the same, each pair once: more than the nearest few of each are
-wanted, and half the work does.
-"""
+"""Near duplicates in an index: all pairs of images above a cosine, each pair once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,19 +9,19 @@ import torch
 from data_prep.progress import progress
 from eval.search.index import Index
 
-TILE_ROWS, MOST_PAIRS = 2048, 2_000_000
+TILE_ROWS, MAX_PAIRS = 2048, 2_000_000
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Near duplicates, the most similar first.
+    """Near duplicates, most similar first.
 
     Attributes:
-        numbers: int64 [p, 2] of pictures, the smaller first.
+        numbers: int64 [p, 2], images, the smaller number first.
         cosines: fp32 [p].
-        same_group: bool [p], the data says already that the two belong together.
-        threshold: all pairs with this cosine or more are meant.
-        count: of them; more than p where only the MOST_PAIRS most similar are kept.
+        same_group: bool [p], whether the data already has the two in one group.
+        threshold: Smallest cosine of a pair.
+        count: Number of pairs; above p if only the MAX_PAIRS most similar are kept.
     """
 
     numbers: np.ndarray
@@ -33,7 +31,7 @@ class Pairs:
     count: int
 
     def rows(self, index: Index) -> Iterator[list]:
-        """Of each pair both keys, the cosine, and whether the two are of one group, yes or no."""
+        """Both keys, the cosine, and whether the two are in one group (yes or no), of each pair."""
         keys = index.keys
         for (first, second), cosine, same in zip(
             self.numbers.tolist(), self.cosines.tolist(), self.same_group.tolist(), strict=True
@@ -41,53 +39,46 @@ class Pairs:
             yield [keys[first], keys[second], f"{cosine:.4f}", "yes" if same else "no"]
 
     def summary(self) -> dict:
-        """What --json has of them, "said" being for people."""
-        kept, same = len(self.numbers), int(self.same_group.sum())
-        said = f"{self.count:,} pairs of pictures have a cosine of {self.threshold:g} or more"
-        said += f"; only the {kept:,} most similar are listed" if kept < self.count else ""
-        said += (
-            f"; {same:,} of {'those' if kept < self.count else 'them'} are of one group, so known to belong"
-            " together"
-            if same
-            else ""
-        )
+        """Counts, and a "message" for people."""
+        listed, same = len(self.numbers), int(self.same_group.sum())
+        message = f"{self.count:,} pairs of images have a cosine of {self.threshold:g} or more"
+        if listed < self.count:
+            message += f"; only the {listed:,} most similar are listed"
+        if same:
+            message += f"; {same:,} of {'these' if listed < self.count else 'them'} are in the same group"
         return {
             "threshold": self.threshold,
             "pairs": self.count,
-            "listed": kept,
+            "listed": listed,
             "same_group": same,
-            "said": said,
+            "message": message,
         }
 
 
 def near_duplicates(index: Index, threshold: float) -> Pairs:
-    """All pairs of pictures whose cosine is at least `threshold`, exact, summed in fp32; memory is TILE_ROWS
-    rows and what is found.
+    """All pairs of images whose cosine is at least `threshold`, exact, summed in fp32.
 
-    Nearest is not asked: it finds the k nearest of each, and how many are near enough is not known before; of
-        every pair it would
-    also compute both halves, and by faiss's code for fp16 that takes ten times as long as a matrix product.
+    Memory is TILE_ROWS rows and the pairs. eval.search.nearest would not do: it finds a fixed number of
+    neighbours, computes each pair twice, and faiss's fp16 code takes ten times as long as a matrix product.
     """
     features, count = index.features, 0
     numbers, cosines = np.empty((0, 2), np.int64), np.empty(0, np.float32)
     starts = range(0, len(index), TILE_ROWS)
-    with progress(
-        desc="near duplicates", total=len(starts) * (len(starts) + 1) // 2, unit="tile", delay=1
-    ) as bar:
-        for start in starts:
+    tiles = len(starts) * (len(starts) + 1) // 2
+    with progress(desc="near duplicates", total=tiles, unit="tile", delay=1) as bar:
+        for row, start in enumerate(starts):
             rows, parts = _rows(features, start), [(numbers, cosines)]
-            for other in starts[start // TILE_ROWS :]:
+            for other in starts[row:]:
                 scores = rows @ _rows(features, other).T
                 near = scores >= threshold
                 pairs = (near.triu(1) if start == other else near).nonzero()
                 count += len(pairs)
-                parts.append(
-                    ((pairs + torch.tensor([start, other])).numpy(), scores[pairs[:, 0], pairs[:, 1]].numpy())
-                )
-                if sum(len(found) for found, _ in parts) > 2 * MOST_PAIRS:
-                    parts = [_best(parts)]
+                own_numbers = (pairs + torch.tensor([start, other])).numpy()
+                parts.append((own_numbers, scores[pairs[:, 0], pairs[:, 1]].numpy()))
+                if sum(len(part) for part, _ in parts) > 2 * MAX_PAIRS:
+                    parts = [_most_similar(parts)]
                 bar.update()
-            numbers, cosines = _best(parts)
+            numbers, cosines = _most_similar(parts)
     groups = index.group_of
     return Pairs(numbers, cosines, groups[numbers[:, 0]] == groups[numbers[:, 1]], threshold, count)
 
@@ -96,11 +87,10 @@ def _rows(features: np.ndarray, start: int) -> torch.Tensor:
     return torch.from_numpy(features[start : start + TILE_ROWS].astype(np.float32))
 
 
-def _best(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """The MOST_PAIRS most similar, the most similar first, and of equals the smaller numbers."""
-    numbers, cosines = (np.concatenate(each) for each in zip(*parts, strict=True))
-    shown = np.round(
-        cosines, 4
-    )  # beyond that the order would be one of rounding errors, which threads and libraries decide
-    order = np.lexsort((numbers[:, 1], numbers[:, 0], -shown))[:MOST_PAIRS]
+def _most_similar(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The MAX_PAIRS most similar pairs, most similar first; of equals, the smaller numbers first."""
+    numbers, cosines = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    # Beyond four digits the order would depend on rounding errors, hence on threads and libraries.
+    rounded = np.round(cosines, 4)
+    order = np.lexsort((numbers[:, 1], numbers[:, 0], -rounded))[:MAX_PAIRS]
     return numbers[order], cosines[order]

@@ -129,9 +129,9 @@ def write_comparison_page(
         for model in result["models"]
         if "zeroshot" in model
     ]
-    sections = [("", result)] + [("Retention set: what was forgotten", result["retention"])] * (
-        "retention" in result
-    )
+    sections = [("", result)]
+    if "retention" in result:
+        sections.append(("Retention set: what was forgotten", result["retention"]))
     write_page(
         path,
         Path(__file__).with_name("compare.html"),

@@ -1,1 +1,1 @@
-"""An index of a corpus, and what is nearest in it."""
+"""An index of the image features of a corpus, and search in it."""

@@ -1,7 +1,8 @@
-"""Pictures by number, with what is known of each: of a folder of shards, or of any folder of pictures.
+"""The images of a corpus by number, with their metadata: of a folder of shards, or of any folder of images.
 
-Both kinds have `place`, for people, and a `sha256` of what they are; read() gives a picture in RGB and
-{"key", "split", "group", "captions", "columns"}, or raises BadImage."""
+Both kinds have `place`, a description for people, and a `sha256` that identifies them. read() returns an
+image in RGB and {"key", "split", "group", "captions", "columns"}, or raises BadImage.
+"""
 
 import hashlib
 import io
@@ -27,11 +28,11 @@ THUMBNAIL_PX = 192
 
 
 class ShardsCorpus:
-    """All splits of a folder of shards, or one; they were checked when they were built."""
+    """All splits of a folder of shards, or one; their images were checked by the build."""
 
     def __init__(self, folder: Path, split: str):
-        having = [name for name, entry in read_manifest(folder)["splits"].items() if entry["samples"]]
-        self.parts = [Shards(folder, name) for name in ([split] if split else having)]
+        splits = [name for name, entry in read_manifest(folder)["splits"].items() if entry["samples"]]
+        self.parts = [Shards(folder, name) for name in ([split] if split else splits)]
         if not self.parts:
             raise UserError(f"{folder}: no samples in any split; build the shards again")
         self.ends = np.cumsum([len(part) for part in self.parts])
@@ -41,28 +42,30 @@ class ShardsCorpus:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _at(self, number: int) -> tuple[Shards, int]:
+    def locate(self, number: int) -> tuple[Shards, int]:
+        """The split of an image, and its number there."""
         part = int(np.searchsorted(self.ends, number, side="right"))
         return self.parts[part], number - int(self.ends[part]) + len(self.parts[part])
 
     def read(self, number: int) -> tuple[Image.Image, dict]:
-        shards, at = self._at(number)
-        sample = shards.read(at)
-        known = {
+        shards, position = self.locate(number)
+        sample = shards.read(position)
+        metadata = {
             "key": sample.key,
             "split": shards.split,
-            "group": int(shards.groups[at]),
+            "group": int(shards.groups[position]),
             "captions": sample.captions,
+            "columns": sample.meta.get("columns", {}),
         }
-        return decode(sample.image), {**known, "columns": sample.meta.get("columns", {})}
+        return decode(sample.image), metadata
 
     def key(self, number: int) -> str:
-        shards, at = self._at(number)
-        return shards.key(at)
+        shards, position = self.locate(number)
+        return shards.key(position)
 
 
 class FolderCorpus:
-    """All pictures below a folder, in order of their paths; the lines of a .txt beside one are its captions."""
+    """All images below a folder, sorted by path; the lines of a .txt beside an image are its captions."""
 
     def __init__(self, folder: Path):
         self.folder, self.place = str(folder), str(folder)
@@ -73,23 +76,24 @@ class FolderCorpus:
         ]
         if not self.names:
             raise UserError(
-                f"{folder}: no pictures in it ({', '.join(sorted(IMAGE_EXTENSIONS))}); shards or a folder of"
-                " pictures are wanted"
+                f"{folder}: no images in it ({', '.join(sorted(IMAGE_EXTENSIONS))}); pass a folder of"
+                " shards or of images"
             )
-        seen = [os.stat(folder / name) for name in self.names if (folder / name).exists()]
-        known = json.dumps([self.names, [(each.st_size, each.st_mtime_ns) for each in seen]])
-        self.sha256 = hashlib.sha256(known.encode()).hexdigest()  # of paths, sizes and times, not of contents
+        stats = [os.stat(folder / name) for name in self.names if (folder / name).exists()]
+        # Paths, sizes and times identify the corpus: hashing the contents would read everything twice.
+        identity = json.dumps([self.names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]])
+        self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, number: int) -> tuple[Image.Image, dict]:
         name = self.names[number]
-        picture = decode(checked(read_local(Source(self.folder, name))))
-        beside = read_local(Source(self.folder, f"{os.path.splitext(name)[0]}.txt"))
-        lines = [] if isinstance(beside, BadImage) else beside.decode("utf-8-sig", "replace").splitlines()
+        image = decode(checked(read_local(Source(self.folder, name))))
+        text = read_local(Source(self.folder, f"{os.path.splitext(name)[0]}.txt"))
+        lines = [] if isinstance(text, BadImage) else text.decode("utf-8-sig", "replace").splitlines()
         captions = [line.strip() for line in lines if line.strip()]
-        return picture, {"key": name, "split": "", "group": number, "captions": captions, "columns": {}}
+        return image, {"key": name, "split": "", "group": number, "captions": captions, "columns": {}}
 
     def key(self, number: int) -> str:
         return self.names[number]
@@ -98,48 +102,44 @@ class FolderCorpus:
 Corpus = ShardsCorpus | FolderCorpus
 
 
-class Pictures(Dataset):
-    """(uint8 [3, H, W] or None, thumbnail or why there is no picture, metadata) by number."""
+class CorpusImages(Dataset):
+    """(uint8 [3, H, W], thumbnail, metadata) by number; (None, reason, {"key"}) for an unreadable image."""
 
     def __init__(self, corpus: Corpus, clip: Clip):
         self.corpus, self.transform = corpus, clip.eval_transform
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor | None, bytes | str, dict]:
         try:
-            picture, known = self.corpus.read(number)
+            image, metadata = self.corpus.read(number)
         except BadImage as bad:
             return None, str(bad), {"key": self.corpus.key(number)}
-        return self.transform(picture), thumbnail(picture), known
+        return self.transform(image), thumbnail(image), metadata
 
 
-def thumbnail(picture: Image.Image) -> bytes:
-    """A WebP of a picture in RGB, no larger than THUMBNAIL_PX."""
-    picture, buffer = picture.copy(), io.BytesIO()
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    picture.save(buffer, "WEBP", quality=80, method=2)
+def thumbnail(image: Image.Image) -> bytes:
+    """A WebP of an image in RGB, its longer side at most THUMBNAIL_PX."""
+    small, buffer = image.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    small.save(buffer, "WEBP", quality=80, method=2)
     return buffer.getvalue()
 
 
-def together(samples: list[tuple]) -> tuple[torch.Tensor | None, list[tuple]]:
-    """Collates Pictures: uint8 [b, 3, H, W] of those that can be read, and for all (thumbnail or reason,
-    metadata).
-    """
-    pixels = [each for each, *_ in samples if each is not None]
-    return torch.stack(pixels) if pixels else None, [(one, known) for _, one, known in samples]
+def collate(samples: list[tuple]) -> tuple[torch.Tensor | None, list[tuple]]:
+    """uint8 [b, 3, H, W] of the readable images; (thumbnail or reason, metadata) of all images."""
+    pixels = [image for image, *_ in samples if image is not None]
+    return torch.stack(pixels) if pixels else None, [(small, metadata) for _, small, metadata in samples]
 
 
-def corpus_at(data: Path, split: str) -> Corpus:
-    """The pictures of a folder.
+def open_corpus(data: Path, split: str) -> Corpus:
+    """The images of a folder.
 
     Raises:
-        UserError: no such folder or split, or no pictures in it.
+        UserError: No such folder or split, or no images in it.
     """
     if not data.is_dir():
-        raise UserError(f"--data {data}: no such folder; a folder of shards or of pictures is wanted")
+        raise UserError(f"--data {data}: no such folder; pass a folder of shards or of images")
     if (data / "manifest.json").is_file():
         return ShardsCorpus(data, split)
     if split:
-        raise UserError(
-            f"--split {split}: {data} has no splits, as it is no folder of shards; leave that out"
-        )
+        raise UserError(f"--split {split}: {data} is not a folder of shards and has no splits; omit --split")
     return FolderCorpus(data)

@@ -1,13 +1,13 @@
-"""A corpus as a model sees it, on disk: features, what is known of each picture, and a small copy of it.
+"""An index on disk: the features of a corpus by one model, metadata and a thumbnail of each image.
 
-    INDEX/manifest.json       which model, by name and by the sha256 of its weights; which data; how many
-    INDEX/features.npy        fp16 [n, d], L2-normed; memory-mapped where it is read
-    INDEX/metadata.parquet    a row per picture: key, split, group, captions, and the columns that its data came with
-    INDEX/thumbnails.bin      a WebP of each picture, one after the other
-    INDEX/thumbnails.npy      int64 [n + 1], where each begins, and the end
-    INDEX/unreadable.csv      pictures that could not be read, each with its reason
+    INDEX/manifest.json       the model, by name and by the sha256 of its weights; the data; n
+    INDEX/features.npy        fp16 [n, d], L2-normed; memory-mapped by readers
+    INDEX/metadata.parquet    a row per image: key, split, group, captions, and the columns of the data
+    INDEX/thumbnails.bin      a WebP of each image, concatenated
+    INDEX/thumbnails.npy      int64 [n + 1], the start of each, and the end
+    INDEX/unreadable.csv      images that could not be read, with the reasons
 
-n pictures, numbered from 0 in the order of their data, on any number of ranks.
+Images are numbered from 0 in the order of the data, on any number of ranks.
 """
 
 import json
@@ -20,24 +20,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.errors import UserError
-from train.model.clip import Clip, load
+from eval.embed import load_for_eval
+from eval.options import INFERENCE
+from train.model.clip import Clip
+from train.world import World
 
 FORMAT = 1
 OWN_COLUMNS = ("key", "split", "group", "captions")
+MAKE = "python -m eval embed MODEL --data SHARDS --out INDEX"
 
 
 class Index:
     """An index that `python -m eval embed` wrote.
 
     Attributes:
-        name: of the folder, for people.
-        manifest: "model", "model_sha256", "data", "data_sha256", "n", "d" and what eval/indexing.py adds.
+        name: Of the folder.
+        manifest: "model", "model_sha256", "data", "data_sha256", "n", "d" and more from eval.search.indexing.
         features: fp16 [n, d], L2-normed, memory-mapped.
-        group_of: int64 [n]; pictures with one number are variants of one thing.
-        columns: names of the columns that came with the data, and "split" where there is more than one.
+        group_of: int64 [n]; images with the same number are variants of one thing.
+        columns: Names of the columns of the data, and "split" if there are several.
 
     Raises:
-        UserError: there is none, or it is not whole; what to do is said.
+        UserError: There is no index, or it is damaged.
     """
 
     def __init__(self, folder: Path):
@@ -47,23 +51,22 @@ class Index:
         try:
             self.features = np.load(folder / "features.npy", mmap_mode="c" if n else None, allow_pickle=False)
             self._table = pq.read_table(folder / "metadata.parquet", memory_map=True)
-            self._thumbnail_at = np.load(folder / "thumbnails.npy", allow_pickle=False)
+            self._thumbnail_starts = np.load(folder / "thumbnails.npy", allow_pickle=False)
             stored = (folder / "thumbnails.bin").stat().st_size
         except (OSError, ValueError, EOFError, pa.ArrowException) as error:
             raise UserError(
-                f"{folder}: a file of the index cannot be read ({error}); make it again: python -m eval embed"
+                f"{folder}: a file of the index cannot be read ({error}); make the index again: {MAKE}"
             ) from None
         sizes = (
             self.features.shape,
             self.features.dtype,
             self._table.num_rows,
-            len(self._thumbnail_at),
+            len(self._thumbnail_starts),
             stored,
         )
-        if sizes != ((n, d), np.float16, n, n + 1, int(self._thumbnail_at[-1])):
+        if sizes != ((n, d), np.float16, n, n + 1, int(self._thumbnail_starts[-1])):
             raise UserError(
-                f"{folder}: the files of the index do not belong together {sizes}; make it again: python -m"
-                " eval embed"
+                f"{folder}: the sizes of the index's files do not match {sizes}; make the index again: {MAKE}"
             )
 
     def __len__(self) -> int:
@@ -87,70 +90,64 @@ class Index:
         return self._table["key"].to_pylist()
 
     def rows(self, numbers: Sequence[int]) -> list[dict]:
-        """Of each number: "number", "key", "split", "group" (a number), "captions" (a list) and "columns",
-        name -> text or None.
-        """
-        taken = self._table.take(pa.array(numbers, pa.int64())).to_pylist()
+        """{"number", "key", "split", "group" (int), "captions" (list), "columns" (name -> text or None)}."""
+        rows = self._table.take(pa.array(numbers, pa.int64())).to_pylist()
         return [
             {"number": int(number), **{name: row.pop(name) for name in OWN_COLUMNS}, "columns": row}
-            for number, row in zip(numbers, taken, strict=True)
+            for number, row in zip(numbers, rows, strict=True)
         ]
 
     def values(self, column: str) -> pa.ChunkedArray:
-        """A column as texts, null where there is none.
+        """A column as texts, null where an image has no value.
 
         Raises:
-            UserError: no such column; those that there are are named.
+            UserError: No such column.
         """
         if column not in (*self.columns, "split", "key"):
             raise UserError(
-                f"{self.name}: no column {column!r}; it has {', '.join(self.columns) or 'none to filter by'}"
+                f"{self.name}: no column {column!r}; it can be {', '.join((*self.columns, 'split', 'key'))}"
             )
         return self._table[column]
 
-    def choices(self, most: int = 50) -> dict[str, list[tuple[str, int]]]:
-        """Column -> its values with their counts, the most frequent first; without columns of more than
-        `most` values.
-        """
-        found = {}
+    def choices(self, limit: int = 50) -> dict[str, list[tuple[str, int]]]:
+        """Column -> (value, count), most frequent first; without columns of more than `limit` values."""
+        choices = {}
         for column in self.columns:
             counts = self._table[column].drop_null().value_counts().to_pylist()
-            if 1 < len(counts) <= most:
-                found[column] = sorted(
-                    ((each["values"], each["counts"]) for each in counts),
-                    key=lambda each: (-each[1], each[0]),
-                )
-        return found
+            if 1 < len(counts) <= limit:
+                pairs = [(count["values"], count["counts"]) for count in counts]
+                choices[column] = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+        return choices
 
     def thumbnail(self, number: int) -> bytes:
         """A WebP, its longer side at most manifest["thumbnail_px"]."""
-        begin, end = self._thumbnail_at[number : number + 2].tolist()
+        start, end = self._thumbnail_starts[number : number + 2].tolist()
         with open(self.folder / "thumbnails.bin", "rb") as file:
-            file.seek(begin)
-            return file.read(end - begin)
+            file.seek(start)
+            return file.read(end - start)
 
     def model(self, name: str = "") -> Clip:
-        """The model that made the index, in fp32 on the CPU.
+        """The model that made the index, in fp32 on the CPU, for evaluation.
 
         Args:
-            name: where it is now; by default where it was then.
+            name: The model, if it has moved since.
 
         Raises:
-            UserError: it is not there, or its weights are other ones.
+            UserError: There is no such model, or its weights differ.
         """
-        clip = load(name or self.manifest["model"])
+        made_by = self.manifest["model"]
+        clip = load_for_eval(name or made_by, INFERENCE, World())
         if clip.fingerprint() != self.manifest["model_sha256"]:
             raise UserError(
-                f"{self.folder}: made by {self.manifest['model']}, weights"
-                f" {self.manifest['model_sha256'][:12]}, but {name or 'that'} has {clip.fingerprint()[:12]}"
-                " now: their features do not compare. Pass --model with the one it was made by, or make the"
-                f" index again: python -m eval embed {name or self.manifest['model']} --data"
+                f"{self.folder}: made by {made_by}, weights {self.manifest['model_sha256'][:12]}, but"
+                f" {name or made_by} now has {clip.fingerprint()[:12]}: their features do not compare."
+                f" Pass --model, or make the index again: python -m eval embed {name or made_by} --data"
                 f" {self.manifest['data']} --out {self.folder}"
             )
         return clip
 
     def same_corpus(self, other: "Index") -> bool:
-        """Whether picture for picture both are of the same data, so that models can be shown side by side."""
+        """Whether both hold the same images in the same order, so that models can be shown side by side."""
         return len(self) == len(other) and self._table["key"].equals(other._table["key"])
 
 
@@ -158,42 +155,39 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of an index.
 
     Raises:
-        UserError: there is none, or none that this version reads.
+        UserError: There is none that this version can read.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{folder}: no index is there; make one with: python -m eval embed MODEL --data SHARDS --out"
-            f" {folder}"
+            f"{folder}: no index there; make one: python -m eval embed MODEL --data SHARDS --out {folder}"
         ) from None
     except ValueError as error:
         raise UserError(
-            f"{folder / 'manifest.json'}: not readable as JSON ({error}); make the index again: python -m"
-            " eval embed"
+            f"{folder / 'manifest.json'}: not JSON ({error}); make the index again: {MAKE}"
         ) from None
     if "model_sha256" not in manifest:
-        kind = "shards" if "splits" in manifest else "something else"
+        content = "shards" if "splits" in manifest else "something else"
         raise UserError(
-            f"{folder}: holds {kind}, not an index; make one with: python -m eval embed MODEL --data {folder}"
+            f"{folder}: holds {content}, not an index; make one: python -m eval embed MODEL --data {folder}"
             " --out INDEX"
         )
     if manifest.get("index_format") != FORMAT:
         raise UserError(
-            f"{folder}: format {manifest.get('index_format')} of indexes, this version reads {FORMAT}; make"
-            " it again"
+            f"{folder}: index format {manifest.get('index_format')}, but this version reads {FORMAT}; make"
+            f" the index again: {MAKE}"
         )
     return manifest
 
 
-def not_empty(index: Index) -> Index:
-    """The index itself.
+def open_index(folder: Path) -> Index:
+    """An index that holds images.
 
     Raises:
-        UserError: it holds no picture.
+        UserError: There is no index, it is damaged, or empty.
     """
+    index = Index(folder)
     if not len(index):
-        raise UserError(
-            f"{index.folder}: holds no picture; make it again of data that has some: python -m eval embed"
-        )
+        raise UserError(f"{folder}: holds no images; make it again from data that has some: {MAKE}")
     return index

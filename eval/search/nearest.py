@@ -1,7 +1,6 @@
-"""The pictures of an index nearest to some features: exact by faiss, or by torch where there is no faiss; or
-approximate, and measured.
+"""Nearest neighbours in an index: exact, by faiss or else by torch; or approximate, with measured recall.
 
-All that is compared are the fp16 features on disk and fp32 queries, summed in fp32; scores are cosines.
+The fp16 features on disk are compared with fp32 queries, summed in fp32; scores are cosines.
 """
 
 from functools import cached_property
@@ -21,19 +20,20 @@ try:
 except ImportError:
     faiss = None
 
-CHUNK = 3 << 16  # numbers cast to fp32 at a time: less than a MiB, which stays in the cache
+CHUNK_VALUES = 3 << 16  # cast to fp32 at a time: below 1 MiB, so they stay in the cache
 SCORES_AT_ONCE = 1 << 25
+ROWS_AT_ONCE = 1 << 16
 APPROXIMATE_FILE = "approximate.faiss"
 RECALL_QUERIES, RECALL_K = 200, 10
 
 
 class Hit(NamedTuple):
-    """One picture found.
+    """One result.
 
     Attributes:
-        number: of the picture in the index.
-        score: cosine of its features and the query's.
-        variants: pictures of its group that were searched, itself included; 1 where groups are not joined.
+        number: Of the image in the index.
+        score: Cosine of its features and the query's.
+        variants: Number of searched images in its group, including itself; 1 if groups are not collapsed.
     """
 
     number: int
@@ -42,69 +42,67 @@ class Hit(NamedTuple):
 
 
 class Nearest:
-    """Finds pictures of one index.
+    """Nearest-neighbour search in one index.
 
     Args:
-        index: what to search.
-        approximate: use an inverted file, made on the first use and kept with the index; for more than a
-            million pictures.
-        library: False takes torch although there is faiss.
+        index: What to search.
+        approximate: Use an inverted file, made on first use and kept with the index; for more than a million
+            images.
+        use_faiss: False takes torch even if faiss is installed.
 
     Raises:
-        UserError: an approximate index without faiss.
+        UserError: An approximate index needs faiss.
     """
 
-    def __init__(self, index: Index, approximate: bool = False, library: bool = True):
+    def __init__(self, index: Index, approximate: bool = False, use_faiss: bool = True):
         self.index, self.approximate = index, approximate
-        self.by_faiss = faiss is not None and library
+        self.by_faiss = faiss is not None and use_faiss
         if approximate and not self.by_faiss:
-            raise UserError(
-                "an approximate index is made by faiss, which is not installed; pip install faiss-cpu, or"
-                " search exactly"
-            )
+            raise UserError("--approximate needs faiss, which is not installed; pip install faiss-cpu")
 
     def top(
         self, queries: torch.Tensor, k: int, rows: np.ndarray | None = None, grouped: bool = True
     ) -> list[list[Hit]]:
-        """For each query the k best pictures, the best first; of pictures of one group the best one alone.
+        """The k best images for each query, best first.
 
         Args:
             queries: fp32 [q, d], L2-normed.
-            rows: bool [n], the pictures that may be found; None for all.
-            grouped: False lets variants of one thing stand beside each other.
+            rows: bool [n], the images to search; None for all.
+            grouped: Return only the best image of each group.
         """
         searched = len(self.index) if rows is None else int(rows.sum())
         if not searched or not k:
             return [[] for _ in queries]
         groups = self.index.group_of if grouped else np.arange(len(self.index))
         sizes = np.bincount(groups if rows is None else groups[rows], minlength=int(groups.max()) + 1)
-        wanted, found = min(k, int((sizes > 0).sum())), []
+        wanted, results = min(k, int((sizes > 0).sum())), []
         for part in queries.split(max(1, SCORES_AT_ONCE // len(self.index))):
             count = min(searched, 4 * k if grouped else k)
-            while True:
+            while True:  # until there are enough groups among the nearest images
                 scores, numbers = self.nearest(part, count, rows)
-                hits = [_joined(*each, groups, sizes, k) for each in zip(scores, numbers, strict=True)]
-                if count == searched or all(len(each) >= wanted for each in hits):
+                hits = [
+                    _best_of_groups(*query, groups, sizes, k) for query in zip(scores, numbers, strict=True)
+                ]
+                if count == searched or all(len(of_query) >= wanted for of_query in hits):
                     break
                 count = min(searched, 4 * count)
-            found += hits
-        return found
+            results += hits
+        return results
 
     def nearest(
         self, queries: torch.Tensor, count: int, rows: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores fp32 and picture numbers int64, [q, count], the best first; an approximate index may leave
-        -1 at the end.
-        """
+        """Scores fp32 and numbers int64, [q, count], best first; an approximate index may pad with -1."""
         if self.by_faiss:
-            chosen = (
-                {} if rows is None else {"sel": faiss.IDSelectorBitmap(np.packbits(rows, bitorder="little"))}
-            )
+            selector = {}
+            if rows is not None:
+                selector["sel"] = faiss.IDSelectorBitmap(np.packbits(rows, bitorder="little"))
             if self.approximate:
-                parameters = faiss.SearchParametersIVF(nprobe=self._inverted.nprobe, **chosen)
-                return self._inverted.search(queries.numpy(), count, params=parameters)
-            return self._flat.search(queries.numpy(), count, params=faiss.SearchParameters(**chosen))
-        chunks = torch.from_numpy(self.index.features).split(max(1, CHUNK // queries.shape[1]))
+                parameters = faiss.SearchParametersIVF(nprobe=self._inverted_file.nprobe, **selector)
+                return self._inverted_file.search(queries.numpy(), count, params=parameters)
+            parameters = faiss.SearchParameters(**selector)
+            return self._flat.search(queries.numpy(), count, params=parameters)
+        chunks = torch.from_numpy(self.index.features).split(max(1, CHUNK_VALUES // queries.shape[1]))
         scores = torch.cat([queries @ chunk.float().T for chunk in chunks], dim=1)
         if rows is not None:
             scores[:, torch.from_numpy(~rows)] = -torch.inf
@@ -113,61 +111,55 @@ class Nearest:
 
     @cached_property
     def _flat(self):
-        """The features as they are on disk, in memory: what faiss calls a quantizer to fp16 changes no fp16
-        value.
-        """
+        """All features in memory. faiss calls fp16 a quantizer; it changes no fp16 value."""
         flat = faiss.IndexScalarQuantizer(
             self.index.manifest["d"], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
         )
         flat.train(np.zeros((1, self.index.manifest["d"]), np.float32))
-        for start in range(0, len(self.index), 1 << 16):
-            flat.add(self.index.features[start : start + (1 << 16)].astype(np.float32))
+        for start in range(0, len(self.index), ROWS_AT_ONCE):
+            flat.add(self.index.features[start : start + ROWS_AT_ONCE].astype(np.float32))
         return flat
 
     @cached_property
-    def _inverted(self):
-        """Cells by k-means, of which a query looks into a sixteenth, or 16; kept in INDEX/approximate.faiss."""
+    def _inverted_file(self):
+        """Cells by k-means, of which a query visits a sixteenth, or 16; stored as INDEX/approximate.faiss."""
         path = self.index.folder / APPROXIMATE_FILE
         if path.is_file():
             return _read(path)
         n, d = self.index.features.shape
-        cells = int(max(1, min(4 * n**0.5, n // 39)))  # faiss wants 39 points for each to learn them
+        cells = int(max(1, min(4 * n**0.5, n // 39)))  # faiss warns below 39 training points per cell
         quantizer = faiss.IndexFlatIP(d)
         inverted = faiss.IndexIVFScalarQuantizer(
             quantizer, d, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
         )
-        chosen = np.sort(np.random.default_rng(0).choice(n, min(n, 64 * cells), replace=False))
-        inverted.train(self.index.features[chosen].astype(np.float32))
-        for start in progress(range(0, n, 1 << 16), desc="approximate index", unit="part", delay=1):
-            inverted.add(self.index.features[start : start + (1 << 16)].astype(np.float32))
+        sample = np.sort(np.random.default_rng(0).choice(n, min(n, 64 * cells), replace=False))
+        inverted.train(self.index.features[sample].astype(np.float32))
+        for start in progress(range(0, n, ROWS_AT_ONCE), desc="approximate index", unit="part", delay=1):
+            inverted.add(self.index.features[start : start + ROWS_AT_ONCE].astype(np.float32))
         inverted.nprobe = max(1, min(cells, max(16, cells // 16)))
         with atomic_file(path) as partial:
             faiss.write_index(inverted, str(partial))
         return inverted
 
     def recall(self) -> float:
-        """Of what an exact search finds first, the share that the approximate one does: recall@10 of pictures
-        drawn at random.
-        """
+        """recall@10 of the approximate index against exact search, with random images as queries."""
         n = len(self.index)
         numbers = np.random.default_rng(1).choice(n, min(n, RECALL_QUERIES), replace=False)
         queries = torch.from_numpy(self.index.features[np.sort(numbers)].astype(np.float32))
         k = min(RECALL_K, n)
-        exact = Nearest(self.index).nearest(queries, k)[1]
-        return float(
-            np.mean(
-                [len(set(a) & set(b)) / k for a, b in zip(exact, self.nearest(queries, k)[1], strict=True)]
-            )
-        )
+        exact, own = Nearest(self.index).nearest(queries, k)[1], self.nearest(queries, k)[1]
+        return float(np.mean([len(set(a) & set(b)) / k for a, b in zip(exact, own, strict=True)]))
 
 
-def _joined(
+def _best_of_groups(
     scores: np.ndarray, numbers: np.ndarray, groups: np.ndarray, sizes: np.ndarray, k: int
 ) -> list[Hit]:
-    """The first of each group, at most k."""
+    """The best image of each group, at most k."""
     numbers = numbers[(numbers >= 0) & np.isfinite(scores)]
     firsts = np.sort(np.unique(groups[numbers], return_index=True)[1])[:k]
-    return [Hit(int(numbers[at]), float(scores[at]), int(sizes[groups[numbers[at]]])) for at in firsts]
+    return [
+        Hit(int(numbers[first]), float(scores[first]), int(sizes[groups[numbers[first]]])) for first in firsts
+    ]
 
 
 def _read(path: Path):
@@ -175,5 +167,5 @@ def _read(path: Path):
         return faiss.read_index(str(path))
     except RuntimeError as error:
         raise UserError(
-            f"{path}: cannot be read ({str(error).splitlines()[0][:120]}); delete it, and it is made again"
+            f"{path}: cannot be read ({str(error).splitlines()[0][:120]}); delete it to make it again"
         ) from None

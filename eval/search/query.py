@@ -1,30 +1,68 @@
-"""The pictures of an index that are nearest to a sentence or to another picture, as a table, JSON or CSV."""
+"""Queries to an index: sentences and images find the nearest images, as a table, JSON or CSV."""
 
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-import tyro
 
 from data_prep.atomic import atomic_file
 from data_prep.build.scan import Source, read_local
 from data_prep.errors import UserError
 from data_prep.images import BadImage
-from eval.classify.features import picture_of, read_file
+from data_prep.tables import markdown_table
+from eval.classify.features import open_image
 from eval.embed import embed_texts
 from eval.options import INFERENCE
-from eval.retrieval.score import write_json
-from eval.search.index import Index, not_empty
+from eval.search.index import Index, open_index
 from eval.search.nearest import Hit, Nearest
 from train.model.clip import Clip
 from train.world import World
 
-BATCH_COLUMNS = ["query", "rank", "score", "number", "key", "caption", "variants", "problem"]
-QUERIES_AT_ONCE = 256
+CSV_COLUMNS = ["query", "rank", "score", "number", "key", "caption", "variants", "problem"]
+QUERIES_AT_ONCE, SHOWN_CHARACTERS, SHOWN_VALUES = 256, 90, 12
+
+
+class TextOrImage(NamedTuple):
+    """One query of a CSV: a text, or the path of an image; both are empty in an empty row."""
+
+    text: str
+    image: str
+
+
+class Searcher(NamedTuple):
+    """An opened index with its model, and the options of a search.
+
+    Attributes:
+        rows: bool [n], the images to search; None for all.
+        grouped: Return only the best image of each group.
+    """
+
+    index: Index
+    clip: Clip
+    nearest: Nearest
+    k: int
+    rows: np.ndarray | None
+    grouped: bool
+
+    def find(self, features: torch.Tensor) -> list[list[dict]]:
+        """Results for each query, fp32 [q, d]: rank from 1, score, variants, and the fields of Index.rows."""
+        return [
+            described(self.index, hits)
+            for hits in self.nearest.top(features, self.k, self.rows, self.grouped)
+        ]
+
+
+def open_searcher(
+    folder: Path, model: str, filters: Sequence[str], k: int, grouped: bool, approximate: bool
+) -> Searcher:
+    """Options of the command, checked before the model is loaded; see eval.search.command.search."""
+    index = open_index(folder)
+    rows, nearest = filter_rows(index, filters), Nearest(index, approximate)
+    return Searcher(index, index.model(model), nearest, k, rows, grouped)
 
 
 def text_query(clip: Clip, texts: Sequence[str]) -> torch.Tensor:
@@ -32,111 +70,44 @@ def text_query(clip: Clip, texts: Sequence[str]) -> torch.Tensor:
     return embed_texts(clip, list(texts), World(device=clip.towers.mean.device), INFERENCE).cpu()
 
 
-def image_query(clip: Clip, data: bytes, what: str) -> torch.Tensor:
-    """image_features fp32 [1, d] of an encoded picture, L2-normed, on the CPU.
+def image_query(clip: Clip, data: bytes, name: str) -> torch.Tensor:
+    """image_features fp32 [1, d] of an encoded image, L2-normed, on the CPU.
+
+    Args:
+        name: What error messages call the image.
 
     Raises:
-        UserError: it cannot be used: damaged, blank, or with too many pixels (which its header tells); `what`
-            names it.
+        UserError: The image is damaged, blank, or has too many pixels according to its header.
     """
-    pixels = clip.eval_transform(picture_of(data, what))[None]
+    pixels = clip.eval_transform(open_image(data, name))[None]
     with torch.inference_mode():
         return clip.towers.image_features(pixels.to(clip.towers.mean.device)).cpu()
 
 
 def filter_rows(index: Index, filters: Sequence[str]) -> np.ndarray | None:
-    """bool [n], the pictures that have all of "column=value"; None where there is no filter.
+    """bool [n], the images that match all of "column=value"; None without filters.
 
     Raises:
-        UserError: no such column, or no picture has all of these values.
+        UserError: No such column, or no image matches all filters.
     """
     rows = np.ones(len(index), bool)
-    for each in filters:
-        column, equals, value = each.partition("=")
+    for condition in filters:
+        column, equals, value = condition.partition("=")
         if not equals:
             raise UserError(
-                f"filter {each!r}: COLUMN=VALUE is wanted; the columns are"
+                f"filter {condition!r}: must be COLUMN=VALUE; the columns are"
                 f" {', '.join(index.columns) or 'none'}"
             )
         rows &= pc.fill_null(pc.equal(index.values(column), value), False).to_numpy()
         if not rows.any():
-            known = dict(index.choices()).get(column, [])
-            having = f"; {column} has {', '.join(name for name, _ in known[:12])}" if known else ""
-            raise UserError(f"filter {each!r}: no picture of {index.name} is left{having}")
+            values = [name for name, _ in index.choices().get(column, [])]
+            listed = f"; {column} can be {', '.join(values[:SHOWN_VALUES])}" if values else ""
+            raise UserError(f"filter {condition!r}: no image of {index.name} matches{listed}")
     return rows if filters else None
 
 
-def search(
-    index: Annotated[Path, tyro.conf.Positional],
-    text: str = "",
-    image: Path | None = None,
-    batch: Path | None = None,
-    out: Path | None = None,
-    k: int = 10,
-    filter: tuple[str, ...] = (),
-    grouped: bool = True,
-    json: Path | None = None,
-    approximate: bool = False,
-    model: str = "",
-) -> None:
-    """Finds pictures by a sentence or by a picture: the k nearest by cosine, variants of one thing joined.
-
-    Args:
-        index: Folder that `python -m eval embed` made.
-        text: A sentence to search by.
-        image: A picture to search by.
-        batch: CSV of many queries, with a column text, or image (paths below the CSV's folder), or both.
-        out: CSV for what --batch finds.
-        k: Pictures to find.
-        filter: COLUMN=VALUE, several if wanted; only pictures that have all of them are searched.
-        grouped: False shows the variants of one thing beside each other.
-        json: File to write what was found to.
-        approximate: Use an index of cells, made on first use: for more than a million pictures. Its recall is
-            measured and printed.
-        model: Where the model is now, if it is not where it was.
-    """
-    if bool(text) + (image is not None) + (batch is not None) != 1:
-        raise UserError("one of --text, --image and --batch is wanted")
-    if (batch is None) != (out is None):
-        raise UserError(
-            "--batch and --out belong together: queries are read from the one, what they find is written to"
-            " the other"
-        )
-    if k < 1:
-        raise UserError(f"--k {k}: at least 1 is wanted")
-    opened = not_empty(Index(index))
-    rows, data = filter_rows(opened, filter), read_file(image, "--image") if image else b""
-    queries = list(read_batch(batch)) if batch else []
-    nearest, clip = Nearest(opened, approximate), opened.model(model)
-    clip.towers.eval()
-    if approximate:
-        print(
-            f"approximate index: recall@10 {nearest.recall():.3f} of an exact search, by pictures drawn at"
-            " random"
-        )
-    if batch:
-        print(write_batch(out, batch.parent, queries, opened, nearest, clip, k, rows, grouped))
-        return
-    features = text_query(clip, [text]) if text else image_query(clip, data, f"--image {image}")
-    hits = nearest.top(features, k, rows, grouped)[0]
-    found = described(opened, hits)
-    print(table(found))
-    if json:
-        asked = {"text": text} if text else {"image": str(image)}
-        write_json(
-            json,
-            {
-                "index": str(index),
-                "model": opened.manifest["model"],
-                **asked,
-                "filter": list(filter),
-                "found": found,
-            },
-        )
-
-
 def described(index: Index, hits: Sequence[Hit]) -> list[dict]:
-    """Of each hit: rank (1-based), score, variants, and what Index.rows says of it."""
+    """Each hit as {"rank" (from 1), "score", "variants", and the fields of Index.rows}."""
     rows = index.rows([hit.number for hit in hits])
     return [
         {"rank": rank, "score": hit.score, "variants": hit.variants, **row}
@@ -144,81 +115,75 @@ def described(index: Index, hits: Sequence[Hit]) -> list[dict]:
     ]
 
 
-def table(found: list[dict]) -> str:
-    lines = ["rank   cosine  variants  picture and captions"]
-    for one in found:
-        captions = "; ".join(one["captions"])
-        lines.append(
-            f"{one['rank']:>4}  {one['score']:7.4f}  {one['variants']:>8}  {one['key']}  {captions[:90]}"
-        )
-    return "\n".join(lines)
+def table(results: list[dict]) -> str:
+    """Results for the terminal."""
+    rows = []
+    for result in results:
+        captions = "; ".join(result["captions"])[:SHOWN_CHARACTERS]
+        score, variants = f"{result['score']:.4f}", str(result["variants"])
+        rows.append([str(result["rank"]), result["key"], captions, score, variants])
+    return markdown_table(["rank", "image", "captions", "cosine", "variants"], rows, left=3)
 
 
-def read_batch(path: Path) -> Iterator[tuple[str, str]]:
-    """(text, "") or ("", image) of each row.
+def read_queries(path: Path) -> Iterator[TextOrImage]:
+    """The queries of a CSV with a column text or image; in a row with both, the text counts.
 
     Raises:
-        UserError: it cannot be read, or has neither column.
+        UserError: The file cannot be read, or has neither column.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if not {"text", "image"} & set(reader.fieldnames or ()):
-                raise UserError(
-                    f"{path}: has columns {reader.fieldnames or 'none'}; one called text or image is wanted"
-                )
+                columns = ", ".join(reader.fieldnames or ()) or "none"
+                raise UserError(f"{path}: must have a column text or image; its columns are {columns}")
             for row in reader:
                 text, image = (row.get("text") or "").strip(), (row.get("image") or "").strip()
-                yield ("", image) if image and not text else (text, "")
+                yield TextOrImage(text, "" if text else image)
     except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a CSV in UTF-8 ({error}); write it as one") from None
+        raise UserError(f"{path}: cannot be read as a UTF-8 CSV ({error}); convert it to one") from None
 
 
-def write_batch(
-    out: Path,
-    root: Path,
-    queries: list,
-    index: Index,
-    nearest: Nearest,
-    clip: Clip,
-    k: int,
-    rows: np.ndarray | None,
-    grouped: bool,
-) -> str:
-    """Write a CSV of what each query finds, a line per picture; a query that cannot be asked has one line
-    with its problem.
+def write_results(searcher: Searcher, queries: Sequence[TextOrImage], root: Path, out: Path) -> str:
+    """Write a CSV with a row for each result; a failed query has one row with its problem.
+
+    Args:
+        root: Folder of the image paths.
+
+    Returns:
+        A summary for the terminal.
     """
     failed = 0
     with atomic_file(out) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, BATCH_COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
         writer.writeheader()
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             part = queries[start : start + QUERIES_AT_ONCE]
-            features = batch_features(clip, root, part)
-            good = [each for each in features if isinstance(each, torch.Tensor)]
-            hits = iter(nearest.top(torch.stack(good), k, rows, grouped) if good else [])
-            for query, each in zip(part, features, strict=True):
-                if isinstance(each, str):
+            features = query_features(searcher.clip, root, part)
+            valid = [tensor for tensor in features if isinstance(tensor, torch.Tensor)]
+            results = iter(searcher.find(torch.stack(valid)) if valid else [])
+            for query, tensor in zip(part, features, strict=True):
+                name = query.text or query.image
+                if isinstance(tensor, str):
                     failed += 1
-                    writer.writerow({"query": "".join(query), "problem": each})
+                    writer.writerow({"query": name, "problem": tensor})
                     continue
-                for one in described(index, next(hits)):
-                    caption = one["captions"][0] if one["captions"] else ""
-                    writer.writerow(
-                        {**one, "query": "".join(query), "score": f"{one['score']:.6f}", "caption": caption}
-                    )
-    problems = f"; {failed} cannot be asked, the column problem says why" if failed else ""
-    return f"{len(queries) - failed} of {len(queries)} queries asked{problems}: {out}"
+                for result in next(results):
+                    caption = result["captions"][0] if result["captions"] else ""
+                    score = f"{result['score']:.6f}"
+                    writer.writerow({**result, "query": name, "score": score, "caption": caption})
+    problems = f"; {failed} failed, see the column problem" if failed else ""
+    return f"{len(queries) - failed} of {len(queries)} queries answered{problems}: {out}"
 
 
-def batch_features(clip: Clip, root: Path, queries: list[tuple[str, str]]) -> list[torch.Tensor | str]:
-    """Of each query its features fp32 [d], or why it has none."""
-    texts = [text for text, _ in queries if text]
+def query_features(clip: Clip, root: Path, queries: Sequence[TextOrImage]) -> list[torch.Tensor | str]:
+    """The features fp32 [d] of each query, or the reason why it has none."""
+    texts = [query.text for query in queries if query.text]
     by_text = iter(text_query(clip, texts) if texts else ())
-    return [next(by_text) if text else image_features(clip, root, image) for text, image in queries]
+    return [next(by_text) if query.text else _image_features(clip, root, query.image) for query in queries]
 
 
-def image_features(clip: Clip, root: Path, image: str) -> torch.Tensor | str:
+def _image_features(clip: Clip, root: Path, image: str) -> torch.Tensor | str:
     data = read_local(Source(str(root), image)) if image else BadImage("neither text nor image")
     if isinstance(data, BadImage):
         return data.reason

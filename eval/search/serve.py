@@ -1,10 +1,8 @@
-"""The page for people: a sentence or a picture finds pictures, by one model or by several side by side.
+"""The search page: a sentence or an image finds images, by one model or by several side by side.
 
-    text, picture, or the number of a picture -> features, by each index's model -> Nearest -> results, a list
-    per index
+    text, image, or number of an image -> features, by each index's model -> Nearest -> hits, per index
 
-The indexes are of one corpus: keys, columns and thumbnails are those of the first. eval/serve.html is what a
-    browser gets.
+The indexes are of one corpus: keys, columns and thumbnails come from the first. The page is serve.html.
 """
 
 import asyncio
@@ -15,11 +13,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -36,108 +32,76 @@ from train.model.clip import Clip, public_name
 PAGE = Path(__file__).with_name("serve.html")
 MAX_K, MAX_TEXT, MAX_FILTERS, MAX_JSON_BYTES = 100, 2000, 20, 1 << 20
 TEXTS_KEPT, SEARCHES_AT_ONCE, EXAMPLES = 4096, 32, 4
-NOTHING = "This index holds no pictures."
-
-
-def serve(
-    indexes: Annotated[tuple[Path, ...], tyro.conf.Positional],
-    model: tuple[str, ...] = (),
-    host: str = web.LOOPBACK[0],
-    port: int = 8000,
-    approximate: bool = False,
-) -> None:
-    """Search in a browser: sentences and pictures find pictures, with several models side by side.
-
-    Args:
-        indexes: Folders that `embed` wrote, each of the same data by another model; each gets a column of
-            results.
-        model: Where the models are now, one for each index; by default where they were when the indexes were
-            made.
-        host: Address to listen on; 0.0.0.0 lets in everybody who reaches this machine.
-        port: 0 takes a free one.
-        approximate: Search an inverted file, made on the first use; for more than a million pictures.
-    """
-    web.serve(app(open_columns(indexes, model, approximate), host), host, port, "search page")
+NO_IMAGES = "This index holds no images."
 
 
 class Column:
     """One index with its model: a column of results.
 
     Args:
-        clip: None where the index is empty.
-        forward: one thread in which models run, first come, first served; shared by all columns. So there is
-            one forward at a time, which has all cores, one uploaded picture in memory at its full size, and
-            one pool of torch's threads.
+        clip: None if the index is empty.
+        forward: One thread in which models run, shared by all columns. So one forward runs at a time, on all
+            cores, and one uploaded image is in memory at its full size.
     """
 
     def __init__(
         self, index: Index, clip: Clip | None, forward: ThreadPoolExecutor, approximate: bool = False
     ):
         self.index, self.clip, self.forward, self.nearest = index, clip, forward, Nearest(index, approximate)
-        if clip:
-            clip.towers.eval()
-        self._known: dict[str, torch.Tensor] = {}
+        self._cached: dict[str, torch.Tensor] = {}  # by text, the least recently used first
         self._waiting: deque[str] = deque()
         if len(index):
-            self.nearest.top(
-                self.like(0), 1
-            )  # what is made on the first use is made before threads ask for it
+            self.nearest.top(self.like(0), 1)  # makes what is made on first use, before threads need it
 
     def text(self, text: str) -> torch.Tensor:
-        """text_features fp32 [1, d]. Texts that came while the model was busy go through it together; the
-        latest are kept.
-        """
+        """text_features fp32 [1, d], cached. Texts that arrive while the model is busy form one batch."""
         self._waiting.append(text)
         return self.forward.submit(self._text, text).result()
 
     def _text(self, text: str) -> torch.Tensor:
         texts = [*(self._waiting.popleft() for _ in range(len(self._waiting))), text]
-        new = list(dict.fromkeys(each for each in texts if each not in self._known))
+        new = list(dict.fromkeys(text for text in texts if text not in self._cached))
         if new:
-            self._known |= zip(new, text_query(self.clip, new).split(1), strict=True)
-        features = self._known[text] = self._known.pop(text)  # now the youngest
-        while len(self._known) > TEXTS_KEPT:
-            del self._known[next(iter(self._known))]
+            self._cached |= zip(new, text_query(self.clip, new).split(1), strict=True)
+        features = self._cached[text] = self._cached.pop(text)  # move to the end
+        while len(self._cached) > TEXTS_KEPT:
+            del self._cached[next(iter(self._cached))]
         return features
 
-    def picture(self, data: bytes) -> torch.Tensor:
-        """image_features fp32 [1, d] of a picture's file.
+    def image(self, data: bytes) -> torch.Tensor:
+        """image_features fp32 [1, d] of an uploaded file.
 
         Raises:
-            UserError: it is none, is damaged, or has too many pixels.
+            UserError: It is not an image, damaged, or has too many pixels.
         """
-        return self.forward.submit(image_query, self.clip, data, "the picture").result()
+        return self.forward.submit(image_query, self.clip, data, "the image").result()
 
     def like(self, number: int) -> torch.Tensor:
-        """image_features fp32 [1, d] of a picture of the index."""
+        """image_features fp32 [1, d] of an image of the index."""
         return torch.from_numpy(self.index.features[[number]].astype(np.float32))
 
 
 def open_columns(
     folders: Sequence[Path], models: Sequence[str] = (), approximate: bool = False
 ) -> list[Column]:
-    """The indexes with their models; mistakes that cost nothing to find are found before a model is loaded.
+    """The indexes with their models; everything that is cheap to check is checked before a model is loaded.
 
     Raises:
-        UserError: there is no index, one is of another corpus, or a model is not the one that made its index.
+        UserError: There is no index, one is of another corpus, or a model is not the one of its index.
     """
     if not folders:
-        raise UserError(
-            "no INDEX given; make one with: python -m eval embed MODEL --data SHARDS --out INDEX, and serve"
-            " that"
-        )
+        raise UserError("no INDEX given; make one: python -m eval embed MODEL --data SHARDS --out INDEX")
     if models and len(models) != len(folders):
         raise UserError(
-            f"--model names {len(models)} models for {len(folders)} indexes; one for each is wanted, in their"
-            " order, or none"
+            f"--model: {len(models)} models for {len(folders)} indexes; pass one for each, in their order"
         )
     indexes = [Index(folder) for folder in folders]
     for index in indexes[1:]:
         if not index.same_corpus(indexes[0]):
             raise UserError(
-                f"{index.folder}: holds other pictures than {indexes[0].folder} ({len(index)} and"
-                f" {len(indexes[0])}), so their results cannot stand side by side; embed the same --data with"
-                " both models, or serve each on a --port of its own"
+                f"{index.folder}: holds other images than {indexes[0].folder} ({len(index)} and"
+                f" {len(indexes[0])}), so their results cannot be shown side by side; embed the same --data"
+                " with both models, or serve each index on its own --port"
             )
     forward = ThreadPoolExecutor(1, thread_name_prefix="forward")
     clips = [
@@ -148,11 +112,11 @@ def open_columns(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A search: one of text, picture and like is given."""
+class Search:
+    """A request: exactly one of text, image and like is given."""
 
     text: str | None = None
-    picture: bytes | None = None
+    image: bytes | None = None
     like: int | None = None
     k: int = 24
     filters: tuple[str, ...] = ()
@@ -160,18 +124,17 @@ class Asked:
 
 
 def is_text(value) -> bool:
-    return isinstance(value, str) and not any(
-        0xD800 <= ord(sign) < 0xE000 for sign in value
-    )  # half a sign: no UTF-8 has it
+    # A lone surrogate, which JSON can hold, has no UTF-8.
+    return isinstance(value, str) and not any(0xD800 <= ord(sign) < 0xE000 for sign in value)
 
 
-# name -> what holds of a good value, and what is wanted, in words
+# Field -> whether a value is valid, and what is valid, in words.
 FIELDS: dict[str, tuple[Callable, str]] = {
     "text": (
         lambda value: is_text(value) and value.strip() and len(value) <= MAX_TEXT,
         f"a text of 1 to {MAX_TEXT} characters",
     ),
-    "like": (lambda value: type(value) is int, "the number of a picture"),
+    "like": (lambda value: type(value) is int, "the number of an image"),
     "k": (lambda value: type(value) is int and 1 <= value <= MAX_K, f"a whole number from 1 to {MAX_K}"),
     "filters": (
         lambda value: type(value) is list and len(value) <= MAX_FILTERS and all(map(is_text, value)),
@@ -181,96 +144,98 @@ FIELDS: dict[str, tuple[Callable, str]] = {
 }
 
 
-def checked(given: dict, n: int, picture: bytes | None = None) -> Asked:
-    """What was asked for, every field of it as it has to be.
+def checked(fields: dict, n: int, image: bytes | None = None) -> Search:
+    """The request, with valid fields.
+
+    Args:
+        n: Number of images in the index.
 
     Raises:
-        Refused: one is not; it is named.
+        Refused: A field is not valid; it is named.
     """
     if not n:
-        raise Refused(NOTHING)
-    for name, value in given.items():
+        raise Refused(NO_IMAGES)
+    for name, value in fields.items():
         if name not in FIELDS:
-            raise Refused(f"{name!r:.80}: no such field; there are {', '.join(FIELDS)}")
-        good, wanted = FIELDS[name]
-        if not good(value):
-            raise Refused(f"{name}: {wanted} is wanted, not {json.dumps(value):.80}")
-    if ("text" in given) + ("like" in given) + (picture is not None) != 1:
-        raise Refused(
-            "one thing to search for is wanted: text, like (the number of a picture), or a picture as the"
-            " request's body"
-        )
-    if not 0 <= given.get("like", 0) < n:
-        raise Refused(f"like: pictures are numbered from 0 to {n - 1}, there is no {given['like']}")
-    return Asked(**{**given, "filters": tuple(given.get("filters", ()))}, picture=picture)
+            raise Refused(f"{name!r:.80}: no such field; the fields are {', '.join(FIELDS)}")
+        is_valid, valid = FIELDS[name]
+        if not is_valid(value):
+            raise Refused(f"{name}: must be {valid}, not {json.dumps(value):.80}")
+    if ("text" in fields) + ("like" in fields) + (image is not None) != 1:
+        raise Refused("pass one of: text, like (the number of an image), or an image as the request's body")
+    if not 0 <= fields.get("like", 0) < n:
+        raise Refused(f"like: must be from 0 to {n - 1}, not {fields['like']}")
+    return Search(**{**fields, "filters": tuple(fields.get("filters", ()))}, image=image)
 
 
-async def read(request: Request, n: int) -> Asked:
-    """The search of a request: JSON, or a picture as the body with k, filter (any number of them) and grouped
-    in the address.
+async def read(request: Request, n: int) -> Search:
+    """The search of a request: JSON, or an image as the body, with k, filter and grouped in the URL.
 
     Raises:
-        Refused: it is none.
+        Refused: The request is not valid.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
         try:
-            given = json.loads(await web.body(request, MAX_JSON_BYTES))
+            fields = json.loads(await web.body(request, MAX_JSON_BYTES))
         except (ValueError, RecursionError) as error:
-            raise Refused(f"the request is not readable as JSON ({error!s:.80})") from None
-        if not isinstance(given, dict):
-            raise Refused(f"a JSON object is wanted, with text or like; not {json.dumps(given):.80}")
-        return checked(given, n)
-    given = dict(request.query_params.items())
-    given.pop("filter", None)
+            raise Refused(f"the request is not valid JSON ({error!s:.80})") from None
+        if not isinstance(fields, dict):
+            raise Refused(
+                f"the request must be a JSON object with text or like, not {json.dumps(fields):.80}"
+            )
+        return checked(fields, n)
+    fields = dict(request.query_params.items())
+    fields.pop("filter", None)
     if filters := request.query_params.getlist("filter"):
-        given["filters"] = filters
-    if given.get("k", "").isdecimal() and len(given["k"]) < 10:
-        given["k"] = int(given["k"])
-    given["grouped"] = {"true": True, "false": False}.get(given.get("grouped", "true"), given.get("grouped"))
-    return checked(given, n, await web.body(request))
+        fields["filters"] = filters
+    if fields.get("k", "").isdecimal() and len(fields["k"]) < 10:
+        fields["k"] = int(fields["k"])
+    grouped = fields.get("grouped", "true")
+    fields["grouped"] = {"true": True, "false": False}.get(grouped, grouped)
+    return checked(fields, n, await web.body(request))
 
 
-def answer(columns: Sequence[Column], asked: Asked) -> dict:
-    """What is found: {"searched": pictures that may be found, "results": per index a list of hits,
-    "pictures": number -> row}.
+def results_of(columns: Sequence[Column], search: Search) -> dict:
+    """{"searched": number of images searched, "results": hits per index, "images": number -> row}.
 
-    A hit has "number", "score" (cosine) and "variants" (eval.search.nearest.Hit). To `like`, the picture
-    itself is no answer, and where variants are grouped none of its group is.
+    A hit has "number", "score" (cosine) and "variants" (eval.search.nearest.Hit). Results of `like` exclude
+    the image itself, and its group if variants are grouped.
 
     Raises:
-        UserError: a filter of no column, or no picture was sent.
+        UserError: A filter names no column, or the file is not an image.
     """
     first = columns[0].index
-    rows = filter_rows(first, asked.filters)
-    if asked.like is not None:
-        other = np.arange(len(first)) != asked.like
-        if asked.grouped:
-            other = first.group_of != first.group_of[asked.like]
-        rows = other if rows is None else rows & other
-    found = []
-    for column in columns:
-        if asked.text is not None:
-            features = column.text(asked.text)
+    rows = filter_rows(first, search.filters)
+    if search.like is not None:
+        if search.grouped:
+            others = first.group_of != first.group_of[search.like]
         else:
-            features = column.like(asked.like) if asked.picture is None else column.picture(asked.picture)
-        found.append(column.nearest.top(features, asked.k, rows, asked.grouped)[0])
-    numbers = sorted({hit.number for hits in found for hit in hits} | ({asked.like} - {None}))
+            others = np.arange(len(first)) != search.like
+        rows = others if rows is None else rows & others
+    results = []
+    for column in columns:
+        if search.text is not None:
+            features = column.text(search.text)
+        elif search.image is not None:
+            features = column.image(search.image)
+        else:
+            features = column.like(search.like)
+        results.append(column.nearest.top(features, search.k, rows, search.grouped)[0])
+    numbers = sorted({hit.number for hits in results for hit in hits} | ({search.like} - {None}))
     return {
         "searched": len(first) if rows is None else int(rows.sum()),
-        "results": [[hit._asdict() for hit in hits] for hits in found],
-        "pictures": {row["number"]: row for row in first.rows(numbers)},
+        "results": [[hit._asdict() for hit in hits] for hits in results],
+        "images": {row["number"]: row for row in first.rows(numbers)},
     }
 
 
 def about(columns: Sequence[Column]) -> dict:
-    """What the page shows before anything was asked: the models, what can be filtered by, captions to try,
-    and the limits.
-    """
+    """What the page shows before the first search: models, filters, example captions and limits."""
     first = columns[0].index
     rows = first.rows(np.linspace(0, len(first) - 1, min(len(first), EXAMPLES)).astype(int).tolist())
     return {
         "n": len(first),
-        "said": "" if len(first) else NOTHING,
+        "message": "" if len(first) else NO_IMAGES,
         "indexes": [
             {"name": column.index.name, "model": public_name(column.index.manifest["model"])}
             for column in columns
@@ -278,42 +243,40 @@ def about(columns: Sequence[Column]) -> dict:
         "filters": first.choices(),
         "examples": list(dict.fromkeys(row["captions"][0] for row in rows if row["captions"])),
         "version": hashlib.sha256(json.dumps(first.manifest, sort_keys=True).encode()).hexdigest()[:16],
-        "most": {"k": MAX_K, "text": MAX_TEXT, "bytes": web.MAX_BODY_BYTES},
+        "limits": {"k": MAX_K, "text": MAX_TEXT, "bytes": web.MAX_BODY_BYTES},
     }
 
 
 def app(columns: Sequence[Column], host: str = web.LOOPBACK[0]) -> Starlette:
     """The page and its API: GET /api/about, POST /api/search, GET /thumbnail/N?v=VERSION.
 
-    Searches wait for the model in threads of their own, so that thumbnails never wait behind them.
+    Searches wait for the model in their own threads, so thumbnails do not wait for searches.
     """
-    index, known = columns[0].index, about(columns)
+    index, page_data = columns[0].index, about(columns)
     threads = ThreadPoolExecutor(SEARCHES_AT_ONCE, thread_name_prefix="search")
 
-    async def tell(_: Request) -> Response:
-        return JSONResponse(known, headers={"cache-control": "no-store"})
+    async def get_about(_: Request) -> Response:
+        return JSONResponse(page_data, headers={"cache-control": "no-store"})
 
-    async def search(request: Request) -> Response:
-        asked = await read(request, len(index))
-        return JSONResponse(await asyncio.get_running_loop().run_in_executor(threads, answer, columns, asked))
+    async def post_search(request: Request) -> Response:
+        search = await read(request, len(index))
+        loop = asyncio.get_running_loop()
+        return JSONResponse(await loop.run_in_executor(threads, results_of, columns, search))
 
-    async def thumbnail(request: Request) -> Response:
+    async def get_thumbnail(request: Request) -> Response:
         number = request.path_params["number"]
         if not (number.isdecimal() and len(number) < 16 and int(number) < len(index)):
-            raise Refused(f"no picture {number:.20}; there are {len(index)}", 404)
-        # The same address may show another index tomorrow: only one that names its version is kept.
-        kept = (
-            "public, max-age=31536000, immutable"
-            if request.query_params.get("v") == known["version"]
-            else "no-store"
-        )
+            raise Refused(f"no image {number:.20}; the index has {len(index)}", 404)
+        # Tomorrow the same address may serve another index: only a URL with the version may be cached.
+        versioned = request.query_params.get("v") == page_data["version"]
+        cache = "public, max-age=31536000, immutable" if versioned else "no-store"
         return Response(
-            index.thumbnail(int(number)), media_type="image/webp", headers={"cache-control": kept}
+            index.thumbnail(int(number)), media_type="image/webp", headers={"cache-control": cache}
         )
 
     routes = [
-        Route("/api/about", tell),
-        Route("/api/search", search, methods=["POST"]),
-        Route("/thumbnail/{number}", thumbnail),
+        Route("/api/about", get_about),
+        Route("/api/search", post_search, methods=["POST"]),
+        Route("/thumbnail/{number}", get_thumbnail),
     ]
     return web.application(PAGE, routes, host)

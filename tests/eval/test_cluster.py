@@ -7,8 +7,6 @@ import itertools
 import json
 import math
 import re
-import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browser import expect, opened, overflow_px
 from conftest import assert_mistake, call_here, png
 from PIL import Image
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -26,15 +25,17 @@ import eval.cluster.clusters
 import eval.cluster.names
 import eval.cluster.near_duplicates
 import eval.cluster.page
-from eval.cluster.clusters import cluster, clusters
+from eval.cluster.clusters import clusters
+from eval.cluster.command import cluster
 from eval.cluster.names import distinct_names, terms_of
 from eval.cluster.near_duplicates import near_duplicates
 from eval.cluster.page import layout
+from eval.cluster.summary import share_of_whole_groups
 from eval.search.index import Index
 
 EVIL = (
     "</script><script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\"> & \u202e"
-    " {{DATA}}"
+    " {{ data }}"
 )
 THINGS = ["house", "river", "bicycle", "owl", "anchor", "violin", "lantern"]
 
@@ -42,14 +43,14 @@ THINGS = ["house", "river", "bicycle", "owl", "anchor", "violin", "lantern"]
 def write_index(
     folder: Path, features: np.ndarray, captions: list[list[str]], groups=None, **columns
 ) -> Path:
-    """An index of features that were made up; its pictures are of one color each."""
+    """An index of made-up features; each image has one color."""
     n, d = features.shape
     folder.mkdir()
     features = features / np.linalg.norm(features, axis=1, keepdims=True) if n else features
     np.save(folder / "features.npy", features.astype(np.float16))
-    pictures = [png(Image.new("RGB", (9, 7), (number % 256, 90, 200)), "WEBP") for number in range(n)]
-    (folder / "thumbnails.bin").write_bytes(b"".join(pictures))
-    np.save(folder / "thumbnails.npy", np.cumsum([0, *map(len, pictures)]))
+    images = [png(Image.new("RGB", (9, 7), (number % 256, 90, 200)), "WEBP") for number in range(n)]
+    (folder / "thumbnails.bin").write_bytes(b"".join(images))
+    np.save(folder / "thumbnails.npy", np.cumsum([0, *map(len, images)]))
     table = {
         "key": pa.array([f"{number:05d}" for number in range(n)], pa.string()),
         "split": pa.array(["train"] * n, pa.string()),
@@ -74,7 +75,7 @@ def write_index(
 def blobs(
     folder: Path, k: int = 7, each: int = 30, d: int = 24, captions=None, spread: float = 0.1, **columns
 ) -> Path:
-    """Pictures in k clusters that lie well apart, in turn; those of cluster i show a THINGS[i]."""
+    """Images in k well separated clusters, in turn; captions of cluster i name THINGS[i]."""
     rng = np.random.default_rng(3)
     of = np.arange(k * each) % k
     features = np.linalg.qr(rng.standard_normal((d, d)))[0][of] + spread * rng.standard_normal((k * each, d))
@@ -83,7 +84,7 @@ def blobs(
 
 
 def data_of(page: Path) -> dict:
-    """What a page was given to show."""
+    """The data in a page."""
     found = re.search(
         r'<script type="application/json" id="data">([^<]*)</script>', page.read_text(encoding="utf-8")
     )
@@ -111,9 +112,15 @@ def test_auto_finds_how_many_there_are_and_names_them(tmp_path, capsys):
         kind=kinds,
         groups=[at // 14 * 7 + at % 7 if at < 70 else 1000 + at for at in range(210)],
     )
-    cluster(folder, tmp_path / "page.html", label="kind", csv=tmp_path / "of.csv", json=tmp_path / "all.json")
+    cluster(
+        folder,
+        tmp_path / "page.html",
+        label_column="kind",
+        csv=tmp_path / "of.csv",
+        json=tmp_path / "all.json",
+    )
     result, rows = json.loads((tmp_path / "all.json").read_text()), table_of(tmp_path / "of.csv")
-    assert result["k"] == result["chosen"] == 7
+    assert result["k"] == result["chosen_k"] == 7
     assert max(result["silhouettes"], key=result["silhouettes"].get) == "7"
     assert [row["key"] for row in rows] == [f"{number:05d}" for number in range(210)]
     assert ari_by_pairs([row["cluster"] for row in rows], [at % 7 for at in range(210)]) == 1
@@ -124,22 +131,22 @@ def test_auto_finds_how_many_there_are_and_names_them(tmp_path, capsys):
         assert THINGS[at % 7] in row["name"].split(", ")[0]
     known = [at for at in range(210) if kinds[at]]
     pair = [kinds[at] for at in known], [rows[at]["cluster"] for at in known]
-    said = result["agreement"]["column kind"]
-    assert (said["pictures"], said["values"]) == (189, 4)
-    assert said["nmi"] == pytest.approx(normalized_mutual_info_score(*pair), abs=1e-12)
+    column = result["agreement"]["column kind"]
+    assert (column["images"], column["values"]) == (189, 4)
+    assert column["nmi"] == pytest.approx(normalized_mutual_info_score(*pair), abs=1e-12)
     assert (
-        said["ari"]
+        column["ari"]
         == pytest.approx(adjusted_rand_score(*pair), abs=1e-12)
         == pytest.approx(ari_by_pairs(*pair), abs=1e-12)
     )
-    several = result["agreement"]["groups of several pictures"]
-    assert (several["pictures"], several["values"], several["whole"]) == (70, 35, 1)
-    assert f"NMI {said['nmi']:.3f}" in capsys.readouterr().out
+    several = result["agreement"]["groups of several images"]
+    assert (several["images"], several["values"], several["whole"]) == (70, 35, 1)
+    assert f"NMI {column['nmi']:.3f}" in capsys.readouterr().out
 
 
 def test_torn_groups_are_counted():
     of, groups = np.array([0, 0, 1, 1, 2, 0]), np.array([5, 5, 6, 6, 6, -1])
-    assert eval.cluster.clusters.share_of_whole_groups(of, groups) == 0.5
+    assert share_of_whole_groups(of, groups) == 0.5
 
 
 def test_names_are_by_class_based_tf_idf(tmp_path):
@@ -223,10 +230,10 @@ def test_near_duplicates_are_all_pairs_once(tmp_path, monkeypatch, tile):
     )
     assert (np.diff(found.cosines) < 1e-4).all()
     assert found.same_group.tolist() == [a % 9 == b % 9 for a, b in found.numbers.tolist()]
-    monkeypatch.setattr(eval.cluster.near_duplicates, "MOST_PAIRS", 10)
+    monkeypatch.setattr(eval.cluster.near_duplicates, "MAX_PAIRS", 10)
     fewer = near_duplicates(index, 0.75)
     assert (fewer.count, fewer.numbers.tolist()) == (found.count, found.numbers[:10].tolist())
-    assert "only the 10 most similar" in fewer.summary()["said"]
+    assert "only the 10 most similar" in fewer.summary()["message"]
 
 
 def test_the_same_index_gives_the_same_bytes(tmp_path, icon_index):
@@ -236,7 +243,7 @@ def test_the_same_index_gives_the_same_bytes(tmp_path, icon_index):
             cluster(
                 icon_index,
                 threshold=0.99,
-                label="set",
+                label_column="set",
                 **{what: tmp_path / str(threads) / name for what, name in names.items()},
             )
     for name in names.values():
@@ -267,23 +274,20 @@ def test_the_same_index_gives_the_same_bytes(tmp_path, icon_index):
 
     places = np.frombuffer(base64.b64decode(shown["points"]), "<u2").reshape(-1, 3)
     assert shown["result"] == result
-    assert len(places) == len(shown["pictures"]) == len(index)
+    assert len(places) == len(shown["images"]) == len(index)
     at = {key: number for number, key in enumerate(index.keys)}
-    for picture, (_, _, of) in zip(shown["pictures"], places.tolist(), strict=True):
-        assert str(of + 1) == rows[at[picture["key"]]]["cluster"]
+    for image, (_, _, of) in zip(shown["images"], places.tolist(), strict=True):
+        assert str(of + 1) == rows[at[image["key"]]]["cluster"]
         thumbnail = Image.open(
-            io.BytesIO(
-                base64.b64decode(picture["src"].removeprefix("data:image/webp;base64,"), validate=True)
-            )
+            io.BytesIO(base64.b64decode(image["src"].removeprefix("data:image/webp;base64,"), validate=True))
         )
-        assert max(thumbnail.size) <= eval.cluster.page.PICTURE_PX
-    for number, faces in enumerate(shown["faces"]):
-        assert 0 < len(faces) <= eval.cluster.page.FACES
+        assert max(thumbnail.size) <= eval.cluster.page.IMAGE_PX
+    for number, faces in enumerate(shown["examples"]):
+        assert 0 < len(faces) <= eval.cluster.page.MAX_EXAMPLES
         assert set(places[faces, 2].tolist()) == {number}
     for pair in shown["pairs"]:
         first, second = (
-            index.features[at[shown["pictures"][which]["key"]]].astype(np.float32)
-            for which in pair["pictures"]
+            index.features[at[shown["images"][which]["key"]]].astype(np.float32) for which in pair["images"]
         )
         assert pair["cosine"] == pytest.approx(float(first @ second), abs=1e-4)
 
@@ -307,58 +311,54 @@ def test_chunks_and_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(eval.cluster.names, "ROWS_AT_ONCE", 11)
     monkeypatch.setattr(eval.cluster.page, "CHUNK_ROWS", 11)
     chunked = clusters(index, 7)
-    assert (whole.of.tolist(), whole.names) == (chunked.of.tolist(), chunked.names)
+    assert (whole.cluster_of.tolist(), whole.names) == (chunked.cluster_of.tolist(), chunked.names)
     np.testing.assert_allclose(layout(index.features, np.arange(210))[0], places, atol=1)
     monkeypatch.setattr(eval.cluster.clusters, "FIT_ROWS", 100)
-    assert ari_by_pairs(clusters(index, 7).of, whole.of) == 1
-    monkeypatch.setattr(eval.cluster.page, "MOST_POINTS", 120)
-    monkeypatch.setattr(eval.cluster.page, "MOST_PICTURES", 70)
+    assert ari_by_pairs(clusters(index, 7).cluster_of, whole.cluster_of) == 1
+    monkeypatch.setattr(eval.cluster.page, "MAX_POINTS", 120)
+    monkeypatch.setattr(eval.cluster.page, "MAX_IMAGES", 70)
     cluster(index.folder, tmp_path / "page.html", k=7, csv=tmp_path / "of.csv")
     shown = data_of(tmp_path / "page.html")
-    assert shown["result"]["map"] | {"by": ""} == {"by": "", "points": 120, "pictures": 70}
+    assert shown["result"]["map"] | {"method": ""} == {"method": "", "points": 120, "images": 70}
     assert len(base64.b64decode(shown["points"])) == 120 * 3 * 2
-    assert (len(shown["pictures"]), [len(each) for each in shown["faces"]]) == (70, [5] * 7)
+    assert (len(shown["images"]), [len(each) for each in shown["examples"]]) == (70, [5] * 7)
     assert len(table_of(tmp_path / "of.csv")) == 210
 
 
-def test_a_page_of_strangers_text(tmp_path):
+def test_captions_are_shown_as_text(browser, tmp_path):
     captions = [[EVIL] for _ in range(90)]
     cluster(
         blobs(tmp_path / "index", k=3, captions=captions, kind=[EVIL, "b"] * 45),
         tmp_path / "page.html",
-        label="kind",
+        label_column="kind",
         threshold=0.5,
     )
     source, shown = (tmp_path / "page.html").read_text(encoding="utf-8"), data_of(tmp_path / "page.html")
-    assert {each["caption"] for each in shown["pictures"]} == {EVIL}
+    assert {each["caption"] for each in shown["images"]} == {EVIL}
     assert source.count("<script") == source.count("</script>") == 2
     assert "innerHTML" not in source
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", source)
-    if chromium := shutil.which("chromium"):
-        quiet = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-        ]
-        quiet += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-        page = [*quiet, "--virtual-time-budget=2000", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
-        dom = subprocess.run([chromium, *page], capture_output=True, text=True, check=True, timeout=60).stdout
-        assert "<title>Clusters of index</title>" in dom
-        assert dom.count('aria-pressed="false"') == shown["result"]["k"]
-        assert dom.count("<figure") == len(shown["pairs"]) > 0
+    with opened(browser, (tmp_path / "page.html").as_uri(), viewport={"width": 390, "height": 800}) as page:
+        expect(page).to_have_title("Clusters of index")
+        expect(page.locator("ol button[aria-pressed=false]")).to_have_count(shown["result"]["k"])
+        expect(page.locator("figure")).to_have_count(len(shown["pairs"]))
+        page.locator("ol button").first.click()
+        expect(page.locator("ol button[aria-pressed=true]")).to_have_count(1)
+        page.locator("canvas").focus()
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#card bdi")).to_have_text(EVIL)
+        assert overflow_px(page) == 0
+    assert len(shown["pairs"]) > 0
 
 
-def test_few_pictures_and_no_captions(tmp_path, capsys):
+def test_few_images_and_no_captions(tmp_path, capsys):
     for n in (1, 2, 3, 60):
         alone = write_index(tmp_path / str(n), np.ones((n, 8)), [[] for _ in range(n)])
         cluster(alone, tmp_path / f"{n}.html")
         assert data_of(tmp_path / f"{n}.html")["result"]["clusters"] == [
             {"cluster": 1, "name": "cluster 1", "count": n, "share": 1.0, "terms": []}
         ]
-        assert "no caption has a word" in capsys.readouterr().out
+        assert "the captions have no words" in capsys.readouterr().out
     cluster(
         write_index(tmp_path / "twice", np.eye(4)[[0, 1, 2, 0, 1, 2]], [["a cat"]] * 6),
         tmp_path / "twice.html",
@@ -366,7 +366,7 @@ def test_few_pictures_and_no_captions(tmp_path, capsys):
     )
     assert (
         data_of(tmp_path / "twice.html")["result"]["k"],
-        data_of(tmp_path / "twice.html")["result"]["asked"],
+        data_of(tmp_path / "twice.html")["result"]["requested_k"],
     ) == (3, 5)
 
 
@@ -375,13 +375,13 @@ def test_mistakes(tmp_path):
     empty = write_index(tmp_path / "empty", np.zeros((0, 8)), [])
     page = ("--page", tmp_path / "page.html")
     for index, options, words in (
-        (empty, (), "holds no picture"),
-        (small, ("--k", 7), "--k 7: .* has 6 pictures"),
-        (small, ("--k", 0), "at least 1 is wanted, or auto"),
-        (small, ("--label", "color"), "no column 'color'.* kind"),
-        (small, ("--label", "kind"), "--label kind: no picture"),
-        (small, ("--threshold", 97), "--threshold 97.0: a cosine is wanted"),
-        (tmp_path / "none", (), "no index is there"),
+        (empty, (), "holds no images"),
+        (small, ("--k", 7), "--k 7: must be at most 6"),
+        (small, ("--k", 0), "must be at least 1, or auto"),
+        (small, ("--label-column", "color"), "no column 'color'.* kind"),
+        (small, ("--label-column", "kind"), "--label-column kind: no image"),
+        (small, ("--threshold", 97), "--threshold 97.0: must be a cosine"),
+        (tmp_path / "none", (), "no index there"),
     ):
         result = call_here(eval.__main__.main, "cluster", index, *page, *options)
         assert_mistake(result)

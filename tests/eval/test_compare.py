@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_icons, save_tiny
-from labelled_formats import CLASSES, as_folder, pictures
+from labelled_formats import CLASSES, as_folder, labelled_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -76,7 +76,7 @@ def test_calibration_error_by_hand():
 
 def test_the_command_writes_a_page_a_table_and_a_mixture(pair, icon_folder, icon_shards, tmp_path, capsys):
     build_icons(icon_folder, tmp_path / "retention", val=0.1, test=0.3, seed=5)
-    as_folder(tmp_path / "labelled", pictures())
+    as_folder(tmp_path / "labelled", labelled_images())
     more = {
         "retention_set": tmp_path / "retention",
         "labelled": tmp_path / "labelled",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import png
-from labelled_formats import CLASSES, as_cars, as_csv, as_folder, as_parquet, pictures
+from labelled_formats import CLASSES, as_cars, as_csv, as_folder, as_parquet, labelled_images
 from PIL import Image
 
 from data_prep.build.pipeline import Checking, Reading, Splitting, Work, build
@@ -22,7 +22,7 @@ from train.world import World
 
 @pytest.fixture(scope="module")
 def found():
-    return pictures()
+    return labelled_images()
 
 
 def contents(data: Labelled) -> list[tuple[str, bytes]]:
@@ -116,9 +116,9 @@ def test_what_cannot_be_used_is_counted_and_named(found, tiny_model, tmp_path):
     bad = ["damaged.png", "absent.png", "../secret.png", "link.png", ""]
     with open(path, "a") as file:
         file.writelines(f"{name},{CLASSES[0]}\n" for name in bad)
-        file.write("pictures/0.png,\n")
+        file.write("images/0.png,\n")
     data = read_labelled(path)
-    assert data.unlabelled == [("pictures/0.png", "no label")]
+    assert data.unlabelled == [("images/0.png", "no label")]
     features = image_features(load(tiny_model), data, World(), Inference(7, 0))
     assert [name for name, _ in features.unreadable] == bad
     reasons = [reason for _, reason in features.unreadable]
@@ -200,5 +200,5 @@ def test_mistakes_are_sentences(found, tiny_model, tmp_path):
     (tmp_path / "blank" / "one").mkdir(parents=True)
     (tmp_path / "blank" / "one" / "a.png").write_bytes(png(Image.new("RGB", (9, 9))))
     data = read_labelled(tmp_path / "blank")
-    with pytest.raises(UserError, match=r"none of 1 pictures can be read, the first because: blank image"):
+    with pytest.raises(UserError, match=r"none of 1 images can be read .the first: blank image"):
         image_features(load(tiny_model), data, World(), Inference(2, 0))

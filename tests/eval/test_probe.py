@@ -1,24 +1,22 @@
-"""Heads on a frozen model: fitted as scikit-learn fits them, the same when loaded again, and tested on
-pictures they never saw.
-"""
+"""Heads on a frozen model: equal to scikit-learn's, the same when loaded again, tested on other images."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-import tyro
-from labelled_formats import CLASSES, as_folder, pictures
+from labelled_formats import CLASSES, as_folder, labelled_images
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 
+from data_prep.cli import run_command
 from data_prep.errors import UserError
+from eval.classify.command import linear_probe
 from eval.classify.features import Features, image_features
-from eval.classify.heads import STRENGTHS, fit_linear, fit_mlp, load_head, validation_split
+from eval.classify.heads import C_VALUES, fit_linear, fit_mlp, load_head, validation_split
 from eval.classify.labelled import read_labelled
-from eval.classify.linear_probe import probe
 from eval.options import Inference
 from train.model.clip import load
 from train.world import World
@@ -28,8 +26,8 @@ from train.world import World
 def halves(tmp_path_factory):
     """FOLDER/train and FOLDER/val, of classes that differ in color."""
     folder = tmp_path_factory.mktemp("halves")
-    as_folder(folder, [*pictures(1), *pictures(2), *pictures(3)], split="train")
-    return as_folder(folder, [*pictures(4), *pictures(5)], split="val")
+    as_folder(folder, [*labelled_images(1), *labelled_images(2), *labelled_images(3)], split="train")
+    return as_folder(folder, [*labelled_images(4), *labelled_images(5)], split="val")
 
 
 def drawn(n: int = 240, d: int = 12, classes: int = 4) -> Features:
@@ -48,7 +46,7 @@ def test_the_linear_head_is_scikit_learns_at_the_strength_that_validation_chose(
     head, history = fit_linear(found, [str(number) for number in range(classes)], split, "")
     features = found.image_features.double().numpy()
     accuracies = []
-    for strength in STRENGTHS:
+    for strength in C_VALUES:
         fitted = LogisticRegression(C=strength, max_iter=1000).fit(
             features[split.fit], found.labels[split.fit]
         )
@@ -56,13 +54,13 @@ def test_the_linear_head_is_scikit_learns_at_the_strength_that_validation_chose(
     assert [row["val_accuracy"] for row in history] == pytest.approx(accuracies)
     (best,) = (at for at, row in enumerate(history) if row["chosen"])
     assert best == int(np.argmax(accuracies))  # the first of the best, so the strongest
-    whole = LogisticRegression(C=STRENGTHS[best], max_iter=1000).fit(features, found.labels)
+    whole = LogisticRegression(C=C_VALUES[best], max_iter=1000).fit(features, found.labels)
     np.testing.assert_allclose(
         head.logits(found.image_features).softmax(1).numpy(), whole.predict_proba(features), atol=1e-5
     )
 
 
-def test_a_class_without_training_pictures_is_never_predicted():
+def test_a_class_without_training_images_is_never_predicted():
     found = drawn()
     labels = np.where(found.labels >= 2, found.labels + 1, found.labels)  # nothing is of class 2
     head, _ = fit_linear(
@@ -101,6 +99,10 @@ def test_the_mlp_has_the_tutorials_layers_and_is_the_same_every_time():
     assert histories[0][-1]["loss"] < histories[0][0]["loss"]
 
 
+def run_probe(*arguments) -> None:
+    run_command(linear_probe, "python -m eval linear-probe", [str(argument) for argument in arguments])
+
+
 def test_the_command_and_the_heads_that_it_saves(tiny_model, halves, tmp_path, capsys, monkeypatch):
     def run(name: str) -> dict:
         options = [
@@ -108,16 +110,14 @@ def test_the_command_and_the_heads_that_it_saves(tiny_model, halves, tmp_path, c
             halves,
             "--cache",
             tmp_path / "cache",
-            "--save",
+            "--out",
             tmp_path / "heads",
             "--json",
             tmp_path / name,
             "--workers",
             0,
         ]
-        tyro.cli(
-            probe, args=[str(part) for part in [tiny_model, *options]], config=(tyro.conf.OmitArgPrefixes,)
-        )
+        run_probe(tiny_model, *options, "--split", "val")
         return json.loads((tmp_path / name).read_text())
 
     result = run("a.json")
@@ -147,30 +147,28 @@ def test_the_command_and_the_heads_that_it_saves(tiny_model, halves, tmp_path, c
         low, high = result["heads"][kind]["intervals"]["top1"]
         assert low <= metrics["top1"] <= high
         assert load_file(tmp_path / "heads" / f"{kind}.safetensors").keys() == head.state_dict().keys()
-    assert result["heads"]["linear"]["metrics"]["top1"] > 0.8  # colors are to be seen even by random weights
+    assert result["heads"]["linear"]["metrics"]["top1"] > 0.8  # even random weights see colors
     assert len(list((tmp_path / "cache").iterdir())) == 2
     monkeypatch.setattr("eval.classify.features.embed_rows", None)  # would be called
     assert run("b.json") == result
 
 
-def test_a_split_of_its_own_is_the_validation(tiny_model, halves, tmp_path):
-    as_folder(tmp_path / "three", [*pictures(1), *pictures(2)], split="train")
-    as_folder(tmp_path / "three", pictures(3), split="val")
-    as_folder(tmp_path / "three", pictures(4), split="test")
+def test_a_validation_split(tiny_model, halves, tmp_path):
+    as_folder(tmp_path / "three", [*labelled_images(1), *labelled_images(2)], split="train")
+    as_folder(tmp_path / "three", labelled_images(3), split="val")
+    as_folder(tmp_path / "three", labelled_images(4), split="test")
     options = [
         "--data",
         tmp_path / "three",
         "--val-split",
         "val",
-        "--test-split",
-        "test",
         "--cache",
         tmp_path / "cache",
         "--workers",
         0,
     ]
     options += ["--json", tmp_path / "a.json", "--page", tmp_path / "a.html"]
-    tyro.cli(probe, args=[str(part) for part in [tiny_model, *options]], config=(tyro.conf.OmitArgPrefixes,))
+    run_probe(tiny_model, *options)
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["n_train"] == [40, 20]
     clip = load(tiny_model)
@@ -194,24 +192,20 @@ def test_a_group_is_on_one_side():
     assert set(labels[split.val]) == set(labels[split.fit]) == {0, 1, 2}
 
 
-def test_mistakes_are_sentences(tiny_model, halves, tmp_path):
-    other = as_folder(tmp_path / "other", pictures(), classes=["Acura Integra", "BMW M3", "Trabant"])
+def test_mistakes_get_messages(tiny_model, halves, tmp_path):
+    other = as_folder(tmp_path / "other", labelled_images(), classes=["Acura Integra", "BMW M3", "Trabant"])
     (tmp_path / "linear.json").write_text('{"kind": "linear"}')
     same = halves / "train"
     for options, words in (
-        (["--test-data", other, "--test-split", ""], "class 'Trabant' .1 such. is none of"),
-        (["--test-data", same, "--test-split", ""], "the very pictures of training"),
-        (["--test-split", "test"], "no split 'test'; pass --split with one of train, val"),
+        (["--test-data", other], "class 'Trabant' .1 such. is not a class of"),
+        (["--test-data", same], "the same images as the training data"),
+        (["--split", "test"], "no split 'test'; pass --split with one of train, val"),
     ):
         with pytest.raises(UserError, match=words):
-            tyro.cli(
-                probe,
-                args=[str(part) for part in [tiny_model, "--data", halves, *options]],
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+            run_probe(tiny_model, "--data", halves, *options)
     with pytest.raises(UserError, match="not a head"):
         load_head(tmp_path / "linear.json")
-    with pytest.raises(UserError, match="at least two groups of a class"):
+    with pytest.raises(UserError, match="at least two groups"):
         validation_split(np.arange(5), np.arange(5))
     found = drawn()._replace(labels=np.zeros(240, np.int64))
     with pytest.raises(UserError, match="fewer than two classes"):

@@ -1,11 +1,10 @@
-"""What is found is what brute force finds, by faiss and by torch; what leaves for other programs arrives
-there exactly.
-"""
+"""Search results equal brute force, by faiss and by torch; exports hold the same values."""
 
 import csv
 import json
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,10 @@ from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.__main__ import main
 from eval.search import nearest as nearest_module
-from eval.search.export import export
+from eval.search.command import export, search
 from eval.search.index import Index
 from eval.search.nearest import Nearest
-from eval.search.query import filter_rows, image_query, read_batch, search, text_query
+from eval.search.query import filter_rows, image_query, read_queries, text_query
 
 HAS_FAISS = nearest_module.faiss is not None
 
@@ -36,9 +35,7 @@ def index(icon_index) -> Index:
 
 @pytest.fixture(scope="module")
 def clip(index):
-    clip = index.model()
-    clip.towers.eval()
-    return clip
+    return index.model()
 
 
 def brute(index: Index, query: torch.Tensor, k: int, rows=None, grouped=True) -> list[tuple[int, int]]:
@@ -55,26 +52,26 @@ def brute(index: Index, query: torch.Tensor, k: int, rows=None, grouped=True) ->
 
 
 @pytest.mark.parametrize(
-    "library", [pytest.param(True, marks=pytest.mark.skipif(not HAS_FAISS, reason="no faiss here")), False]
+    "use_faiss", [pytest.param(True, marks=pytest.mark.skipif(not HAS_FAISS, reason="no faiss here")), False]
 )
 @pytest.mark.parametrize("grouped", [True, False])
-def test_nearest_is_brute_force(index, library, grouped, monkeypatch):
+def test_nearest_is_brute_force(index, use_faiss, grouped, monkeypatch):
     queries = F.normalize(
         torch.randn(7, index.manifest["d"], generator=torch.Generator().manual_seed(0)), dim=-1
     )
     few = np.zeros(len(index), bool)
     few[3::11] = True
     monkeypatch.setattr(nearest_module, "SCORES_AT_ONCE", 3 * len(index))  # three queries at a time
-    monkeypatch.setattr(nearest_module, "CHUNK", 50 * index.manifest["d"])
-    found = Nearest(index, library=library)
+    monkeypatch.setattr(nearest_module, "CHUNK_VALUES", 50 * index.manifest["d"])
+    found = Nearest(index, use_faiss=use_faiss)
     for k, rows in ((5, None), (5, few), (len(index) + 9, None), (40, few)):
         top = found.top(queries, k, rows, grouped)
         for query, hits in zip(queries, top, strict=True):
-            wanted = brute(index, query, k, rows, grouped)
-            assert sorted((hit.number, hit.variants) for hit in hits) == sorted(wanted)
+            expected = brute(index, query, k, rows, grouped)
+            assert sorted((hit.number, hit.variants) for hit in hits) == sorted(expected)
             scores = [
                 float(query.double() @ torch.from_numpy(index.features[number].astype(np.float64)))
-                for number, _ in wanted
+                for number, _ in expected
             ]
             assert [hit.score for hit in hits] == pytest.approx(scores, abs=1e-5)
     assert found.top(queries[:2], 3, np.zeros(len(index), bool)) == [[], []]
@@ -91,9 +88,9 @@ def test_an_approximate_index_is_measured(icon_index, tmp_path):
     before = (tmp_path / "index" / "approximate.faiss").stat().st_mtime_ns
     assert again.top(queries, 5) == made.top(queries, 5)
     assert (tmp_path / "index" / "approximate.faiss").stat().st_mtime_ns == before
-    again._inverted.nprobe = 1
+    again._inverted_file.nprobe = 1
     narrow = again.recall()
-    again._inverted.nprobe = again._inverted.nlist
+    again._inverted_file.nprobe = again._inverted_file.nlist
     assert again.recall() == 1 >= made.recall() >= narrow
     few = np.arange(len(index)) % 7 == 0
     for a, b in zip(again.top(queries, 5, few), exact.top(queries, 5, few), strict=True):
@@ -103,30 +100,28 @@ def test_an_approximate_index_is_measured(icon_index, tmp_path):
         Nearest(index, approximate=True).recall()
 
 
-def test_a_sentence_and_a_picture_find_what_they_should(
-    index, clip, icon_index, icon_shards, tmp_path, capsys
-):
+def test_search_by_a_sentence_and_by_an_image(index, clip, icon_index, icon_shards, tmp_path, capsys):
     with torch.inference_mode():
         direct = clip.towers.text_features(clip.tokenizer(["bell", "a much longer sentence on arrows"]))
     torch.testing.assert_close(
         text_query(clip, ["bell", "a much longer sentence on arrows"]), direct, atol=1e-6, rtol=0
     )
     search(icon_index, text="bell", k=4, json=tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())["found"]
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
     assert [(one["number"], one["variants"]) for one in found] == brute(index, direct[0], 4)
-    said = capsys.readouterr().out
-    assert all(one["key"] in said for one in found)
+    printed = capsys.readouterr().out
+    assert all(one["key"] in printed for one in found)
     shards = Shards(icon_shards, "test")
     (tmp_path / "one.png").write_bytes(shards.read(5).image)
-    search(icon_index, image=tmp_path / "one.png", k=3, grouped=False, json=tmp_path / "found.json")
-    first = json.loads((tmp_path / "found.json").read_text())["found"][0]
+    search(icon_index, image=tmp_path / "one.png", k=3, all_variants=True, json=tmp_path / "found.json")
+    first = json.loads((tmp_path / "found.json").read_text())["results"][0]
     assert first["score"] == pytest.approx(1, abs=2e-3)
     same = index.features[index.keys.index(shards.key(5))]
     assert np.array_equal(index.features[first["number"]], same)
-    said = capsys.readouterr().out
-    assert first["key"] in said
+    printed = capsys.readouterr().out
+    assert first["key"] in printed
     search(icon_index, text="bell", k=3, filter=("split=test",), json=tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())["found"]
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
     assert {one["split"] for one in found} == {"test"}
     assert [(one["number"], one["variants"]) for one in found] == brute(
         index, direct[0], 3, filter_rows(index, ["split=test"])
@@ -150,12 +145,12 @@ def test_many_queries_and_their_problems_in_one_file(index, clip, icon_index, ic
         "cube,",
     ]
     (tmp_path / "queries" / "q.csv").write_text("\n".join(rows) + "\n")
-    search(icon_index, batch=tmp_path / "queries" / "q.csv", out=tmp_path / "found.csv", k=2)
-    assert "4 of 8 queries asked; 4 cannot be asked" in capsys.readouterr().out
+    search(icon_index, queries_csv=tmp_path / "queries" / "q.csv", out=tmp_path / "found.csv", k=2)
+    assert "4 of 8 queries answered; 4 failed" in capsys.readouterr().out
     with open(tmp_path / "found.csv", newline="") as file:
         found = list(csv.DictReader(file))
     asked = list(dict.fromkeys(row["query"] for row in found))
-    assert asked == [text or image for text, image in read_batch(tmp_path / "queries" / "q.csv")]
+    assert asked == [text or image for text, image in read_queries(tmp_path / "queries" / "q.csv")]
     problems = {row["query"]: row["problem"] for row in found if row["problem"]}
     assert set(problems) == {"bad.png", "../secret.png", "none.png", ""}
     assert "outside" in problems["../secret.png"]
@@ -192,15 +187,19 @@ def test_a_real_postgresql_with_pgvector_finds_the_same(index, icon_index, clip,
         tmp_path / "index" / "metadata.parquet",
     )
     export(tmp_path / "index", tmp_path / "icons.sql", table='my "icons"')
-    with pgserver.get_server(tmp_path / "data", cleanup_mode="delete") as server:
+    # Not below tmp_path: the server runs as another user, and pytest closes its folders to others.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pgserver.get_server(Path(folder) / "data", cleanup_mode="delete") as server,
+    ):
         psql = Path(pgserver.__file__).parent / "pginstall" / "bin" / "psql"
         load = [psql, server.get_uri(), "-v", "ON_ERROR_STOP=1", "-q", "-1", "-f", tmp_path / "icons.sql"]
         done = subprocess.run(load, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
         def ask(sql: str) -> list:
-            said = server.psql(f"\\t on\n\\a\nSELECT json_agg(t) FROM ({sql}) t;")
-            return json.loads(said[said.index("[") :])
+            output = server.psql(f"\\t on\n\\a\nSELECT json_agg(t) FROM ({sql}) t;")
+            return json.loads(output[output.index("[") :])
 
         quoted = '"my ""icons"""'
         rows = ask(f"SELECT *, image_features::text AS features FROM {quoted} ORDER BY number")
@@ -220,29 +219,26 @@ def test_a_real_postgresql_with_pgvector_finds_the_same(index, icon_index, clip,
         assert exact[found].tolist() == pytest.approx(exact.topk(5).values.tolist(), abs=1e-4)
 
 
-def test_mistakes_are_sentences(icon_index, icon_shards, index, clip, tmp_path):
+def test_mistakes_get_messages(icon_index, icon_shards, index, clip, tmp_path):
     def mistake(*arguments, of: str = "search"):
         return call_here(main, of, *arguments)
 
-    assert_mistake(mistake(icon_index), "one of --text, --image and --batch")
+    assert_mistake(mistake(icon_index), "one of --text, --image and --queries-csv")
     assert_mistake(mistake(icon_index, "--text", "a", "--image", "b.png"), "one of --text")
     assert_mistake(mistake(icon_index, "--text", "a", "--k", 0), "--k 0")
     assert_mistake(mistake(icon_index, "--image", tmp_path / "none.png"), "none.png", "cannot be read")
     assert_mistake(mistake(icon_index, "--text", "a", "--filter", "set"), "COLUMN=VALUE", "set")
     assert_mistake(mistake(icon_index, "--text", "a", "--filter", "kind=x"), "no column 'kind'", "set")
-    assert_mistake(mistake(icon_index, "--text", "a", "--filter", "set=x"), "no picture", "phosphor")
-    assert_mistake(mistake(icon_index, "--global_batch_size", tmp_path / "q.csv"), "belong together")
+    assert_mistake(mistake(icon_index, "--text", "a", "--filter", "set=x"), "no image", "phosphor")
+    assert_mistake(mistake(icon_index, "--queries-csv", tmp_path / "q.csv"), "belong together")
     (tmp_path / "q.csv").write_text("words\nbell\n")
     assert_mistake(
-        mistake(icon_index, "--global_batch_size", tmp_path / "q.csv", "--out", tmp_path / "o.csv"),
-        "text or image is wanted",
+        mistake(icon_index, "--queries-csv", tmp_path / "q.csv", "--out", tmp_path / "o.csv"),
+        "must have a column text or image",
     )
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
     assert_mistake(
-        mistake(icon_index, "--image", tmp_path / "huge.png"),
-        "huge.png",
-        "pixels",
-        "another picture is wanted",
+        mistake(icon_index, "--image", tmp_path / "huge.png"), "huge.png", "pixels", "use another image"
     )
     with pytest.raises(UserError, match=r"an upload: .*pixels"):
         image_query(clip, (tmp_path / "huge.png").read_bytes(), "an upload")
@@ -254,5 +250,5 @@ def test_mistakes_are_sentences(icon_index, icon_shards, index, clip, tmp_path):
     )
     empty = empty_index(icon_index, tmp_path / "empty")
     for words in (("search", empty, "--text", "a"), ("export", empty, "--out", tmp_path / "x.npy")):
-        assert_mistake(mistake(*words[1:], of=words[0]), "holds no picture")
+        assert_mistake(mistake(*words[1:], of=words[0]), "holds no images")
     assert_mistake(mistake(icon_index, "--out", tmp_path / "x.csv", of="export"), ".sql, .parquet, .npy")

@@ -1,4 +1,4 @@
-"""The search page's server: what it finds is what Nearest finds, and whatever is wrong is a sentence."""
+"""The search page's server: its results are those of Nearest, and every mistake gets a message."""
 
 import http.client
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import uvicorn
-from conftest import assert_mistake, call_here, picture, png
+from conftest import assert_mistake, call_here, noise_image, png
 from starlette.applications import Starlette
 from test_indexing import empty_index
 
@@ -72,7 +72,7 @@ def url(columns) -> Iterator[str]:
 
 
 def expected(column, features: torch.Tensor, k: int, rows=None, grouped=True) -> list[dict]:
-    hits = Nearest(column.index, library=False).top(features, k, rows, grouped)[0]
+    hits = Nearest(column.index, use_faiss=False).top(features, k, rows, grouped)[0]
     return [
         {"number": hit.number, "score": pytest.approx(hit.score, abs=1e-5), "variants": hit.variants}
         for hit in hits
@@ -81,7 +81,7 @@ def expected(column, features: torch.Tensor, k: int, rows=None, grouped=True) ->
 
 def test_it_finds_what_nearest_finds_with_each_model(url, columns):
     first, (name, ((value, count), *_)) = columns[0].index, next(iter(columns[0].index.choices().items()))
-    rows, drawn = filter_rows(first, [f"{name}={value}"]), png(picture())
+    rows, drawn = filter_rows(first, [f"{name}={value}"]), png(noise_image())
     _, _, by_text = ask(
         url, "/api/search", {"text": "bell outline", "k": 7, "filters": [f"{name}={value}"], "grouped": False}
     )
@@ -91,8 +91,8 @@ def test_it_finds_what_nearest_finds_with_each_model(url, columns):
     assert by_text["searched"] == count == rows.sum()
 
     address = f"/api/search?k=5&filter={urllib.parse.quote(f'{name}={value}')}&grouped=true"
-    _, _, by_picture = ask(url, address, drawn, {"content-type": "image/png"})
-    assert by_picture["results"] == [
+    _, _, by_image = ask(url, address, drawn, {"content-type": "image/png"})
+    assert by_image["results"] == [
         expected(each, image_query(each.clip, drawn, ""), 5, rows) for each in columns
     ]
 
@@ -104,17 +104,17 @@ def test_it_finds_what_nearest_finds_with_each_model(url, columns):
     _, _, like_one = ask(url, "/api/search", {"like": 9, "k": 6, "grouped": False})
     assert like_one["searched"] == len(first) - 1
 
-    for found in (by_text, by_picture, like):
+    for found in (by_text, by_image, like):
         numbers = {hit["number"] for hits in found["results"] for hit in hits} | (
             {9} if found is like else set()
         )
-        assert found["pictures"] == {str(row["number"]): row for row in first.rows(sorted(numbers))}
+        assert found["images"] == {str(row["number"]): row for row in first.rows(sorted(numbers))}
     assert {hits["number"] for hits in by_text["results"][0]} != {
         hits["number"] for hits in by_text["results"][1]
     }
 
 
-def test_texts_that_wait_go_through_the_model_together(columns):
+def test_texts_that_wait_form_one_batch(columns):
     column, texts, batches = columns[0], [f"text {number}" for number in range(9)], []
     hook = column.clip.towers.model.transformer.register_forward_hook(
         lambda module, given, out: batches.append(len(out))
@@ -144,55 +144,57 @@ def test_texts_that_wait_go_through_the_model_together(columns):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"{", "not readable as JSON"),
-        (b"[" * 200_000, "not readable as JSON"),
-        (b'{"k": ' + b"9" * 5000 + b"}", "not readable as JSON"),
-        (b"[]", "a JSON object is wanted"),
-        ({}, "one thing to search for"),
-        ({"text": "a", "like": 1}, "one thing to search for"),
-        ({"text": 7}, "text: a text of 1 to"),
-        ({"text": " \n"}, "text: a text of 1 to"),
+        (b"{", "not valid JSON"),
+        (b"[" * 200_000, "not valid JSON"),
+        (b'{"k": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b"[]", "must be a JSON object"),
+        ({}, "pass one of: text, like"),
+        ({"text": "a", "like": 1}, "pass one of: text, like"),
+        ({"text": 7}, "text: must be a text of 1 to"),
+        ({"text": " \n"}, "text: must be a text of 1 to"),
         ({"text": None}, "not null"),
         ({"text": "a" * (MAX_TEXT + 1)}, f"1 to {MAX_TEXT} characters"),
-        ({"text": "\ud800"}, "text: a text"),
-        ({"like": "3"}, "like: the number"),
-        ({"like": True}, "like: the number"),
-        ({"like": -1}, "like: pictures are numbered from 0"),
-        ({"like": 10**6}, "there is no 1000000"),
-        ({"text": "a", "k": 0}, "k: a whole number from 1 to 100"),
-        ({"text": "a", "k": 101}, "k: a whole number"),
-        ({"text": "a", "k": 2.0}, "k: a whole number"),
-        ({"text": "a", "grouped": "yes"}, "grouped: true or false"),
-        ({"text": "a", "filters": "set=x"}, "filters: a list"),
-        ({"text": "a", "filters": [1]}, "filters: a list"),
+        ({"text": "\ud800"}, "text: must be a text"),
+        ({"like": "3"}, "like: must be the number"),
+        ({"like": True}, "like: must be the number"),
+        ({"like": -1}, "like: must be from 0 to"),
+        ({"like": 10**6}, "not 1000000"),
+        ({"text": "a", "k": 0}, "k: must be a whole number from 1 to 100"),
+        ({"text": "a", "k": 101}, "k: must be a whole number"),
+        ({"text": "a", "k": 2.0}, "k: must be a whole number"),
+        ({"text": "a", "grouped": "yes"}, "grouped: must be true or false"),
+        ({"text": "a", "filters": "set=x"}, "filters: must be a list"),
+        ({"text": "a", "filters": [1]}, "filters: must be a list"),
         ({"text": "a", "filters": ["x="] * 21}, "at most 20"),
         ({"text": "a", "filters": ["colour=red"]}, "no column 'colour'"),
-        ({"text": "a", "filters": ["colour"]}, "COLUMN=VALUE is wanted"),
+        ({"text": "a", "filters": ["colour"]}, "must be COLUMN=VALUE"),
         ({"text": "a", "model": "other"}, "no such field"),
     ],
     ids=lambda each: None if isinstance(each, str) else str(each)[:24],
 )
-def test_mistakes_are_sentences(url, body, words):
+def test_mistakes_get_messages(url, body, words):
     status, _, answer = ask(url, "/api/search", body, JSON)
     assert (status, list(answer)) == (400, ["error"])
     assert words in answer["error"]
 
 
-def test_pictures_that_are_none(url):
+def test_uploads_that_are_not_images(url):
     for data, words in (
         (b"", "empty file"),
-        (b"GIF89a", "the picture: "),
-        (png(picture())[:900], "truncated"),
+        (b"GIF89a", "the image: "),
+        (png(noise_image())[:900], "truncated"),
         (b"<svg/>", "not an image"),
     ):
         status, _, answer = ask(url, "/api/search", data, {"content-type": "image/png"}, "POST")
         assert (status, words in answer["error"]) == (400, True), answer
     for address in ("?k=x", "?k=", "?grouped=1", "?text=a", "?like=1", "?filter=colour%3Dred", "?other=1"):
-        status, _, answer = ask(url, f"/api/search{address}", png(picture()), {"content-type": "image/png"})
+        status, _, answer = ask(
+            url, f"/api/search{address}", png(noise_image()), {"content-type": "image/png"}
+        )
         assert (status, list(answer)) == (400, ["error"]), address
 
 
-def test_what_is_too_large_or_breaks_off_is_refused_and_the_next_is_served(url, capfd):
+def test_requests_that_are_too_large_or_cut_off_are_refused_and_the_next_is_answered(url, capfd):
     status, _, answer = ask(url, "/api/search", bytes(MAX_BODY_BYTES + 1), {"content-type": "image/png"})
     assert (status, "more than 32 MiB" in answer["error"]) == (413, True)
     status, _, answer = ask(url, "/api/search", b" " * (2 << 20), JSON)
@@ -237,7 +239,7 @@ def test_only_the_page_and_the_index_are_served(url, columns):
     client.close()
 
 
-def test_many_at_once_get_their_own_answers(url, columns):
+def test_concurrent_searches_get_their_own_answers(url, columns):
     texts, found = [f"icon {number}" for number in range(2 * SEARCHES_AT_ONCE)], {}
     threads = [
         threading.Thread(
@@ -256,11 +258,11 @@ def test_many_at_once_get_their_own_answers(url, columns):
 def test_an_empty_index(icon_index, tmp_path):
     with running(app(open_columns([empty_index(icon_index, tmp_path / "empty")]))) as url:
         _, _, about = ask(url, "/api/about")
-        assert (about["n"], about["said"], about["examples"]) == (0, "This index holds no pictures.", [])
-        for body, headers in ((b'{"text": "a"}', JSON), (png(picture()), {"content-type": "image/png"})):
+        assert (about["n"], about["message"], about["examples"]) == (0, "This index holds no images.", [])
+        for body, headers in ((b'{"text": "a"}', JSON), (png(noise_image()), {"content-type": "image/png"})):
             assert ask(url, "/api/search", body, headers)[::2] == (
                 400,
-                {"error": "This index holds no pictures."},
+                {"error": "This index holds no images."},
             )
         assert ask(url, "/thumbnail/0")[0] == 404
 
@@ -268,8 +270,8 @@ def test_an_empty_index(icon_index, tmp_path):
 def test_a_command_that_cannot_serve_says_why(icon_index, narrow_index, tmp_path):
     main, empty = eval.__main__.main, empty_index(icon_index, tmp_path / "empty")
     assert_mistake(call_here(main, "serve"), "no INDEX given")
-    assert_mistake(call_here(main, "serve", tmp_path / "none"), "no index is there")
-    assert_mistake(call_here(main, "serve", icon_index, empty), "holds other pictures than", "side by side")
+    assert_mistake(call_here(main, "serve", tmp_path / "none"), "no index there")
+    assert_mistake(call_here(main, "serve", icon_index, empty), "holds other images than", "side by side")
     assert_mistake(
         call_here(main, "serve", icon_index, narrow_index, "--model", "demo-vit:none"),
         "1 models for 2 indexes",
@@ -281,13 +283,12 @@ def test_a_command_that_cannot_serve_says_why(icon_index, narrow_index, tmp_path
         assert_mistake(call_here(main, "serve", empty, "--port", port), f"--port {port}", "cannot be opened")
 
 
-def test_a_server_of_its_own_bears_load_and_refuses_400_megapixels_by_their_header(
-    icon_index, tmp_path, capfd
-):
+@pytest.mark.slow
+def test_a_separate_server_under_load_refuses_400_megapixels_by_their_header(icon_index, tmp_path, capfd):
     moved = tmp_path / "moved model"
     shutil.copytree(Index(icon_index).manifest["model"].removeprefix("local-dir:"), moved)
     with started(icon_index, "--model", f"local-dir:{moved}") as (server, host):
-        found = load(host, Index(icon_index), clients=4, seconds=1.5, pictures=0.5, k=24)
+        found = load(host, Index(icon_index), clients=4, seconds=1.5, images=0.5, k=24)
         before = peak_mb(server.pid)
         status, _, answer = ask(
             f"http://{host}", "/api/search", huge_png(20_000), {"content-type": "image/png"}
@@ -295,18 +296,18 @@ def test_a_server_of_its_own_bears_load_and_refuses_400_megapixels_by_their_head
         assert (status, "too many pixels (20000 x 20000" in answer["error"]) == (400, True), answer
         assert peak_mb(server.pid) < before + 20  # as 8-bit gray it is 400 MB
     assert (server.returncode, "Traceback" in capfd.readouterr().err) == (0, False)
-    assert (found["errors"], sum(found[kind]["requests"] for kind in ("text", "picture"))) == (
+    assert (found["errors"], sum(found[kind]["requests"] for kind in ("text", "image"))) == (
         0,
         found["requests"],
     )
-    for kind in ("text", "picture"):
+    for kind in ("text", "image"):
         assert found[kind]["requests"] > 0
         assert 0 < found[kind]["p50_ms"] <= found[kind]["p95_ms"]
-    assert f"| {found['text']['requests']} |" in table(found, "")
+    assert f" {found['text']['requests']} |" in table(found, "")
 
 
 def huge_png(side: int) -> bytes:
-    """A whole, valid PNG of side x side black pixels, one bit each, packed to little."""
+    """A valid PNG of side x side black pixels, one bit each, compressed to a small file."""
     packer = zlib.compressobj(1)
     packed = b"".join(packer.compress(bytes(1 + side // 8)) for _ in range(side)) + packer.flush()
     chunks = (

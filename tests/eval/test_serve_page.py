@@ -1,6 +1,4 @@
-"""The search page in a real browser: what it shows is what its server answers, and it can be used with keys,
-fingers and pictures.
-"""
+"""The search page in a real browser: it shows the server's answers, and works with keys, touch and images."""
 
 import base64
 import csv
@@ -10,25 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import chromium, expect, opened, overflow_px, screenshot
-from conftest import noise_images, picture, png
+from browser import expect, opened, overflow_px, screenshot
+from conftest import noise_image, noise_images, png
 from PIL import Image
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Page
 from test_indexing import empty_index
 from test_serve import ask, running
 
 from data_prep.build.pipeline import Reading, Splitting, Work, build
 from eval.options import Inference
-from eval.search.indexing import embed
+from eval.search.command import embed
 from eval.search.serve import app, open_columns
 
 EVIL = '<img src=x onerror="document.title=1"><script>document.title=2</script> & "quoted"'
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +31,7 @@ def both(icon_index, narrow_index) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory, tiny_model) -> Iterator[str]:
-    """Twelve pictures in four groups, with captions and columns that are HTML."""
+    """Twelve images in four groups, with captions and columns that are HTML."""
     folder = tmp_path_factory.mktemp("evil")
     with (
         open(noise_images(folder, 12, groups=4), newline="") as plain,
@@ -69,9 +61,9 @@ def evil(tmp_path_factory, tiny_model) -> Iterator[str]:
 
 
 def numbers(page: Page, column: int = 0) -> list[int]:
-    """The pictures that a column shows, in its order."""
+    """The images in a column, in order."""
     cards = page.locator(f".card[data-column='{column}']")
-    expect(page.locator("#status")).to_contain_text("The best")
+    expect(page.locator("#status")).to_contain_text("Top")
     return [int(number) for number in cards.evaluate_all("cards => cards.map((card) => card.dataset.number)")]
 
 
@@ -84,15 +76,15 @@ def answered(url: str, body: dict) -> list[list[int]]:
 def search(page: Page, text: str) -> None:
     page.locator("#text").fill(text)
     page.keyboard.press("Enter")
-    expect(page).to_have_title(f"{text} - search pictures")
+    expect(page).to_have_title(f"{text} - search images")
 
 
 def focused(page: Page) -> list[str]:
-    return page.evaluate("[document.activeElement.dataset.column, document.activeElement.dataset.place]")
+    return page.evaluate("[document.activeElement.dataset.column, document.activeElement.dataset.position]")
 
 
 def show(page: Page, how: str, data: bytes, name: str = "drawn.png") -> None:
-    """Drop or paste a picture, as a browser would tell the page of it."""
+    """Drop or paste an image, with the events of a browser."""
     page.evaluate(
         """([how, data, name]) => {
             const transfer = new DataTransfer();
@@ -112,7 +104,8 @@ def test_a_sentence_shows_what_each_model_finds_and_back_works(browser, both):
             search(page, text)
             assert [numbers(page, 0), numbers(page, 1)] == answered(both, {"text": text})
         assert [page.locator("h2").nth(at).inner_text() for at in (0, 1)] == ["icons", "narrow"]
-        page.wait_for_function("[...document.images].every((image) => image.complete && image.naturalWidth)")
+        # decode() waits for an image, and fails if it cannot be loaded.
+        page.locator(".card img").evaluate_all("all => Promise.all(all.map((image) => image.decode()))")
         shared = page.url
         page.go_back()
         expect(page.locator("#text")).to_have_value("bell outline")
@@ -134,7 +127,7 @@ def test_filters_variants_and_more(browser, both):
         page.get_by_label("group variants").uncheck()
         expect(page).to_have_url(re.compile("grouped=false"))
         expect(page.get_by_text(re.compile(r"\+\d+ variant"))).to_have_count(0)
-        page.wait_for_function("!document.querySelector('#columns.waiting')")
+        expect(page.locator("#columns")).not_to_have_class("loading")
         assert (
             numbers(page)
             == answered(both, {"text": "bell", "filters": [f"{name}={value}"], "grouped": False})[0]
@@ -145,8 +138,8 @@ def test_filters_variants_and_more(browser, both):
 
 
 @pytest.mark.parametrize("how", ["drop", "paste", "choose"])
-def test_a_picture_is_searched_with(browser, both, how):
-    drawn = png(picture())
+def test_search_by_an_image(browser, both, how):
+    drawn = png(noise_image())
     _, _, found = ask(both, "/api/search?k=24", drawn, {"content-type": "image/png"})
     with opened(browser, both) as page:
         expect(page.locator("#examples button").first).to_be_visible()
@@ -156,33 +149,33 @@ def test_a_picture_is_searched_with(browser, both, how):
             )
         else:
             show(page, how, drawn)
-        expect(page.locator("#asked")).to_contain_text("drawn.png")
+        expect(page.locator("#query-image")).to_contain_text("drawn.png")
         assert [numbers(page, 0), numbers(page, 1)] == [
             [hit["number"] for hit in hits] for hits in found["results"]
         ]
         assert (
-            page.locator("#asked img").evaluate(
+            page.locator("#query-image img").evaluate(
                 "async (image) => { await image.decode(); return image.naturalWidth; }"
             )
             == 48
         )
         page.reload()
-        expect(page.get_by_role("alert")).to_contain_text("choose the picture again")
+        expect(page.get_by_role("alert")).to_contain_text("choose the image again")
 
 
-def test_mistakes_are_shown_as_sentences(browser, both):
+def test_mistakes_are_shown_as_messages(browser, both):
     with opened(browser, both) as page:
         search(page, "bell")
-        show(page, "drop", b"no picture", "notes.txt")
-        expect(page.get_by_role("alert")).to_contain_text("the picture: not an image")
+        show(page, "drop", b"no image", "notes.txt")
+        expect(page.get_by_role("alert")).to_contain_text("the image: not an image")
         expect(page.locator(".card")).to_have_count(0)
         search(page, "bell")
         expect(page.get_by_role("alert")).to_be_hidden()
         page.goto(f"{both}/#text=bell&filter=colour%3Dred")
         expect(page.get_by_role("alert")).to_contain_text("no column 'colour'")
-        page.evaluate("about.most.bytes = 100")
-        show(page, "drop", png(picture()))
-        expect(page.get_by_role("alert")).to_contain_text("a smaller one is wanted")
+        page.evaluate("about.limits.bytes = 100")
+        show(page, "drop", png(noise_image()))
+        expect(page.get_by_role("alert")).to_contain_text("use a smaller file")
 
 
 def test_details_and_more_like_this(browser, both):
@@ -191,15 +184,15 @@ def test_details_and_more_like_this(browser, both):
         found = ask(both, "/api/search", {"text": "bell outline"})[2]
         at = [hit["number"] for hit in found["results"][1]][2]
         page.locator(".card[data-column='1']").nth(2).click()
-        row, dialog = found["pictures"][str(at)], page.get_by_role("dialog")
-        for text in (row["key"], *row["captions"], *filter(None, row["columns"].values()), "place 3, cosine"):
+        row, dialog = found["images"][str(at)], page.get_by_role("dialog")
+        for text in (row["key"], *row["captions"], *filter(None, row["columns"].values()), "rank 3, cosine"):
             expect(dialog).to_contain_text(text)
         dialog.get_by_role("button", name="More like this").click()
-        expect(page.locator("#asked")).to_contain_text(row["captions"][0])
+        expect(page.locator("#query-image")).to_contain_text(row["captions"][0])
         assert [numbers(page, 0), numbers(page, 1)] == answered(both, {"like": at})
         expect(dialog).to_be_hidden()
         page.go_back()
-        expect(page.locator("#asked")).to_be_hidden()
+        expect(page.locator("#query-image")).to_be_hidden()
         assert [numbers(page, 0), numbers(page, 1)] == answered(both, {"text": "bell outline"})
 
 
@@ -237,7 +230,7 @@ def test_keys(browser, both):
         expect(page.locator("#text")).to_be_focused()
 
 
-def test_captions_are_text_whatever_they_say(browser, evil):
+def test_captions_are_shown_as_text(browser, evil):
     about = ask(evil, "/api/about")[2]
     assert EVIL in json.dumps(about["examples"]).replace('\\"', '"')
     with opened(browser, evil, viewport={"width": 390, "height": 800}) as page:
@@ -251,7 +244,7 @@ def test_captions_are_text_whatever_they_say(browser, evil):
         page.get_by_label("Close").click()
         page.get_by_label("<b>kind</b>").select_option(index=2)
         expect(page.locator("#status")).to_contain_text("6 of 12")
-        assert page.title() == "noise - search pictures"
+        assert page.title() == "noise - search images"
         assert page.locator("script, b, i").count() == 1
         assert overflow_px(page) == 0
 
@@ -261,11 +254,11 @@ def test_an_empty_index_says_so(browser, icon_index, tmp_path):
         running(app(open_columns([empty_index(icon_index, tmp_path / "empty")]))) as url,
         opened(browser, url) as page,
     ):
-        expect(page.get_by_role("status")).to_have_text("This index holds no pictures.")
+        expect(page.get_by_role("status")).to_have_text("This index holds no images.")
         expect(page.locator("#text")).to_be_disabled()
         expect(page.get_by_role("button", name="Search")).to_be_disabled()
-        show(page, "drop", png(picture()))
-        expect(page.locator("#asked")).to_be_hidden()
+        show(page, "drop", png(noise_image()))
+        expect(page.locator("#query-image")).to_be_hidden()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,6 +1,4 @@
-"""Zero-shot classification: figures equal scikit-learn's and arithmetic by hand, and what cannot tell classes
-apart is at chance.
-"""
+"""Zero-shot classification: metrics equal scikit-learn's; a collapsed model is at chance."""
 
 import csv
 import json
@@ -10,19 +8,20 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import tyro
 from conftest import save_tiny
-from labelled_formats import CLASSES, COUNTS, as_cars, as_csv, as_folder, as_parquet, pictures
+from labelled_formats import CLASSES, COUNTS, as_cars, as_csv, as_folder, as_parquet, labelled_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score, top_k_accuracy_score
 
+from data_prep.cli import run_command
 from data_prep.errors import NotFinite, UserError
+from eval.classify.caption_match import probabilities
+from eval.classify.command import zeroshot
 from eval.classify.labelled import read_labelled
 from eval.classify.metrics import hierarchy, per_class, predict, read_parents, summarize
-from eval.classify.show import probabilities
 from eval.classify.templates import read_names, read_templates
-from eval.classify.zeroshot import evaluate, text_features, zeroshot
+from eval.classify.zeroshot import evaluate, text_features
 from eval.options import Inference
 from eval.retrieval.ranking import TIE
 from train.data.decode import decode
@@ -32,7 +31,7 @@ from train.world import World
 
 @pytest.fixture(scope="module")
 def cars(tmp_path_factory):
-    return as_folder(tmp_path_factory.mktemp("classes"), pictures())
+    return as_folder(tmp_path_factory.mktemp("classes"), labelled_images())
 
 
 def test_figures_equal_scikit_learn():
@@ -61,7 +60,7 @@ def test_figures_equal_scikit_learn():
     assert [row["f1"] for row in per_class(found, list("abcdefghi")).values()] == pytest.approx(
         list(each), abs=1e-12
     )
-    assert metrics["tied"] == 0
+    assert metrics["tie_rate"] == 0
     for name, (low, high) in summarize(found, np.arange(len(labels)))["intervals"].items():
         assert low < metrics[name] < high, name
 
@@ -73,11 +72,11 @@ def test_equal_scores_are_counted_in_expectation():
         [0.1] * 4
     )
     assert metrics["top5"] == pytest.approx(0.5)
-    assert metrics["tied"] == 1
+    assert metrics["tie_rate"] == 1
     scores = torch.tensor([[0.5, 0.5, 0.1, 0.5], [0.9, 0.2, 0.3, 0.3], [0.1, 0.1, 0.8, 0.2]])
     found = predict(scores, np.array([1, 0, 3]), TIE)
-    assert found.right.tolist() == pytest.approx([1 / 3, 1, 0])
-    assert found.tied == pytest.approx(1 / 3)
+    assert found.correct.tolist() == pytest.approx([1 / 3, 1, 0])
+    assert found.tie_rate == pytest.approx(1 / 3)
     assert found.confusion()[1] == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3])
 
 
@@ -87,7 +86,7 @@ def test_a_collapsed_model_is_at_chance(cars, tmp_path):
     data = read_labelled(cars)
     for tower in ("visual.proj", "text_projection"):
         changed = {**weights, tower: torch.zeros_like(weights[tower])}
-        if tower == "visual.proj":  # every picture has the same features, which are not zero
+        if tower == "visual.proj":  # every image has the same features, which are not zero
             changed["visual.proj"] = torch.ones_like(weights[tower])
             changed |= {"visual.ln_post.weight": torch.zeros(32), "visual.ln_post.bias": torch.ones(32)}
         save_file(changed, tmp_path / "open_clip_model.safetensors")
@@ -121,7 +120,7 @@ def test_text_features_are_those_by_hand(tiny_model):
 
 
 def test_logits_are_open_clips_and_every_format_gives_the_same_result(tiny_model, cars, tmp_path):
-    found, clip = pictures(), load(tiny_model)
+    found, clip = labelled_images(), load(tiny_model)
     places = [
         cars,
         as_csv(tmp_path / "csv", found),
@@ -158,7 +157,7 @@ def decode_on_white(data: bytes) -> Image.Image:
 
 
 def test_intervals_are_over_groups():
-    """Copies of a picture in its group move no interval, and as pictures of their own would shrink it."""
+    """Copies of an image in its group change no interval; as separate images they would shrink it."""
     rng = np.random.default_rng(0)
     scores, labels = torch.from_numpy(rng.normal(size=(60, 8))), rng.integers(0, 8, 60)
     one = summarize(predict(scores, labels, TIE), np.arange(60))
@@ -175,8 +174,8 @@ def test_overlapping_classes_at_both_levels(tmp_path):
     guesses = ["siamese", "cat", "dog", "cat", "siamese", "bulldog"]
     truths = ["cat", "siamese", "siamese", "cat", "siamese", "bulldog"]
     scores = torch.eye(4)[[classes.index(guess) for guess in guesses]]
-    scores[1, 3] = 0.9  # called a cat, and of the children it is a siamese
-    scores[2, 0] = 0.8  # called a dog, and of the children it is a bulldog
+    scores[1, 3] = 0.9  # predicted as cat; among the children, siamese
+    scores[2, 0] = 0.8  # predicted as dog; among the children, bulldog
     labels = np.array([classes.index(truth) for truth in truths])
     levels = hierarchy(scores, labels, np.arange(len(labels)), classes, tree, TIE)
     assert levels["parent"]["metrics"]["top1"] == pytest.approx(5 / 6)
@@ -190,8 +189,8 @@ def test_overlapping_classes_at_both_levels(tmp_path):
         collapsed["parent"]["metrics"]["top1"] == collapsed["child"]["metrics"]["top1"] == pytest.approx(0.5)
     )
     for text, words in (
-        ('{"siamise": "cat"}', "perhaps you meant 'siamese'"),
-        ('{"siamese": "cat", "cat": "dog"}', "is a child itself"),
+        ('{"siamise": "cat"}', "did you mean 'siamese'"),
+        ('{"siamese": "cat", "cat": "dog"}', "is itself a child"),
         ("[1]", "not an object of texts"),
     ):
         (tmp_path / "tree.json").write_text(text)
@@ -218,7 +217,7 @@ def test_the_command(tiny_model, cars, tmp_path, capsys):
         tmp_path / "templates.txt",
         "--parents",
         tmp_path / "tree.json",
-        "--batch",
+        "--batch-size",
         8,
         "--workers",
         0,
@@ -255,22 +254,36 @@ def test_the_command(tiny_model, cars, tmp_path, capsys):
         assert all(f"<td>{name}</td>" in page for name in CLASSES)
     first, second = (result["metrics"]["top1"] for result in results)
     assert results[1]["difference"][0] == pytest.approx(second - first)
-    assert f"{100 * (second - first):+.1f} points" in printed
+    assert f"in points: {100 * (second - first):+.1f} [" in printed
+
+
+def test_a_csv_in_one_folder_and_its_images_in_another(tiny_model, tmp_path):
+    """A file has no splits, so the default of --split does not apply."""
+    beside = as_csv(tmp_path / "images", labelled_images())
+    (tmp_path / "elsewhere.csv").write_bytes(beside.read_bytes())
+    results = []
+    for name, options in (("beside", ()), ("elsewhere", ("--images", tmp_path / "images"))):
+        data = beside if name == "beside" else tmp_path / "elsewhere.csv"
+        out = ("--json", tmp_path / f"{name}.json", "--workers", 0)
+        run(tiny_model, "--data", data, "--templates", "plain", *options, *out)
+        results.append(json.loads((tmp_path / f"{name}.json").read_text())["models"][0])
+    assert results[0]["id"] == results[1]["id"]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[1]["unreadable"] == []
 
 
 def run(*arguments) -> None:
-    # As eval/__main__.py does it, without the start of another process.
-    tyro.cli(zeroshot, args=[str(argument) for argument in arguments], config=(tyro.conf.OmitArgPrefixes,))
+    run_command(zeroshot, "python -m eval zeroshot", [str(argument) for argument in arguments])
 
 
 def test_one_image_against_captions(tiny_model, tmp_path, capsys):
-    label, data = pictures()[0]
+    label, data = labelled_images()[0]
     (tmp_path / "a.png").write_bytes(data)
     captions = ["a cat", "two cats", CLASSES[label]]
     run(
         tiny_model,
         "demo-vit:none",
-        "--show",
+        "--image",
         tmp_path / "a.png",
         "--captions",
         *captions,
@@ -288,12 +301,12 @@ def test_one_image_against_captions(tiny_model, tmp_path, capsys):
     assert ours["cosine"] == pytest.approx((texts @ images[0]).tolist(), abs=1e-6)
     assert ours["probability"] == pytest.approx((scale * images @ texts.T).softmax(-1)[0].tolist(), rel=1e-4)
     for caption, cosine, probability in zip(captions, ours["cosine"], ours["probability"], strict=True):
-        (line,) = (line for line in printed.splitlines() if line.startswith(caption))
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"| {caption} "))
         assert f"{cosine:.4f}" in line
         assert f"{probability:.3g}" in line
 
 
-def test_weights_that_are_not_finite_name_a_class_or_a_picture(cars, tmp_path):
+def test_weights_that_are_not_finite_name_a_class_or_an_image(cars, tmp_path):
     save_tiny(tmp_path)
     weights, data = load_file(tmp_path / "open_clip_model.safetensors"), read_labelled(cars)
     for tensor, words in (
@@ -314,19 +327,19 @@ def test_names_and_mistakes(tiny_model, cars, tmp_path):
     assert read_names(str(tmp_path / "names.txt"), CLASSES) == ["an Acura", "a BMW", "a Fiat"]
     (tmp_path / "names.json").write_text(json.dumps({name: name.lower() for name in reversed(CLASSES)}))
     assert read_names(str(tmp_path / "names.json"), CLASSES) == [name.lower() for name in CLASSES]
-    (tmp_path / "bad.txt").write_text("a {}\na picture\n")
-    (tmp_path / "text.png").write_bytes(b"no picture")
+    (tmp_path / "bad.txt").write_text("a {}\na photo\n")
+    (tmp_path / "text.png").write_bytes(b"no image")
     for arguments, words in (
-        ([tiny_model], "either --data, or --show IMAGE with --captions"),
-        (["--data", cars], "no MODEL was given"),
-        ([tiny_model, "--data", cars, "--templates", "icon"], "perhaps icons"),
+        ([tiny_model], "either --data DATA, or --image IMAGE with --captions"),
+        (["--data", cars], "no MODEL given"),
+        ([tiny_model, "--data", cars, "--templates", "icon"], "did you mean icons"),
         (
             [tiny_model, "--data", cars, "--templates", tmp_path / "bad.txt"],
-            r"bad.txt:2: 'a picture' has no \{\}",
+            r"bad.txt:2: 'a photo' has no \{\}",
         ),
         ([tiny_model, "--data", cars, "--names", "imagenet"], "1000 names for 3 classes"),
-        ([tiny_model, "--show", tmp_path / "none.png", "--captions", "a"], "cannot be read"),
-        ([tiny_model, "--show", tmp_path / "text.png", "--captions", "a"], "not an image"),
+        ([tiny_model, "--image", tmp_path / "none.png", "--captions", "a"], "cannot be read"),
+        ([tiny_model, "--image", tmp_path / "text.png", "--captions", "a"], "not an image"),
     ):
         with pytest.raises(UserError, match=words):
             run(*arguments)

@@ -5,7 +5,7 @@ import json
 import open_clip
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_mistake, call_here, picture, save_tiny
+from conftest import ROOT, TINY, assert_mistake, call_here, noise_image, save_tiny
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
@@ -24,7 +24,7 @@ def test_open_clip_loads_it_bit_equal(quick):
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
     for key, tensor in clip.towers.model.state_dict().items():
         assert torch.equal(model.state_dict()[key], tensor), key
-    assert torch.equal(preprocess(picture(50, 41)), clip.preprocess(picture(50, 41)))
+    assert torch.equal(preprocess(noise_image(50, 41)), clip.preprocess(noise_image(50, 41)))
     assert record["weights_sha256"] == clip.fingerprint() == load(f"local-dir:{out}").fingerprint()
     assert record["differences"]["open_clip"] == dict.fromkeys(
         ["weights", "pixels", "image_features", "text_features", "logits"], 0

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, picture, save_tiny
+from conftest import TINY, noise_image, save_tiny
 
 from data_prep.shards import sha256_of
 from train.export import to_transformers
@@ -73,7 +73,7 @@ def test_transformers_gives_the_same_features_through_every_class(quick):
         texts = processor_class.from_pretrained(out)(
             text=CAPTIONS, padding=True, truncation=True, return_tensors="pt"
         )
-        pixels = clip.preprocess(picture())[None]
+        pixels = clip.preprocess(noise_image())[None]
         with torch.no_grad():
             expected_image = F.normalize(clip.towers.model.encode_image(pixels), dim=-1)
             expected_text = F.normalize(clip.towers.model.encode_text(clip.tokenizer(CAPTIONS)), dim=-1)
@@ -157,7 +157,7 @@ def test_the_snippets_of_a_model_card_run_in_fp16(quick):
     model = CLIPModel.from_pretrained(out, torch_dtype=torch.float16)
     processor = CLIPProcessor.from_pretrained(out)
     assert model.dtype == torch.float16
-    image, labels = picture(), ["a red brick", "a blue plate", "a wheel"]
+    image, labels = noise_image(), ["a red brick", "a blue plate", "a wheel"]
     inputs = processor(text=labels, images=image, return_tensors="pt", padding=True)
     with torch.no_grad():
         text = features(
@@ -201,7 +201,7 @@ def test_one_crop_in_four_is_shifted_by_a_pixel(quick):
     name, out, _ = quick
     clip, processor = load(name), CLIPImageProcessorPil.from_pretrained(out)
     for more in range(8):
-        wide = picture(32 + more, 32)
+        wide = noise_image(32 + more, 32)
         ours, exported = clip.preprocess(wide), processor(wide, return_tensors="pt").pixel_values[0]
         if more % 4 == 3:
             ours, exported = ours[..., :-1], exported[..., 1:]

@@ -1,0 +1,55 @@
+"""The command cluster: options and help. scikit-learn and torch are imported when it runs."""
+
+from typing import Annotated, Literal
+
+import tyro
+
+from data_prep.cli import File, Index, OptionalFile
+from data_prep.errors import UserError
+
+
+def cluster(
+    index: Annotated[Index, tyro.conf.Positional],
+    page: File,
+    k: int | Literal["auto"] = "auto",
+    label_column: str = "",
+    threshold: float = 0.97,
+    csv: OptionalFile = None,
+    pairs: OptionalFile = None,
+    json: OptionalFile = None,
+) -> None:
+    """Cluster the images of an index: named clusters, a map and near duplicates on one page.
+
+    Names are the words of captions that distinguish a cluster. The map is by UMAP if umap-learn is installed,
+    otherwise by PCA. The same index gives the same page, byte for byte.
+
+      python -m eval cluster indexes/icons --page clusters.html --label-column set
+      python -m eval cluster indexes/icons --page clusters.html --k 20 --csv clusters.csv --pairs pairs.csv
+
+    Args:
+        index: Folder that `python -m eval embed` made.
+        page: HTML file to write; it loads nothing from elsewhere.
+        k: Number of clusters. auto tries 2 to 64 and takes the largest whose silhouette is close to the best.
+        label_column: Column of the data to compare the clusters with (NMI and ARI).
+        threshold: Smallest cosine of near duplicates; a good value depends on the model.
+        csv: File to write each image's key, cluster and cluster name to.
+        pairs: CSV to write the near duplicates to, most similar first.
+        json: File to write all figures to.
+    """
+    if k != "auto" and k < 1:
+        raise UserError(f"--k {k}: must be at least 1, or auto")
+    if not -1 <= threshold <= 1:
+        raise UserError(f"--threshold {threshold}: must be a cosine, at most 1, such as 0.97")
+    from eval.cluster.summary import analyze, report, write_csv
+    from eval.retrieval.score import write_json
+
+    analysis = analyze(index, None if k == "auto" else k, label_column, threshold)
+    result = analysis.write_page(page)
+    print(report(result))
+    if csv:
+        write_csv(csv, ["key", "cluster", "name"], analysis.cluster_rows())
+    if pairs:
+        write_csv(pairs, ["key", "other_key", "cosine", "same_group"], analysis.pairs.rows(analysis.index))
+    if json:
+        write_json(json, result)
+    print(f"page: {page}")

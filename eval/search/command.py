@@ -1,0 +1,173 @@
+"""The commands embed, search, serve and export: options and help. Torch is imported when they run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from data_prep.cli import File, Index, Model, OptionalFile
+from data_prep.errors import UserError
+from eval.options import Inference, Split
+
+OneModel = Annotated[Model, tyro.conf.Positional]
+OneIndex = Annotated[Index, tyro.conf.Positional]
+Indexes = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INDEX [INDEX ...]")]
+
+
+@dataclass(frozen=True)
+class IndexInference(Inference):
+    """How the model is run. No feature depends on batch_size or workers.
+
+    Attributes:
+        batch_size: Images embedded at once.
+        workers: Processes that read images; 0 reads them in the main process.
+        precision: Of the model. auto is bf16 on a GPU and fp32 on a CPU. An index holds fp16 features.
+    """
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+def embed(
+    model: OneModel,
+    data: Annotated[Path, tyro.conf.arg(metavar="SHARDS|FOLDER")],
+    out: Index,
+    split: Split = "",
+    overwrite: bool = False,
+    inference: Inference = IndexInference(),
+) -> None:
+    """Make an index of the images of a corpus, for search, serve, cluster and export.
+
+    Runs on one GPU or CPU, or under torchrun on several. A stopped command resumes when it is repeated.
+
+      python -m eval embed runs/icons --data data/icons/shards --out indexes/icons
+      torchrun --nproc_per_node 6 -m eval embed runs/icons --data photos/ --out indexes/photos
+
+    Args:
+        model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder.
+        data: Folder of shards, or of images (captions may be in a .txt beside each image).
+        out: Folder to write; it appears when it is complete.
+        split: Of shards: train, val or test; by default all splits.
+        overwrite: Replace an index at --out, and discard an unfinished one.
+        inference: How the model is run.
+    """
+    from eval.search.indexing import make_index
+    from train.world import joined_world
+
+    with joined_world() as world:
+        make_index(model, data, out, split, overwrite, inference, world)
+
+
+def search(
+    index: OneIndex,
+    text: str = "",
+    image: Annotated[Path | None, tyro.conf.arg(metavar="IMAGE")] = None,
+    queries_csv: OptionalFile = None,
+    out: OptionalFile = None,
+    k: int = 10,
+    filter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN=VALUE")] = (),
+    all_variants: bool = False,
+    json: OptionalFile = None,
+    approximate: bool = False,
+    model: Model = "",
+) -> None:
+    """Find images by a sentence or by an image: the k nearest by cosine, one of each group of variants.
+
+    Variants are images of one group in the data, such as sizes or recolorings of one icon.
+
+      python -m eval search indexes/icons --text "a bell with a slash" --filter split=test
+      python -m eval search indexes/icons --image bell.png --k 20 --all-variants
+      python -m eval search indexes/icons --queries-csv queries.csv --out found.csv
+
+    Args:
+        index: Folder that `python -m eval embed` made.
+        text: A sentence to search with.
+        image: An image to search with.
+        queries_csv: CSV of many queries with a column text, or image (paths relative to the CSV), or both.
+        out: CSV to write the results of --queries-csv to.
+        k: Number of images to find.
+        filter: Search only images with this value in this column; several filters must all match.
+        all_variants: List all images of a group, not only the best one.
+        json: File to write the results to.
+        approximate: Use an approximate index (inverted file) for more than a million images. It is made on
+            first use, and its recall is measured and printed.
+        model: The model of the index, if it has moved since the index was made.
+    """
+    if bool(text) + (image is not None) + (queries_csv is not None) != 1:
+        raise UserError("pass one of --text, --image and --queries-csv")
+    if (queries_csv is None) != (out is None):
+        raise UserError(
+            "--queries-csv and --out belong together: pass both, or use --json for a single query"
+        )
+    if k < 1:
+        raise UserError(f"--k {k}: must be at least 1")
+    from eval.classify.features import read_file
+    from eval.retrieval.score import write_json
+    from eval.search import query
+
+    data = read_file(image, "--image") if image else b""
+    queries = list(query.read_queries(queries_csv)) if queries_csv else []
+    searcher = query.open_searcher(index, model, filter, k, not all_variants, approximate)
+    if approximate:
+        print(f"approximate index: recall@10 {searcher.nearest.recall():.3f} against exact search")
+    if queries_csv:
+        print(query.write_results(searcher, queries, queries_csv.parent, out))
+        return
+    if text:
+        features = query.text_query(searcher.clip, [text])
+    else:
+        features = query.image_query(searcher.clip, data, f"--image {image}")
+    (results,) = searcher.find(features)
+    print(query.table(results))
+    if json:
+        asked = {"text": text} if text else {"image": str(image)}
+        described = {"index": str(index), "model": searcher.index.manifest["model"], **asked}
+        write_json(json, {**described, "filter": list(filter), "results": results})
+
+
+def serve(
+    indexes: Indexes,
+    model: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL")] = (),
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    approximate: bool = False,
+) -> None:
+    """Serve a search page: sentences and images find images, with several models side by side.
+
+    It answers only on this machine, unless --host is given.
+
+      python -m eval serve indexes/base indexes/icons
+
+    Args:
+        indexes: Folders that `python -m eval embed` made, of the same data by different models; each gets a
+            column of results.
+        model: The models of the indexes, one for each, if they have moved since the indexes were made.
+        host: Address to listen on; 0.0.0.0 is open to everyone who can reach this machine.
+        port: 0 takes a free port.
+        approximate: Use an approximate index (inverted file) for more than a million images; it is made on
+            first use.
+    """
+    from data_prep import web
+    from eval.search.serve import app, open_columns
+
+    web.serve(app(open_columns(indexes, model, approximate), host), host, port, "search page")
+
+
+def export(index: OneIndex, out: File, table: str = "images") -> None:
+    """Export an index for other programs; the file extension of --out selects the format.
+
+    .sql is for `psql -f`: a table (key, split, group_number, captions, columns, image_features halfvec) for
+    pgvector 0.7 or newer, with an HNSW index by cosine. .parquet holds the metadata, and image_features as
+    lists of float32. .npy holds image_features alone as fp16, with a .csv of keys and captions beside it.
+
+      python -m eval export indexes/icons --out icons.sql --table icons
+      python -m eval export indexes/icons --out icons.parquet
+
+    Args:
+        index: Folder that `python -m eval embed` made.
+        out: File to write: .sql, .parquet or .npy.
+        table: Name of the table that the .sql creates; it must not exist.
+    """
+    from eval.search.export import export_index
+
+    export_index(index, out, table)
