@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.errors import UserError
 from data_prep.images import BadImage
+from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.inputs.storage import IMAGE_EXTENSIONS, walk
 from data_prep.shards import Shards, read_manifest
 from eval.classify.features import checked

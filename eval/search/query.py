@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 import torch
 
 from data_prep.atomic import atomic_file
-from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.errors import UserError
 from data_prep.images import BadImage
+from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.tables import markdown_table
 from eval.classify.features import open_image
 from eval.embed import embed_texts
