@@ -365,7 +365,7 @@ class _TokenLimit:
 
     def exceeded_by(self, caption: str) -> int:
         """The number of tokens of the caption, start and end included, if it exceeds the limit; else 0."""
-        # A token is one byte or more. Cleaning (ftfy, lower case) comes first; it lengthens non-ASCII text only.
+        # A token is one byte or more. Cleaning (ftfy, lower case) comes first; only non-ASCII text can grow.
         max_tokens = len(caption) if caption.isascii() else 3 * len(html.unescape(caption).encode())
         if not self.context_length or max_tokens + 2 <= self.context_length:
             return 0
