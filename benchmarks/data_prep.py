@@ -46,11 +46,11 @@ OURS, KINDS = "ours, all checks", ("icon", "photo", "transparent icon")
 
 @functools.cache
 def _icon_fonts() -> tuple[list, dict, Callable]:
-    from data_prep.icons import _font_files, _glyphs, draw
+    from data_prep.icons import all_glyphs, draw, font_files
 
-    glyphs = _glyphs()
+    glyphs = all_glyphs()
     random.Random(0).shuffle(glyphs)
-    return glyphs, _font_files(), draw
+    return glyphs, font_files(), draw
 
 
 def draw_icon(file: Path, number: int, transparent: bool = False) -> str:
@@ -192,7 +192,7 @@ def tools(folder: Path, out: Path, other: Path) -> dict[str, list[list]]:
         "img2dataset, as it comes (JPEG of 256 px)": [
             call(with_img2dataset, folder, out, "encode", python=other)
         ],
-        "ours, --trust True": [[*build, "--trust", True]],
+        "ours, --skip-decode": [[*build, "--skip-decode"]],
         OURS: [build],
     }
 

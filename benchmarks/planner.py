@@ -76,7 +76,7 @@ def write_rows(path: Path, rows: int) -> int:
     return image
 
 
-def made_up(sources: list) -> list:
+def made_up(locations: list) -> list:
     """What stands in for the checks: results by the numbers in the images' names."""
     from data_prep.images import CheckedImage
 
@@ -84,16 +84,16 @@ def made_up(sources: list) -> list:
         return hashlib.blake2b(repr(of).encode(), digest_size=64).digest()
 
     results = []
-    for source in sources:
-        number = int(re.search(r"(\d+)\.png", source.name)[1])
+    for location in locations:
+        number = int(re.search(r"(\d+)\.png", location.name)[1])
         own = noise(number)
         pixels = noise("pixels", number // 200)[:16] if number % 100 == 0 else own[16:32]
-        look = (
-            noise("look", number // 200)[:31] + bytes([number % 200 // 100])
+        phash = (
+            noise("phash", number // 200)[:31] + bytes([number % 200 // 100])
             if number % 100 == 50
             else own[32:]
         )
-        results.append(CheckedImage("png", 224, 224, own[:16], pixels, look + b"\xff\xff\xff", (), None))
+        results.append(CheckedImage("png", 224, 224, own[:16], pixels, phash + b"\xff\xff\xff", (), None))
     return results
 
 
@@ -102,7 +102,8 @@ def nothing(folder: str) -> None:
 
 
 def reading(folder: str) -> None:
-    from data_prep.build.pipeline import Part, Reading, load
+    from data_prep.build.options import Reading
+    from data_prep.build.records import Part, load
 
     part = Part(Path(folder), 0, 1)
     load(part, [f"{folder}/rows.csv"], Reading(group_column="group", images=folder))
@@ -110,7 +111,8 @@ def reading(folder: str) -> None:
 
 
 def keeping(folder: str) -> None:
-    from data_prep.build.pipeline import Part, scan
+    from data_prep.build.records import Part
+    from data_prep.build.scan import scan
 
     part = Part(Path(folder), 0, 1)
     scan(part, [f"{folder}/rows.csv"], folder, made_up, processes=1)
@@ -118,7 +120,10 @@ def keeping(folder: str) -> None:
 
 
 def planning(folder: str) -> None:
-    from data_prep.build.pipeline import Part, Plan, Splitting, summarize
+    from data_prep.build.options import Splitting
+    from data_prep.build.plan import Plan
+    from data_prep.build.records import Part
+    from data_prep.report.summary import summarize
 
     part = Part(Path(folder), 0, 1, read_only=True)
     plan = Plan(Path(folder), [part], Splitting(), [f"{folder}/rows.csv"], folder)

@@ -24,7 +24,7 @@ import torch
 from benchmarks import quality_data
 from benchmarks.quality_data import call, is_held_out
 from benchmarks.quality_table import SHOWN, page
-from data_prep.build.pipeline import cores
+from data_prep.build.options import cores
 from data_prep.errors import Fault, UserError, exit_on_user_error
 from data_prep.shards import Shards
 from eval.compare.wise_ft import mix

@@ -1,5 +1,6 @@
-"""Files and folders that are either whole, under their name, or not there at all."""
+"""Atomic writes: a file or folder is complete under its name, or does not exist."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from data_prep.errors import UserError
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; on success fsynced and renamed to `path`."""
+    """A temporary path beside `path` to write to; on success it is fsynced and renamed to `path`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -22,11 +23,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: dict) -> None:
+    """Write `value` as JSON, atomically."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; on success every file is fsynced and the folder takes the name.
+    """A temporary folder beside `path`; on success every file is fsynced and the folder is renamed to `path`.
 
-    A folder that already has the name is replaced, so ask before you call this.
+    An existing folder at `path` is replaced: call check_replaceable first.
     """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -44,14 +51,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
-    """Refuse to write to a `path` that exists, unless it is to be overwritten and holds `mark`, so was made
-    by us.
+    """Refuse to replace an existing `path`, unless `overwrite` is set and `path` contains the file `mark`.
+
+    Args:
+        mark: a file that only our commands write, so that no other folder is deleted.
 
     Raises:
-        UserError: it must stay as it is.
+        UserError: `path` must not be replaced.
     """
     if path.exists() and not overwrite:
-        raise UserError(f"{path}: exists already; pass another --out, or --overwrite True to make it again")
+        raise UserError(f"{path}: exists already; pass another --out, or --overwrite to replace it")
     if path.exists() and not (path / mark).is_file():
         raise UserError(
             f"{path}: has no {mark}, so it was not made by this command, and is not deleted; pass another"
@@ -60,7 +69,7 @@ def check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until the bytes of a file, or the names in a folder, are on disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

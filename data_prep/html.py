@@ -1,6 +1,6 @@
-"""One HTML layer for every page: jinja2 with autoescape. A page is one file that loads nothing from elsewhere.
+"""One HTML layer for every page: jinja2 with autoescape. A page is one file that loads no other.
 
-    values read from somewhere -> a template beside the code that fills it -> {% extends "page.html" %} -> PATH
+    values -> a template beside the code that fills it, which extends page.html -> PATH
 
 Text is escaped by jinja2; only what this module makes (Markup) is not.
 """
@@ -22,7 +22,7 @@ def render(template: Path, **values: object) -> str:
     """The text of a page.
 
     Args:
-        template: a jinja2 file, which may extend page.html and import macros.html.
+        template: a jinja2 file that may extend page.html and import macros.html; its name must be another.
         values: what the template names; one that it names and that is missing is our bug.
     """
     loader = FileSystemLoader([template.parent, TEMPLATES])

@@ -1,8 +1,7 @@
-"""The demo's data: real UI icons, drawn from the icon fonts in the package qtawesome, named by their own
-names.
+"""The demo's data: real UI icons, drawn from the fonts of the package qtawesome and captioned by their names.
 
-No Qt is started: fonts and charmaps are read as files, Pillow draws. Aliases of one glyph are captions of one
-image; style variants (fill, outline, thin, bold) and namesakes in other fonts share a group.
+Fonts and charmaps are read as files and drawn with Pillow; Qt is not needed. Aliases of a glyph are captions
+of one image. Style variants (fill, outline, thin, bold) and namesakes in other fonts share a group.
 """
 
 import csv
@@ -15,10 +14,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.atomic import atomic_folder, check_replaceable
+from data_prep.cli import Folder
 from data_prep.errors import UserError
 from data_prep.progress import progress
 
-# Newest release of each family, with the words that its names use for style, not for meaning.
+# The newest release of each family, and the words in its names that describe style, not meaning.
 FONTS = {
     "fontawesome6-regular": {"alt"},
     "fontawesome6-solid": {"alt"},
@@ -28,22 +28,22 @@ FONTS = {
     "remixicon": {"fill", "line"},
     "codicon": {"filled", "outline", "alt"},
 }
-BRANDS = "fontawesome6-brands"  # not drawn: its names tell which icons of the other fonts are logos
+BRANDS = "fontawesome6-brands"  # not drawn: its names identify the logos in the other fonts
 RUDE = {"middle", "poop", "poo"}
 SIZES_PX = (24, 32, 48, 64, 96, 128)
 
 
-def icons(out: Path, limit: int = 0, seed: int = 0, overwrite: bool = False) -> None:
+def icons(out: Folder, limit: int = 0, seed: int = 0, overwrite: bool = False) -> None:
     """Draw UI icons as black-on-transparent PNGs, with icons.csv (file_path, caption, group, set).
 
     Args:
-        out: Folder to write; it appears when everything is drawn.
-        limit: Icons to draw, group after group; 0 draws all, about 15 thousand.
-        seed: Another number takes other icons for the limit, and other sizes.
-        overwrite: Replace `out`, and all in it, if it is there and was made by this command.
+        out: Folder to write; it appears under this name when it is complete.
+        limit: Number of icons to draw, group by group; 0 draws all, about 15 thousand.
+        seed: Another seed selects other icons for the limit, and other sizes.
+        overwrite: Replace OUT and everything in it, if this command made it.
     """
     check_replaceable(out, "icons.csv", overwrite)
-    glyphs = _glyphs()
+    glyphs = all_glyphs()
     glyphs.sort(key=lambda glyph: (_hash(seed, glyph.group), glyph.group, glyph.font, glyph.names))
     glyphs = glyphs[:limit] if limit else glyphs
     drawn = 0
@@ -52,7 +52,7 @@ def icons(out: Path, limit: int = 0, seed: int = 0, overwrite: bool = False) -> 
         writer.writerow(["file_path", "caption", "group", "set"])
         for glyph in progress(glyphs, desc="drawing icons", unit="icon"):
             size = SIZES_PX[_hash(seed, glyph.font, glyph.names[0]) % len(SIZES_PX)]
-            image = draw(_font_files()[glyph.font], glyph.character, size)
+            image = draw(font_files()[glyph.font], glyph.character, size)
             if image is None:
                 continue
             path = folder / glyph.font / f"{glyph.names[0]}.png"
@@ -72,7 +72,7 @@ def icons(out: Path, limit: int = 0, seed: int = 0, overwrite: bool = False) -> 
 
 
 class Glyph:
-    """One drawing of one font, its names (the first is the shortest), and the group it belongs to."""
+    """A character of a font, its names (the shortest first), and its group."""
 
     def __init__(self, font: str, character: str, names: list[str]):
         self.font, self.character = font, character
@@ -81,7 +81,7 @@ class Glyph:
 
 
 def draw(font_file: Path, character: str, size_px: int) -> Image.Image | None:
-    """The glyph in black on transparent, centred on a square of `size_px`; None where the font draws nothing."""
+    """The glyph in black on transparent, centered on a square of `size_px`; None if the glyph is empty."""
     font_px = size_px
     box = ImageFont.truetype(font_file, font_px).getbbox(character)
     extent = max(box[2] - box[0], box[3] - box[1])
@@ -97,40 +97,43 @@ def draw(font_file: Path, character: str, size_px: int) -> Image.Image | None:
     return image if image.getextrema()[3][1] else None
 
 
-def _font_files() -> dict[str, Path]:
+def font_files() -> dict[str, Path]:
+    """The font file of each family."""
     spec = importlib.util.find_spec("qtawesome")
     if spec is None:
         raise UserError(
-            "the package qtawesome is not installed, and the demo icons are drawn from its fonts; pip install"
-            " qtawesome"
+            "the demo icons are drawn from the fonts of the package qtawesome, which is not installed: pip"
+            " install qtawesome"
         )
-    fonts = Path(spec.origin).parent / "fonts"  # found, not imported: importing it wants Qt
+    fonts = Path(spec.origin).parent / "fonts"  # not imported: that would require Qt
     files = {name: next(fonts.glob(f"{name}-*.ttf"), None) for name in (*FONTS, BRANDS)}
     missing = [name for name, file in files.items() if file is None]
     if missing:
         raise UserError(
-            f"qtawesome in {fonts} lacks {', '.join(missing)}; version 1.4 is wanted: pip install"
+            f"{fonts}: no font {', '.join(missing)}; version 1.4 of qtawesome is required: pip install"
             " 'qtawesome>=1.4,<2'"
         )
     return files
 
 
-def _charmap(font_file: Path) -> dict[str, str]:
+def charmap(font_file: Path) -> dict[str, str]:
+    """Icon name -> character of the font."""
     name, version = font_file.stem.rsplit("-", 1)
     codes = json.loads(font_file.with_name(f"{name}-charmap-{version}.json").read_text())
     return {icon: chr(int(code, 16)) for icon, code in codes.items()}
 
 
-def _glyphs() -> list[Glyph]:
-    files = _font_files()
-    brands = set(_charmap(files[BRANDS]))
+def all_glyphs() -> list[Glyph]:
+    """The glyphs of all families that are not logos, with their groups."""
+    files = font_files()
+    brands = set(charmap(files[BRANDS]))
     glyphs, groups = [], _Groups()
     for font, style_words in FONTS.items():
         by_character = defaultdict(list)
-        for name, character in _charmap(files[font]).items():
+        for name, character in charmap(files[font]).items():
             by_character[character].append(name)
         for character, names in by_character.items():
-            if any(_unwanted(name, brands) for name in names):
+            if any(_is_excluded(name, brands) for name in names):
                 continue
             glyph = Glyph(font, character, names)
             bases = [_base(name, style_words, font) for name in names]
@@ -139,11 +142,11 @@ def _glyphs() -> list[Glyph]:
             glyph.group = bases[0]
             glyphs.append(glyph)
     for glyph in glyphs:
-        glyph.group = groups.of(glyph.group)
+        glyph.group = groups.root(glyph.group)
     return glyphs
 
 
-def _unwanted(name: str, brands: set[str]) -> bool:
+def _is_excluded(name: str, brands: set[str]) -> bool:
     words = name.replace("_", "-").split("-")
     return (
         "logo" in words
@@ -153,7 +156,7 @@ def _unwanted(name: str, brands: set[str]) -> bool:
 
 
 def _base(name: str, style_words: set[str], font: str) -> str:
-    """The name without its style: camera-front-variant -> camera front; in Remix, home-2-line -> home."""
+    """The name without style words: camera-front-variant -> camera front; in Remix, home-2-line -> home."""
     words = name.replace("_", "-").split("-")
     while len(words) > 1 and (words[-1] in style_words or (font == "remixicon" and words[-1].isdigit())):
         words.pop()
@@ -161,18 +164,18 @@ def _base(name: str, style_words: set[str], font: str) -> str:
 
 
 class _Groups:
-    """Names joined by shared glyphs (union-find); a group is called by its first name in the alphabet."""
+    """Names joined by shared glyphs (union-find); a group is named after its alphabetically first name."""
 
     def __init__(self):
         self.parent: dict[str, str] = {}
 
-    def of(self, name: str) -> str:
+    def root(self, name: str) -> str:
         while (parent := self.parent.get(name, name)) != name:
             name = parent
         return name
 
     def join(self, a: str, b: str) -> None:
-        first, second = sorted((self.of(a), self.of(b)))
+        first, second = sorted((self.root(a), self.root(b)))
         self.parent[second] = first
 
 

@@ -1,11 +1,11 @@
-"""Shards: deterministic WebDataset tars, an index beside each, and any one sample by its number.
+"""Shards: deterministic WebDataset tars, an index beside each, and random access to any sample by its number.
 
     SHARDS/manifest.json                 splits -> counts, and per shard: samples, bytes, sha256
     SHARDS/train/train-000000.tar        KEY.png or KEY.jpg, KEY.json, KEY.txt; members of a key are adjacent
-    SHARDS/train/train-000000.index.tsv  key, group number, and where in the tar each member's bytes stand
+    SHARDS/train/train-000000.index.tsv  key, group number, offset and size of each member in the tar
 
-KEY.txt is the first caption, for readers that know one; KEY.json holds all of them. A sample is found by its
-number in the split, counted over its shards in order: no tar is ever scanned to read from it.
+KEY.txt is the first caption, for readers that expect one; KEY.json has all captions. Samples are numbered
+within a split, over its shards in order, so that reading one never scans a tar.
 """
 
 import csv
@@ -46,11 +46,11 @@ class Sample:
     key: str
     image: bytes  # an encoded PNG or JPEG
     captions: list[str]
-    meta: dict  # KEY.json as it stands in the tar
+    meta: dict  # KEY.json
 
 
 class Member(NamedTuple):
-    """One sample to be written."""
+    """A sample to write."""
 
     key: str
     image: bytes
@@ -61,12 +61,12 @@ class Member(NamedTuple):
 
 
 def write_shard(path: Path, members: Iterable[Member]) -> dict:
-    """Write one tar and its index; the same members give the same bytes on any day by any user.
+    """Write one tar and its index. The bytes depend on the members only, not on date or user.
 
     Returns:
-        The shard's entry in the manifest.
+        The shard's entry for the manifest.
     """
-    places, sha256, end = [], hashlib.sha256(), 0
+    rows, sha256, end = [], hashlib.sha256(), 0
     with atomic_file(path) as partial, open(partial, "wb") as file:
         for member in members:
             meta = as_json(member.meta).encode()
@@ -83,16 +83,16 @@ def write_shard(path: Path, members: Iterable[Member]) -> dict:
                 file.write(block)
                 sha256.update(block)
                 end += len(block)
-            places.append(row)
+            rows.append(row)
         file.write(bytes(1024))
         sha256.update(bytes(1024))
     index = path.with_suffix(".index.tsv")
-    write_index(index, places)
-    return _entry(path, index, len(places), sha256.hexdigest())
+    write_index(index, rows)
+    return _entry(path, index, len(rows), sha256.hexdigest())
 
 
 def shard_entry(path: Path) -> dict:
-    """The entry in the manifest of a shard that was written before."""
+    """The manifest's entry of a shard that exists already."""
     index = path.with_suffix(".index.tsv")
     with open(index, "rb") as file:
         samples = sum(1 for _ in file) - 1
@@ -110,24 +110,34 @@ def _entry(path: Path, index: Path, samples: int, sha256: str) -> dict:
     }
 
 
-def write_index(path: Path, places: list[list]) -> None:
+def write_index(path: Path, rows: list[list]) -> None:
     """Write rows of INDEX_COLUMNS."""
     with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         file.write("\t".join(INDEX_COLUMNS) + "\n")
-        file.writelines("\t".join(map(str, row)) + "\n" for row in places)
+        file.writelines("\t".join(map(str, row)) + "\n" for row in rows)
 
 
 def _tar_header(name: str, size: int) -> bytes:
     """The header block of a plain file (POSIX.1-1988, ustar): mode 444, owner 0, time 0.
 
-    Written here because tarfile takes 13 us for one where this takes 0.6, three times per image, and
-    webdataset's writer brings torch; tests read the result back with both, and with GNU tar."""
+    Our own because tarfile takes 13 us per header and this 0.6, at three headers per image, and webdataset's
+    writer imports torch. Tests read the result with both, and with GNU tar.
+    """
     assert len(name) <= 100, name
     assert size < 8**11, size
-    said, octal = name.encode(), b"%011o" % size
-    checksum = b"%06o\0 " % (_REST_OF_SUM + sum(said) + sum(octal))
+    name_bytes, octal = name.encode(), b"%011o" % size
+    checksum = b"%06o\0 " % (_REST_OF_SUM + sum(name_bytes) + sum(octal))
     return _TAR_FIELDS.pack(
-        said, b"0000444", b"0000000", b"0000000", octal, b"00000000000", checksum, b"0", b"", b"ustar\x0000"
+        name_bytes,
+        b"0000444",
+        b"0000000",
+        b"0000000",
+        octal,
+        b"00000000000",
+        checksum,
+        b"0",
+        b"",
+        b"ustar\x0000",
     )
 
 
@@ -140,23 +150,23 @@ def sha256_of(path: Path) -> str:
 
 
 class Shards:
-    """The samples of one split, by number. Cheap to hand to worker processes: files are opened where they are
-    read.
+    """The samples of one split, by number. Cheap to pickle for worker processes: each opens its own files.
 
     Attributes:
         groups: int64 [n], the group number of each sample.
         shard_sizes: int64 [shards], samples in each shard, in the order in which samples are numbered.
-        fingerprint: sha256 that stands for the content of all splits, wherever the folder lies.
+        fingerprint: sha256 of the content of all splits; it does not depend on the folder's path.
+
+    Raises:
+        UserError: no such split, or a file is missing or damaged.
     """
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
         self.manifest = read_manifest(self.folder)
         if not self.manifest["splits"].get(split, {}).get("samples"):
-            having = ", ".join(
-                f"{name} ({entry['samples']})" for name, entry in self.manifest["splits"].items()
-            )
-            raise UserError(f"{folder}: no samples in split {split!r}; it has {having}")
+            sizes = [f"{name} ({entry['samples']})" for name, entry in self.manifest["splits"].items()]
+            raise UserError(f"{folder}: no samples in split {split!r}; it has {', '.join(sizes)}")
         self.entries = self.manifest["splits"][split]["shards"]
         self.fingerprint = hashlib.sha256(
             json.dumps(self.manifest["splits"], sort_keys=True).encode()
@@ -166,7 +176,7 @@ class Shards:
         self._ends = np.cumsum(self.shard_sizes)
         self._keys = np.concatenate(keys)
         self.groups = np.concatenate([table[:, 0] for table in numbers])
-        self._places = np.concatenate([table[:, 1:5] for table in numbers])
+        self._offsets = np.concatenate([table[:, 1:5] for table in numbers])
         self._files: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -180,7 +190,7 @@ class Shards:
 
     def read(self, number: int) -> Sample:
         """Sample `number`: its image and captions."""
-        image_offset, image_size, json_offset, json_size = self._places[number].tolist()
+        image_offset, image_size, json_offset, json_size = self._offsets[number].tolist()
         entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
         meta = json.loads(self._bytes(entry.get("json", entry["file"]), json_offset, json_size))
         return Sample(
@@ -190,15 +200,16 @@ class Shards:
     def meta(self, number: int) -> dict:
         """KEY.json of sample `number`, without reading its image."""
         entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
-        return json.loads(self._bytes(entry.get("json", entry["file"]), *self._places[number, 2:].tolist()))
+        return json.loads(self._bytes(entry.get("json", entry["file"]), *self._offsets[number, 2:].tolist()))
 
     def captions(self, number: int) -> list[str]:
         """The captions of sample `number`, without reading its image."""
         return self.meta(number)["captions"]
 
     def _bytes(self, file: str, offset: int, size: int) -> bytes:
+        """A piece of a file of the folder; files stay open between reads."""
         if file not in self._files:
-            if len(self._files) >= 64:  # far below any limit on open files
+            if len(self._files) >= 64:  # far below the usual limit on open files
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[file] = os.open(self.folder / file, os.O_RDONLY)
         data = os.pread(self._files[file], size, offset)
@@ -207,10 +218,10 @@ class Shards:
         return data
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Hash every `parts`-th shard and index, from `part` on, against the manifest.
+        """Compare the sha256 of every `parts`-th shard and index, starting at `part`, with the manifest.
 
         Raises:
-            UserError: a shard is missing or is not what was built; it is named.
+            UserError: names a shard that is missing or altered.
         """
         entries = self.entries[part::parts]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
@@ -231,7 +242,11 @@ class Shards:
 
 
 def altered(folder: Path, entry: dict) -> Iterator[str]:
-    """Sentences on the files of one shard that are not what was built."""
+    """A message for each file of one shard that is missing or altered.
+
+    Args:
+        entry: the shard's entry in the manifest.
+    """
     for name, expected in (
         (entry["file"], "sha256"),
         (entry["index"], "index_sha256"),
@@ -244,13 +259,17 @@ def altered(folder: Path, entry: dict) -> Iterator[str]:
             yield f"{path}: missing, but listed in the manifest; restore it or build the shards again"
         elif sha256_of(path) != entry[expected]:
             yield (
-                f"{path}: altered since it was built (its sha256 is not the one in"
-                f" {folder / 'manifest.json'}); build the shards again, or restore the file"
+                f"{path}: altered since it was built (its sha256 differs from {folder / 'manifest.json'});"
+                " restore it or build the shards again"
             )
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a folder that `python -m data_prep build` made."""
+    """The manifest of a folder that `python -m data_prep build` or `index` wrote.
+
+    Raises:
+        UserError: missing, damaged, or of another version.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -259,19 +278,26 @@ def read_manifest(folder: Path) -> dict:
         ) from None
     except ValueError as error:
         raise UserError(
-            f"{folder / 'manifest.json'}: not readable as JSON ({error}); build the shards again"
+            f"{folder / 'manifest.json'}: not valid JSON ({error}); build the shards again"
         ) from None
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{folder}: format {manifest.get('format')} of shards, this version reads {FORMAT}; build the"
-            " shards again"
+            f"{folder}: shards of format {manifest.get('format')}, but this version reads format {FORMAT};"
+            " build the shards again"
         )
     return manifest
 
 
 def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Keys [n], and int64 [n, 7]: the other INDEX_COLUMNS."""
-    import pandas as pd  # here, because building does without, and it takes a quarter of a second
+    """The index of one shard.
+
+    Returns:
+        Keys [n], and int64 [n, 7]: the other INDEX_COLUMNS.
+
+    Raises:
+        UserError: a file is missing, or does not match the manifest.
+    """
+    import pandas as pd  # slow to import (0.25 s), and not needed for building
 
     tar, path = folder / entry["file"], folder / entry["index"]
     if not tar.is_file() or not path.is_file():
@@ -286,6 +312,6 @@ def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{path}: not readable ({error}); build the shards again") from None
     if list(table.columns) != INDEX_COLUMNS or len(table) != entry["samples"]:
         raise UserError(
-            f"{path}: {len(table)} rows where the manifest has {entry['samples']}; build the shards again"
+            f"{path}: {len(table)} rows, but the manifest says {entry['samples']}; build the shards again"
         )
     return table["key"].to_numpy(dtype="U"), table[INDEX_COLUMNS[1:]].to_numpy()

@@ -19,7 +19,7 @@ from hub import Hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_prep.build.pipeline import Checking, Reading, Splitting, Work, build
+from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build
 from data_prep.errors import exit_on_user_error
 from data_prep.icons import icons
 from data_prep.shards import sha256_of
@@ -82,7 +82,9 @@ def build_icons(icon_folder: Path, out: Path, processes: int = 1, **options) -> 
         **{name: options.pop(name) for name in list(options) if name in Checking.__dataclass_fields__}
     )
     options = {"images_per_shard": 40, "min_shards": 1, **options}
-    return build([str(icon_folder / "icons.csv")], out, ICONS, check, split, Work(processes), **options)
+    return build(
+        [str(icon_folder / "icons.csv")], out, ICONS, check, split, Parallelism(processes), **options
+    )
 
 
 @pytest.fixture(scope="session")

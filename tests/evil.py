@@ -1,4 +1,4 @@
-"""A folder of inputs as bad as they come, and what must become of each: its reason, or what was put right."""
+"""A folder of bad inputs, and the expected result for each: a reason for its rejection, or a fix."""
 
 import io
 import os
@@ -33,7 +33,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 
 def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of these chunks, with right checksums."""
+    """A PNG of these chunks, with valid checksums."""
     parts = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks
@@ -45,8 +45,8 @@ def header(width: int, height: int, depth: int = 8, color: int = 2) -> tuple[byt
     return b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
 
 
-def zeroed(data: bytes, at: int, size: int) -> bytes:
-    return data[:at] + bytes(size) + data[at + size :]
+def zeroed(data: bytes, start: int, size: int) -> bytes:
+    return data[:start] + bytes(size) + data[start + size :]
 
 
 def jpeg_with_size(width: int, height: int) -> bytes:
@@ -77,7 +77,7 @@ photo = encoded(noise(200, 160), "JPEG", quality=90)
 frames = [noise(seed=1), noise(seed=2)]
 idat = zlib.compress(bytes(33 * 32 * 3))
 
-# name -> bytes, and the reason for which it must be rejected
+# name -> bytes, and the reason of its rejection
 BAD_FILES = {
     "empty.png": (b"", "empty file"),
     "text.png": (b"hello\n", "not an image"),
@@ -136,7 +136,7 @@ BAD_FILES = {
     "white_on_nothing.png": (encoded(drawn((0, 0, 0, 0), (255, 255, 255, 255))), "blank image"),
 }
 
-# name -> bytes, and what has to be put right (None: nothing, the bytes stay)
+# name -> bytes, and its fix (None: the bytes stay unchanged)
 GOOD_FILES = {
     "alpha.png": (encoded(drawn((0, 0, 0, 0), (0, 0, 0, 255))), "transparency"),
     "alpha_unused.png": (encoded(noise(mode="RGB").convert("RGBA")), "alpha without transparency"),
@@ -180,8 +180,7 @@ def make(folder: Path) -> tuple[Path, dict[int, str], dict[str, str | None]]:
     """Write images/, and evil.csv beside it.
 
     Returns:
-        The CSV; line -> the reason for which it must be rejected; image -> its fix, for those that must get
-        in.
+        The CSV; line -> the reason of its rejection; image -> its fix, for those that are included.
     """
     images = folder / "images"
     (images / "folder.png").mkdir(parents=True)
@@ -241,16 +240,16 @@ def make(folder: Path) -> tuple[Path, dict[int, str], dict[str, str | None]]:
         (b"twice.png,again,validation", "conflicting splits"),
         (b"twice.png,nowhere,holdout", "unknown split"),
     ]
-    reasons, at, text = {}, 2, b"image,caption,split\n"
+    reasons, number, text = {}, 2, b"image,caption,split\n"
     for line, reason in lines:
         if reason:
-            reasons[at] = reason
-        at += 1 + line.count(b"\n")
+            reasons[number] = reason
+        number += 1 + line.count(b"\n")
         text += line + b"\n"
     (folder / "evil.csv").write_bytes(text)
-    wanted = {name: fix for name, (_, fix) in GOOD_FILES.items()} | {
+    fixes = {name: fix for name, (_, fix) in GOOD_FILES.items()} | {
         "plain.png": None,
         "twice.png": None,
         "link_in.png": None,
     }
-    return folder / "evil.csv", reasons, wanted
+    return folder / "evil.csv", reasons, fixes

@@ -1,6 +1,4 @@
-"""Run by test_build.py with webdataset 0.2.86: what it and open_clip_train's pipeline make of our tars, as
-JSON.
-"""
+"""Run by test_build.py with webdataset 0.2.86: prints what it and open_clip_train read from our tars."""
 
 import argparse
 import glob

@@ -20,7 +20,7 @@ from benchmarks.quality_icons import LEAST, PACKAGES, archive, drawn, phosphor_t
 from benchmarks.quality_table import SHOWN, differences, figures, mixtures
 from data_prep.build.split import split_of
 from data_prep.errors import UserError
-from data_prep.icons import _charmap, _font_files
+from data_prep.icons import charmap, font_files
 from eval.retrieval.intervals import mean_interval, paired_difference
 from eval.retrieval.score import QueryScores
 from train.recipe import leaves, parse
@@ -104,8 +104,8 @@ def test_words_and_fonts_come_from_packages(tmp_path, monkeypatch):
       { name: "plain", pascal_name: "Plain", categories: [], tags: [] }];"""
     tags = ["Vehicles", "air port"]
     assert phosphor_tags(phosphor) == {"acorn": ["nut"], "airplane-tilt": tags, "plane": tags, "plain": []}
-    font = _font_files()["phosphor"]
-    home, star, umbrella = (ord(_charmap(font)[name]) for name in ("house", "star", "umbrella"))
+    font = font_files()["phosphor"]
+    home, star, umbrella = (ord(charmap(font)[name]) for name in ("house", "star", "umbrella"))
     packed(tmp_path, "@phosphor-icons/core", phosphor)
     packed(tmp_path, "@mdi/svg", json.dumps([{"name": "access-point", "aliases": ["wireless"]}]))
     tabler = {

@@ -1,13 +1,13 @@
-"""What people decided about pictures and captions: a CSV that the review page writes, people edit, and
-`build` applies.
+"""Decisions about images and captions: a CSV that the review page writes, people edit, and `build` applies.
 
   action   caption        new_caption
-  drop                                   the image is left out
+  drop                                   leave the image out
   edit     the old one    the new one
   remove   the old one
   add                     one more
 
-An image is known by its `key`, which its name alone decides; `image` is that name, for people, as `note` is.
+An image is identified by its `key`, which is derived from its name; `image` is the name, for people, and
+`note` is free text.
 """
 
 import csv
@@ -21,18 +21,38 @@ from typing import NamedTuple
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
+from data_prep.inputs.names import Problem
 
 DROPPED, REMOVED = "dropped by a decision", "caption removed by a decision"
-WANTS = {
-    "drop": (False, False),
-    "edit": (True, True),
-    "remove": (True, False),
-    "add": (False, True),
-}  # caption, new_caption
 KEY = re.compile("[0-9a-f]{16}")
 
 
+class CaptionCells(NamedTuple):
+    """Which cells an action must have; the others must be empty."""
+
+    caption: bool
+    new_caption: bool
+
+
+ACTIONS = {
+    "drop": CaptionCells(caption=False, new_caption=False),
+    "edit": CaptionCells(caption=True, new_caption=True),
+    "remove": CaptionCells(caption=True, new_caption=False),
+    "add": CaptionCells(caption=False, new_caption=True),
+}
+
+
+class Subject(NamedTuple):
+    """What can be decided once: whether an image is dropped, what happens to a caption, a caption to add."""
+
+    key: str
+    kind: str
+    caption: str
+
+
 class Decision(NamedTuple):
+    """A line of the CSV."""
+
     key: str
     image: str
     action: str
@@ -41,39 +61,45 @@ class Decision(NamedTuple):
     note: str = ""
 
     @property
-    def about(self) -> tuple[str, str, str]:
-        """What can be decided once: that an image is dropped, what becomes of one caption, that one is added."""
+    def subject(self) -> Subject:
         if self.action == "drop":
-            return self.key, "drop", ""
-        return (
-            (self.key, "add", self.new_caption)
-            if self.action == "add"
-            else (self.key, "caption", self.caption)
-        )
+            return Subject(self.key, "drop", "")
+        if self.action == "add":
+            return Subject(self.key, "add", self.new_caption)
+        return Subject(self.key, "caption", self.caption)
 
     def problem(self) -> str:
-        """Why this cannot be a decision, or nothing."""
+        """Why this is not a valid decision; "" if it is."""
         if not KEY.fullmatch(self.key):
-            return f"the key {self.key!r} is none; 16 digits of 0-9 and a-f are wanted, as in the shards"
-        if self.action not in WANTS:
-            return f"unknown action {self.action!r}; {', '.join(WANTS)} are known"
-        for name, text, wanted in zip(self._fields[3:5], self[3:5], WANTS[self.action], strict=True):
-            if bool(text) != wanted:
-                return f"{self.action} {'wants a' if wanted else 'takes no'} {name}" + (
-                    f", but has {text!r}" if text else ""
-                )
+            return f"invalid key {self.key!r}; a key has 16 digits of 0-9 and a-f, as in the shards"
+        if self.action not in ACTIONS:
+            return f"unknown action {self.action!r}; valid actions are {', '.join(ACTIONS)}"
+        for name, required in ACTIONS[self.action]._asdict().items():
+            text = getattr(self, name)
+            if required and not text:
+                return f"{self.action} needs a {name}"
+            if text and not required:
+                return f"{self.action} takes no {name}, but has {text!r}"
         try:
             "".join(self).encode()
         except UnicodeEncodeError:
-            return "a caption or name holds half a character"
+            return "a caption or name contains an unpaired surrogate"
         return ""
 
+    def contradicts(self, other: "Decision") -> bool:
+        """Whether two decisions about one subject differ."""
+        return (self.action, self.caption, self.new_caption) != (
+            other.action,
+            other.caption,
+            other.new_caption,
+        )
 
-def read_decisions(path: Path) -> tuple[dict[tuple, Decision], str]:
-    """Decisions in the order of the file, by what they are about; and the file's sha256.
+
+def read_decisions(path: Path) -> tuple[dict[Subject, Decision], str]:
+    """Decisions by their subject, in the order of the file; and the file's sha256.
 
     Raises:
-        UserError: it cannot be read, or holds what is no decision, or two that contradict each other.
+        UserError: the file cannot be read, or has an invalid decision, or two that contradict each other.
     """
     try:
         data = path.read_bytes()
@@ -81,99 +107,106 @@ def read_decisions(path: Path) -> tuple[dict[tuple, Decision], str]:
         return _parse(path, lines), hashlib.sha256(data).hexdigest()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); a CSV of decisions is wanted, as review writes it"
+            f"{path}: cannot be read ({error.strerror}); pass a CSV of decisions, as review writes it"
         ) from None
     except (UnicodeError, csv.Error) as error:
         raise UserError(
-            f"{path}: cannot be read as a CSV in UTF-8 ({error}); put it right, or restore it"
+            f"{path}: cannot be read as a CSV in UTF-8 ({error}); fix the file, or restore it"
         ) from None
 
 
-def _parse(path: Path, lines) -> dict[tuple, Decision]:
-    header, found, at = next(lines, []), {}, lines.line_num + 1
+def _parse(path: Path, lines) -> dict[Subject, Decision]:
+    header, decisions, next_line = next(lines, []), {}, lines.line_num + 1
     if header != list(Decision._fields):
-        raise UserError(f"{path}: its header is {','.join(header)!r}; {','.join(Decision._fields)} is wanted")
+        raise UserError(
+            f"{path}: its header is {','.join(header)!r}; it must be {','.join(Decision._fields)}"
+        )
     for cells in lines:
-        line, at = at, lines.line_num + 1
+        line, next_line = next_line, lines.line_num + 1
         if not any(cells):
             continue
         if len(cells) != len(header):
             raise UserError(
-                f"{path}:{line}: {len(cells)} cells where the header has {len(header)}; quote captions that hold commas"
+                f"{path}:{line}: {len(cells)} cells, but the header has {len(header)}; quote captions that"
+                " contain commas"
             )
-        decision = tidy(*cells)
+        decision = normalized(Decision(*cells))
         if problem := decision.problem():
             raise UserError(f"{path}:{line}: {problem}")
-        before = found.setdefault(decision.about, decision)
-        if before[2:5] != decision[2:5]:
+        before = decisions.setdefault(decision.subject, decision)
+        if decision.contradicts(before):
             raise UserError(
-                f"{path}:{line}: {decision.action} {decision.caption!r}, but a line above says {before.action}; one of them is wanted"
+                f"{path}:{line}: {decision.action} {decision.caption!r}, but a line above says"
+                f" {before.action}; keep one of them"
             )
-    return found
+    return decisions
 
 
-def tidy(*cells: str) -> Decision:
-    """A decision whose captions are spaced as build spaces them."""
-    key, image, action, caption, new_caption, note = cells
-    return Decision(
-        key.strip(), image, action.strip(), " ".join(caption.split()), " ".join(new_caption.split()), note
+def normalized(decision: Decision) -> Decision:
+    """The decision with white space as `build` normalizes it in captions."""
+    return decision._replace(
+        key=decision.key.strip(),
+        action=decision.action.strip(),
+        caption=" ".join(decision.caption.split()),
+        new_caption=" ".join(decision.new_caption.split()),
     )
 
 
 def write_decisions(path: Path, decisions: Iterable[Decision]) -> None:
-    """The file, whole or not at all."""
+    """Write the CSV, atomically."""
     with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Decision._fields)
         writer.writerows(decisions)
 
 
-class Decided:
-    """Decisions as they are applied, row by row; every part of a build asks about all rows, so that all count
-    alike.
-    """
+class AppliedDecisions:
+    """Applies decisions row by row. Every task of a build applies them to all rows, so all count alike."""
 
     def __init__(self, decisions: Iterable[Decision]):
         self._all = list(decisions)
-        self._dropped = {each.key: each for each in self._all if each.action == "drop"}
+        self._dropped = {decision.key: decision for decision in self._all if decision.action == "drop"}
         self._captions = {
-            (each.key, each.caption): each for each in self._all if each.action in ("edit", "remove")
+            (decision.key, decision.caption): decision
+            for decision in self._all
+            if decision.action in ("edit", "remove")
         }
-        self.adding = {each.key for each in self._all if each.action == "add"}
-        self._keys = {each.key for each in self._all}
+        self.keys_with_additions = {decision.key for decision in self._all if decision.action == "add"}
+        self._keys = {decision.key for decision in self._all}
         self._seen: set[str] = set()
-        self._used: set[tuple] = set()
+        self._used: set[Subject] = set()
 
-    def __call__(self, key: str, caption: str) -> tuple[str, tuple[str, str] | None]:
-        """What becomes of a row: its caption, and the reason and detail where it is not wanted any more."""
+    def apply(self, key: str, caption: str) -> tuple[str, Problem | None]:
+        """The caption of a row after the decisions, and why the row is left out, if so."""
         if key not in self._keys:
             return caption, None
         self._seen.add(key)
-        if found := self._captions.get((key, caption)):
-            self._used.add(found.about)
+        decision = self._captions.get((key, caption))
+        if decision:
+            self._used.add(decision.subject)
         if key in self._dropped:
-            return caption, (DROPPED, self._dropped[key].note)
-        if found and found.action == "remove":
-            return caption, (REMOVED, found.note or caption)
-        return found.new_caption if found else caption, None
+            return caption, Problem(DROPPED, self._dropped[key].note)
+        if decision and decision.action == "remove":
+            return caption, Problem(REMOVED, decision.note or caption)
+        return decision.new_caption if decision else caption, None
 
-    def added(self) -> Iterator[tuple[str, str]]:
-        """(key, caption) of captions for images that were seen and are not dropped, in the order of the file."""
-        for each in self._all:
-            if each.action == "add" and each.key in self._seen and each.key not in self._dropped:
-                yield each.key, each.new_caption
+    def added(self) -> Iterator[Decision]:
+        """Captions to add to images that were seen and are not dropped, in the order of the file."""
+        for decision in self._all:
+            if decision.action == "add" and decision.key in self._seen and decision.key not in self._dropped:
+                yield decision
 
     def counts(self) -> dict:
-        """How many decisions of each action were applied, and which were not: their image or caption is in no
+        """How many decisions of each action were applied, and `unused`: those whose image or caption is in no
         row.
         """
         is_used = {
-            each.about: each.about in self._used
-            or (each.action in ("drop", "add") and each.key in self._seen)
-            for each in self._all
+            decision.subject: decision.subject in self._used
+            or (decision.action in ("drop", "add") and decision.key in self._seen)
+            for decision in self._all
         }
-        used = Counter(each.action for each in self._all if is_used[each.about])
+        used = Counter(decision.action for decision in self._all if is_used[decision.subject])
         return {
-            **{action: used[action] for action in WANTS},
-            "unused": [each for each in self._all if not is_used[each.about]],
+            **{action: used[action] for action in ACTIONS},
+            "unused": [decision for decision in self._all if not is_used[decision.subject]],
         }

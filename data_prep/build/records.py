@@ -1,10 +1,11 @@
-"""Rows joined by image, on disk, so that memory does not grow with them: one part of the work, safe at every
-moment.
+"""Rows joined by image, on disk, so that memory does not grow with them. Each task of a build has one part; a
+kill at any moment loses nothing that was committed.
 
-  part-00003-of-00008.sqlite   rows      what was read, of the images that fall into this part, by a hash of their paths
-                      pictures  what the checks made of each image, in the order of their keys
-                      rejects   rows that cannot be used, each with its line and a named reason
-  part-00003-of-00008.bytes    images that cannot be read again from a file: fetched, held by an input, or put right
+  part-00003-of-00008.sqlite   rows           what was read, for images whose key falls into this part
+                               images         what the checks made of each image, in the order of keys
+                               rejects        rows that cannot be used, each with its line and a named reason
+                               long_captions  captions of more tokens than the model can read
+  part-00003-of-00008.bytes    images that cannot be read again from a file: fetched, compressed, or changed
 
 records + rejects = rows, in every part and so in the whole.
 """
@@ -14,31 +15,38 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
-from data_prep.build.decisions import Decided, Decision
+from data_prep.build.database import insert, select, select_one
+from data_prep.build.decisions import AppliedDecisions, Decision
+from data_prep.build.options import Reading
 from data_prep.errors import UserError
-from data_prep.inputs.names import Names, key_of
-from data_prep.inputs.rows import Columns, read
-from data_prep.inputs.sources import COMPRESSED, is_url
+from data_prep.inputs.formats import read
+from data_prep.inputs.names import Names, Problem, key_of
+from data_prep.inputs.rows import Row, is_in_place
 from data_prep.progress import progress
 
 SCHEMA = """
-CREATE TABLE rows (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, key TEXT, image TEXT, caption TEXT,
-                   grp TEXT, split TEXT, columns TEXT, held INTEGER, at INTEGER, size INTEGER);
-CREATE TABLE pictures (key TEXT PRIMARY KEY, ordinal INTEGER, image TEXT, captions TEXT, groups TEXT, split TEXT, columns TEXT,
-                       extension TEXT, width INTEGER, height INTEGER, content BLOB, pixels BLOB, look BLOB, fixes TEXT,
-                       held INTEGER, at INTEGER, size INTEGER) WITHOUT ROWID;
-CREATE INDEX pictures_of_inputs ON pictures (held, key) WHERE held >= 0;
-CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, image TEXT, reason TEXT, detail TEXT);
-CREATE TABLE cut (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, tokens INTEGER, caption TEXT);
+CREATE TABLE rows (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, key TEXT, image TEXT,
+                   caption TEXT, group_name TEXT, split TEXT, columns TEXT, container INTEGER, offset INTEGER,
+                   length INTEGER);
+CREATE TABLE images (key TEXT PRIMARY KEY, ordinal INTEGER, image TEXT, captions TEXT, groups TEXT,
+                     split TEXT, columns TEXT, extension TEXT, width INTEGER, height INTEGER,
+                     content BLOB, pixels BLOB,
+                     phash BLOB, fixes TEXT, container INTEGER, offset INTEGER, length INTEGER) WITHOUT ROWID;
+CREATE INDEX images_by_container ON images (container, key) WHERE container >= 0;
+CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, image TEXT, reason TEXT,
+                      detail TEXT);
+CREATE TABLE long_captions (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, tokens INTEGER,
+                            caption TEXT);
 CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 """
-SPOOLED = -1
+SPOOLED = -1  # the container of images in the part's .bytes
+INSERT_ROWS = 10_000
 SPLIT_NAMES = {
     "train": "train",
     "val": "val",
@@ -50,25 +58,118 @@ SPLIT_NAMES = {
 }
 
 
-@dataclass
-class Picture:
-    """One image and the rows that caption it, in the order of the input."""
+class Place(NamedTuple):
+    """Where an image is stored.
 
-    key: str  # 16 hexadecimal digits, from the image's name: safe in a tar, the same in every build
+    Attributes:
+        container: None for a separate file, SPOOLED for the part's .bytes, else the number of the input that
+            contains it.
+        offset, length: bytes in the container.
+    """
+
+    container: int | None = None
+    offset: int | None = None
+    length: int | None = None
+
+
+class StoredRow(NamedTuple):
+    """A row of the table `rows`.
+
+    Attributes:
+        ordinal: the number of the row over all inputs, from 1.
+        input: the number of the input.
+        key: of the image, see data_prep.inputs.names.key_of.
+        container, offset, length: see Place.
+    """
+
+    ordinal: int
+    input: int
+    line: int
+    key: str
     image: str
-    held: int | None = (
-        # None: a file of its own; SPOOLED: in the part's .bytes; else the number of the input that holds it
-        None
-    )
-    at: int | None = None
-    size: int | None = None
-    rows: list[tuple] = field(
-        default_factory=list
-    )  # (ordinal, input, line, caption, group, split, columns, held, at)
+    caption: str
+    group_name: str
+    split: str
+    columns: str
+    container: int | None
+    offset: int | None
+    length: int | None
+
+    def reject(self, problem: Problem) -> "Reject":
+        return Reject(self.ordinal, self.input, self.line, self.image, *problem)
+
+
+class StoredImage(NamedTuple):
+    """A row of the table `images`.
+
+    Attributes:
+        ordinal: of the first row of the image.
+        captions: one per line.
+        groups: JSON, the cells of the group column; "" for none.
+        split: the cell of the split column.
+        extension, width, height, content, pixels, phash: see data_prep.images.CheckedImage.
+        fixes: one per line.
+        container, offset, length: see Place.
+    """
+
+    key: str
+    ordinal: int
+    image: str
+    captions: str
+    groups: str
+    split: str
+    columns: str
+    extension: str
+    width: int
+    height: int
+    content: bytes
+    pixels: bytes
+    phash: bytes
+    fixes: str
+    container: int | None
+    offset: int | None
+    length: int | None
+
+
+class Reject(NamedTuple):
+    """A row of the table `rejects`."""
+
+    ordinal: int
+    input: int
+    line: int
+    image: str
+    reason: str
+    detail: str = ""
+
+
+class LongCaption(NamedTuple):
+    """A row of the table `long_captions`."""
+
+    ordinal: int
+    input: int
+    line: int
+    tokens: int
+    caption: str
+
+
+class _State(NamedTuple):
+    name: str
+    value: str
+
+
+class ImageRows(NamedTuple):
+    """An image and the rows that caption it, in the order of the input."""
+
+    key: str
+    image: str
+    container: int | None
+    offset: int | None
+    length: int | None
+    rows: list[StoredRow]
 
 
 class Part:
-    """One part's files; only one process at a time writes to them.
+    """The files of one part; one process at a time may write to them.
 
     Raises:
         UserError: another process has them open.
@@ -89,7 +190,7 @@ class Part:
             )
         except sqlite3.OperationalError as error:
             raise UserError(
-                f"{self.path}: in use by another process ({error}); let it end, or end it"
+                f"{self.path}: in use by another process ({error}); wait until it ends, or stop it"
             ) from None
         if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
             self.db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
@@ -99,229 +200,215 @@ class Part:
         return folder / f"part-{number:05d}-of-{parts:05d}.sqlite"
 
     @cached_property
-    def spool(self):
+    def _spool_file(self):
         return open(self.spool_path, "ab")
 
     def get(self, name: str) -> str:
-        found = self.db.execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
-        return found[0] if found else ""
+        """A value of the table `state`; "" if it is not set."""
+        state = select_one(self.db, _State, "FROM state WHERE name = :name", name=name)
+        return state.value if state else ""
 
     def set(self, **values) -> None:
-        self.db.executemany(
-            "INSERT OR REPLACE INTO state VALUES (?, ?)",
-            [(name, str(value)) for name, value in values.items()],
-        )
+        for name, value in values.items():
+            self.db.execute(
+                "INSERT OR REPLACE INTO state (name, value) VALUES (:name, :value)",
+                {"name": name, "value": str(value)},
+            )
 
-    def store(self, data: bytes) -> tuple[int, int, int]:
-        """Where `data` stands from now on: held, at, size."""
-        at = self.spool.tell()
-        self.spool.write(data)
-        return SPOOLED, at, len(data)
+    def spool(self, data: bytes) -> Place:
+        """Append `data` to the part's .bytes."""
+        offset = self._spool_file.tell()
+        self._spool_file.write(data)
+        return Place(SPOOLED, offset, len(data))
 
     def commit(self) -> None:
-        """Make what was done since BEGIN last; bytes first, because the tables point to them."""
-        if "spool" in self.__dict__:
-            self.spool.flush()
-            os.fsync(self.spool.fileno())
+        """Make everything since BEGIN durable; .bytes first, because the tables refer to it."""
+        if "_spool_file" in self.__dict__:
+            self._spool_file.flush()
+            os.fsync(self._spool_file.fileno())
         self.db.execute("COMMIT")
 
-    def reject(self, rows: Iterable[tuple], reason: str, detail: str = "") -> None:
-        """List rows (ordinal, input, line, image) with a reason."""
-        self.db.executemany(
-            "INSERT INTO rejects VALUES (?, ?, ?, ?, ?, ?)", [(*row, reason, detail) for row in rows]
-        )
+    def reject(self, *rejects: Reject) -> None:
+        insert(self.db, "rejects", rejects)
 
     def close(self) -> None:
-        if "spool" in self.__dict__:
-            self.spool.close()
+        if "_spool_file" in self.__dict__:
+            self._spool_file.close()
         self.db.close()
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How the inputs are read; with the inputs themselves, this decides what the rows are."""
-
-    image_column: str = "image"
-    """Column of image paths, of URLs, or (in Parquet) of the images themselves."""
-    caption_column: str = "caption"
-    """Column of captions; in Parquet and JSONL it may hold lists."""
-    group_column: str = ""
-    """Column that joins images that show the same thing; a group is never split over train and val."""
-    split_column: str = ""
-    """Column that says train, val or test, where that is settled already."""
-    images: str = ""
-    """Folder or URL that image paths are relative to, and may not leave; by default the input's own folder.
-    """
-    delimiter: str = ""
-    """Between the cells of a CSV's row; by default a comma, in .tsv files a tab."""
-    encoding: str = "utf-8-sig"
-    """Of CSV and JSONL, as Python names it: utf-8, latin-1, utf-16."""
-    context_length: int = 77
-    """Tokens that the model to be trained can read; captions that will be cut are counted. 0 does not look.
-    """
-    decisions: str = ""
-    """CSV of what was decided with `python -m data_prep review`: images that are dropped, captions that are
-    put right.
-    """
-
-    @property
-    def columns(self) -> Columns:
-        return Columns(self.image_column, self.caption_column, self.group_column, self.split_column)
-
-
 def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[Decision] = ()) -> None:
-    """Read all inputs and keep the rows of this part, in one transaction: after a kill it starts again.
+    """Read all inputs and store the rows of this part, in one transaction: after a kill it starts again.
 
     Raises:
-        UserError: an input cannot be read; see data_prep.inputs.rows.read.
+        UserError: an input cannot be read; see data_prep.inputs.formats.read.
     """
     if part.get("loaded"):
         return
     part.spool_path.unlink(missing_ok=True)
     part.db.execute("BEGIN")
     bar = progress(desc="reading rows", unit="row", delay=2)
-    labels = [os.path.basename(source.rstrip("/")) for source in inputs]
-    if len(set(labels)) < len(labels):
-        labels = [f"{at}/{label}" for at, label in enumerate(labels)]
-    names, cuts, kept, ordinal, stored = Names(reading.images), _Cuts(reading.context_length), [], 0, None
-    decided, first = Decided(decisions), {}
-
-    def keep(row: tuple) -> None:
-        if tokens := cuts.tokens(row[5]):
-            part.db.execute("INSERT INTO cut VALUES (?, ?, ?, ?, ?)", (*row[:3], tokens, row[5]))
-        kept.append(row)
-
-    for at, source in enumerate(inputs):
-        for row in read(source, reading.columns, reading.delimiter, reading.encoding, labels[at]):
-            ordinal += 1
-            if ordinal % 10_000 == 0:
-                bar.update(10_000)
-                _keep(part, kept)
-            name, problem = (
-                (row.image, row.problem) if row.problem or row.data is not None else names.inside(row.image)
-            )
-            caption = " ".join(row.caption.split())
-            problem = problem or (("empty caption", "") if not caption else None)
-            split = SPLIT_NAMES.get(row.split.lower()) if row.split else ""
-            if split is None and not problem:
-                problem = ("unknown split", f"{row.split!r}; train, val or test is wanted")
-            key = key_of(name) if name else f"{ordinal:016x}"
-            caption, unwanted = (caption, None) if problem else decided(key, caption)
-            if part.parts > 1 and int(key, 16) * part.parts >> 64 != part.number:
-                continue
-            if problem:
-                part.reject([(ordinal, at, row.line, _storable(row.image or name))], *map(_storable, problem))
-                continue
-            place = (None, None, None)
-            if row.data is not None:
-                if stored is None or stored[0] != key:  # rows of one image follow each other
-                    in_place = row.at is not None and not is_url(source) and not source.endswith(COMPRESSED)
-                    stored = (key, (at, row.at, len(row.data)) if in_place else part.store(row.data))
-                place = stored[1]
-            found = (ordinal, at, row.line, key, name, caption, row.group, split, row.columns, *place)
-            if key in decided.adding:
-                first.setdefault(key, found)
-            if unwanted:
-                part.reject([(*found[:3], name)], *unwanted)
-            else:
-                keep(found)
+    names = [os.path.basename(source.rstrip("/")) for source in inputs]
+    if len(set(names)) < len(names):
+        names = [f"{number}/{name}" for number, name in enumerate(names)]
+    loader = _Loader(part, reading, decisions)
+    for number, source in enumerate(inputs):
+        for row in read(source, reading.columns, reading.delimiter, reading.encoding, names[number]):
+            loader.add(number, source, row)
+            if loader.ordinal % INSERT_ROWS == 0:
+                bar.update(INSERT_ROWS)
+                loader.insert_pending()
     bar.close()
-    if not ordinal:
-        raise UserError(f"{', '.join(inputs)}: no rows; a header and one row per caption are wanted")
-    for key, caption in decided.added():  # as rows below all others, which move none of them
-        ordinal += 1
-        if key in first:
-            keep((ordinal, *first[key][1:5], caption, *first[key][6:]))
-    _keep(part, kept)
+    if not loader.ordinal:
+        raise UserError(f"{', '.join(inputs)}: no rows; an input must have a header and one row per caption")
+    loader.add_captions()
+    loader.insert_pending()
     part.db.execute("CREATE INDEX rows_by_key ON rows (key, ordinal)")
-    part.set(loaded=1, total_rows=ordinal, decided=json.dumps(decided.counts()))
+    part.set(loaded=1, total_rows=loader.ordinal, decisions=json.dumps(loader.decisions.counts()))
     part.commit()
 
 
-def _storable(text: str) -> str:
+class _Loader:
+    """Validates rows one by one, applies decisions, and stores those of one part."""
+
+    def __init__(self, part: Part, reading: Reading, decisions: Iterable[Decision]):
+        self.part, self.decisions = part, AppliedDecisions(decisions)
+        self.ordinal = 0
+        self._names, self._token_limit = Names(reading.images), _TokenLimit(reading.context_length)
+        self._pending: list[StoredRow] = []
+        self._last_key, self._last_place = "", Place()
+        self._first_rows: dict[str, StoredRow] = {}  # of images that get more captions
+
+    def add(self, number: int, source: str, row: Row) -> None:
+        """Store a row of input `number`, or reject it."""
+        self.ordinal += 1
+        name, problem = row.image, row.problem
+        if not problem and row.data is None:
+            name, problem = self._names.resolve(row.image)
+        caption = " ".join(row.caption.split())
+        if not problem and not caption:
+            problem = Problem("empty caption")
+        split = SPLIT_NAMES.get(row.split.lower()) if row.split else ""
+        if split is None and not problem:
+            problem = Problem("unknown split", f"{row.split!r}; must be train, val or test")
+        key = key_of(name) if name else f"{self.ordinal:016x}"
+        decided = None
+        if not problem:
+            caption, decided = self.decisions.apply(key, caption)
+        if self.part.parts > 1 and int(key, 16) * self.part.parts >> 64 != self.part.number:
+            return
+        if problem:
+            texts = map(_encodable, (row.image or name, *problem))
+            self.part.reject(Reject(self.ordinal, number, row.line, *texts))
+            return
+        stored = StoredRow(
+            self.ordinal,
+            number,
+            row.line,
+            key,
+            name,
+            caption,
+            row.group,
+            split,
+            row.columns,
+            *self._place(number, source, row, key),
+        )
+        if key in self.decisions.keys_with_additions:
+            self._first_rows.setdefault(key, stored)
+        if decided:
+            self.part.reject(stored.reject(decided))
+        else:
+            self._store(stored)
+
+    def _place(self, number: int, source: str, row: Row, key: str) -> Place:
+        if row.data is None:
+            return Place()
+        if self._last_key != key:  # the rows of one image follow each other: spool it once
+            in_place = is_in_place(source, row)
+            place = Place(number, row.offset, len(row.data)) if in_place else self.part.spool(row.data)
+            self._last_key, self._last_place = key, place
+        return self._last_place
+
+    def add_captions(self) -> None:
+        """Store captions that decisions add, as rows after all others, so that no row is renumbered."""
+        for decision in self.decisions.added():
+            self.ordinal += 1
+            if first := self._first_rows.get(decision.key):
+                self._store(first._replace(ordinal=self.ordinal, caption=decision.new_caption))
+
+    def _store(self, row: StoredRow) -> None:
+        if tokens := self._token_limit.exceeded_by(row.caption):
+            long = LongCaption(row.ordinal, row.input, row.line, tokens, row.caption)
+            insert(self.part.db, "long_captions", [long])
+        self._pending.append(row)
+
+    def insert_pending(self) -> None:
+        insert(self.part.db, "rows", self._pending)
+        self._pending.clear()
+
+
+def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _keep(part: Part, rows: list[tuple]) -> None:
-    part.db.executemany(f"INSERT INTO rows VALUES ({', '.join('?' * 12)})", rows)
-    rows.clear()
-
-
-class _Cuts:
-    """Counts tokens where a caption may be too long for the model; most are too short to have to."""
+class _TokenLimit:
+    """Finds captions that are longer than the model's context length; most are too short to need counting."""
 
     def __init__(self, context_length: int):
         self.context_length = context_length
 
     @cached_property
     def _tokenizer(self):
-        from open_clip.tokenizer import (
-            SimpleTokenizer,
-        )  # here, because it brings torch, and few captions want it
+        from open_clip.tokenizer import SimpleTokenizer  # imports torch, and few captions need it
 
         return SimpleTokenizer()
 
-    def tokens(self, caption: str) -> int:
-        """The caption's tokens with both ends, where they are more than the context length; else 0."""
-        # A token stands for one byte or more. What is cleaned before (ftfy, lower case) can only lengthen
-        # other scripts.
-        most = len(caption) if caption.isascii() else 3 * len(html.unescape(caption).encode())
-        if not self.context_length or most + 2 <= self.context_length:
+    def exceeded_by(self, caption: str) -> int:
+        """The number of tokens of the caption, start and end included, if it exceeds the limit; else 0."""
+        # A token is one byte or more. Cleaning (ftfy, lower case) comes first; only non-ASCII text can grow.
+        max_tokens = len(caption) if caption.isascii() else 3 * len(html.unescape(caption).encode())
+        if not self.context_length or max_tokens + 2 <= self.context_length:
             return 0
         tokens = len(self._tokenizer.encode(caption)) + 2
         return tokens if tokens > self.context_length else 0
 
 
-def pictures(part: Part) -> Iterator[Picture]:
-    """The images of a part that are not checked yet, in the order of their keys; rows that cannot be joined
-    are rejected.
-    """
-    (last,) = part.db.execute("SELECT value FROM state WHERE name = 'last_key'").fetchone() or ("",)
-    cursor = part.db.cursor().execute(
-        "SELECT key, image, held, at, size, ordinal, input, line, caption, grp, split, columns, held, at FROM rows "
-        "WHERE key > ? ORDER BY key, ordinal",
-        (last,),
-    )
-    for _, found in groupby(cursor, itemgetter(0)):
-        rows = list(found)
-        assert len({row[1] for row in rows}) == 1, f"one key for {sorted({row[1] for row in rows})}"
-        yield Picture(*rows[0][:5], [row[5:] for row in rows])
+def unchecked_images(part: Part) -> Iterator[ImageRows]:
+    """The images of a part that are not checked yet, in the order of their keys."""
+    query = "FROM rows WHERE key > :last_key ORDER BY key, ordinal"
+    rows = select(part.db, StoredRow, query, last_key=part.get("last_key"))
+    for _, group in groupby(rows, attrgetter("key")):
+        of_image = list(group)
+        assert len({row.image for row in of_image}) == 1, (
+            f"one key for {sorted({row.image for row in of_image})}"
+        )
+        first = of_image[0]
+        yield ImageRows(first.key, first.image, first.container, first.offset, first.length, of_image)
 
 
-def join(part: Part, picture: Picture) -> dict:
-    """What the rows of one image say together; rows that add nothing or contradict become rejects."""
+class JoinedRows(NamedTuple):
+    """What the rows of one image say together."""
+
+    captions: list[str]
+    groups: list[str]
+    split: str
+
+
+def join_rows(part: Part, image: ImageRows) -> JoinedRows:
+    """Join the rows of one image; reject rows that repeat or contradict an earlier one."""
     captions, groups, split = {}, {}, ""
-    for ordinal, at, line, caption, group, row_split, _, *place in picture.rows:
-        if place != [picture.held, picture.at]:
-            part.reject(
-                [(ordinal, at, line, picture.image)],
-                "name in two inputs",
-                "the image that an earlier input has by this name is taken",
-            )
+    for row in image.rows:
+        if (row.container, row.offset) != (image.container, image.offset):
+            detail = "an earlier input has another image of this name"
+            part.reject(row.reject(Problem("name in two inputs", detail)))
             continue
-        if split and row_split and split != row_split:
-            part.reject(
-                [(ordinal, at, line, picture.image)],
-                "conflicting splits",
-                f"{row_split} here, {split} before",
-            )
-        elif caption in captions:
-            part.reject(
-                [(ordinal, at, line, picture.image)],
-                "duplicate row",
-                "the same image and caption stand above",
-            )
+        if split and row.split and split != row.split:
+            part.reject(row.reject(Problem("conflicting splits", f"{row.split} here, {split} before")))
+        elif row.caption in captions:
+            part.reject(row.reject(Problem("duplicate row", "an earlier row has the same image and caption")))
         else:
-            captions[caption] = None
-            split = split or row_split
-        if group:
-            groups[group] = None
-    return {
-        "key": picture.key,
-        "ordinal": picture.rows[0][0],
-        "image": picture.image,
-        "captions": "\n".join(captions),  # a caption holds no line break
-        "groups": json.dumps(list(groups), ensure_ascii=False) if groups else "",
-        "split": split,
-        "columns": picture.rows[0][6],
-    }
+            captions[row.caption] = None
+            split = split or row.split
+        if row.group_name:
+            groups[row.group_name] = None
+    return JoinedRows(list(captions), list(groups), split)

@@ -1,1 +1,1 @@
-"""Tables, folders and tars, local or remote, become rows."""
+"""Every kind of input becomes rows: tables, folders and tars, local, remote or on the Hugging Face hub."""

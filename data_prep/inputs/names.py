@@ -1,59 +1,66 @@
-"""What an image is called: a name relative to the folder of images, and a key that this name alone decides."""
+"""The name of an image, relative to the folder of images, and the key that is derived from the name alone."""
 
 import hashlib
 import os
+from typing import NamedTuple
 from urllib.parse import unquote
 
-from data_prep.inputs.sources import is_url
+from data_prep.inputs.storage import is_url
+
+OUTSIDE = "outside of the images folder"
+
+
+class Problem(NamedTuple):
+    """Why a row or an image cannot be used: a fixed phrase to count by, and a detail about this one."""
+
+    reason: str
+    detail: str = ""
 
 
 def key_of(name: str) -> str:
-    """16 hexadecimal digits of an image's name: safe in a tar, the same in every build."""
+    """16 hexadecimal digits from an image's name: safe in a tar, and the same in every build."""
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 class Names:
-    """Image paths as names relative to a root that they may not leave; judged by their text alone."""
+    """Converts image paths to names relative to a root folder or URL, without touching the disk.
+
+    Args:
+        root: a local folder or a URL. Names that lead out of it are refused.
+    """
 
     def __init__(self, root: str):
         self.is_url = is_url(root)
         self.root = root if not self.is_url or root.endswith("/") else f"{root}/"
         self.real = root if self.is_url else os.path.realpath(root)
 
-    def inside(self, image: str) -> tuple[str, tuple[str, str] | None]:
-        """The name of an image below the root, and a problem or None."""
+    def resolve(self, image: str) -> tuple[str, Problem | None]:
+        """The name of an image below the root, and why it cannot be used, if so."""
         name = image.strip()
         if not name or "\0" in name:
-            return "", ("no image path", "")
+            return "", Problem("no image path")
         if is_url(name):
             if name.startswith("file://"):
                 name = name.removeprefix("file://")
             elif not self.is_url or not name.startswith(self.root):
-                return name, (
-                    "outside of the images folder",
-                    f"not under {self.root}; pass --images, for example https://",
-                )
+                return name, Problem(OUTSIDE, f"not under {self.root}; pass --images, for example https://")
             else:
                 name = name[len(self.root) :]
                 if self.root.endswith("://"):
                     return name, None
         if self.is_url:
             name = name.lstrip("/")
-            leaves = ".." in unquote(name).split("/")
+            leaves_root = ".." in unquote(name).split("/")
         else:
-            if name.startswith("/"):
-                name = os.path.relpath(
-                    name,
-                    self.real if name.startswith(os.path.join(self.real, "")) else os.path.abspath(self.root),
-                )
-            elif "." in name.split("/") or ".." in name or "//" in name:
-                name = os.path.normpath(name)
-            leaves = name == ".." or name.startswith("../")
-        return name, (
-            (
-                "outside of the images folder",
-                f"not under {self.root}; see --images",
-            )
-            if leaves
-            else None
-        )
+            name = self._relative(name)
+            leaves_root = name == ".." or name.startswith("../")
+        return name, Problem(OUTSIDE, f"not under {self.root}; see --images") if leaves_root else None
+
+    def _relative(self, name: str) -> str:
+        """A local path relative to the root, normalized."""
+        if name.startswith("/"):
+            is_below_real = name.startswith(os.path.join(self.real, ""))
+            return os.path.relpath(name, self.real if is_below_real else os.path.abspath(self.root))
+        if "." in name.split("/") or ".." in name or "//" in name:
+            return os.path.normpath(name)
+        return name

@@ -1,343 +1,174 @@
-"""Inputs of any kind become rows, one at a time: nothing here grows with the input.
+"""A row: an image, one caption or label, and what else the input says about it. All formats produce rows."""
 
-captions.csv, .tsv   --+
-rows.jsonl             |
-table.parquet          +--> Row(line, image or its bytes, one caption, group, split, the other columns)
-folder of images, .txt |         or Row(line, ..., problem): a named reason why it cannot be used
-shard.tar            --+
-
-Each may be local or a URL that fsspec knows (s3://, gs://, https://, hf://datasets/USER/NAME), and
-compressed."""
-
-import codecs
-import csv
-import io
 import json
 import os
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import NamedTuple
 
-import fsspec
-
 from data_prep.errors import UserError
-from data_prep.inputs.names import key_of
-from data_prep.inputs.sources import IMAGE_EXTENSIONS, kind_of, walk
-from data_prep.inputs.tars import tar_samples
+from data_prep.inputs.names import Problem
+from data_prep.inputs.storage import COMPRESSED, is_url
 
 
 class Row(NamedTuple):
-    # in the file, 1-based, counting the header and line breaks inside quotes; else the number of the row
+    """One caption or label of one image.
+
+    Attributes:
+        line: 1-based line of the file, counting the header and line breaks inside of quotes; in formats
+            without lines, the number of the row.
+        image: a path or URL; if `data` is given, a name for the image.
+        caption, group, split, label: the cells of these columns, "" if there are none.
+        columns: all other columns, as JSON.
+        data: the image, if the input contains it.
+        offset: the byte of the input at which `data` begins, if it is stored there unchanged.
+        problem: why the row cannot be used.
+    """
+
     line: int
-    image: str  # a path or URL; where `data` holds the image, a name for it
-    caption: str
+    image: str
+    caption: str = ""
     group: str = ""
     split: str = ""
-    columns: str = ""  # the columns that have no other use, as JSON
-    data: bytes | None = None  # where the input holds the image itself
-    at: int | None = None  # and the byte of the input where it stands as it is
-    problem: tuple[str, str] | None = None  # reason and detail, where the row cannot be used
+    label: str = ""
+    columns: str = ""
+    data: bytes | None = None
+    offset: int | None = None
+    problem: Problem | None = None
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column is what; tars and folders have none."""
+    """The names of the columns in a table; "" for a column that is not used."""
 
     image: str = "image"
     caption: str = "caption"
     group: str = ""
     split: str = ""
+    label: str = ""
+
+    @cached_property
+    def by_use(self) -> dict[str, str]:
+        """Use ("image", "caption", ...) -> name of the column; used ones only."""
+        return {field.name: name for field in fields(self) if (name := getattr(self, field.name))}
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names of the columns that are used, and "", the name of an index column that pandas writes."""
+        return frozenset({"", *self.by_use.values()})
 
 
-def read(
-    source: str, columns: Columns, delimiter: str = "", encoding: str = "utf-8-sig", label: str = ""
-) -> Iterator[Row]:
-    """The rows of one input, in its order; an image with several captions gives several rows of the same
-    line.
+@dataclass(frozen=True)
+class Input:
+    """One input, and how it is read.
 
-    An image that the input holds itself is named after `label`, by default the input's own name.
-
-    Raises:
-        UserError: the input cannot be read or parsed, lacks a column, or is in another encoding.
+    Attributes:
+        source: a file, folder or URL.
+        delimiter: of a CSV; "" is a comma, or a tab in .tsv files.
+        encoding: of CSV and JSONL, as Python names it.
+        name: prefix of the names of images that the input contains; by default its file name.
     """
-    kind, label = kind_of(source), label or os.path.basename(source)
-    if kind == "folder":
-        yield from _folder(source)
-        return
-    if kind in (
-        "csv",
-        "jsonl",
-    ):  # bytes that are not the encoding are said with their line; the rest needs no opening
-        text = _text(source, encoding)
-        cells = _csv(source, text, columns, delimiter, encoding) if kind == "csv" else _jsonl(source, text)
-        for line, row in cells:
-            yield from _rows(line, row, columns, f"{label}#{line}")
-        return
-    try:
-        with fsspec.open(source, "rb", compression="infer") as file:
-            if kind == "tar":
-                yield from _tar(label, file, columns)
-            else:
-                for line, row in _parquet(source, file, columns):
-                    yield from _rows(line, row, columns, f"{label}#{line}")
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise UserError(f"{source}: cannot be read ({str(error).strip()})") from None
+
+    source: str
+    columns: Columns = Columns()
+    delimiter: str = ""
+    encoding: str = "utf-8-sig"
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.name or os.path.basename(self.source)
 
 
-def _rows(line: int, row: dict | str, columns: Columns, name: str) -> Iterator[Row]:
-    """The Rows of one line; `row` is a string where the line could not be parsed."""
-    if isinstance(row, str):
-        yield Row(line, "", "", problem=("malformed row", row))
-        return
-    image, data = row.get(columns.image), None
-    if isinstance(image, dict):  # as image data sets on the Hugging Face hub are stored
+def rows_of(table: Input, line: int, cells: dict) -> Iterator[Row]:
+    """The rows of one line of a table: one per caption, as captions may be a list.
+
+    Args:
+        cells: by name of the column. An image is a path, bytes, or {"bytes": ..., "path": ...} as in data
+            sets on the Hugging Face hub.
+    """
+    columns = table.columns
+    image, data = cells.get(columns.image), None
+    if isinstance(image, dict):
         image, data = image.get("path"), image.get("bytes")
-        image = name if data is not None else image
     elif isinstance(image, bytes):
-        image, data = name, image
-    captions = row.get(columns.caption)
+        image, data = None, image
+    if data is not None:
+        image = f"{table.label}#{line}"
     others = {
-        key: value
-        for key, value in row.items()
-        if key not in (columns.image, columns.caption, columns.group, columns.split)
+        name: value
+        for name, value in cells.items()
+        if name not in columns.names and value not in (None, "") and not isinstance(value, (bytes, dict))
     }
-    others = {
-        key: value
-        for key, value in others.items()
-        if value not in (None, "") and not isinstance(value, (bytes, dict))
-    }
-    texts = [
-        _word(image),
-        _word(row.get(columns.group)) if columns.group else "",
-        _word(row.get(columns.split)) if columns.split else "",
-        json.dumps(others, ensure_ascii=False, sort_keys=True, default=str) if others else "",
-    ]
+    row = Row(
+        line,
+        as_text(image),
+        group=as_text(cells.get(columns.group)) if columns.group else "",
+        split=as_text(cells.get(columns.split)) if columns.split else "",
+        label=as_text(cells.get(columns.label)) if columns.label else "",
+        columns=json.dumps(others, ensure_ascii=False, sort_keys=True, default=str) if others else "",
+        data=data,
+    )
+    captions = cells.get(columns.caption) if columns.caption else None
     for caption in captions if isinstance(captions, list) and captions else [captions]:
-        found = Row(line, texts[0], _word(caption), *texts[1:], data)
-        yield _checked(found)
+        yield check_text(row._replace(caption=as_text(caption)))
 
 
-def _checked(row: Row) -> Row:
-    """Bytes that were not UTF-8 were read as lone surrogates: they are named, and never reach a shard."""
-    for cell in (row.image, row.caption, row.group, row.columns):
-        if not cell.isascii():
-            try:
-                cell.encode()
-            except UnicodeEncodeError as error:
-                lone = ord(cell[error.start])
-                what = (
-                    f"byte {bytes([lone - 0xDC00])!r}"
-                    if 0xDC80 <= lone <= 0xDCFF
-                    else f"half a character, U+{lone:04X},"
-                )
-                before = cell[max(0, error.start - 20) : error.start]
-                return row._replace(problem=("bad UTF-8", f"{what} after {before!r}; see --encoding"))
-    return row
+def malformed(line: int, detail: str) -> Row:
+    """A line that cannot be parsed."""
+    return Row(line, "", problem=Problem("malformed row", detail))
 
 
-def _word(value) -> str:
+def as_text(value) -> str:
+    """A cell as text; "" if it is empty or a list."""
     return value if isinstance(value, str) else "" if value is None or isinstance(value, list) else str(value)
 
 
-# CSV and JSONL
+def check_text(row: Row) -> Row:
+    """Bytes that are not UTF-8 were decoded as lone surrogates (PEP 383): give such rows a problem, so that
+    they never reach a shard.
+    """
+    for cell in (row.image, row.caption, row.group, row.label, row.columns):
+        if cell.isascii():
+            continue
+        try:
+            cell.encode()
+        except UnicodeEncodeError as error:
+            code = ord(cell[error.start])
+            what = (
+                f"byte {bytes([code - 0xDC00])!r}"
+                if 0xDC80 <= code <= 0xDCFF
+                else f"an unpaired surrogate, U+{code:04X},"
+            )
+            before = cell[max(0, error.start - 20) : error.start]
+            return row._replace(problem=Problem("bad UTF-8", f"{what} after {before!r}; see --encoding"))
+    return row
 
 
-def _text(source: str, encoding: str) -> io.TextIOWrapper:
-    try:
-        codecs.lookup(encoding)
-        file = fsspec.open(source, "rb", compression="infer").open()
-    except (OSError, LookupError, ValueError, ImportError) as error:
-        raise UserError(f"{source}: cannot be read ({error})") from None
-    # utf-8 is read past single bad bytes, and their rows are rejected; in other encodings one bad byte shifts
-    # the rest.
-    lenient = codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
-    return io.TextIOWrapper(file, encoding, errors="surrogateescape" if lenient else "strict", newline="")
+def is_in_place(source: str, row: Row) -> bool:
+    """Whether the row's image can be read again from the input itself, by its offset."""
+    return row.offset is not None and not is_url(source) and not source.endswith(COMPRESSED)
 
 
-def _csv(
-    source: str, text: io.TextIOWrapper, columns: Columns, delimiter: str, encoding: str
-) -> Iterator[tuple[int, dict | str]]:
-    delimiter = {
-        "\\t": "\t",
-        "tab": "\t",
-        "": "\t" if ".tsv" in os.path.basename(source).lower() else ",",
-    }.get(delimiter, delimiter)
-    line, header = 1, None
-    try:
-        with text:
-            reader = csv.reader(text, delimiter=delimiter, strict=True)
-            for cells in reader:
-                start, line = line, reader.line_num + 1
-                if header is None:
-                    header = _header(source, cells, columns, encoding)
-                elif len(cells) > len(header):
-                    yield (
-                        start,
-                        (
-                            f"{len(cells)} cells where the header has {len(header)}; quote captions that hold"
-                            " the delimiter"
-                        ),
-                    )
-                elif any(cells):
-                    yield start, dict(zip(header, cells, strict=False))
-    except (UnicodeError, csv.Error, TypeError, OSError, EOFError) as error:
-        if isinstance(error, UnicodeError):
-            line, byte = _locate(source, encoding)
-            raise UserError(
-                f"{source}:{line}: byte {byte} of the file is not {encoding}; pass --encoding, for example"
-                " latin-1"
-            ) from None
-        if isinstance(error, TypeError):  # csv's own complaint about a delimiter
-            raise UserError(f"--delimiter {delimiter!r}: {error}") from None
-        raise UserError(
-            f"{source}:{line}: cannot be read as a CSV from here on ({error}); quote captions that hold the"
-            " delimiter, double the quotes inside of them, and check --delimiter and --encoding"
-        ) from None
-    if header is None:
-        raise UserError(f"{source}: the file is empty; a header and one row per caption are wanted")
+def check_header(source: str, names: list[str], columns: Columns, encoding: str = "utf-8") -> None:
+    """Check a table's column names.
 
-
-def _header(source: str, cells: list[str], columns: Columns, encoding: str) -> list[str]:
-    if any(not name.isprintable() or "\udc80" <= max(name, default="") <= "\udcff" for name in cells):
+    Raises:
+        UserError: a column is missing, or there twice; or the names are in another encoding.
+    """
+    if any(not name.isprintable() or "\udc80" <= max(name, default="") <= "\udcff" for name in names):
         raise UserError(
             f"{source}:1: the header is not {encoding}; pass --encoding, for example utf-16 or latin-1"
         )
-    wanted = [column for column in (columns.image, columns.caption, columns.group, columns.split) if column]
-    if missing := [column for column in wanted if column not in cells]:
+    if missing := {use: name for use, name in columns.by_use.items() if name not in names}:
+        options = ", ".join(f"--{use}-column" for use in missing)
+        hint = " (and --delimiter if that looks like one column)" if len(names) == 1 else ""
         raise UserError(
-            f"{source}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, cells))}: pass"
-            " --image-column, --caption-column, --group-column (and --delimiter if that looks like one"
-            " column)"
+            f"{source}: no column {', '.join(map(repr, missing.values()))}; it has"
+            f" {', '.join(map(repr, names)) or 'none'}; pass {options}{hint}"
         )
-    if repeated := [column for column in wanted if cells.count(column) > 1]:
+    if repeated := [name for name in columns.by_use.values() if names.count(name) > 1]:
         raise UserError(
             f"{source}: the header has {', '.join(map(repr, repeated))} more than once; rename all but one"
         )
-    return cells
-
-
-def _locate(source: str, encoding: str) -> tuple[int, int]:
-    """Line (1-based) and byte (0-based) of the first byte that is not `encoding`."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    line, byte = 1, 0
-    with fsspec.open(source, "rb", compression="infer") as file:
-        while chunk := file.read(1 << 16):
-            before = decoder.getstate()
-            try:
-                line += decoder.decode(chunk).count("\n")
-            except UnicodeError:
-                decoder.setstate(before)
-                for at in range(len(chunk)):
-                    try:
-                        line += decoder.decode(chunk[at : at + 1]).count("\n")
-                    except (
-                        UnicodeDecodeError
-                    ) as error:  # of the bytes that the decoder held back, and this one
-                        return line, byte + at + 1 - len(error.object) + error.start
-            byte += len(chunk)
-    return line, byte  # it ends inside of a character
-
-
-def _jsonl(source: str, text: io.TextIOWrapper) -> Iterator[tuple[int, dict | str]]:
-    with text:
-        for number, line in enumerate(text, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                yield number, f"not JSON: {error}"
-                continue
-            yield number, row if isinstance(row, dict) else "a JSON object is wanted on each line"
-
-
-# Parquet
-
-
-def _parquet(source: str, file, columns: Columns) -> Iterator[tuple[int, dict]]:
-    import pyarrow  # here, because most inputs do without
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-        _header(source, table.schema_arrow.names, columns, "utf-8")
-        number = 0
-        for batch in table.iter_batches(batch_size=64):  # images may be inside
-            # What pandas adds for its index says nothing about the image.
-            cells = {
-                name: _cells(batch.column(name))
-                for name in batch.schema.names
-                if not name.startswith("__index_level_")
-            }
-            for at in range(batch.num_rows):
-                number += 1
-                yield number, {name: values[at] for name, values in cells.items()}
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{source}: cannot be read as Parquet ({error})") from None
-
-
-def _cells(column) -> list:
-    import pyarrow
-
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:  # Parquet files may hold text that is none
-        if not pyarrow.types.is_string(column.type) and not pyarrow.types.is_large_string(column.type):
-            raise
-        values = column.cast(pyarrow.binary()).to_pylist()
-        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in values]
-
-
-# Folders
-
-
-def _folder(source: str) -> Iterator[Row]:
-    """Every image below the folder; each line of the .txt beside it is a caption."""
-    line = 0
-    for path in walk(source):
-        stem, extension = os.path.splitext(path)
-        if extension.lower() not in IMAGE_EXTENSIONS:
-            continue
-        line += 1
-        image = os.path.relpath(path, source)
-        try:
-            captions = Path(stem + ".txt").read_bytes().decode("utf-8-sig", "surrogateescape").splitlines()
-        except FileNotFoundError:
-            yield Row(
-                line, image, "", problem=("no caption file", f"{os.path.basename(stem)}.txt is not beside it")
-            )
-            continue
-        for caption in [text for text in captions if text.strip()] or [""]:
-            yield _checked(Row(line, image, caption))
-
-
-# Tars
-
-
-def _tar(label: str, file, columns: Columns) -> Iterator[Row]:
-    for number, sample in enumerate(tar_samples(file, IMAGE_EXTENSIONS), 1):
-        name = f"{label}/{sample.key}"
-        if sample.problem:
-            yield Row(number, name, "", problem=sample.problem)
-            continue
-        image, group = sample.name_and_group()
-        if (
-            image and key_of(image) == sample.key
-        ):  # a tar of ours: its images keep their names, and so their keys and groups
-            name, group = image, "" if group == f"image:{image}" else group
-        else:
-            group = ""
-        for caption in sample.captions(columns.caption) or [""]:
-            yield _checked(
-                Row(
-                    number,
-                    name,
-                    caption,
-                    group,
-                    columns=sample.columns(),
-                    data=sample.image,
-                    at=sample.image_at,
-                )
-            )

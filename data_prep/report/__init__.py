@@ -1,1 +1,1 @@
-"""What a build made of its rows: JSON, CSV and a page."""
+"""What a build made of its rows: report.json, CSVs, and a page."""

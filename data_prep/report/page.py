@@ -1,250 +1,227 @@
-"""report.html: one self-contained page on which someone sees at a glance whether the data is sane.
+"""report.html: one page that shows at a glance whether the data is sane.
 
-Captions and paths are text by strangers: escaped wherever they stand, and the page may run and fetch nothing.
+Captions and paths are untrusted text: the template escapes them, and the page's policy forbids scripts and
+requests.
 """
 
 import base64
-import html
 import io
 import os
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from heapq import nlargest
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from data_prep.atomic import atomic_file
+from data_prep.build.database import select, select_one
 from data_prep.build.groups import MAX_SHARERS
-from data_prep.build.plan import Plan
-from data_prep.build.records import Picture
-from data_prep.build.scan import Source, in_order, read_local
+from data_prep.build.plan import Plan, PlannedImage
+from data_prep.build.records import LongCaption, Reject, StoredImage, StoredRow
+from data_prep.build.scan import in_order
 from data_prep.build.split import SPLITS
+from data_prep.html import write_page
 from data_prep.images import DAMAGE, FORMATS, BadImage, parse_color
+from data_prep.inputs.locations import ImageLocation, read_local
 
-SHEET, EXAMPLES, CUTS, PAIRS, GROUPS, GROUP_SHOWN = 24, 3, 5, 30, 5, 6  # with 20 reasons, 222 thumbnails
+TEMPLATE = Path(__file__).with_name("report.html")
+SAMPLES, EXAMPLES, LONG_CAPTIONS, PAIRS = 24, 3, 5, 30  # with 20 reasons, about 200 thumbnails
+GROUPS, GROUP_IMAGES = 5, 6
 THUMBNAIL_PX, THUMBNAIL_BYTES, COLUMNS = 96, 4000, 40
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>What became of {title}</title>
-<style>
- :root {{ color-scheme: light dark; --bar: #3b7dc4; --warn: #a84300; --fine: #137a3f; }}
- @media (prefers-color-scheme: dark) {{ :root {{ --bar: #6ea8e0; --warn: #ffa766; --fine: #63c98b; }} }}
- body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }}
- h2 {{ font-size: 1.2rem; margin: 2.2rem 0 .5rem; }} h3 {{ font-size: 1rem; margin: 1.2rem 0 .5rem; }} p {{ margin: .5rem 0; }}
- small {{ font-weight: normal; }} small, dt, figcaption, .none {{ opacity: .8; }} code {{ unicode-bidi: isolate; }}
- .said, .pair, img, .none {{ border: 1px solid #8885; border-radius: .5rem; box-sizing: border-box; }}
- .said {{ list-style: none; padding: .8rem 1rem; border-left: .4rem solid var(--warn); }} .said:has(.fine) {{ border-color: var(--fine); }}
- .said li {{ padding-left: 1.6em; text-indent: -1.6em; }} .said li::before {{ content: "\\26a0\\fe0e\\a0 "; color: var(--warn); }}
- .said .fine::before {{ content: "\\2713\\a0 "; color: var(--fine); }} dl {{ display: flex; flex-wrap: wrap; gap: .3rem 2rem; }}
- dd {{ margin: 0; font-size: 1.5rem; }} table {{ border-collapse: collapse; width: 100%; max-width: 44rem; }}
- th, td {{ padding: .1rem .8rem .1rem 0; text-align: left; font-weight: normal; overflow-wrap: normal; }} .bar {{ width: 40%; }}
- th + td {{ text-align: right; }} .bar i {{ display: block; height: .8rem; background: var(--bar); }}
- .columns {{ position: relative; display: flex; align-items: flex-end; height: 9rem; margin: .6rem 0 2rem; border-bottom: 1px solid; }}
- .columns i {{ flex: 1; margin-right: 1px; background: var(--bar); }} .columns b, .columns span {{ position: absolute; }}
- .columns b {{ height: 100%; border-left: 2px dashed var(--warn); }} .columns span {{ top: 100%; font-size: .75rem; }}
- .row {{ display: flex; flex-wrap: wrap; gap: .6rem; }} .pair {{ padding: .4rem; }} .pair div {{ display: flex; gap: .4rem; }}
- figure {{ margin: 0; width: 7rem; }} .wide {{ display: flex; gap: .6rem; width: 20rem; max-width: 100%; }} .wide .none {{ display: none; }}
- img, .none {{ width: 6.4rem; height: 6.4rem; flex: none; object-fit: contain; background: #fff; color: #333; }}
- .none {{ display: grid; place-items: center; font-size: .75rem; }} figcaption {{ font-size: .75rem; min-width: 0; }}
-</style>
-<h1>What became of {title}</h1>
-{body}
-</html>
-"""
+
+class Figure(NamedTuple):
+    """An image on the page, with lines of text below it."""
+
+    uri: str  # "" for no preview
+    alt: str
+    lines: list[str]
+    is_wide: bool = False
 
 
-def write_page(path: Path, plan: Plan, summary: dict, begun: dict) -> None:
-    """Write the page of a finished plan; about 200 pictures are read again for it, whatever the number of
-    images.
+class Group(NamedTuple):
+    size: int
+    images: list[PlannedImage]  # the first few
+
+
+class Bar(NamedTuple):
+    label: str
+    count: int
+    width: float  # percent
+    note: str = ""
+
+
+def write_report_page(path: Path, plan: Plan, summary: dict, settings: dict) -> None:
+    """Write the page of a finished plan. About 200 images are read again, whatever the size of the data set.
+
+    Args:
+        summary: the content of report.json.
+        settings: see data_prep.build.pipeline.SETTINGS.
     """
-    names = [os.path.basename(each.rstrip("/")) for each in begun["inputs"]]
-    title = _text(", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else ""))
-    page = PAGE.format(title=title, body="\n".join(_sections(plan, summary, begun, names)))
-    with atomic_file(path) as partial_file:
-        partial_file.write_text(page, encoding="utf-8", errors="replace")
-
-
-def _sections(plan: Plan, summary: dict, begun: dict, names: list[str]) -> Iterator[str]:
-    check, (sheets, groups) = begun["check"], _choose(plan)
-    leaks = [(share, [(side, plan.image_of(side)[2]) for side in pair]) for *pair, share in plan.leaks(PAIRS)]
-    query = (
-        "SELECT ordinal, input, line, image, detail FROM rejects WHERE reason = ? ORDER BY ordinal LIMIT"
-        f" {EXAMPLES}"
-    )
-    databases = [plan.db, *(part.db for part in plan.parts)]
-    rejects = {
-        reason: sorted(row for db in databases for row in db.execute(query, [reason]))[:EXAMPLES]
-        for reason in summary["reasons"]
-    }
-
-    wanted = {
-        image.ordinal: ""
-        for images in (*sheets.values(), *(images for _, images in groups))
-        for image in images
-    }
-    wanted |= {row[0]: row[3] for rows in rejects.values() for row in rows} | {
-        side: "" for _, sides in leaks for side, _ in sides
-    }
-    jobs = ((ordinal, [_find(plan, ordinal, image)]) for ordinal, image in wanted.items())
-    work = partial(_thumbnail, background=parse_color(check["background"]), max_pixels=check["max_pixels"])
-    # In workers: rejected and trusted files may never have been decoded, and one that kills a decoder must
-    # not end the build.
-    thumbnails = {ordinal: uri for ordinal, (uri,) in in_order(work, jobs, 2, "")}
-
-    def figure(ordinal: int, alt: str, *lines: str, kind: str = "") -> str:
-        shown = (
-            f'<img src="{uri}" alt="{_text(alt)}">'
-            if (uri := thumbnails[ordinal])
-            else "<div class=none>no preview</div>"
-        )
-        return (
-            "<figure"
-            f' class="{kind}">{shown}<figcaption>{"<br>".join(_text(line) for line in lines if line)}</figcaption></figure>'
-        )
-
-    def row(images: list) -> str:
-        return (
-            "<div"
-            f" class=row>{''.join(figure(image.ordinal, image.image, *image.captions[:2]) for image in images)}</div>"
-        )
-
-    yield _warnings(summary, begun, groups)
-    numbers = {
-        "rows": "rows",
-        "records": "= records",
-        "rejects": "+ rejects",
-        "images": "images",
-        "groups": "groups",
-    }
-    yield (
-        f"<dl>{''.join(f'<div><dt>{text}<dd>{summary[name]:,}</div>' for name, text in numbers.items())}</dl>"
-    )
-    yield "<h2>Images of each split</h2>"
-    yield _bars(
-        (split, n["images"], f"{n['captions']:,} captions, {n['groups']:,} groups")
-        for split, n in summary["splits"].items()
-    )
-    yield f"<h2>Rows that cannot be used</h2>{_bars(summary['reasons'].items()) or '<p>None.'}"
-    for reason, rows in rejects.items():
-        yield f"<h3>{_text(reason)} <small>{summary['reasons'][reason]:,}</small></h3><div class=row>"
-        for ordinal, at, line, image, detail in rows:
-            yield figure(
-                ordinal,
-                image,
-                f"line {line}" + (f" of {names[at]}" if names[1:] else ""),
-                image,
-                detail,
-                kind="wide",
+    inputs = [os.path.basename(source.rstrip("/")) for source in settings["inputs"]]
+    more = f" and {len(inputs) - 3} more" if len(inputs) > 3 else ""
+    samples, groups = _choose(plan)
+    leaks = plan.leaks(PAIRS)
+    rejects = _first_rejects(plan, summary["reasons"])
+    figures = _Figures(plan, settings["check"])
+    for images in (*samples.values(), *(group.images for group in groups)):
+        figures.want(images)
+    figures.load(rejects=[reject for examples in rejects.values() for reject in examples], leaks=leaks)
+    write_page(
+        path,
+        TEMPLATE,
+        title=f"Report on {', '.join(inputs[:3])}{more}",
+        warnings=_warnings(summary, settings, groups),
+        counts=[
+            ("rows", summary["rows"]),
+            ("= records", summary["records"]),
+            ("+ rejects", summary["rejects"]),
+            ("images", summary["images"]),
+            ("groups", summary["groups"]),
+        ],
+        **_charts(summary, settings["read"]["context_length"]),
+        rejects=[
+            (reason, summary["reasons"][reason], [figures.of_reject(reject, inputs) for reject in examples])
+            for reason, examples in rejects.items()
+        ],
+        n_long_captions=_count(summary["captions_truncated"], "caption"),
+        long_captions=_long_captions(plan) if summary["captions_truncated"] else [],
+        groups=[
+            (group.images[0].group_name, group.size, group.images[0].split, figures.of_images(group.images))
+            for group in groups
+        ],
+        n_leaks=_count(summary["leaks"], "pair"),
+        leaks_note=_leaks_note(settings, len(leaks)),
+        leaks=[
+            {
+                "difference": leak.difference,
+                "figures": [figures.of_row(ordinal) for ordinal in (leak.a, leak.b)],
+            }
+            for leak in leaks
+        ],
+        samples=[
+            (
+                split,
+                f"{len(images)} of {_count(plan.n_images[split], 'image')}, evenly spaced",
+                figures.of_images(images),
             )
-        yield "</div>"
-    yield f"<h2>What was put right</h2>{_bars(summary['fixes'].items()) or '<p>Nothing.'}"
-    yield _lengths(summary["caption_characters"], begun["read"]["context_length"])
-    if summary["captions_cut"]:
-        yield f"<p>{_many(summary['captions_cut'], 'caption')} will be cut; the first:<ul>"
-        query = f"SELECT ordinal, line, tokens, caption FROM cut ORDER BY ordinal LIMIT {CUTS}"
-        for _, line, tokens, caption in sorted(row for part in plan.parts for row in part.db.execute(query))[
-            :CUTS
-        ]:
-            yield f"<li>line {line}, {tokens:,} tokens: {_text(caption, 300)}"
-        yield "</ul>"
-    sides = [(f"from {side} px", count) for side, count in summary["shorter_side_px"].items()]
-    yield f"<h2>Shorter side of the images</h2>{_bars(sides) or '<p>Not known: nothing was decoded.'}"
-    sizes: Counter = Counter()
-    for size, count in summary["group_images"].items():
-        sizes[1 << int(size).bit_length() - 1] += count
-    labeled = [
-        (f"{'from ' * (size > 1)}{_many(size, 'image')}", count) for size, count in sorted(sizes.items())
-    ]
-    yield f"<h2>Groups by their number of images</h2>{_bars(labeled)}"
-    yield "<p>Images of a group count as the same thing, and stay in one split. " + (
-        "The largest:" if groups else "None has two."
+            for split, images in samples.items()
+        ],
     )
-    for size, images in groups:
-        yield (
-            f"<h3><code>{_text(images[0].group_name)}</code> <small>{size:,} images, in"
-            f" {images[0].split}</small></h3>{row(images)}"
-        )
-    yield (
-        "<h2>Near-identical pictures in different splits"
-        f" <small>{_many(summary['leaks'], 'pair')}</small></h2>"
-    )
-    dropped = "The first of each was left out; " if begun["split"]["drop_leaks"] else ""
-    found = f"{dropped}{len(leaks)} are shown, the most alike first." if leaks else "None."
-    yield f"<p>{'Not looked for: nothing was decoded.' if check['trust'] else found}<div class=row>"
-    for share, sides in leaks:
-        both = (figure(side, image, plan.split_of(side), image) for side, image in sides)
-        yield (
-            f"<div class=pair><small>{share:.1%} of what is seen"
-            f" differs</small><div>{''.join(both)}</div></div>"
-        )
-    yield "</div>"
-    for split, images in sheets.items():
-        yield (
-            f"<h2>{split} <small>{len(images)} of {_many(plan.n_images[split], 'image')}, evenly"
-            f" spread</small></h2>{row(images)}"
-        )
 
 
-def _choose(plan: Plan) -> tuple[dict[str, list], list[tuple[int, list]]]:
-    """In one pass: images of each split, evenly spread; and the largest groups, each with its size and a few
-    images.
+class _Figures:
+    """Thumbnails of the images on the page, made in worker processes.
+
+    In workers, because rejected images and those of --skip-decode may never have been decoded: one that
+    crashes a decoder must not end the build.
     """
-    sheets: dict[str, list] = {split: [] for split in SPLITS}
+
+    def __init__(self, plan: Plan, checking: dict):
+        self.plan, self.checking = plan, checking
+        self._locations: dict[int, ImageLocation] = {}
+        self._uris: dict[int, str] = {}
+
+    def want(self, images: list[PlannedImage]) -> None:
+        for image in images:
+            self._locations[image.ordinal] = self._locate(image.ordinal, image.image)
+
+    def load(self, rejects: list[Reject], leaks: list) -> None:
+        """Make all thumbnails."""
+        for reject in rejects:
+            self._locations[reject.ordinal] = self._locate(reject.ordinal, reject.image)
+        for ordinal in (ordinal for leak in leaks for ordinal in (leak.a, leak.b)):
+            self._locations[ordinal] = self._locate(ordinal, "")
+        background, max_pixels = parse_color(self.checking["background"]), self.checking["max_pixels"]
+        work = partial(_thumbnails, background=background, max_pixels=max_pixels)
+        jobs = ((ordinal, [location]) for ordinal, location in self._locations.items())
+        self._uris = {ordinal: uri for ordinal, (uri,) in in_order(work, jobs, 2, "")}
+
+    def _locate(self, ordinal: int, image: str) -> ImageLocation:
+        """Where the image of a row is; a row that was rejected while reading has only the path `image`."""
+        for part in self.plan.parts:
+            row = select_one(part.db, StoredRow, "FROM rows WHERE ordinal = :ordinal", ordinal=ordinal)
+            if row:
+                stored = select_one(part.db, StoredImage, "FROM images WHERE key = :key", key=row.key)
+                return self.plan.locate(part, stored or row)
+        return ImageLocation(self.plan.root, image)
+
+    def of_images(self, images: list[PlannedImage]) -> list[Figure]:
+        return [Figure(self._uris[image.ordinal], image.image, image.captions[:2]) for image in images]
+
+    def of_row(self, ordinal: int) -> Figure:
+        _, row = self.plan.row(ordinal)
+        return Figure(self._uris[ordinal], row.image, [self.plan.split_of(ordinal), row.image])
+
+    def of_reject(self, reject: Reject, inputs: list[str]) -> Figure:
+        line = f"line {reject.line}" + (f" of {inputs[reject.input]}" if len(inputs) > 1 else "")
+        lines = [text for text in (line, reject.image, reject.detail) if text]
+        return Figure(self._uris[reject.ordinal], reject.image, lines, is_wide=True)
+
+
+def _first_rejects(plan: Plan, reasons: Iterable[str]) -> dict[str, list[Reject]]:
+    """A few rejects of each reason, in the order of the input."""
+    query = "FROM rejects WHERE reason = :reason ORDER BY ordinal LIMIT :limit"
+    databases = [plan.db, *(part.db for part in plan.parts)]
+    return {
+        reason: sorted(
+            reject for db in databases for reject in select(db, Reject, query, reason=reason, limit=EXAMPLES)
+        )[:EXAMPLES]
+        for reason in reasons
+    }
+
+
+def _long_captions(plan: Plan) -> list[LongCaption]:
+    query = "FROM long_captions ORDER BY ordinal LIMIT :limit"
+    captions = (
+        caption for part in plan.parts for caption in select(part.db, LongCaption, query, limit=LONG_CAPTIONS)
+    )
+    return sorted(captions)[:LONG_CAPTIONS]
+
+
+def _choose(plan: Plan) -> tuple[dict[str, list[PlannedImage]], list[Group]]:
+    """In one pass: images of each split, evenly spaced; and the largest groups."""
+    samples: dict[str, list] = {split: [] for split in SPLITS}
     seen, members = dict.fromkeys(SPLITS, 0), array("i", bytes(4 * (plan.rows + 1)))
-    # Groups that are among the largest so far; those that were dropped have fewer than `least` images.
+    # Candidates for the largest groups; a group that was dropped from them has fewer than `least` images.
     kept: dict[int, list] = {}
     least = 1
     for image in plan.images():
-        split, group, all_of_it = image.split, image.group, plan.n_images[image.split]
-        if (seen[split] + 1) * SHEET // all_of_it > seen[split] * SHEET // all_of_it:
-            sheets[split].append(image)
+        split, group, n_images = image.split, image.group, plan.n_images[image.split]
+        if (seen[split] + 1) * SAMPLES // n_images > seen[split] * SAMPLES // n_images:
+            samples[split].append(image)
         seen[split] += 1
         members[group] += 1
         if members[group] >= least:
             kept.setdefault(group, []).append(image)
-            del kept[group][GROUP_SHOWN:]
+            del kept[group][GROUP_IMAGES:]
             if len(kept) > 1000:
                 kept = {group: kept[group] for group in nlargest(100, kept, key=members.__getitem__)}
                 least = 1 + min(members[group] for group in kept)
-    return sheets, [
-        (members[group], kept[group])
-        for group in nlargest(GROUPS, kept, key=members.__getitem__)
-        if members[group] > 1
-    ]
+    largest = nlargest(GROUPS, kept, key=members.__getitem__)
+    return samples, [Group(members[group], kept[group]) for group in largest if members[group] > 1]
 
 
-def _find(plan: Plan, ordinal: int, image: str) -> Source:
-    """Where the picture of a row is; a row that was rejected as it was read has only the path `image`."""
-    for part in plan.parts:
-        row = part.db.execute(
-            "SELECT key, image, held, at, size FROM rows WHERE ordinal = ?", (ordinal,)
-        ).fetchone()
-        if row:
-            stored = part.db.execute(
-                "SELECT key, image, held, at, size FROM pictures WHERE key = ?", row[:1]
-            ).fetchone()
-            return plan.place(part, Picture(*(stored or row)))
-    return Source(plan.root, image)
+def _thumbnails(
+    locations: list[ImageLocation], background: tuple[int, int, int], max_pixels: int
+) -> list[str]:
+    return [_thumbnail(location, background, max_pixels) for location in locations]
 
 
-def _thumbnail(sources: list[Source], background: tuple[int, int, int], max_pixels: int) -> list[str]:
-    """A data URI for the one source; empty where it is no local file below its root, has too many pixels, or
-    is damaged.
-    """
+def _thumbnail(location: ImageLocation, background: tuple[int, int, int], max_pixels: int) -> str:
+    """A data URI; "" if the image is remote, outside of its root, too large or damaged."""
     try:
-        if sources[0].is_remote or isinstance(data := read_local(sources[0]), BadImage):
-            return [""]
+        if location.is_remote or isinstance(data := read_local(location), BadImage):
+            return ""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
-            return [""]
+            return ""
         image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         image = ImageOps.exif_transpose(image).convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*background, 255))
@@ -254,105 +231,129 @@ def _thumbnail(sources: list[Source], background: tuple[int, int, int], max_pixe
             canvas.convert("RGB").save(buffer, "WEBP", quality=quality, method=2)
             if buffer.tell() <= THUMBNAIL_BYTES:
                 break
-        return [f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"]
+        return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     except (Image.DecompressionBombError, *DAMAGE):
-        return [""]
+        return ""
 
 
-def _text(value: str, most: int = 160) -> str:
-    """`value` as HTML, shortened."""
-    return html.escape(value if len(value) <= most else f"{value[: most - 1]}…")
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def _warnings(summary: dict, begun: dict, groups: list[tuple[int, list]]) -> str:
-    """What deserves a look, in plain words, as a list; or that nothing does."""
-    said, images, splitting = [], summary["images"], begun["split"]
-    if begun["check"]["trust"]:
-        said.append(
-            "Nothing was decoded (--trust): damaged or near-identical pictures, and sizes, are not known."
+def _warnings(summary: dict, settings: dict, groups: list[Group]) -> list[str]:
+    """What deserves attention."""
+    messages, images, splitting = [], summary["images"], settings["split"]
+    if settings["check"]["skip_decode"]:
+        messages.append(
+            "Images were not decoded (--skip-decode): damaged and near-identical images, and sizes, are not"
+            " known."
         )
     if summary["rejects"]:
-        said.append("{rejects:,} of {rows:,} rows cannot be used.".format(**summary))
+        messages.append("{rejects:,} of {rows:,} rows were rejected.".format(**summary))
     for split, counts in summary["splits"].items():
-        wanted, share = splitting.get(split, 0), counts["images"] / images
+        expected, share = splitting.get(split, 0), counts["images"] / images
+        is_by_hash = not settings["read"]["split_column"] and expected
         if not counts["images"]:
-            said.append(f"{split} is empty.")
-        elif (
-            images >= 200
-            and not begun["read"]["split_column"]
-            and wanted
-            and not wanted / 2 <= share <= 2 * wanted
-        ):
-            said.append(
-                f"{split} has {share:.1%} of the images, not {wanted:.1%}: there are few groups, or very"
+            messages.append(f"{split} is empty.")
+        elif images >= 200 and is_by_hash and not expected / 2 <= share <= 2 * expected:
+            messages.append(
+                f"{split} has {share:.1%} of the images, not {expected:.1%}: there are few groups, or very"
                 " large ones."
             )
     if unused := summary["decisions"]["unused"]:
-        said.append(
-            f"{_many(unused, 'decision')} fit no image or caption of the inputs, and changed nothing: see"
+        messages.append(
+            f"{_count(unused, 'decision')} match no image or caption of the inputs, and were not applied; see"
             " unused_decisions.csv."
         )
-    if summary["captions_cut"]:
-        said.append(
-            f"{_many(summary['captions_cut'], 'caption')} will be cut: longer than the model can read."
-        )
+    if summary["captions_truncated"]:
+        truncated = _count(summary["captions_truncated"], "caption")
+        messages.append(f"{truncated} will be truncated: longer than the context length.")
     if summary["leaks"] and not splitting["drop_leaks"]:
-        said.append(
-            f"{_many(summary['leaks'], 'near-identical pair')} across splits, which flatter the numbers; see"
-            " --drop-leaks."
+        messages.append(
+            f"{_count(summary['leaks'], 'near-identical pair')} across splits, which makes metrics too good;"
+            " see --drop-leaks."
         )
-    for size, (image, *_) in groups[:1]:
-        if size >= 20 and size >= min(images / 20, 1000):
-            name = _text(image.group_name)
-            said.append(
-                f"One group, <code>{name}</code>, has {size:,} images ({size / images:.1%}): is the group"
-                " column the right one?"
+    for group in groups[:1]:
+        if group.size >= 20 and group.size >= min(images / 20, 1000):
+            messages.append(
+                f"The group “{_shorten(group.images[0].group_name)}” has {group.size:,} images"
+                f" ({group.size / images:.1%}); check the group column."
             )
-    shared = {what[:-1]: count for what, count in summary["shared_by_too_many"].items() if count}
-    said += [
-        f"{_many(n, what)} of more than {MAX_SHARERS} images each: too general to tell them apart."
-        for what, n in shared.items()
-    ]
-    return f"<ul class=said>{''.join(f'<li>{one}' for one in said) or '<li class=fine>Nothing suspicious was found.'}</ul>"
+    for what, count in summary["too_common"].items():
+        if count:
+            messages.append(
+                f"{_count(count, what[:-1])} of more than {MAX_SHARERS} images each: too general to group"
+                " images by."
+            )
+    return messages
 
 
-def _bars(rows: Iterable[tuple]) -> str:
-    """A table of (label, count[, note]) with bars; empty where there are no rows."""
-    lines, rows = [], list(rows)
-    for label, count, *note in rows:
-        width = 100 * count / max(1, *(row[1] for row in rows))
-        end = "".join(f"<td>{text}" for text in note)
-        lines.append(
-            f"<tr><th scope=row>{_text(label)}<td>{count:,}<td class=bar><i"
-            f' style="width:{width:.1f}%"></i>{end}'
-        )
-    return f"<table>{''.join(lines)}</table>" if lines else ""
+def _leaks_note(settings: dict, shown: int) -> str:
+    if settings["check"]["skip_decode"]:
+        return "Not searched: the images were not decoded."
+    if not shown:
+        return "None."
+    dropped = "The first image of each pair was dropped; " if settings["split"]["drop_leaks"] else ""
+    return f"{dropped}{shown} are shown, the most similar first."
 
 
-def _lengths(counts: dict[str, int], context_length: int) -> str:
-    """How long captions are, as columns, with a line at the length that can always be read."""
-    free = context_length - 2  # a start and an end; each other token stands for one byte or more
-    step = 10 * max(1, -(-3 * free // (20 * COLUMNS)))  # the line stands in the left two thirds
+def _shorten(text: str, limit: int = 160) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _bars(rows: Iterable[tuple]) -> list[Bar]:
+    """Bars of (label, count[, note])."""
+    rows = list(rows)
+    largest = max([1, *(count for _, count, *_ in rows)])
+    return [Bar(label, count, 100 * count / largest, *note) for label, count, *note in rows]
+
+
+def _charts(summary: dict, context_length: int) -> dict[str, object]:
+    """The bar charts of the page, by their name in the template."""
+    by_power: Counter = Counter()
+    for size, count in summary["group_images"].items():
+        by_power[1 << int(size).bit_length() - 1] += count
+    return {
+        "splits": _bars(
+            (split, counts["images"], f"{counts['captions']:,} captions, {counts['groups']:,} groups")
+            for split, counts in summary["splits"].items()
+        ),
+        "reasons": _bars(summary["reasons"].items()),
+        "fixes": _bars(summary["fixes"].items()),
+        "lengths": _lengths(summary["caption_characters"], context_length),
+        "sides": _bars((f"from {side} px", count) for side, count in summary["shorter_side_px"].items()),
+        "group_sizes": _bars(
+            (f"{'from ' * (size > 1)}{_count(size, 'image')}", count)
+            for size, count in sorted(by_power.items())
+        ),
+    }
+
+
+def _lengths(counts: dict[str, int], context_length: int) -> dict[str, object]:
+    """A histogram of caption lengths in characters, with a line at the longest that is never truncated.
+
+    Args:
+        counts: captions by length, in steps of 10.
+    """
+    never_truncated = context_length - 2  # start and end tokens; each other token is one byte or more
+    step = 10 * max(1, -(-3 * never_truncated // (20 * COLUMNS)))  # the line is in the left two thirds
     columns: Counter = Counter()
     for start, count in counts.items():
         columns[min(int(start) // step, COLUMNS - 1)] += count
-    shown, most = 1 + max([*columns, free // step]), max(columns.values())
-    bars = (
-        f'<i style="height:{100 * columns[at] / most:.1f}%" title="from {at * step}: {columns[at]:,}"></i>'
-        for at in range(shown)
-    )
-    ticks = (
-        f'<span style="left:{100 * at / shown:.1f}%">{at * step}</span>'
-        for at in range(0, shown, 1 + shown // 8)
-    )
-    line = f'<b style="left:{100 * free / step / shown:.1f}%"></b>' if context_length else ""
-    said = f"The tallest column is {most:,} captions" + (
-        f"; the last one is all from {step * (shown - 1)}." if shown == COLUMNS else "."
-    )
-    said += f" Left of the dashed line, at {free}, captions in ASCII are never cut." if context_length else ""
-    chart = f'<div class=columns role=img aria-label="{said}">{"".join(bars)}{"".join(ticks)}{line}</div>'
-    return f"<h2>Length of captions, in characters</h2><p>{said}{chart}"
+    shown, largest = 1 + max([*columns, never_truncated // step]), max(columns.values())
+    description = f"The tallest column is {largest:,} captions"
+    description += f"; the last one is all from {step * (shown - 1)}." if shown == COLUMNS else "."
+    if context_length:
+        description += f" ASCII captions left of the dashed line, at {never_truncated}, are never truncated."
+    return {
+        "description": description,
+        "columns": [
+            {"height": 100 * columns[number] / largest, "start": number * step, "count": columns[number]}
+            for number in range(shown)
+        ],
+        "ticks": [
+            {"left": 100 * number / shown, "label": number * step}
+            for number in range(0, shown, 1 + shown // 8)
+        ],
+        "limit": 100 * never_truncated / step / shown if context_length else None,
+    }

@@ -1,27 +1,31 @@
-"""What a build made of its rows: report.json to count by, rejects.csv and leaks.csv to look up, report.html
-to look at.
-"""
+"""The report of a build: report.json (counts), rejects.csv and leaks.csv (lists), report.html (a page)."""
 
 import csv
 import json
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.atomic import atomic_file
-from data_prep.build.decisions import WANTS, Decision, write_decisions
+from data_prep.atomic import atomic_file, write_json
+from data_prep.build.database import select
+from data_prep.build.decisions import ACTIONS, Decision, write_decisions
 from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
-from data_prep.report.page import write_page
 
 UNUSED = "unused_decisions.csv"
 SIDES_PX = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
+class _Ordinal(NamedTuple):
+    ordinal: int
+
+
 def summarize(plan: Plan) -> dict:
-    """What report.json holds."""
-    reasons: Counter = Counter(reason for _, _, _, reason, _ in plan.rejects())
+    """The content of report.json."""
+    reasons = Counter(reject.reason for reject in plan.rejects())
     fixes, extensions, sides, lengths = Counter(), Counter(), Counter(), Counter()
     images, captions = Counter(), Counter()
     members = np.zeros(plan.rows + 1, np.int32)
@@ -34,15 +38,11 @@ def summarize(plan: Plan) -> dict:
             sides[max(side for side in SIDES_PX if side <= max(8, min(image.width, image.height)))] += 1
         for caption in image.captions:
             lengths[10 * (len(caption) // 10)] += 1
-        if image.fixes:
-            fixes.update(image.fixes.split("\n"))
-    of_groups = np.bincount(plan.codes[members > 0], minlength=1 + len(SPLITS))
-    groups = {split: int(of_groups[1 + at]) for at, split in enumerate(SPLITS)}
+        fixes.update(image.fixes)
+    groups_by_code = np.bincount(plan.codes[members > 0], minlength=1 + len(SPLITS))
+    groups = {split: int(groups_by_code[code]) for code, split in enumerate(SPLITS, 1)}
     records, rejects = sum(captions.values()), sum(reasons.values())
     assert records + rejects == plan.rows, (records, rejects, plan.rows)
-    unread = {ordinal for (ordinal,) in plan.db.execute("SELECT ordinal FROM rejects")}
-    query = "SELECT ordinal FROM cut WHERE ordinal NOT IN (SELECT ordinal FROM rejects)"
-    cut = sum(ordinal not in unread for part in plan.parts for (ordinal,) in part.db.execute(query))
     return {
         "rows": plan.rows,
         "records": records,
@@ -55,8 +55,8 @@ def summarize(plan: Plan) -> dict:
             split: {"images": images[split], "captions": captions[split], "groups": groups[split]}
             for split in SPLITS
         },
-        "captions_cut": cut,
-        "shared_by_too_many": plan.common,
+        "captions_truncated": _count_long_captions(plan),
+        "too_common": plan.too_common,
         "leaks": len(plan.leaks()),
         "extensions": dict(extensions.most_common()),
         "shorter_side_px": {str(side): sides[side] for side in sorted(sides)},
@@ -64,93 +64,104 @@ def summarize(plan: Plan) -> dict:
         "group_images": {
             str(size): int(count) for size, count in enumerate(np.bincount(members)) if size and count
         },
-        "decisions": {**(decided := _decided(plan)), "unused": len(decided["unused"])},
+        "decisions": {**(decisions := _decision_counts(plan)), "unused": len(decisions["unused"])},
     }
 
 
-def _decided(plan: Plan) -> dict:
-    """See data_prep.build.decisions.Decided.counts; every part read all rows, so all say the same."""
-    return json.loads(plan.parts[0].get("decided"))
+def _count_long_captions(plan: Plan) -> int:
+    """Captions of included images that are longer than the model can read."""
+    excluded = {reject.ordinal for reject in select(plan.db, _Ordinal, "FROM rejects")}
+    query = "FROM long_captions WHERE ordinal NOT IN (SELECT ordinal FROM rejects)"
+    return sum(
+        caption.ordinal not in excluded for part in plan.parts for caption in select(part.db, _Ordinal, query)
+    )
 
 
-def write_report(folder: Path, plan: Plan, summary: dict, begun: dict) -> None:
+def _decision_counts(plan: Plan) -> dict:
+    """See AppliedDecisions.counts. Every part reads all rows, so all parts have the same counts."""
+    return json.loads(plan.parts[0].get("decisions"))
+
+
+def write_report(folder: Path, plan: Plan, summary: dict, settings: dict) -> None:
     """Write report.json, rejects.csv, leaks.csv and report.html."""
+    from data_prep.report.page import write_report_page  # imports jinja2, which no other step needs
+
     write_json(folder / "report.json", summary)
-    write_rejects(folder / "rejects.csv", plan, list(begun["inputs"]))
-    with (
-        atomic_file(folder / "leaks.csv") as partial,
-        open(partial, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["image", "split", "near_identical_image", "its_split", "difference"])
-        for a, b, difference in plan.leaks():
-            writer.writerow(
-                [
-                    plan.image_of(a)[2],
-                    plan.split_of(a),
-                    plan.image_of(b)[2],
-                    plan.split_of(b),
-                    f"{difference:.4f}",
-                ]
-            )
-    if unused := _decided(plan)["unused"]:
-        write_decisions(folder / UNUSED, (Decision(*each) for each in unused))
-    write_page(folder / "report.html", plan, summary, begun)
+    write_rejects(folder / "rejects.csv", plan, list(settings["inputs"]))
+    leaks = (
+        [
+            plan.row(leak.a)[1].image,
+            plan.split_of(leak.a),
+            plan.row(leak.b)[1].image,
+            plan.split_of(leak.b),
+            f"{leak.difference:.4f}",
+        ]
+        for leak in plan.leaks()
+    )
+    header = ["image", "split", "near_identical_image", "its_split", "difference"]
+    _write_csv(folder / "leaks.csv", header, leaks)
+    if unused := _decision_counts(plan)["unused"]:
+        write_decisions(folder / UNUSED, (Decision(*cells) for cells in unused))
+    write_report_page(folder / "report.html", plan, summary, settings)
 
 
 def write_rejects(path: Path, plan: Plan, inputs: list[str]) -> None:
-    """Write every reject with its line, path, reason and detail, and the input that the line is of."""
+    """Write every reject with its line, image path, reason, detail and input."""
+    rows = (
+        [reject.line, reject.image, reject.reason, reject.detail, inputs[reject.input]]
+        for reject in plan.rejects()
+    )
+    _write_csv(path, ["line", "path", "reason", "detail", "input"], rows)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
     with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["line", "path", "reason", "detail", "input"])
-        writer.writerows(
-            [line, image, reason, detail, inputs[at]] for at, line, image, reason, detail in plan.rejects()
-        )
-
-
-def write_json(path: Path, value: dict) -> None:
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def print_report(out: Path, report: dict, splitting: dict) -> None:
-    """The report in a few lines, with what to open next."""
+    """Print the report in a few lines, and which file to open next.
+
+    Args:
+        splitting: the options of Splitting, as in the manifest.
+    """
     print(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects")
     for reason, count in report["reasons"].items():
         print(f"  rejected: {count} x {reason}")
     for fix, count in report["fixes"].items():
-        print(f"  put right: {count} x {fix}")
+        print(f"  fixed: {count} x {fix}")
     if any(report["decisions"].values()):
         print(
-            "  decisions applied: " + ", ".join(f"{report['decisions'][action]} {action}" for action in WANTS)
+            "  decisions applied: "
+            + ", ".join(f"{report['decisions'][action]} {action}" for action in ACTIONS)
         )
     if unused := report["decisions"]["unused"]:
         print(
-            f"  {unused} decisions fit no image or caption of the inputs, and changed nothing; they are in"
+            f"  {unused} decisions match no image or caption of the inputs, and were not applied; see"
             f" {out / UNUSED}"
         )
-    if report["captions_cut"]:
-        print(f"  {report['captions_cut']} captions are longer than the model can read, and will be cut")
+    if report["captions_truncated"]:
+        print(
+            f"  {report['captions_truncated']} captions are longer than the context length, and will be"
+            " truncated"
+        )
     for split, counts in report["splits"].items():
         print(
             f"  {split:5} {counts['images']} images, {counts['captions']} captions, {counts['groups']} groups"
         )
         if not counts["images"] and splitting.get(split, 1):
-            print(
-                f"        no group fell into {split}: there are few groups; a larger --{split} or another"
-                " --seed helps"
-            )
+            print(f"        {split} is empty because there are few groups; raise --{split} or change --seed")
     if report["leaks"]:
-        what = (
-            "the earlier one is left out"
+        action = (
+            "the image of the earlier split was dropped"
             if splitting["drop_leaks"]
-            else "--drop-leaks True would leave one out"
+            else "pass --drop-leaks to drop the image of the earlier split"
         )
         print(
-            f"  {report['leaks']} pairs of near-identical images were in different splits, listed in"
-            f" {out / 'leaks.csv'}; {what}"
+            f"  {report['leaks']} pairs of near-identical images are in different splits, listed in"
+            f" {out / 'leaks.csv'}; {action}"
         )
-    print(
-        f"look at {out / 'report.html'}"
-        + (f"; each reject is in {out / 'rejects.csv'}" if report["rejects"] else "")
-    )
+    rejects = f"; all rejects are in {out / 'rejects.csv'}" if report["rejects"] else ""
+    print(f"open {out / 'report.html'}{rejects}")

@@ -1,113 +1,149 @@
-"""The file of decisions while it is written to, by a page and by people at once."""
+"""The CSV of decisions while the review page and people write to it."""
 
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from data_prep.build.decisions import Decision, read_decisions, write_decisions
+from data_prep.build.decisions import Decision, Subject, read_decisions, write_decisions
 from data_prep.errors import UserError
 
 
-class Book:
-    """The CSV of decisions, kept whole: each change is on the disk before it is answered. People may edit it
-    meanwhile.
+class _Change(NamedTuple):
+    """What undo() restores: the decision about `subject` before a change."""
+
+    subject: Subject
+    before: Decision | None
+
+
+class _FileState(NamedTuple):
+    inode: int
+    size: int
+    modified_ns: int
+
+
+class DecisionStore:
+    """Reads and writes the CSV. A change is on disk before the method returns, and the file is read again if
+    something else has written to it.
 
     Raises:
-        UserError: the file holds what is no decision, or cannot be written.
+        UserError: the file has an invalid decision, or cannot be written.
     """
 
     def __init__(self, path: Path):
-        self.path, self._lock, self._history, self._seen = path, threading.Lock(), [], None
-        self._all: dict[tuple, Decision] = {}
+        self.path, self._lock = path, threading.Lock()
+        self._history: list[_Change] = []
+        self._file_state: _FileState | None = None
+        self._decisions: dict[Subject, Decision] = {}
         self._by_key: dict[str, list[Decision]] = {}
         if path.exists():
-            self._look()
+            self._reload()
             if not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
-                raise UserError(f"{path}: cannot be written; pass --decisions, a file that may be")
+                raise UserError(f"{path}: cannot be written; pass --decisions with a writable file")
         else:
             try:
-                self._write({})
+                self._write([])
             except OSError as error:
                 raise UserError(
-                    f"{path}: cannot be written ({error.strerror}); pass --decisions, a file that may be"
+                    f"{path}: cannot be written ({error.strerror}); pass --decisions with a writable file"
                 ) from None
 
-    def _look(self) -> None:
-        """Read the file again where someone else has written to it."""
-        if self._seen is None or self._state() != self._seen:
-            self._seen = self._state()
-            self._keep(read_decisions(self.path)[0] if self._seen else {})
+    def _reload(self) -> None:
+        """Read the file, if it has changed."""
+        state = self._read_state()
+        if self._file_state is None or state != self._file_state:
+            self._file_state = state
+            self._set(read_decisions(self.path)[0].values() if state else [])
 
-    def _state(self) -> tuple | None:
+    def _read_state(self) -> _FileState | None:
         try:
-            found = os.stat(self.path)
+            status = os.stat(self.path)
         except FileNotFoundError:
             return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        return _FileState(status.st_ino, status.st_size, status.st_mtime_ns)
 
-    def _keep(self, decisions: dict[tuple, Decision]) -> None:
-        self._all, self._by_key = decisions, {}
-        for each in decisions.values():
-            self._by_key.setdefault(each.key, []).append(each)
+    def _set(self, decisions: Iterable[Decision]) -> None:
+        self._decisions = {decision.subject: decision for decision in decisions}
+        self._by_key = {}
+        for decision in self._decisions.values():
+            self._by_key.setdefault(decision.key, []).append(decision)
 
-    def _write(self, decisions: dict[tuple, Decision]) -> None:
-        write_decisions(self.path, decisions.values())
-        self._keep(decisions)
-        self._seen = self._state()
+    def _write(self, decisions: list[Decision]) -> None:
+        write_decisions(self.path, decisions)
+        self._set(decisions)
+        self._file_state = self._read_state()
 
-    def _change(self, about: tuple, decision: Decision | None) -> Decision | None:
-        """Put `decision` in the place of what was decided before, which is returned. With the lock held."""
-        decisions = dict(self._all)
-        before = decisions.pop(about, None)
+    def _replace(self, subject: Subject, decision: Decision | None) -> Decision | None:
+        """Replace the decision about a subject. Call it with the lock held.
+
+        Returns:
+            The decision before.
+        """
+        decisions = dict(self._decisions)
+        before = decisions.pop(subject, None)
         if decision:
-            decisions[about] = decision._replace(note=decision.note or (before.note if before else ""))
+            decisions[subject] = decision._replace(note=decision.note or (before.note if before else ""))
         try:
-            self._write(decisions)
+            self._write(list(decisions.values()))
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); this was not saved"
+                f"{self.path}: cannot be written ({error.strerror}); the change was not saved"
             ) from None
         return before
 
     def decide(self, decision: Decision) -> None:
-        """Save a decision, in the place of an earlier one about the same.
+        """Save a decision; it replaces an earlier one about the same subject.
 
         Raises:
-            UserError: the file cannot be read or written any more; nothing was changed.
+            UserError: the file cannot be read or written; nothing was changed.
         """
         with self._lock:
-            self._look()
-            self._history.append((decision.about, self._change(decision.about, decision)))
+            self._reload()
+            self._history.append(_Change(decision.subject, self._replace(decision.subject, decision)))
 
-    def take_back(self, about: tuple) -> None:
-        """Remove the decision about this; raises as decide does, and where there is none."""
+    def remove(self, subject: Subject) -> None:
+        """Remove the decision about a subject.
+
+        Raises:
+            UserError: there is none, or as in decide().
+        """
         with self._lock:
-            self._look()
-            if about not in self._all:
-                raise UserError("this was taken back already")
-            self._history.append((about, self._change(about, None)))
+            self._reload()
+            if subject not in self._decisions:
+                raise UserError("this decision was removed already")
+            self._history.append(_Change(subject, self._replace(subject, None)))
 
     def undo(self) -> str:
-        """Undo what was done last since the server was started; the key of the picture it was about. Raises
-        as decide does.
+        """Undo the last change since the server started.
+
+        Returns:
+            The key of the image.
+
+        Raises:
+            UserError: there is no change to undo, or as in decide().
         """
         with self._lock:
-            self._look()
+            self._reload()
             if not self._history:
                 raise UserError("there is nothing to undo")
-            self._change(*self._history[-1])
-            return self._history.pop()[0][0]
+            self._replace(*self._history[-1])
+            return self._history.pop().subject.key
 
     def of(self, key: str) -> list[Decision]:
-        """What was decided about one picture."""
+        """The decisions about one image."""
         return self._by_key.get(key, [])
 
     def state(self) -> dict:
-        """What the page says of the file."""
+        """What the page shows about the file."""
         with self._lock:
-            self._look()
-            return {"decisions": len(self._all), "can_undo": bool(self._history), "file": str(self.path)}
+            self._reload()
+            return {
+                "decisions": len(self._decisions),
+                "can_undo": bool(self._history),
+                "file": str(self.path),
+            }
 
-    def latest(self, at: int, most: int) -> list[Decision]:
-        """Decisions, the latest first, from the `at`-th on."""
-        return list(reversed(self._all.values()))[at : at + most]
+    def latest(self, start: int, count: int) -> list[Decision]:
+        """Decisions from the `start`-th on, the latest first."""
+        return list(reversed(self._decisions.values()))[start : start + count]

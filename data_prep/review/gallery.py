@@ -1,9 +1,8 @@
-"""The groups and pictures of one split, of any size, while its indexes are still being read.
+"""The groups and images of one split, available while its indexes are still being read.
 
-A thread reads index after index and keeps 16 bytes of each picture, its group and its key. What was read so
-far can be looked
-at: groups are numbered as they first appear, so that more of them only come below. Captions and pictures are
-    read when asked for.
+A thread reads one index after another and keeps 16 bytes per image, its group and its key. Groups are
+numbered in the order in which they appear, so reading further only adds groups at the end. Captions and
+images are read on request.
 """
 
 import json
@@ -19,23 +18,23 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.shards import read_index
 
-PATIENCE = 256  # pictures between two looks at the clock
+CLOCK_EVERY = 256  # images between two readings of the clock
 
 
 class Groups:
-    """The groups of the first pictures of a split.
+    """The groups of the first n images of a split.
 
     Args:
-        groups: int64 [n], the group of each picture.
+        groups: int64 [n], the group of each image.
 
     Attributes:
-        looked_at: n.
-        listed: (largest_first, least) -> int64 [g], the groups of at least so many pictures, the largest
-            first or as they appear.
+        n_images: n.
+        listed: (largest_first, min_images) -> int64 [g], the groups of at least so many images, the largest
+            first or in the order in which they appear.
     """
 
     def __init__(self, groups: np.ndarray):
-        self.looked_at = len(groups)
+        self.n_images = len(groups)
         self._members = np.argsort(groups, kind="stable").astype(np.int32)  # group by group
         ordered = groups[self._members]
         starts = (
@@ -50,20 +49,20 @@ class Groups:
     def _by_size(self) -> np.ndarray:
         return self._by_first[np.argsort(-np.diff(self._starts)[self._by_first], kind="stable")]
 
-    def _listed(self, largest_first: bool, least: int) -> np.ndarray:
+    def _listed(self, largest_first: bool, min_images: int) -> np.ndarray:
         order = self._by_size if largest_first else self._by_first
-        return self._names[order if least < 2 else order[np.diff(self._starts)[order] >= least]]
+        return self._names[order if min_images < 2 else order[np.diff(self._starts)[order] >= min_images]]
 
     def members(self, group: int) -> np.ndarray:
-        """int32 [n]: the numbers of a group's pictures; none where the group was not met yet."""
-        at = int(np.searchsorted(self._names, group))
-        if at == len(self._names) or self._names[at] != group:
+        """int32 [n]: the numbers of a group's images; empty if the group was not read yet."""
+        position = int(np.searchsorted(self._names, group))
+        if position == len(self._names) or self._names[position] != group:
             return self._members[:0]
-        return self._members[self._starts[at] : self._starts[at + 1]]
+        return self._members[self._starts[position] : self._starts[position + 1]]
 
 
 class Gallery:
-    """One split, opened at once whatever its size; see the module.
+    """The images of one split; opening it takes no time, whatever its size.
 
     Args:
         entries: the split's shards, as the manifest has them.
@@ -72,9 +71,9 @@ class Gallery:
     def __init__(self, folder: Path, split: str, entries: list[dict]):
         self.folder, self.split, self.entries = folder, split, entries
         self._ends = np.cumsum([entry["samples"] for entry in entries], dtype=np.int64)
-        self._table = lru_cache(64)(lambda at: read_index(folder, entries[at]))
+        self._table = lru_cache(64)(lambda shard: read_index(folder, entries[shard]))
         self._keys = np.zeros(len(self), np.uint64)
-        self._groups, self._error, self._begun = Groups(np.zeros(0, np.int64)), None, threading.Event()
+        self._groups, self._error, self._has_read = Groups(np.zeros(0, np.int64)), None, threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
 
     def __len__(self) -> int:
@@ -89,106 +88,112 @@ class Gallery:
                 self._keys[end - len(keys) : end] = np.frombuffer(bytes.fromhex("".join(keys)), ">u8")
                 if end >= due or end == len(
                     self
-                ):  # all of it is sorted each time, so each time it is twice as much
+                ):  # Groups sorts everything, so wait until it is twice as much
                     self._groups, due = Groups(groups[:end]), 2 * end
-                    self._begun.set()
+                    self._has_read.set()
         except UserError as error:
             self._error = error
         except (ValueError, OSError) as error:
             self._error = UserError(
                 f"{self.folder / entry['index']}: cannot be read ({error}); build the shards again"
             )
-        self._begun.set()
+        self._has_read.set()
 
     def groups(self) -> Groups:
-        """What is known by now of the groups.
+        """The groups that have been read so far.
 
         Raises:
             UserError: an index cannot be read.
         """
-        self._begun.wait()
+        self._has_read.wait()
         if self._error:
             raise self._error
         return self._groups
 
     def key(self, number: int) -> str:
-        """The key of a picture among those that were looked at."""
+        """The key of an image that has been read."""
         return f"{int(self._keys[number]):016x}"
 
     def find(self, key: str) -> int | None:
-        """The number of the picture with this key, among those that were looked at."""
-        found = np.flatnonzero(self._keys[: self.groups().looked_at] == np.uint64(int(key, 16)))
-        return int(found[0]) if len(found) else None
+        """The number of the image with this key, among those that have been read."""
+        matches = np.flatnonzero(self._keys[: self.groups().n_images] == np.uint64(int(key, 16)))
+        return int(matches[0]) if len(matches) else None
 
     def meta(self, number: int) -> dict:
-        """KEY.json of a picture, and its group's number as `group_number`."""
+        """KEY.json of an image, and the number of its group as `group_number`."""
         entry, keys, row = self._row(number)
-        meta = json.loads(_bytes(self.folder / entry.get("json", entry["file"]), row[3:5]))
+        meta = json.loads(_read_piece(self.folder / entry.get("json", entry["file"]), *row[3:5]))
         return {**meta, "key": str(keys), "group_number": int(row[0])}
 
     def image(self, number: int) -> bytes:
-        """The stored bytes of a picture."""
+        """The stored bytes of an image."""
         entry, _, row = self._row(number)
-        return _bytes(self.folder / entry["file"], row[1:3])
+        return _read_piece(self.folder / entry["file"], *row[1:3])
 
     def _row(self, number: int) -> tuple[dict, str, list[int]]:
-        at = int(np.searchsorted(self._ends, number, side="right"))
-        keys, table = self._table(at)
-        row = number - (int(self._ends[at - 1]) if at else 0)
-        return self.entries[at], keys[row], table[row].tolist()
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        keys, table = self._table(shard)
+        row = number - (int(self._ends[shard - 1]) if shard else 0)
+        return self.entries[shard], keys[row], table[row].tolist()
 
-    def search(self, text: str, several: bool, at: int, seconds: float) -> Iterator[tuple[int, int | None]]:
-        """(number + 1, group or None) of picture after picture from number `at` on, for so long.
+    def search(
+        self, text: str, several: bool, start: int, seconds: float
+    ) -> Iterator[tuple[int, int | None]]:
+        """Search image by image, from number `start` on, for at most `seconds`.
 
-        The group is given where a caption or the image's name holds `text` in any case, and, if `several`,
-        there are more captions than one."""
-        until, text = time.monotonic() + seconds, text.casefold()
-        while at < len(self):
-            shard = int(np.searchsorted(self._ends, at, side="right"))
+        Args:
+            text: to find in a caption or the image's name, in any case.
+            several: only images with more captions than one.
+
+        Yields:
+            The number of the next image, and the group of this one if it matches, else None.
+        """
+        until, text, number = time.monotonic() + seconds, text.casefold(), start
+        while number < len(self):
+            shard = int(np.searchsorted(self._ends, number, side="right"))
             entry, table = self.entries[shard], self._table(shard)[1]
             first = int(self._ends[shard]) - len(table)
-            with _Open(self.folder / entry.get("json", entry["file"])) as file:
-                for row in table[at - first :].tolist():
-                    meta = json.loads(file.read(row[3:5]))
-                    fits = len(meta["captions"]) > several and any(
-                        text in each.casefold() for each in (*meta["captions"], meta["image"])
+            with _OpenFile(self.folder / entry.get("json", entry["file"])) as file:
+                for row in table[number - first :].tolist():
+                    meta = json.loads(file.read(*row[3:5]))
+                    matches = len(meta["captions"]) > several and any(
+                        text in candidate.casefold() for candidate in (*meta["captions"], meta["image"])
                     )
-                    at += 1
-                    yield at, row[0] if fits else None
-                    if at % PATIENCE == 0 and time.monotonic() > until:
+                    number += 1
+                    yield number, row[0] if matches else None
+                    if number % CLOCK_EVERY == 0 and time.monotonic() > until:
                         return
 
 
-class _Open:
-    """A file to read pieces of.
+class _OpenFile:
+    """Reads pieces of a file.
 
     Raises:
-        UserError: it is gone, or ends too early.
+        UserError: it does not exist any more, or is too short.
     """
 
     def __init__(self, path: Path):
         self.path = path
 
-    def __enter__(self) -> "_Open":
+    def __enter__(self) -> "_OpenFile":
         try:
             self._file = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be read any more ({error.strerror}); start review again"
+                f"{self.path}: cannot be read any more ({error.strerror}); restart review"
             ) from None
         return self
 
     def __exit__(self, *_) -> None:
         os.close(self._file)
 
-    def read(self, place: list[int]) -> bytes:
-        offset, size = place
+    def read(self, offset: int, size: int) -> bytes:
         data = os.pread(self._file, size, offset)
         if len(data) != size:
             raise UserError(f"{self.path}: ends before byte {offset + size}; build the shards again")
         return data
 
 
-def _bytes(path: Path, place: list[int]) -> bytes:
-    with _Open(path) as file:
-        return file.read(place)
+def _read_piece(path: Path, offset: int, size: int) -> bytes:
+    with _OpenFile(path) as file:
+        return file.read(offset, size)

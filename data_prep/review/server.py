@@ -1,13 +1,13 @@
-"""The page on which people look through a data set before it is trained on, and decide: drop this picture,
-say that better.
+"""The server of the review page: look through a data set before it is trained on, drop images, edit captions.
 
-Each decision is in the CSV before it is answered; `build --decisions` applies them. review.html is what a
-browser gets."""
+Each decision is in the CSV before the request is answered; `build --decisions` applies them. page.html is the
+page itself.
+"""
 
 import io
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -18,20 +18,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from data_prep import web
-from data_prep.build.decisions import KEY, WANTS, Decision, tidy
+from data_prep.build.decisions import ACTIONS, KEY, Decision, normalized
 from data_prep.errors import UserError
 from data_prep.images import DAMAGE, EXTENSIONS
-from data_prep.review.decision_store import Book
+from data_prep.review.decision_store import DecisionStore
 from data_prep.review.gallery import Gallery
 from data_prep.shards import read_manifest
 from data_prep.web import Refused
 
 PAGE = Path(__file__).with_name("page.html")
-PAGE_GROUPS, PAGE_PICTURES, PAGE_DECISIONS = 48, 60, 100
-MARKED = 100  # pictures of a group, at most, whose decisions are counted on its tile
-SEARCH_S = 0.5  # of one request: the page asks on and says how far it is
+PAGE_GROUPS, PAGE_IMAGES, PAGE_DECISIONS = 48, 60, 100
+COUNTED_IMAGES = 100  # of a group, at most, whose decisions are counted on its tile
+SEARCH_S = 0.5  # per request; the page then asks for the rest, and shows how far the search is
 MIN_PX, MAX_PX = 32, 1024
-DECODING = threading.BoundedSemaphore(4)  # pictures in memory at their full size
+DECODING = threading.BoundedSemaphore(4)  # images in memory at full size
+MAX_JSON_BYTES = 1 << 20
 
 
 class Review:
@@ -46,160 +47,185 @@ class Review:
             if entry["samples"]
         }
         if not self.splits:
-            raise UserError(f"{shards}: no samples in any split; there is nothing to look at")
-        self.book = Book(decisions)
+            raise UserError(f"{shards}: no samples in any split, so there is nothing to review")
+        self.store = DecisionStore(decisions)
 
     def routes(self) -> list[Route]:
-        asked = {"about": self.about, "groups": self.groups, "group": self.group, "decisions": self.decisions}
-        told = {"decide": self.decide, "take_back": self.take_back, "undo": self.undo}
+        get = {"status": self.status, "groups": self.groups, "group": self.group, "decisions": self.decisions}
+        post = {"decide": self.decide, "remove": self.remove, "undo": self.undo}
         return [
-            *(Route(f"/api/{name}", _answer(what)) for name, what in asked.items()),
-            *(Route(f"/api/{name}", _do(what), methods=["POST"]) for name, what in told.items()),
-            Route("/picture/{split}/{number:int}", self.picture),
+            *(Route(f"/api/{name}", _get(method)) for name, method in get.items()),
+            *(Route(f"/api/{name}", _post(method), methods=["POST"]) for name, method in post.items()),
+            Route("/image/{split}/{number:int}", self.image),
         ]
 
-    def about(self, _: Request) -> dict:
-        """What there is, and how far the indexes have been read."""
+    def status(self, _: Request) -> dict:
+        """The splits, how far their indexes have been read, and the state of the decisions."""
         splits = {}
         for name, gallery in self.splits.items():
-            known = gallery.groups()
+            groups = gallery.groups()
             splits[name] = {
-                "pictures": len(gallery),
-                "looked_at": known.looked_at,
-                "groups": len(known.listed(False, 1)),
+                "images": len(gallery),
+                "n_read": groups.n_images,
+                "groups": len(groups.listed(False, 1)),
             }
-        return {"shards": str(self.shards), "splits": splits, **self.book.state()}
+        return {"shards": str(self.shards), "splits": splits, **self.store.state()}
 
     def groups(self, request: Request) -> dict:
-        """A page of groups. Those that hold a text are looked for as long as a request may take; `next` is
-        where to go on.
+        """A page of groups: all, those that match a search, or that of one key.
+
+        A search ends after SEARCH_S. `next` is where the following request starts; `total` is None for a
+        search.
         """
-        gallery, asked = self._gallery(request.query_params.get("split")), request.query_params
-        at, least, text = (
-            _number(asked, "at"),
-            _number(asked, "least"),
-            " ".join(asked.get("text", "").split()),
+        query = request.query_params
+        gallery, start, min_images = (
+            self._gallery(query.get("split")),
+            _number(query, "start"),
+            _number(query, "min_images"),
         )
-        known = gallery.groups()
+        text, several = " ".join(query.get("text", "").split()), query.get("several") == "1"
         if KEY.fullmatch(text.lower()):
             tiles = self._tiles_of(text.lower())
-            return {
-                "groups": tiles,
-                "next": None,
-                "of": len(tiles),
-                "looked_at": sum(len(each) for each in self.splits.values()),
-            }
-        if not text and asked.get("several") != "1":
-            listed = known.listed(asked.get("sort") == "size", least)
-            tiles = [self._tile(gallery, int(group)) for group in listed[at : at + PAGE_GROUPS]]
-            more = at + PAGE_GROUPS if at + PAGE_GROUPS < len(listed) else None
-            return {"groups": tiles, "next": more, "of": len(listed), "looked_at": known.looked_at}
-        found: dict[int, int] = {}
-        for end, group in gallery.search(text, asked.get("several") == "1", at, SEARCH_S):
-            at = end
-            if group is not None and len(known.members(group)) >= least:
-                found.setdefault(group, at - 1)
-            if len(found) == PAGE_GROUPS:
-                break
-        tiles = [self._tile(gallery, group, number) for group, number in found.items()]
-        return {"groups": tiles, "next": at if at < len(gallery) else None, "of": None, "looked_at": at}
-
-    def _tile(self, gallery: Gallery, group: int, number: int | None = None) -> dict:
-        """A group by one of its pictures, by default the first, and how many of them were decided about."""
-        members = gallery.groups().members(group)
-        number = int(members[0]) if number is None else number
-        decided = [self.book.of(gallery.key(each)) for each in members[:MARKED]]
-        dropped = sum(any(each.action == "drop" for each in one) for one in decided)
-        tile = {"split": gallery.split, "group": group, "pictures": max(1, len(members)), "number": number}
-        meta = gallery.meta(number)
-        counts = {"dropped": dropped, "changed": sum(map(bool, decided)) - dropped}
-        return {**tile, **counts, "image": meta["image"], "captions": meta["captions"][:2]}
-
-    def _tiles_of(self, key: str) -> list[dict]:
-        """The group of the picture with this key, by that picture; none where it was not met."""
-        found = [(each, number) for each in self.splits.values() if (number := each.find(key)) is not None]
-        return [self._tile(each, each.meta(number)["group_number"], number) for each, number in found]
-
-    def group(self, request: Request) -> dict:
-        """A page of a group's pictures, each with all of its captions and what was decided."""
-        gallery = self._gallery(request.query_params.get("split"))
-        at, group = _number(request.query_params, "at"), _number(request.query_params, "group")
-        known = gallery.groups()
-        members = known.members(group)
-        shown = [self._picture(gallery, int(number)) for number in members[at : at + PAGE_PICTURES]]
-        complete = known.looked_at == len(gallery)
-        more = at + PAGE_PICTURES if at + PAGE_PICTURES < len(members) else None
+            n_read = sum(len(gallery) for gallery in self.splits.values())
+            return {"groups": tiles, "next": None, "total": len(tiles), "n_read": n_read}
+        if text or several:
+            return self._search(gallery, text, several, start, min_images)
+        groups = gallery.groups()
+        listed = groups.listed(query.get("sort") == "size", min_images)
+        end = start + PAGE_GROUPS
         return {
-            "pictures": shown,
-            "next": more,
-            "of": len(members),
-            "complete": complete,
-            "looked_at": known.looked_at,
+            "groups": [self._tile(gallery, int(group)) for group in listed[start:end]],
+            "next": end if end < len(listed) else None,
+            "total": len(listed),
+            "n_read": groups.n_images,
         }
 
-    def _picture(self, gallery: Gallery, number: int) -> dict:
+    def _search(self, gallery: Gallery, text: str, several: bool, start: int, min_images: int) -> dict:
+        groups, numbers, end = gallery.groups(), {}, start
+        for end, group in gallery.search(text, several, start, SEARCH_S):
+            if group is not None and len(groups.members(group)) >= min_images:
+                numbers.setdefault(group, end - 1)
+            if len(numbers) == PAGE_GROUPS:
+                break
+        return {
+            "groups": [self._tile(gallery, group, number) for group, number in numbers.items()],
+            "next": end if end < len(gallery) else None,
+            "total": None,
+            "n_read": end,
+        }
+
+    def _tile(self, gallery: Gallery, group: int, number: int | None = None) -> dict:
+        """A group, shown by one of its images, and how many images have decisions.
+
+        Args:
+            number: of the image; by default the first.
+        """
+        members = gallery.groups().members(group)
+        number = int(members[0]) if number is None else number
+        decided = [self.store.of(gallery.key(member)) for member in members[:COUNTED_IMAGES]]
+        dropped = sum(any(decision.action == "drop" for decision in of_image) for of_image in decided)
         meta = gallery.meta(number)
-        decided = self.book.of(meta["key"])
-        changed = {each.caption: each.new_caption for each in decided if each.action in ("edit", "remove")}
+        return {
+            "split": gallery.split,
+            "group": group,
+            "n_images": max(1, len(members)),
+            "number": number,
+            "dropped": dropped,
+            "changed": sum(map(bool, decided)) - dropped,
+            "image": meta["image"],
+            "captions": meta["captions"][:2],
+        }
+
+    def _tiles_of(self, key: str) -> list[dict]:
+        """The group of the image with this key; empty if the image has not been read."""
+        matches = [
+            (gallery, number) for gallery in self.splits.values() if (number := gallery.find(key)) is not None
+        ]
+        return [
+            self._tile(gallery, gallery.meta(number)["group_number"], number) for gallery, number in matches
+        ]
+
+    def group(self, request: Request) -> dict:
+        """A page of a group's images, each with all captions and decisions."""
+        gallery = self._gallery(request.query_params.get("split"))
+        start, group = _number(request.query_params, "start"), _number(request.query_params, "group")
+        groups = gallery.groups()
+        members = groups.members(group)
+        end = start + PAGE_IMAGES
+        return {
+            "images": [self._image(gallery, int(number)) for number in members[start:end]],
+            "next": end if end < len(members) else None,
+            "total": len(members),
+            "complete": groups.n_images == len(gallery),
+            "n_read": groups.n_images,
+        }
+
+    def _image(self, gallery: Gallery, number: int) -> dict:
+        meta = gallery.meta(number)
+        decisions = self.store.of(meta["key"])
+        new_captions = {
+            decision.caption: decision.new_caption
+            for decision in decisions
+            if decision.action in ("edit", "remove")
+        }
         return {
             "split": gallery.split,
             "number": number,
             **{name: meta.get(name) for name in ("key", "image", "width", "height", "group", "columns")},
-            "dropped": any(each.action == "drop" for each in decided),
+            "dropped": any(decision.action == "drop" for decision in decisions),
+            # new: "" for a removed caption, None for an unchanged one
             "captions": [
-                {"caption": each, "new": changed.get(each)} for each in meta["captions"]
-            ],  # "" is removed, None as it was
-            "added": [each.new_caption for each in decided if each.action == "add"],
+                {"caption": caption, "new": new_captions.get(caption)} for caption in meta["captions"]
+            ],
+            "added": [decision.new_caption for decision in decisions if decision.action == "add"],
         }
 
     def decisions(self, request: Request) -> dict:
-        """The decisions, the latest first."""
-        at = _number(request.query_params, "at")
-        latest = [each._asdict() for each in self.book.latest(at, PAGE_DECISIONS)]
-        state = self.book.state()
-        return {
-            "latest": latest,
-            "next": at + PAGE_DECISIONS if at + PAGE_DECISIONS < state["decisions"] else None,
-            **state,
-        }
+        """A page of decisions, the latest first."""
+        start = _number(request.query_params, "start")
+        latest = [decision._asdict() for decision in self.store.latest(start, PAGE_DECISIONS)]
+        state, end = self.store.state(), start + PAGE_DECISIONS
+        return {"latest": latest, "next": end if end < state["decisions"] else None, **state}
 
-    def decide(self, told: dict) -> dict:
-        """Decide about a picture of a split by its number; its key must be that which the page shows."""
-        gallery, number = self._gallery(told.get("split")), told.get("number")
+    def decide(self, payload: dict) -> dict:
+        """Save a decision about an image, given by split and number; the key is compared with the shards'."""
+        gallery, number = self._gallery(payload.get("split")), payload.get("number")
         if not isinstance(number, int) or not 0 <= number < len(gallery):
-            raise Refused(f"{gallery.split} has no picture {number!r}", 404)
+            raise Refused(f"{gallery.split} has no image {number!r}", 404)
         meta = gallery.meta(number)
-        if told.get("key") != meta["key"]:
-            raise Refused("the shards are not those that this page shows; load it again", 409)
-        decision = _decision({**told, "image": meta["image"]})
+        if payload.get("key") != meta["key"]:
+            raise Refused("the shards have changed since this page was loaded; reload the page", 409)
+        decision = _decision({**payload, "image": meta["image"]})
         if decision.caption and decision.caption not in meta["captions"]:
-            raise Refused(f"this picture has no caption {decision.caption!r}")
+            raise Refused(f"this image has no caption {decision.caption!r}")
         if decision.new_caption and decision.new_caption in {decision.caption, *self._captions(meta)}:
-            raise Refused(f"this picture has the caption {decision.new_caption!r} already")
-        self.book.decide(decision)
-        return {"picture": self._picture(gallery, number), **self.book.state()}
+            raise Refused(f"this image already has the caption {decision.new_caption!r}")
+        self.store.decide(decision)
+        return {"image": self._image(gallery, number), **self.store.state()}
 
     def _captions(self, meta: dict) -> set[str]:
-        """What a picture's captions are by now."""
-        decided = self.book.of(meta["key"])
-        gone = {each.caption for each in decided if each.caption}
-        return {each for each in meta["captions"] if each not in gone} | {
-            each.new_caption for each in decided if each.new_caption
+        """The captions of an image after all decisions."""
+        decisions = self.store.of(meta["key"])
+        replaced = {decision.caption for decision in decisions if decision.caption}
+        return {caption for caption in meta["captions"] if caption not in replaced} | {
+            decision.new_caption for decision in decisions if decision.new_caption
         }
 
-    def take_back(self, told: dict) -> dict:
-        decision = _decision(told)
-        self.book.take_back(decision.about)
-        return {"tiles": self._tiles_of(decision.key), **self.book.state()}
+    def remove(self, payload: dict) -> dict:
+        """Remove a decision."""
+        decision = _decision(payload)
+        self.store.remove(decision.subject)
+        return {"tiles": self._tiles_of(decision.key), **self.store.state()}
 
     def undo(self, _: dict) -> dict:
-        return {"tiles": self._tiles_of(self.book.undo()), **self.book.state()}
+        """Undo the last change since the server started."""
+        return {"tiles": self._tiles_of(self.store.undo()), **self.store.state()}
 
-    def picture(self, request: Request) -> Response:
-        """A picture as WebP of at most `px` pixels on its longer side, exact where it is not larger."""
+    def image(self, request: Request) -> Response:
+        """An image as WebP of at most `px` pixels on its longer side; lossless if it is not resized."""
         gallery, number = self._gallery(request.path_params["split"]), request.path_params["number"]
         if not 0 <= number < len(gallery):
-            raise Refused(f"{gallery.split} has no picture {number}", 404)
+            raise Refused(f"{gallery.split} has no image {number}", 404)
         px = min(MAX_PX, max(MIN_PX, _number(request.query_params, "px")))
         with DECODING:
             data = webp(gallery.image(number), px, self.max_pixels)
@@ -207,7 +233,7 @@ class Review:
 
     def _gallery(self, split: str | None) -> Gallery:
         if split not in self.splits:
-            raise Refused(f"there is no split {split!r}; there are {', '.join(self.splits)}", 404)
+            raise Refused(f"no split {split!r}; the splits are {', '.join(self.splits)}", 404)
         return self.splits[split]
 
 
@@ -217,15 +243,15 @@ def app(shards: Path, decisions: Path, host: str = web.LOOPBACK[0]) -> Starlette
 
 
 def webp(data: bytes, px: int, max_pixels: int) -> bytes:
-    """A stored picture for the page.
+    """A stored image as the page shows it.
 
     Raises:
-        Refused: it cannot be decoded, as may be where shards were built with --trust.
+        Refused: it cannot be decoded, which can happen if the shards were built with --skip-decode.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
         if image.width * image.height > max_pixels:
-            raise Refused("this picture has too many pixels to be shown", 404)
+            raise Refused("this image has too many pixels to show", 404)
         is_larger = max(image.size) > px
         image.draft("RGB", (px, px))
         image.thumbnail((px, px))
@@ -235,44 +261,44 @@ def webp(data: bytes, px: int, max_pixels: int) -> bytes:
         image.convert("RGBA" if image.has_transparency_data else "RGB").save(buffer, "WEBP", **options)
         return buffer.getvalue()
     except (Image.DecompressionBombError, *DAMAGE) as error:
-        raise Refused(f"this picture cannot be decoded ({error})", 404) from None
+        raise Refused(f"this image cannot be decoded ({error})", 404) from None
 
 
-def _decision(told: dict) -> Decision:
-    cells = [told.get(name, "") for name in Decision._fields[:-1]]
-    if not all(isinstance(cell, str) for cell in cells):
-        raise Refused("text is wanted for each of a decision's cells")
-    decision = tidy(*cells, "")
-    if decision.action in WANTS and WANTS[decision.action][1] and not decision.new_caption:
-        raise Refused("the caption is empty; to have none, remove it")
+def _decision(payload: dict) -> Decision:
+    cells = {name: payload.get(name, "") for name in Decision._fields if name != "note"}
+    if not all(isinstance(cell, str) for cell in cells.values()):
+        raise Refused(f"{', '.join(cells)} must be strings")
+    decision = normalized(Decision(**cells))
+    if decision.action in ACTIONS and ACTIONS[decision.action].new_caption and not decision.new_caption:
+        raise Refused("the caption is empty; to have no caption, remove it")
     if problem := decision.problem():
         raise Refused(problem)
     return decision
 
 
-def _number(asked, name: str) -> int:
-    text = asked.get(name, "0")
+def _number(query: Mapping[str, str], name: str) -> int:
+    text = query.get(name, "0")
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise Refused(f"{name} is {text!r}; a number is wanted")
+        raise Refused(f"{name} is {text!r}; it must be a number")
     return int(text)
 
 
-def _answer(what: Callable[[Request], dict]) -> Callable:
+def _get(method: Callable[[Request], dict]) -> Callable:
     def answer(request: Request) -> Response:
-        return JSONResponse(what(request))
+        return JSONResponse(method(request))
 
     return answer
 
 
-def _do(what: Callable[[dict], dict]) -> Callable:
-    async def do(request: Request) -> Response:
+def _post(method: Callable[[dict], dict]) -> Callable:
+    async def answer(request: Request) -> Response:
         web.same_origin(request)
         try:
-            told = json.loads(await web.body(request, 1 << 20))
+            payload = json.loads(await web.body(request, MAX_JSON_BYTES))
         except ValueError:
-            raise Refused("JSON is wanted") from None
-        if not isinstance(told, dict):
-            raise Refused("a JSON object is wanted")
-        return JSONResponse(await run_in_threadpool(what, told))
+            raise Refused("the request must be JSON") from None
+        if not isinstance(payload, dict):
+            raise Refused("the request must be a JSON object")
+        return JSONResponse(await run_in_threadpool(method, payload))
 
-    return do
+    return answer

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data_prep.build.scan import Source, read_local
 from data_prep.errors import UserError
 from data_prep.images import BadImage
-from data_prep.inputs.sources import IMAGE_EXTENSIONS, walk
+from data_prep.inputs.locations import ImageLocation, read_local
+from data_prep.inputs.storage import IMAGE_EXTENSIONS, walk
 from data_prep.shards import Shards, read_manifest
 from eval.classify.features import checked
 from train.data.decode import decode
@@ -89,8 +89,8 @@ class FolderCorpus:
 
     def read(self, number: int) -> tuple[Image.Image, dict]:
         name = self.names[number]
-        image = decode(checked(read_local(Source(self.folder, name))))
-        text = read_local(Source(self.folder, f"{os.path.splitext(name)[0]}.txt"))
+        image = decode(checked(read_local(ImageLocation(self.folder, name))))
+        text = read_local(ImageLocation(self.folder, f"{os.path.splitext(name)[0]}.txt"))
         lines = [] if isinstance(text, BadImage) else text.decode("utf-8-sig", "replace").splitlines()
         captions = [line.strip() for line in lines if line.strip()]
         return image, {"key": name, "split": "", "group": number, "captions": captions, "columns": {}}

@@ -21,10 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data_prep.atomic import atomic_file, atomic_folder, check_replaceable
+from data_prep.atomic import atomic_file, atomic_folder, check_replaceable, write_json
 from data_prep.errors import NotFinite, UserError
 from data_prep.progress import progress
-from data_prep.report.summary import write_json
 from eval.embed import load_for_eval
 from eval.options import Inference
 from eval.search.corpus import THUMBNAIL_PX, Corpus, CorpusImages, ShardsCorpus, collate, open_corpus

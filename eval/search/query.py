@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 import torch
 
 from data_prep.atomic import atomic_file
-from data_prep.build.scan import Source, read_local
 from data_prep.errors import UserError
 from data_prep.images import BadImage
+from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.tables import markdown_table
 from eval.classify.features import open_image
 from eval.embed import embed_texts
@@ -184,7 +184,7 @@ def query_features(clip: Clip, root: Path, queries: Sequence[TextOrImage]) -> li
 
 
 def _image_features(clip: Clip, root: Path, image: str) -> torch.Tensor | str:
-    data = read_local(Source(str(root), image)) if image else BadImage("neither text nor image")
+    data = read_local(ImageLocation(str(root), image)) if image else BadImage("neither text nor image")
     if isinstance(data, BadImage):
         return data.reason
     try:

@@ -23,7 +23,7 @@ from conftest import (
 import data_prep.__main__
 import eval.__main__
 import train.__main__
-from data_prep.build.pipeline import Checking, Reading, Splitting, Work, build, merge
+from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build, merge
 from data_prep.build.split import SPLITS, split_of
 from data_prep.errors import UserError
 from data_prep.icons import icons
@@ -55,8 +55,9 @@ def test_webdatasets_own_reader_yields_the_same_samples(icon_shards):
             assert ours.captions == shards.captions(number)
 
 
+@pytest.mark.slow
 def test_older_webdataset_and_open_clips_own_pipeline_read_them(icon_shards, tmp_path):
-    """open_clip_train wants webdataset 0.2.86, which is laid over this environment for one process."""
+    """open_clip_train requires webdataset 0.2.86, which is installed into a folder for one process."""
     pip = [
         sys.executable,
         "-m",
@@ -112,10 +113,16 @@ def test_every_icon_reaches_its_split_once_and_groups_stay_whole(icon_folder, ic
     assert found == rows.keys()
 
 
-def test_shards_have_about_the_asked_size_and_are_enough(tmp_path):
+def test_sizes_and_number_of_shards(tmp_path):
     path = noise_images(tmp_path, 60)
     for name, options, expected in [("a", (25, 1), 3), ("b", (1000, 7), 7), ("c", (1000, 1), 1)]:
-        build([str(path)], tmp_path / name, images_per_shard=options[0], min_shards=options[1], work=Work(1))
+        build(
+            [str(path)],
+            tmp_path / name,
+            images_per_shard=options[0],
+            min_shards=options[1],
+            parallelism=Parallelism(1),
+        )
         sizes = Shards(tmp_path / name, "train").shard_sizes
         assert len(sizes) == expected
         assert sizes.max() - sizes.min() <= 1
@@ -125,33 +132,44 @@ def test_parts_by_tasks_are_the_same_shards(icon_folder, icon_shards, tmp_path, 
     source = [str(icon_folder / "icons.csv")]
     writing = {"images_per_shard": 40, "min_shards": 1}
     for task in (2, 0):
-        assert build(source, tmp_path / "out", ICONS, work=Work(1, 3, task), **writing) is None
+        assert build(source, tmp_path / "out", ICONS, parallelism=Parallelism(1, 3, task), **writing) is None
     with pytest.raises(UserError, match="1 of 3 tasks have not finished: 1;"):
         merge(tmp_path / "out")
     with pytest.raises(
-        UserError, match=r"begun with another val \(0.1, now 0.2\).*All tasks want the same command"
+        UserError, match=r"started with another val \(0.1, now 0.2\).*All tasks need the same command"
     ):
-        build(source, tmp_path / "out", ICONS, split=Splitting(val=0.2), work=Work(1, 3, 1), **writing)
+        build(
+            source,
+            tmp_path / "out",
+            ICONS,
+            split=Splitting(val=0.2),
+            parallelism=Parallelism(1, 3, 1),
+            **writing,
+        )
     for name, value in {"COUNT": 3, "ID": 1, "MIN": 0, "MAX": 2}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-    assert build(source, tmp_path / "out", ICONS, work=Work(1), **writing) is None
+    assert build(source, tmp_path / "out", ICONS, parallelism=Parallelism(1), **writing) is None
     merge(tmp_path / "out", processes=1)
     assert tars(tmp_path / "out") == tars(icon_shards)
     assert (tmp_path / "out" / "report.json").read_text() == (icon_shards / "report.json").read_text()
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_adding_a_tenth_of_rows_moves_nobody(tmp_path):
-    """Old groups stay where they are, with new members, new groups, new captions; before them in the file or
-    after.
-    """
+def test_adding_rows_does_not_move_images_between_splits(tmp_path):
+    """Existing groups keep their splits, whether rows are added before or after them."""
     path = noise_images(tmp_path, 110, groups=37)
     header, *rows = path.read_text().splitlines()
     (tmp_path / "old.csv").write_text("\n".join([header, *rows[:100]]) + "\n")
     read = Reading(group_column="group")
 
     def splits(source, out, **options):
-        build([str(tmp_path / source)], tmp_path / out, read, split=Splitting(**options), work=Work(1))
+        build(
+            [str(tmp_path / source)],
+            tmp_path / out,
+            read,
+            split=Splitting(**options),
+            parallelism=Parallelism(1),
+        )
         found = {}
         for split in SPLITS:
             shards = Shards(tmp_path / out, split)
@@ -166,10 +184,10 @@ def test_adding_a_tenth_of_rows_moves_nobody(tmp_path):
         assert len(after) == 110
         assert before.items() <= after.items()
 
-    # A row that says of an image of val what an image of train says joins their groups: one of them has to
-    # move, unless the old build is named; then the new row is the one that stays out.
+    # An image with a caption of train and one of val joins their groups, so one of them moves. With
+    # keep_splits, the new rows are rejected instead.
     train, val = (
-        next(image for image, split in before.items() if split == wanted) for wanted in ("train", "val")
+        next(image for image, split in before.items() if split == name) for name in ("train", "val")
     )
     names = {row.split(",")[0]: row for row in rows[:100]}
     extra = [f"105.png,{names[train].split(',')[1]},bridge", f"105.png,{names[val].split(',')[1]},bridge"]
@@ -178,7 +196,7 @@ def test_adding_a_tenth_of_rows_moves_nobody(tmp_path):
     assert moved[train] == moved[val] == moved["105.png"]
     check = Checking(max_rejects=0.1)
     split = Splitting(val=0.3, test=0.3, keep_splits=str(tmp_path / "old"))
-    report = build([str(tmp_path / "bridge.csv")], tmp_path / "kept", read, check, split, Work(1))
+    report = build([str(tmp_path / "bridge.csv")], tmp_path / "kept", read, check, split, Parallelism(1))
     assert report["reasons"] == {"joins two splits": 2}
     kept = {
         Shards(tmp_path / "kept", s).read(n).meta["image"]: s
@@ -206,7 +224,7 @@ def test_too_many_rejects_end_the_build_with_their_table(tmp_path):
     with open(path, "a") as file:
         file.write("none.png,missing,\n0.png,,\n0.png,,\n")
     with pytest.raises(UserError) as caught:
-        build([str(path)], tmp_path / "out", work=Work(1))
+        build([str(path)], tmp_path / "out", parallelism=Parallelism(1))
     for words in (
         "3 of 33 rows cannot be used (9.1%)",
         "--max-rejects 0.01",
@@ -217,7 +235,7 @@ def test_too_many_rejects_end_the_build_with_their_table(tmp_path):
         assert words in str(caught.value), str(caught.value)
     assert len((tmp_path / "out.partial" / "rejects.csv").read_text().splitlines()) == 4
     # What was checked is not checked again.
-    report = build([str(path)], tmp_path / "out", check=Checking(max_rejects=0.1), work=Work(1))
+    report = build([str(path)], tmp_path / "out", check=Checking(max_rejects=0.1), parallelism=Parallelism(1))
     assert (report["rows"], report["records"], report["rejects"]) == (33, 30, 3)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "leaks.csv",
@@ -235,20 +253,20 @@ def test_what_an_unfinished_build_was_of_is_noticed(tmp_path, capsys):
     path = noise_images(tmp_path, 20)
     (tmp_path / "0.png").unlink()
     with pytest.raises(UserError, match="1 x missing file"):
-        build([str(path)], tmp_path / "out", work=Work(1))
-    with pytest.raises(UserError, match=r"begun with another min_side_px \(8, now 9\).*--overwrite True"):
-        build([str(path)], tmp_path / "out", check=Checking(min_side_px=9), work=Work(1))
+        build([str(path)], tmp_path / "out", parallelism=Parallelism(1))
+    with pytest.raises(UserError, match=r"started with another min_side_px \(8, now 9\).*--overwrite"):
+        build([str(path)], tmp_path / "out", check=Checking(min_side_px=9), parallelism=Parallelism(1))
     path.write_text(path.read_text().replace("0.png", "1.png", 1))
-    with pytest.raises(UserError, match=rf"begun with another {path} \("):
-        build([str(path)], tmp_path / "out", work=Work(1))
-    build([str(path)], tmp_path / "out", work=Work(1), overwrite=True)
+    with pytest.raises(UserError, match=rf"started with another {path} \("):
+        build([str(path)], tmp_path / "out", parallelism=Parallelism(1))
+    build([str(path)], tmp_path / "out", parallelism=Parallelism(1), overwrite=True)
     assert "starting again" in capsys.readouterr().out
 
 
 def test_an_image_that_changes_while_it_is_built_is_named(tmp_path):
     path = noise_images(tmp_path, 30)
     for task in (0, 1):
-        build([str(path)], tmp_path / "out", work=Work(1, 2, task))
+        build([str(path)], tmp_path / "out", parallelism=Parallelism(1, 2, task))
     (tmp_path / "3.png").write_bytes((tmp_path / "4.png").read_bytes())
     with pytest.raises(UserError, match=r"3\.png changed after it was checked"):
         merge(tmp_path / "out", processes=1)
@@ -260,22 +278,21 @@ def test_user_mistakes_are_sentences(icon_folder, icon_shards, tmp_path):
         build_icons(icon_folder, icon_shards)
     with pytest.raises(UserError, match="no such folder; pass --images"):
         build([str(csv_file)], tmp_path / "a", Reading(images=str(tmp_path / "none")))
-    with pytest.raises(UserError, match="no input was given"):
+    with pytest.raises(UserError, match="no input; pass CSV"):
         build([], tmp_path / "a")
-    with pytest.raises(UserError, match="leave something for train"):
+    with pytest.raises(UserError, match="leave a fraction for train"):
         build_icons(icon_folder, tmp_path / "a", val=0.6, test=0.4)
-    with pytest.raises(UserError, match="--encode gif: png, jpeg or webp"):
+    with pytest.raises(UserError, match="--encode gif: must be png, jpeg or webp"):
         build_icons(icon_folder, tmp_path / "a", encode="gif")
-    with pytest.raises(UserError, match="--task 3 of --num-tasks 3: a number from 0 to 2"):
-        build([str(csv_file)], tmp_path / "a", work=Work(1, 3, 3))
-    with pytest.raises(UserError, match="which part is this"):
-        build([str(csv_file)], tmp_path / "a", work=Work(1, 3))
+    with pytest.raises(UserError, match="--task 3 of --num-tasks 3: must be a number from 0 to 2"):
+        build([str(csv_file)], tmp_path / "a", parallelism=Parallelism(1, 3, 3))
+    with pytest.raises(UserError, match="pass --task as well"):
+        build([str(csv_file)], tmp_path / "a", parallelism=Parallelism(1, 3))
     with pytest.raises(UserError, match="no unfinished build"):
         merge(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []  # nothing half-made is left
     with pytest.raises(
-        UserError,
-        match=r"100\.0%.*\n +\d+ x missing file\nthe first is line 2.*see --images.*Put the input right$",
+        UserError, match=r"100\.0%.*\n +\d+ x missing file\nthe first is line 2.*see --images.*Fix the input$"
     ):
         build([str(csv_file)], tmp_path / "a", Reading("file_path", "caption", images=str(tmp_path)))
     (tmp_path / "letters").mkdir()
@@ -299,12 +316,12 @@ def test_user_mistakes_are_sentences(icon_folder, icon_shards, tmp_path):
 
 def test_two_builds_at_once_do_not_mix(tmp_path):
     path = noise_images(tmp_path, 10)
-    build([str(path)], tmp_path / "out", work=Work(1, 2, 0))
+    build([str(path)], tmp_path / "out", parallelism=Parallelism(1, 2, 0))
     from data_prep.build.records import Part
 
     part = Part(tmp_path / "out.partial", 1, 2)
     with pytest.raises(UserError, match="in use by another process"):
-        build([str(path)], tmp_path / "out", work=Work(1, 2, 1))
+        build([str(path)], tmp_path / "out", parallelism=Parallelism(1, 2, 1))
     part.close()
 
 

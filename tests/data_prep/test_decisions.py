@@ -1,6 +1,4 @@
-"""What was decided about pictures and captions, applied by build: what editing the CSV by hand would have
-given.
-"""
+"""build --decisions gives what editing the CSV by hand gives."""
 
 import csv
 import json
@@ -12,7 +10,7 @@ from conftest import assert_mistake, call_here, environment, noise_images, tars
 
 import data_prep.__main__
 from data_prep.build.decisions import Decision, read_decisions, write_decisions
-from data_prep.build.pipeline import Checking, Reading, Work, build, index, merge
+from data_prep.build.pipeline import Checking, Parallelism, Reading, build, index, merge
 from data_prep.build.split import SPLITS
 from data_prep.errors import UserError
 from data_prep.inputs.names import key_of
@@ -21,17 +19,17 @@ from data_prep.shards import Shards
 LONG = "a caption of very many words " * 20
 DECIDED = [
     ("3.png", "drop", "", ""),
-    ("3.png", "edit", "caption 3", "of a picture that is dropped"),
+    ("3.png", "edit", "caption 3", "of an image that is dropped"),
     ("4.png", "edit", "caption 4", "a better  caption"),
     ("5.png", "edit", "second of 5", LONG),
     ("6.png", "remove", "caption 6", ""),
-    ("7.png", "remove", "caption 7", ""),  # its only one: the picture goes
+    ("7.png", "remove", "caption 7", ""),  # its only caption, so the image is left out
     ("8.png", "add", "", "one more, with a comma"),
     ("8.png", "add", "", "and another"),
     ("10.png", "remove", "caption 10", ""),
-    ("10.png", "add", "", "in the place of the only one"),
+    ("10.png", "add", "", "instead of the only one"),
 ]
-UNUSED = [("99.png", "drop", "", ""), ("9.png", "edit", "caption 8", "that caption is of another picture")]
+UNUSED = [("99.png", "drop", "", ""), ("9.png", "edit", "caption 8", "that caption is of another image")]
 
 
 def decisions_file(path, decided):
@@ -41,12 +39,12 @@ def decisions_file(path, decided):
 
 @pytest.fixture
 def pairs(tmp_path):
-    """40 pictures, of which 5 and 6 have two captions, and decisions about them."""
+    """40 images, of which 5 and 6 have two captions, and decisions about them."""
     path = noise_images(tmp_path, 40, groups=25)
     with open(path, "a") as file:
         file.write(
             "5.png,second of 5,g5\n6.png,second of 6,g6\n6.png,caption 6,g6\n"
-        )  # the last one stands above, too
+        )  # the last row is a duplicate
     return path, decisions_file(tmp_path / "decisions.csv", [*DECIDED, *UNUSED])
 
 
@@ -76,10 +74,15 @@ READ = {"group_column": "group"}
 
 def test_decisions_give_the_shards_of_a_csv_that_was_edited_by_hand(pairs, tmp_path, capsys):
     path, decisions = pairs
-    ours = build([str(path)], tmp_path / "ours", Reading(**READ, decisions=decisions), work=Work(1))
-    said = capsys.readouterr().out
+    ours = build(
+        [str(path)], tmp_path / "ours", Reading(**READ, decisions=decisions), parallelism=Parallelism(1)
+    )
+    printed = capsys.readouterr().out
     theirs = build(
-        [by_hand(path, tmp_path / "edited.csv")], tmp_path / "theirs", Reading(**READ), work=Work(1)
+        [by_hand(path, tmp_path / "edited.csv")],
+        tmp_path / "theirs",
+        Reading(**READ),
+        parallelism=Parallelism(1),
     )
     assert tars(tmp_path / "ours") == tars(tmp_path / "theirs")
     assert (tmp_path / "ours" / "leaks.csv").read_text() == (tmp_path / "theirs" / "leaks.csv").read_text()
@@ -87,16 +90,18 @@ def test_decisions_give_the_shards_of_a_csv_that_was_edited_by_hand(pairs, tmp_p
         **theirs,
         **{name: 0 for name in ("rows", "rejects", "reasons", "decisions")},
     }
-    assert ours["captions_cut"] == 1
+    assert ours["captions_truncated"] == 1
     # 43 rows of the CSV and 3 captions that were added; of the rejects more than --max-rejects allows were
     # decided on
     assert (ours["rows"], ours["records"], ours["rejects"]) == (46, 41, 5)
     assert ours["reasons"] == {"caption removed by a decision": 4, "dropped by a decision": 1}
     assert ours["decisions"] == {"drop": 1, "edit": 3, "remove": 3, "add": 3, "unused": 2}
     unused, _ = read_decisions(tmp_path / "ours" / "unused_decisions.csv")
-    assert [(each.image, each.action) for each in unused.values()] == [each[:2] for each in UNUSED]
-    assert "2 decisions fit no image or caption of the inputs, and changed nothing; they are in" in said
-    assert "2 decisions fit no image" in (tmp_path / "ours" / "report.html").read_text()
+    assert [(decision.image, decision.action) for decision in unused.values()] == [
+        unused[:2] for unused in UNUSED
+    ]
+    assert "2 decisions match no image or caption of the inputs, and were not applied; see" in printed
+    assert "2 decisions match no image" in (tmp_path / "ours" / "report.html").read_text()
     assert not (tmp_path / "theirs" / "unused_decisions.csv").exists()
     with open(tmp_path / "ours" / "rejects.csv", newline="") as file:
         rejects = [(row["line"], row["path"], row["reason"]) for row in csv.DictReader(file)]
@@ -106,9 +111,9 @@ def test_decisions_give_the_shards_of_a_csv_that_was_edited_by_hand(pairs, tmp_p
 def test_parts_by_tasks_decide_alike(pairs, tmp_path):
     path, decisions = pairs
     read = Reading(**READ, decisions=decisions)
-    build([str(path)], tmp_path / "whole", read, work=Work(1))
+    build([str(path)], tmp_path / "whole", read, parallelism=Parallelism(1))
     for task in range(3):
-        assert build([str(path)], tmp_path / "parts", read, work=Work(1, 3, task)) is None
+        assert build([str(path)], tmp_path / "parts", read, parallelism=Parallelism(1, 3, task)) is None
     merge(tmp_path / "parts", processes=1)
     assert tars(tmp_path / "parts") == tars(tmp_path / "whole")
     for name in ("report.json", "rejects.csv", "unused_decisions.csv"):
@@ -118,12 +123,12 @@ def test_parts_by_tasks_decide_alike(pairs, tmp_path):
 def test_other_decisions_are_another_build(pairs, tmp_path):
     path, decisions = pairs
     read = Reading(**READ, decisions=decisions)
-    build([str(path)], tmp_path / "out", read, work=Work(1, 2, 0))
+    build([str(path)], tmp_path / "out", read, parallelism=Parallelism(1, 2, 0))
     decisions_file(tmp_path / "decisions.csv", DECIDED)
-    with pytest.raises(UserError, match=r"begun with another decisions \([0-9a-f]{64}, now [0-9a-f]{64}\)"):
-        build([str(path)], tmp_path / "out", read, work=Work(1, 2, 1))
+    with pytest.raises(UserError, match=r"started with another decisions \([0-9a-f]{64}, now [0-9a-f]{64}\)"):
+        build([str(path)], tmp_path / "out", read, parallelism=Parallelism(1, 2, 1))
     decisions_file(tmp_path / "decisions.csv", [*DECIDED, *UNUSED])
-    build([str(path)], tmp_path / "out", read, work=Work(1, 2, 1))
+    build([str(path)], tmp_path / "out", read, parallelism=Parallelism(1, 2, 1))
     assert merge(tmp_path / "out", processes=1)["decisions"]["drop"] == 1
 
 
@@ -131,24 +136,40 @@ def test_shards_are_an_input_whose_images_keep_their_keys(pairs, tmp_path):
     """What was reviewed can be built again from the shards alone, where its inputs are gone."""
     path, decisions = pairs
     read, writing = Reading(**READ), {"images_per_shard": 9}
-    build([str(path)], tmp_path / "shards", read, Checking(max_rejects=1), work=Work(1), **writing)
+    build(
+        [str(path)], tmp_path / "shards", read, Checking(max_rejects=1), parallelism=Parallelism(1), **writing
+    )
     built = sorted(map(str, (tmp_path / "shards").rglob("*.tar")))
-    build(built, tmp_path / "again", Reading(), work=Work(1), **writing)
+    build(built, tmp_path / "again", Reading(), parallelism=Parallelism(1), **writing)
     assert tars(tmp_path / "again") == tars(tmp_path / "shards")
     read = Reading(**READ, decisions=decisions)
-    build([str(path)], tmp_path / "from-csv", read, Checking(max_rejects=1), work=Work(1), **writing)
-    build(built, tmp_path / "from-shards", Reading(decisions=decisions), work=Work(1), **writing)
+    build(
+        [str(path)],
+        tmp_path / "from-csv",
+        read,
+        Checking(max_rejects=1),
+        parallelism=Parallelism(1),
+        **writing,
+    )
+    build(
+        built, tmp_path / "from-shards", Reading(decisions=decisions), parallelism=Parallelism(1), **writing
+    )
     assert tars(tmp_path / "from-shards") == tars(tmp_path / "from-csv")
-    report = index(built, tmp_path / "in-place", Reading(decisions=decisions), work=Work(1))
+    report = index(built, tmp_path / "in-place", Reading(decisions=decisions), parallelism=Parallelism(1))
     assert report["decisions"] == {"drop": 1, "edit": 3, "remove": 3, "add": 3, "unused": 2}
     assert captions(tmp_path / "in-place") == captions(tmp_path / "from-csv")
 
-    # Other pictures by the same names: which is which cannot be known, so the second is left out, and
-    # counted.
+    # Other images of the same names: they cannot be told apart, so the second ones are rejected.
     (tmp_path / "b").mkdir()
-    build([str(noise_images(tmp_path / "b", 9, size=(20, 20)))], tmp_path / "b" / "shards", work=Work(1))
+    build(
+        [str(noise_images(tmp_path / "b", 9, size=(20, 20)))],
+        tmp_path / "b" / "shards",
+        parallelism=Parallelism(1),
+    )
     others = sorted(map(str, (tmp_path / "b" / "shards").rglob("*.tar")))
-    report = build([*built, *others], tmp_path / "both", check=Checking(max_rejects=0.5), work=Work(1))
+    report = build(
+        [*built, *others], tmp_path / "both", check=Checking(max_rejects=0.5), parallelism=Parallelism(1)
+    )
     assert report["reasons"] == {"name in two inputs": 9}
     assert captions(tmp_path / "both") == captions(tmp_path / "again")
 
@@ -173,16 +194,16 @@ KEY = "0123456789abcdef"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "its header is ''; key,image,action,caption,new_caption,note is wanted"),
+        ("", "its header is ''; it must be key,image,action,caption,new_caption,note"),
         ("key;image;action\n", "its header is 'key;image;action'"),
         (
             f"{HEADER}{KEY},a.png,delete,,,\n",
-            ":2: unknown action 'delete'; drop, edit, remove, add are known",
+            ":2: unknown action 'delete'; valid actions are drop, edit, remove, add",
         ),
-        (f"{HEADER}\n{KEY},a.png,drop,,,\n12,a.png,drop,,,\n", ":4: the key '12' is none; 16 digits"),
-        (f"{HEADER}{KEY},a.png,edit,old,,\n", ":2: edit wants a new_caption"),
+        (f"{HEADER}\n{KEY},a.png,drop,,,\n12,a.png,drop,,,\n", ":4: invalid key '12'; a key has 16 digits"),
+        (f"{HEADER}{KEY},a.png,edit,old,,\n", ":2: edit needs a new_caption"),
         (f"{HEADER}{KEY},a.png,drop,why not,,\n", ":2: drop takes no caption, but has 'why not'"),
-        (f"{HEADER}{KEY},a.png,drop,,\n", ":2: 5 cells where the header has 6"),
+        (f"{HEADER}{KEY},a.png,drop,,\n", ":2: 5 cells, but the header has 6"),
         (f'{HEADER}{KEY},a.png,add,,"of two\nlines",\n{KEY},a.png,drap,,,\n', ":4: unknown action"),
         (
             f"{HEADER}{KEY},a.png,edit,old,new,\n{KEY},a.png,remove,old,,\n",

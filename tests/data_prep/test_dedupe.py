@@ -1,4 +1,4 @@
-"""What shows the same thing shares a group; what looks the same across splits is found, all of it."""
+"""Images of the same thing share a group; all near-identical images across splits are found."""
 
 import sqlite3
 
@@ -7,8 +7,16 @@ import pytest
 from conftest import png
 from PIL import Image
 
-from data_prep.build.groups import LEAK_BITS, LEAK_EDGE, Looks, base_name, links, normal_caption, unite
-from data_prep.build.pipeline import Checking, Reading, Splitting, Work, build
+from data_prep.build.groups import (
+    LEAK_BITS,
+    LEAK_EDGE,
+    PHashIndex,
+    base_name,
+    find_groups,
+    links,
+    normal_caption,
+)
+from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build
 from data_prep.build.split import SPLITS
 from data_prep.shards import Shards
 
@@ -41,12 +49,12 @@ def united(images, by_name=False):
         db.executemany(
             "INSERT INTO links VALUES (?, ?)", [(link, ordinal) for link in links(*image, by_name)]
         )
-    groups, common = unite(db, len(images), set())
+    groups, too_common = find_groups(db, len(images), set())
     found = {}
     for ordinal in range(1, len(images) + 1):
         found.setdefault(groups.first(ordinal), set()).add(ordinal)
     assert all(first == min(members) for first, members in found.items())
-    return {frozenset(members) for members in found.values()}, common
+    return {frozenset(members) for members in found.values()}, too_common
 
 
 def test_groups_are_joined_by_every_kind_of_link_and_over_others():
@@ -65,9 +73,9 @@ def test_groups_are_joined_by_every_kind_of_link_and_over_others():
 def test_a_caption_of_many_images_joins_none():
     for n in (50, 51):
         images = [(f"{number}.png", [], ["icon", f"c{number}"], b"%d" % number) for number in range(n)]
-        found, common = united(images)
+        found, too_common = united(images)
         assert len(found) == (1 if n == 50 else 51)
-        assert common == {"captions": int(n == 51), "names": 0}
+        assert too_common == {"captions": int(n == 51), "names": 0}
 
 
 def test_groups_equal_brute_force():
@@ -87,9 +95,9 @@ def test_groups_equal_brute_force():
 
 def test_candidates_equal_brute_force(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    looks = rng.integers(0, 256, (60, 32), dtype=np.uint8)
-    looks = looks[rng.integers(0, 60, 400)]
-    bits = np.unpackbits(looks, axis=1)
+    hashes = rng.integers(0, 256, (60, 32), dtype=np.uint8)
+    hashes = hashes[rng.integers(0, 60, 400)]
+    bits = np.unpackbits(hashes, axis=1)
     for row in bits:
         row[rng.integers(0, 256, rng.integers(0, 7))] ^= 1
     splits, edges = rng.integers(1, 4, 400), rng.choice([10, 20, 30], (400, 3))
@@ -106,14 +114,14 @@ def test_candidates_equal_brute_force(tmp_path, monkeypatch):
     assert len(expected) > 100
     for size in (2_000_000, 100):
         monkeypatch.setattr("data_prep.build.groups.SLICE", size)
-        table = Looks(tmp_path / "looks")
+        index = PHashIndex(tmp_path / "phash.bin")
         for number in range(400):
-            table.add(
+            index.add(
                 np.packbits(bits[number]).tobytes() + bytes(edges[number].tolist()),
                 number,
                 int(splits[number]),
             )
-        found = list(table.candidates())
+        found = list(index.candidates())
         assert len(found) == len(set(found))
         assert set(found) == expected
 
@@ -132,7 +140,9 @@ def test_a_given_split_wins_and_what_contradicts_it_is_named(tmp_path):
     lines += [f"{number}.png,c{number},g{number // 2},{split}" for number, split in enumerate(given * 2)]
     (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
     read = Reading(group_column="group", split_column="split")
-    report = build([str(tmp_path / "a.csv")], tmp_path / "out", read, Checking(max_rejects=1), work=Work(1))
+    report = build(
+        [str(tmp_path / "a.csv")], tmp_path / "out", read, Checking(max_rejects=1), parallelism=Parallelism(1)
+    )
     found = {}
     for name in SPLITS:
         shards = Shards(tmp_path / "out", name)
@@ -146,8 +156,8 @@ def test_a_given_split_wins_and_what_contradicts_it_is_named(tmp_path):
 
 
 def test_leaks_are_listed_or_dropped(tmp_path):
-    """Pictures with one pixel changed are no equal pixels, so they fall anywhere: those across splits are
-    told.
+    """Images with one changed pixel do not have equal pixels, so they can be in any split: those in different
+    splits are listed.
     """
     rng = np.random.default_rng(0)
     lines = ["image,caption"]
@@ -158,13 +168,15 @@ def test_leaks_are_listed_or_dropped(tmp_path):
         for twin in range(2):
             small.putpixel((5, 5), (twin * 200, 0, 0))
             (tmp_path / f"{number}-{twin}.png").write_bytes(png(small))
-            lines.append(f"{number}-{twin}.png,picture {number} number {twin}")
+            lines.append(f"{number}-{twin}.png,image {number} number {twin}")
     (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
     places = {}
     for drop in (False, True):
         out = tmp_path / str(drop)
         split = Splitting(val=0.3, test=0.2, drop_leaks=drop)
-        report = build([str(tmp_path / "a.csv")], out, Reading(), Checking(max_rejects=1), split, Work(1))
+        report = build(
+            [str(tmp_path / "a.csv")], out, Reading(), Checking(max_rejects=1), split, Parallelism(1)
+        )
         found = {}
         for name in SPLITS:
             shards = Shards(out, name)

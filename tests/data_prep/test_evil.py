@@ -1,4 +1,4 @@
-"""Inputs as bad as they come: nothing crashes, nothing vanishes, each has its named reason or is put right."""
+"""Bad inputs of every kind: no crash, and each row is rejected with a named reason or its image is fixed."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.build.pipeline import Checking, Reading, Work, build
+from data_prep.build.pipeline import Checking, Parallelism, Reading, build
 from data_prep.build.scan import Checks, in_order
 from data_prep.build.split import SPLITS
 from data_prep.shards import Shards
@@ -19,10 +19,12 @@ from data_prep.shards import Shards
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evil")
-    source, reasons, wanted = evil.make(folder)
+    source, reasons, expected = evil.make(folder)
     read = Reading(split_column="split", images=str(folder / "images"))
-    report = build([str(source)], folder / "out", read, Checking(max_rejects=1.0), work=Work(processes=2))
-    return folder / "out", report, reasons, wanted
+    report = build(
+        [str(source)], folder / "out", read, Checking(max_rejects=1.0), parallelism=Parallelism(processes=2)
+    )
+    return folder / "out", report, reasons, expected
 
 
 def samples(out):
@@ -42,15 +44,15 @@ def test_every_row_is_accounted_for(built):
     captions = [caption for _, sample in samples(out) for caption in sample.captions]
     assert len(captions) == report["records"]
     assert {"NA", "null", "None", "two lines", "<script>alert('x')</script>"} < set(captions)
-    assert report["captions_cut"] == 1
+    assert report["captions_truncated"] == 1
 
 
 def test_every_image_that_can_be_used_is_in_and_opaque(built):
-    out, report, _, wanted = built
+    out, report, _, expected = built
     found = {sample.meta["image"]: sample for _, sample in samples(out)}
-    assert found.keys() == wanted.keys()
+    assert found.keys() == expected.keys()
     images = out.parent / "images"
-    for name, fix in wanted.items():
+    for name, fix in expected.items():
         image = Image.open(io.BytesIO(found[name].image))
         assert (image.mode, getattr(image, "n_frames", 1)) == ("RGB", 1), name
         assert np.ptp(np.asarray(image)) > 0, name

@@ -1,11 +1,11 @@
-"""The demo's data: what a user would see in icons.csv and in the pictures."""
+"""The demo's data: icons.csv and the images."""
 
 import csv
 
 import numpy as np
 from PIL import Image
 
-from data_prep.icons import _glyphs, icons
+from data_prep.icons import all_glyphs, icons
 
 
 def test_icons_are_black_on_transparent_and_named(icon_folder):
@@ -31,7 +31,7 @@ def test_the_same_seed_draws_the_same(icon_folder, tmp_path):
 
 
 def test_style_variants_share_a_group_and_logos_are_left_out():
-    glyphs = _glyphs()
+    glyphs = all_glyphs()
     assert len(glyphs) > 10_000
     group_of = {(glyph.font, name): glyph.group for glyph in glyphs for name in glyph.names}
     assert (

@@ -1,4 +1,4 @@
-"""What a model would see: the pixels, after every way in which a picture can be stored."""
+"""What a model sees: the pixels, whatever the file format."""
 
 import io
 import struct
@@ -10,7 +10,7 @@ from conftest import png
 from PIL import Image, ImageDraw
 
 from data_prep.errors import UserError
-from data_prep.images import BadImage, Rules, _plain_jpeg, _plain_png, check, parse_color, trust
+from data_prep.images import BadImage, Rules, _plain_jpeg, _plain_png, check, check_signature, parse_color
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -88,7 +88,10 @@ def test_what_needs_no_change_keeps_its_bytes():
         data = png(noise(), format, **options)
         checked = check(data)
         assert (checked.data, checked.extension, checked.fixes) == (None, extension, ())
-        assert (trust(data).extension, trust(data).content) == (extension, checked.content)
+        assert (check_signature(data).extension, check_signature(data).content) == (
+            extension,
+            checked.content,
+        )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_everything_else_becomes_rgb(mode, format, encode, stored):
     assert pixels(checked.data).shape == (16, 24, 3)
     original = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(pixels(checked.data) - original).max() <= (0 if encode != "jpeg" else 12)
-    assert trust(checked.data).content == checked.content
+    assert check_signature(checked.data).content == checked.content
 
 
 def test_equal_pixels_are_equal_however_they_are_stored():
@@ -122,7 +125,7 @@ def test_equal_pixels_are_equal_however_they_are_stored():
     assert check(png(other)).pixels != check(png(image)).pixels
 
 
-def test_our_short_ways_see_the_pixels_that_pillow_sees():
+def test_the_fast_path_decodes_the_same_pixels_as_pillow():
     for data in (
         png(noise(size=(33, 17))),
         png(noise(size=(33, 17)), "JPEG", quality=80),
@@ -140,20 +143,20 @@ def test_resizing_makes_the_shorter_side():
     assert check(png(noise(size=(90, 20))), Rules(resize_px=20)).data is None
 
 
-def test_looks_are_near_where_pictures_are():
+def test_phashes_of_near_identical_images_are_near():
     image = Image.new("RGB", (120, 90), "white")
     ImageDraw.Draw(image).polygon([(10, 80), (60, 5), (110, 70)], fill=(20, 90, 200))
 
     def bits(data: bytes) -> np.ndarray:
         assert (
-            np.abs(np.frombuffer(check(data).look, np.uint8)[32:].astype(int) - 255).max() < 8
+            np.abs(np.frombuffer(check(data).phash, np.uint8)[32:].astype(int) - 255).max() < 8
         )  # the edge is white
-        return np.unpackbits(np.frombuffer(check(data).look, np.uint8)[:32])
+        return np.unpackbits(np.frombuffer(check(data).phash, np.uint8)[:32])
 
-    look = bits(png(image))
+    phash = bits(png(image))
     for near in (png(image, "JPEG", quality=60), png(image.resize((240, 180)))):
-        assert (bits(near) != look).sum() <= 7
-    assert (bits(png(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))) != look).sum() > 20
+        assert (bits(near) != phash).sum() <= 7
+    assert (bits(png(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))) != phash).sum() > 20
 
 
 def header_only_png(width: int, height: int) -> bytes:

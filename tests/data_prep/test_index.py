@@ -8,7 +8,7 @@ from conftest import assert_mistake, call_here, png
 from PIL import Image
 
 import data_prep.__main__
-from data_prep.build.pipeline import Checking, Splitting, Work, index
+from data_prep.build.pipeline import Checking, Parallelism, Splitting, index
 from data_prep.build.split import SPLITS
 from data_prep.errors import UserError
 from data_prep.shards import Shards
@@ -56,7 +56,11 @@ def test_tars_are_indexed_in_place(tmp_path):
     files, expected = write_tars(tmp_path / "tars")
     before = {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
     report = index(
-        files, tmp_path / "indexed", check=Checking(max_rejects=0.1), split=Splitting(val=0.2), work=Work(2)
+        files,
+        tmp_path / "indexed",
+        check=Checking(max_rejects=0.1),
+        split=Splitting(val=0.2),
+        parallelism=Parallelism(2),
     )
     assert report["reasons"] == {"needs a change": 1, "truncated image": 1}
     assert {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()} == before
@@ -88,7 +92,7 @@ def test_tars_are_indexed_in_place(tmp_path):
 
 def test_what_cannot_be_indexed_is_explained(tmp_path):
     (tmp_path / "a.csv").touch()
-    with pytest.raises(UserError, match=r"a\.csv: only local, uncompressed"):
+    with pytest.raises(UserError, match=r"a\.csv: index reads local, uncompressed"):
         index([str(tmp_path / "a.csv")], tmp_path / "out")
     assert_mistake(
         call_here(data_prep.__main__.main, "index", "none.tar", "--out", tmp_path / "out"),

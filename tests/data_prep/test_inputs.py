@@ -11,10 +11,11 @@ import pytest
 from conftest import noise_images, png, tars
 from PIL import Image
 
-from data_prep.build.pipeline import Checking, Reading, Work, build
+from data_prep.build.pipeline import Checking, Parallelism, Reading, build
 from data_prep.build.split import SPLITS
 from data_prep.errors import UserError
-from data_prep.inputs.rows import Columns, read
+from data_prep.inputs.formats import read
+from data_prep.inputs.rows import Columns
 from data_prep.shards import Shards
 
 PLAIN = Columns("file", "caption")
@@ -26,7 +27,7 @@ def write(tmp_path, text, encoding="utf-8", name="a.csv"):
     return str(path)
 
 
-def pictures(out) -> dict[str, tuple]:
+def images_of(out) -> dict[str, tuple]:
     """Image bytes -> captions, over all splits: what is in, whatever its name."""
     found = {}
     for split in SPLITS:
@@ -141,7 +142,7 @@ def test_every_format_gives_the_same_shards(tmp_path):
     made = []
     for names in ("a.csv", "b.tsv", "c.parquet", "d.jsonl", "e.parquet", "f.csv g.jsonl"):
         out = tmp_path / names.replace(" ", "_").replace(".", "_")
-        report = build([str(tmp_path / name) for name in names.split()], out, work=Work(1))
+        report = build([str(tmp_path / name) for name in names.split()], out, parallelism=Parallelism(1))
         assert (report["rows"], report["records"], report["images"]) == (29, 29, 24), names
         made.append(tars(out))
     assert all(other == made[0] for other in made)
@@ -155,9 +156,9 @@ def hub_parquet(path, n=12, seed=1):
     images = [png(Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))) for _ in range(n)]
     rows = {"image": [{"bytes": data, "path": f"{at}.png"} for at, data in enumerate(images)]}
     pd.DataFrame(
-        {**rows, "text": [[f"picture {at}", f"image {at}"] for at in range(n)], "label": range(n)}
+        {**rows, "text": [[f"photo {at}", f"image {at}"] for at in range(n)], "label": range(n)}
     ).to_parquet(path)
-    return {data: [f"picture {at}", f"image {at}"] for at, data in enumerate(images)}
+    return {data: [f"photo {at}", f"image {at}"] for at, data in enumerate(images)}
 
 
 def test_parquet_with_images_inside(tmp_path):
@@ -166,12 +167,12 @@ def test_parquet_with_images_inside(tmp_path):
         [str(tmp_path / "train-00000-of-00001.parquet")],
         tmp_path / "out",
         Reading(caption_column="text"),
-        work=Work(2),
+        parallelism=Parallelism(2),
     )
     assert (report["rows"], report["images"]) == (24, 12)
-    assert pictures(tmp_path / "out") == expected
+    assert images_of(tmp_path / "out") == expected
     sample = Shards(tmp_path / "out", "train").read(0)
-    assert sample.captions == [f"{word} {sample.meta['columns']['label']}" for word in ("picture", "image")]
+    assert sample.captions == [f"{word} {sample.meta['columns']['label']}" for word in ("photo", "image")]
 
 
 def test_bad_rows_of_jsonl_and_parquet(tmp_path):
@@ -200,7 +201,7 @@ def test_bad_rows_of_jsonl_and_parquet(tmp_path):
         write(tmp_path, "\n".join(lines).replace("file", "image"), name="a.jsonl"),
         str(noise_images(tmp_path, 3)),
     ]
-    report = build(sources, tmp_path / "out", check=Checking(max_rejects=0.9), work=Work(1))
+    report = build(sources, tmp_path / "out", check=Checking(max_rejects=0.9), parallelism=Parallelism(1))
     assert report["reasons"] == {
         "malformed row": 2,
         "missing file": 1,
@@ -223,9 +224,11 @@ def test_a_folder_with_texts_beside_the_images(tmp_path):
     (folder / "2.png").rename(folder / "sub" / "2.png")
     (folder / "0.txt").write_text("zero\nnought\n")
     (folder / "sub" / "2.txt").write_text("two")
-    report = build([str(folder)], tmp_path / "out", check=Checking(max_rejects=0.5), work=Work(1))
+    report = build(
+        [str(folder)], tmp_path / "out", check=Checking(max_rejects=0.5), parallelism=Parallelism(1)
+    )
     assert (report["rows"], report["reasons"]) == (4, {"no caption file": 1})
-    assert sorted(pictures(tmp_path / "out").values()) == [["two"], ["zero", "nought"]]
+    assert sorted(images_of(tmp_path / "out").values()) == [["two"], ["zero", "nought"]]
 
 
 def tar_of(path, members):
@@ -260,7 +263,7 @@ def foreign_members(n=8):
     return members, {data: [f"thing {at}"] for at, data in enumerate(images)}
 
 
-def test_tars_of_others_are_an_input_and_refused_where_they_lie(tmp_path):
+def test_tars_of_others_are_an_input(tmp_path):
     members, expected = foreign_members()
     good = members[1][1], members[0][1]
     members += [
@@ -278,7 +281,7 @@ def test_tars_of_others_are_an_input_and_refused_where_they_lie(tmp_path):
         ("wordless.png", members[6][1]),
     ]
     path = tar_of(tmp_path / "00000.tar", members)
-    report = build([path], tmp_path / "out", check=Checking(max_rejects=0.9), work=Work(1))
+    report = build([path], tmp_path / "out", check=Checking(max_rejects=0.9), parallelism=Parallelism(1))
     assert report["reasons"] == {
         "path outside of the tar": 3,
         "not a regular file": 1,
@@ -289,10 +292,7 @@ def test_tars_of_others_are_an_input_and_refused_where_they_lie(tmp_path):
     assert report["rows"] == report["records"] + 7 == 16
     assert "../../escape" in (tmp_path / "out" / "rejects.csv").read_text()
     assert not (tmp_path / "escape.png").exists()
-    found = pictures(tmp_path / "out")
+    found = images_of(tmp_path / "out")
     assert found.keys() == expected.keys()
     assert found[good[1]] == ["thing 0"]
-    assert sorted(found[members[3][1]]) in (
-        ["a dot in its name"],
-        ["thing 1"],
-    )  # two samples with one picture
+    assert sorted(found[members[3][1]]) in (["a dot in its name"], ["thing 1"])  # two samples with one image

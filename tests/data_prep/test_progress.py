@@ -1,4 +1,4 @@
-"""A bar that is there, also where the terminal does not know its size, and a log that is not flooded."""
+"""Progress bars are shown in terminals of any size, and do not flood a log."""
 
 import fcntl
 import os

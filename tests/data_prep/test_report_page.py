@@ -1,6 +1,4 @@
-"""The page of a build: the counts of the report, pictures that decode, and nothing that a stranger's text
-could start.
-"""
+"""report.html: the counts of the report, thumbnails that decode, and no effect of untrusted text."""
 
 import base64
 import csv
@@ -16,9 +14,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image, ImageDraw
 
-from data_prep.build.pipeline import Checking, Work, build
-from data_prep.build.plan import Splitting
-from data_prep.build.records import Reading
+from data_prep.build.options import Checking, Parallelism, Reading, Splitting
+from data_prep.build.pipeline import build
 from data_prep.build.split import SPLITS
 from data_prep.report.page import THUMBNAIL_BYTES, THUMBNAIL_PX, _choose
 
@@ -43,15 +40,15 @@ class Page(HTMLParser):
         self.text += data
 
     @property
-    def pictures(self) -> list[Image.Image]:
+    def thumbnails(self) -> list[Image.Image]:
         uris = [value for tag, name, value in self.attributes if (tag, name) == ("img", "src")]
         assert all(uri.startswith("data:image/webp;base64,") for uri in uris)
         data = [base64.b64decode(uri.partition(",")[2], validate=True) for uri in uris]
-        assert all(len(each) <= THUMBNAIL_BYTES for each in data)
-        pictures = [Image.open(io.BytesIO(each)) for each in data]
-        for picture in pictures:
-            picture.load()
-        return pictures
+        assert all(len(content) <= THUMBNAIL_BYTES for content in data)
+        thumbnails = [Image.open(io.BytesIO(content)) for content in data]
+        for thumbnail in thumbnails:
+            thumbnail.load()
+        return thumbnails
 
     def section(self, title: str) -> str:
         """The source from a heading to the next one as high."""
@@ -83,7 +80,7 @@ def page_of(table, out, read=None, check=None, split=None) -> tuple[Page, dict]:
         read=read,
         check=check or Checking(max_rejects=1.0),
         split=split or Splitting(),
-        work=Work(processes=1),
+        parallelism=Parallelism(processes=1),
     )
     return Page((out / "report.html").read_text(encoding="utf-8")), json.loads(
         (out / "report.json").read_text()
@@ -92,9 +89,7 @@ def page_of(table, out, read=None, check=None, split=None) -> tuple[Page, dict]:
 
 @pytest.fixture(scope="module")
 def nasty(tmp_path_factory) -> tuple[Page, dict]:
-    """Everything at once: each way to be rejected, texts that would run, a giant group, and a pair across
-    splits.
-    """
+    """Everything at once: all reasons for rejects, HTML in texts, a giant group, and a leak across splits."""
     folder = tmp_path_factory.mktemp("nasty")
     (folder / "in").mkdir()
     rows = []
@@ -126,7 +121,7 @@ def nasty(tmp_path_factory) -> tuple[Page, dict]:
     (folder / "in" / "link.png").symlink_to(folder / "secret.png")
     add("link.png")
     add("../secret.png")
-    add("text.png", data=b"no picture")
+    add("text.png", data=b"no image")
     add("bomb.png", data=Image.new("1", (9000, 9000)))
     add("blank.png", data=Image.new("RGB", (20, 20), "red"))
     add("tiny.png", data=drawing(71, (4, 4)))
@@ -137,7 +132,7 @@ def nasty(tmp_path_factory) -> tuple[Page, dict]:
     return page_of(write_csv(folder / "in", rows), folder / "out")
 
 
-def test_nothing_of_a_stranger_runs_and_nothing_is_fetched(nasty):
+def test_untrusted_text_has_no_effect_and_nothing_is_fetched(nasty):
     page, _ = nasty
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
     assert not [
@@ -162,7 +157,7 @@ def test_counts_are_those_of_the_report(nasty):
     numbers = dict(re.findall(r"<dt>(?:[=+] )?(\w+)<dd>([\d,]+)", page.source))
     assert {name: int(value) for name, value in numbers.items()} == {name: report[name] for name in numbers}
     assert list(numbers) == ["rows", "records", "rejects", "images", "groups"]
-    for title, found in (("Rows that", report["reasons"]), ("What was", report["fixes"])):
+    for title, found in (("Rejected rows", report["reasons"]), ("Changed images", report["fixes"])):
         cells = re.findall(r"<th scope=row>([^<]+)<td>([\d,]+)", page.section(title))
         assert {label: int(count) for label, count in cells} == found
     splits = re.findall(
@@ -176,46 +171,46 @@ def test_counts_are_those_of_the_report(nasty):
     assert [(split, *map(int, counts)) for split, *counts in splits] == expected
 
 
-def test_each_reason_has_an_example_and_those_that_decode_a_picture(nasty):
+def test_each_reason_has_examples_with_thumbnails_where_they_decode(nasty):
     page, report = nasty
     assert len(report["reasons"]) >= 9, report["reasons"]
-    pictures = {}
+    n_images = {}
     for reason, count in report["reasons"].items():
-        _, found = page.section("Rows that").split(f"<h3>{reason} ")
+        _, found = page.section("Rejected rows").split(f"<h3>{reason} ")
         found = found.split("<h3>")[0]
         assert found.count("<figure") == min(3, count)
         assert found.count("<figcaption>line ") == min(3, count)
-        pictures[reason] = found.count("<img")
-    seen = {reason for reason, count in pictures.items() if count}
+        n_images[reason] = found.count("<img")
+    seen = {reason for reason, count in n_images.items() if count}
     assert seen == {"blank image", "too small", "empty caption", "duplicate row"}
 
 
-def test_every_picture_decodes_and_is_small(nasty):
+def test_every_thumbnail_decodes_and_is_small(nasty):
     page, report = nasty
     assert report["fixes"]["TIFF to PNG"] == 1
-    pictures = page.pictures
-    assert len(pictures) > 24
-    assert max(max(picture.size) for picture in pictures) == 96 == THUMBNAIL_PX
+    thumbnails = page.thumbnails
+    assert len(thumbnails) > 24
+    assert max(max(thumbnail.size) for thumbnail in thumbnails) == 96 == THUMBNAIL_PX
     assert len(page.source) < 300_000
 
 
-def test_warnings_say_what_is_wrong_first(nasty):
+def test_warnings_come_first(nasty):
     page, report = nasty
-    warnings = page.source.partition("<ul class=said>")[2].partition("</ul>")[0]
+    warnings = page.source.partition("<ul class=warnings>")[2].partition("</ul>")[0]
     for words in (
-        "rows cannot be used",
+        "rows were rejected",
         "val is empty",
-        "1 caption will be cut",
+        "1 caption will be truncated",
         "1 near-identical pair across splits",
-        "giant</code>",
+        "giant”",
     ):
         assert words in warnings, words
-    assert page.source.index("<ul class=said>") < page.source.index("<h2>")
+    assert page.source.index("<ul class=warnings>") < page.source.index("<h2>")
     assert LONG[:200] in page.section("Length of captions")
-    assert report["captions_cut"] == 1
+    assert report["captions_truncated"] == 1
 
 
-def test_the_pair_across_splits_stands_side_by_side(nasty):
+def test_a_leak_is_shown_as_a_pair(nasty):
     page, report = nasty
     assert report["leaks"] == 1
     (pair,) = re.findall(r"<div class=pair>(.*?)</div></div>", page.section("Near-identical"), re.DOTALL)
@@ -226,7 +221,7 @@ def test_the_pair_across_splits_stands_side_by_side(nasty):
     assert pair.count("<img") == 2
 
 
-def test_sheets_are_evenly_spread_and_the_largest_group_is_shown(nasty):
+def test_samples_are_evenly_spaced_and_the_largest_group_is_shown(nasty):
     page, report = nasty
     assert page.section("train ").count("<figure") == 24
     assert page.section("test ").count("<figure") == report["splits"]["test"]["images"] == 2
@@ -249,7 +244,7 @@ def test_the_largest_groups_are_found_among_many_more_than_are_kept():
         for at, group in enumerate(groups)
     ]
     n_images = Counter(image.split for image in images)
-    sheets, largest = _choose(
+    samples, largest = _choose(
         SimpleNamespace(rows=len(images), n_images=n_images, images=lambda: iter(images))
     )
     assert [(size, images[0].group) for size, images in largest] == [
@@ -260,8 +255,8 @@ def test_the_largest_groups_are_found_among_many_more_than_are_kept():
         (40, 7),
     ]
     assert all(1 <= len(images) <= 6 and len({image.group for image in images}) == 1 for _, images in largest)
-    assert [len(sheets[split]) for split in SPLITS] == [24, 0, 24]
-    steps = {b.at - a.at for a, b in pairwise(sheets["train"])}
+    assert [len(samples[split]) for split in SPLITS] == [24, 0, 24]
+    steps = {b.at - a.at for a, b in pairwise(samples["train"])}
     assert max(steps) - min(steps) <= 2
 
 
@@ -274,10 +269,10 @@ def test_two_builds_give_one_page(tmp_path):
     first, report = page_of(table, tmp_path / "a")
     assert page_of(table, tmp_path / "b")[0].source == first.source
     assert report["rejects"] == 0
-    assert "None has two." in first.text
+    assert "No group has two images." in first.text
 
 
-def test_fine_data_is_called_fine_and_trusted_data_unknown(tmp_path):
+def test_a_page_without_warnings_and_one_of_images_that_were_not_decoded(tmp_path):
     for number in range(9):
         drawing(number).save(tmp_path / f"{number}.png")
     splits = ("train", "val", "test")
@@ -285,8 +280,8 @@ def test_fine_data_is_called_fine_and_trusted_data_unknown(tmp_path):
         tmp_path, [(f"{number}.png", f"drawing {number}", "", splits[number % 3]) for number in range(9)]
     )
     page, _ = page_of(table, tmp_path / "checked")
-    assert "Nothing suspicious was found." in page.text
-    page, _ = page_of(table, tmp_path / "trusted", check=Checking(trust=True))
-    assert "Nothing was decoded (--trust)" in page.text
-    assert "Not looked for: nothing was decoded." in page.text
-    assert len(page.pictures) == 9
+    assert "No problems were found." in page.text
+    page, _ = page_of(table, tmp_path / "undecoded", check=Checking(skip_decode=True))
+    assert "Images were not decoded (--skip-decode)" in page.text
+    assert "Not searched: the images were not decoded." in page.text
+    assert len(page.thumbnails) == 9

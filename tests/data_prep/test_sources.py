@@ -1,4 +1,4 @@
-"""Inputs and images that lie elsewhere: on a server, on the hub."""
+"""Remote inputs and images: on a server, on the Hugging Face hub."""
 
 import functools
 import http.server
@@ -7,25 +7,30 @@ import threading
 
 import pytest
 from conftest import noise_images
-from test_inputs import hub_parquet, pictures, write
+from test_inputs import hub_parquet, images_of, write
 
-from data_prep.build.pipeline import Checking, Reading, Work, build
+from data_prep.build.pipeline import Checking, Parallelism, Reading, build
 from data_prep.errors import UserError
-from data_prep.inputs.sources import expand
+from data_prep.inputs.storage import expand
 
 
 def test_a_data_set_of_the_hub_is_read_at_a_pinned_revision(hub, tmp_path):
     names = [f"train-0000{number}-of-00002.parquet" for number in range(2)]
     expected = {**hub_parquet(tmp_path / names[0]), **hub_parquet(tmp_path / names[1], seed=2)}
     commit = hub.put("datasets/me/icons", {f"data/{name}": (tmp_path / name).read_bytes() for name in names})
-    report = build(["hf://datasets/me/icons"], tmp_path / "out", Reading(caption_column="text"), work=Work(1))
+    report = build(
+        ["hf://datasets/me/icons"],
+        tmp_path / "out",
+        Reading(caption_column="text"),
+        parallelism=Parallelism(1),
+    )
     assert (report["rows"], report["images"]) == (48, 24)
     pinned = [f"hf://datasets/me/icons@{commit}/data/{name}" for name in names]
     assert list(json.loads((tmp_path / "out" / "manifest.json").read_text())["inputs"]) == pinned
     assert expand([f"hf://datasets/me/icons/data/{names[0]}"]) == pinned[:1]
     with pytest.raises(UserError, match="hf://datasets/me/nothing: "):
         expand(["hf://datasets/me/nothing"])
-    assert pictures(tmp_path / "out") == expected
+    assert images_of(tmp_path / "out") == expected
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def test_remote_images_and_inputs(served, tmp_path):
     path = noise_images(folder, 12)
     (folder / "3.png").rename(folder / "busy.png")
     text = path.read_text().replace("3.png", "busy.png")
-    build([str(write(folder, text, name="local.csv"))], tmp_path / "local", work=Work(1))
+    build([str(write(folder, text, name="local.csv"))], tmp_path / "local", parallelism=Parallelism(1))
     rows = (
         text
         + f"{url}/5.png,absolute,\nnone.png,x,\n../secret.png,x,\n%2e%2e/secret.png,x,\nhttp://example.invalid/a.png,x,\n{url}.invalid/a.png,x,\n"
@@ -70,25 +75,35 @@ def test_remote_images_and_inputs(served, tmp_path):
         write(folder, rows, name="remote.csv")
         check = Checking(max_rejects=0.9)
         report = build(
-            [f"{url}/remote.csv"], tmp_path / name, Reading(images=images), check, work=Work(processes)
+            [f"{url}/remote.csv"],
+            tmp_path / name,
+            Reading(images=images),
+            check,
+            parallelism=Parallelism(processes),
         )
         assert report["reasons"] == {"outside of the images folder": 4, "missing file": 1}
         assert (report["rows"], report["images"]) == (18, 12)
-        found, expected = pictures(tmp_path / name), pictures(tmp_path / "local")
+        found, expected = images_of(tmp_path / name), images_of(tmp_path / "local")
         assert found.keys() == expected.keys()
         assert sum(len(captions) for captions in found.values()) == 13
     write(tmp_path, f"image,caption\n{url}/5.png,anywhere\n", name="any.csv")
     assert (
-        build([str(tmp_path / "any.csv")], tmp_path / "any", Reading(images="http://"), work=Work(1))[
-            "images"
-        ]
+        build(
+            [str(tmp_path / "any.csv")],
+            tmp_path / "any",
+            Reading(images="http://"),
+            parallelism=Parallelism(1),
+        )["images"]
         == 1
     )
     with pytest.raises(UserError, match=r"nothing\.csv: cannot be read"):
-        build([f"{url}/nothing.csv"], tmp_path / "nothing", work=Work(1))
+        build([f"{url}/nothing.csv"], tmp_path / "nothing", parallelism=Parallelism(1))
     with pytest.raises(UserError, match=r"s3fs"):
         build(
-            [str(tmp_path / "any.csv")], tmp_path / "s3", Reading(images="s3://bucket/folder"), work=Work(1)
+            [str(tmp_path / "any.csv")],
+            tmp_path / "s3",
+            Reading(images="s3://bucket/folder"),
+            parallelism=Parallelism(1),
         )
 
 
@@ -97,5 +112,5 @@ def test_patterns_of_remote_files(served):
     for name in ("b.csv", "a.csv"):
         (folder / name).touch()
     assert expand([f"file://{folder}/*.csv"]) == [f"file://{folder}/a.csv", f"file://{folder}/b.csv"]
-    with pytest.raises(UserError, match="no file fits"):
+    with pytest.raises(UserError, match="no file matches"):
         expand([f"file://{folder}/*.parquet"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import noise_images
 
-from data_prep.build.pipeline import Reading, Splitting, Work, build
+from data_prep.build.pipeline import Parallelism, Reading, Splitting, build
 from data_prep.errors import NotFinite, UserError
 from data_prep.shards import Shards
 from eval.compositionality.command import compositionality
@@ -245,7 +245,7 @@ def test_mistakes_are_sentences(tiny_model, tmp_path, monkeypatch):
         tmp_path / "out",
         Reading(),
         split=Splitting(val=0.0, test=0.0),
-        work=Work(1),
+        parallelism=Parallelism(1),
     )
     with pytest.raises(UserError, match="--n 0: must be at least 1"):
         compositionality(tiny_model, n=0)

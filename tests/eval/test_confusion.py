@@ -12,7 +12,7 @@ import torch
 from conftest import TINY, save_tiny
 
 import train.model.clip
-from data_prep.build.pipeline import Reading, Splitting, Work, build
+from data_prep.build.pipeline import Parallelism, Reading, Splitting, build
 from data_prep.errors import NotFinite, UserError
 from data_prep.shards import Shards
 from eval.compare.command import confusion
@@ -168,7 +168,7 @@ def with_short_captions(icon_folder, tmp_path_factory):
         folder / "shards",
         reading,
         split=Splitting(val=0.9, test=0.0),
-        work=Work(1),
+        parallelism=Parallelism(1),
     )
     return folder / "shards"
 

@@ -7,7 +7,7 @@ import torch
 from conftest import call, png
 from PIL import Image
 
-from data_prep.build.pipeline import Reading, Splitting, Work, build
+from data_prep.build.pipeline import Parallelism, Reading, Splitting, build
 from data_prep.build.split import SPLITS
 from data_prep.shards import Shards
 from eval.options import Inference
@@ -43,7 +43,7 @@ def test_twins_across_splits_are_listed(tiny_model, tmp_path, ranks, capsys):
         tmp_path / "out",
         Reading(),
         split=Splitting(val=0.3, test=0.1),
-        work=Work(1),
+        parallelism=Parallelism(1),
     )
     places = {}
     for split in SPLITS:

@@ -11,7 +11,7 @@ from conftest import assert_mistake, build_icons, call, call_here, save_tiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_prep.build.pipeline import Reading, Splitting, Work, build
+from data_prep.build.pipeline import Parallelism, Reading, Splitting, build
 from data_prep.shards import Shards
 from eval.__main__ import main
 from eval.embed import embed
@@ -157,7 +157,13 @@ def test_a_black_icon_on_transparency_reaches_the_model_black_on_white(tmp_path)
     image.save(tmp_path / "a.png")
     (tmp_path / "a.csv").write_text("file,caption\na.png,half\n")
     split = Splitting(val=0.0, test=0.0)
-    build([str(tmp_path / "a.csv")], tmp_path / "shards", Reading("file"), split=split, work=Work(1))
+    build(
+        [str(tmp_path / "a.csv")],
+        tmp_path / "shards",
+        Reading("file"),
+        split=split,
+        parallelism=Parallelism(1),
+    )
     (tmp_path / "model").mkdir()
     clip = load(f"local-dir:{save_tiny(tmp_path / 'model')}")
     pixels = clip.preprocess(decode(Shards(tmp_path / "shards", "train").read(0).image))

@@ -15,7 +15,7 @@ from playwright.sync_api import Page
 from test_indexing import empty_index
 from test_serve import ask, running
 
-from data_prep.build.pipeline import Reading, Splitting, Work, build
+from data_prep.build.pipeline import Parallelism, Reading, Splitting, build
 from eval.options import Inference
 from eval.search.command import embed
 from eval.search.serve import app, open_columns
@@ -52,7 +52,7 @@ def evil(tmp_path_factory, tiny_model) -> Iterator[str]:
         folder / "shards",
         Reading(group_column="group"),
         split=Splitting(0, 0),
-        work=Work(1),
+        parallelism=Parallelism(1),
         min_shards=1,
     )
     embed(tiny_model, folder / "shards", folder / "index", inference=Inference(workers=0))

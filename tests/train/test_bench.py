@@ -10,7 +10,7 @@ from conftest import assert_mistake, call, call_here, noise_images
 from PIL import Image
 
 import train.bench.__main__
-from data_prep.build.pipeline import Reading, Splitting, Work, build
+from data_prep.build.pipeline import Parallelism, Reading, Splitting, build
 from data_prep.errors import Fault
 from train.bench import peer as bench_peer
 from train.bench.__main__ import OutOfMemory, in_fresh_process
@@ -27,7 +27,7 @@ def noise_shards(tmp_path_factory) -> str:
         folder / "shards",
         Reading(),
         split=Splitting(0, 0),
-        work=Work(1),
+        parallelism=Parallelism(1),
         min_shards=1,
     )
     return str(folder / "shards")

@@ -1,0 +1,132 @@
+"""Where the bytes of an image are, a file, a piece of a file, or a URL, and how they are read."""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.errors import UserError
+from data_prep.images import BadImage
+from data_prep.inputs.names import OUTSIDE
+from data_prep.inputs.storage import is_url, remote
+
+MAX_BYTES = 1 << 30
+CONNECTIONS, ATTEMPTS = 16, 3
+
+
+class ImageLocation(NamedTuple):
+    """The file `name` below `root`; or `length` bytes at `offset` of the file `root`.
+
+    Attributes:
+        root: a folder, a URL, or a file that contains images.
+        name: relative to `root`; if `offset` is given, it only identifies the image.
+    """
+
+    root: str
+    name: str = ""
+    offset: int | None = None
+    length: int = 0
+
+    @property
+    def is_remote(self) -> bool:
+        return self.offset is None and is_url(self.root)
+
+    @property
+    def url(self) -> str:
+        return self.root + self.name if self.root.endswith("/") else f"{self.root}/{self.name}"
+
+
+def read_all(locations: list[ImageLocation]) -> Iterator[bytes | BadImage]:
+    """The bytes at each location, or why they cannot be read; remote files are fetched in parallel."""
+    urls = list(dict.fromkeys(location.url for location in locations if location.is_remote))
+    fetched = _fetch(urls) if urls else {}
+    return (fetched[location.url] if location.is_remote else read_local(location) for location in locations)
+
+
+def _fetch(urls: list[str]) -> dict[str, bytes | BadImage]:
+    files = remote(urls[0])
+    fetched: dict[str, bytes | BadImage] = {}
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for attempt in range(ATTEMPTS):
+            time.sleep(attempt)  # a busy server gets one second, then two
+            for url, future in [
+                (url, pool.submit(files.cat_file, url)) for url in urls if url not in fetched
+            ]:
+                error = future.exception()
+                if error is None:
+                    fetched[url] = future.result()
+                elif isinstance(error, FileNotFoundError):
+                    fetched[url] = BadImage("missing file", url)
+                elif attempt == ATTEMPTS - 1:
+                    fetched[url] = BadImage("unreadable file", f"{url}: {type(error).__name__}: {error}")
+            if len(fetched) == len(urls):
+                break
+    return fetched
+
+
+def read_local(location: ImageLocation) -> bytes | BadImage:
+    """The bytes at a local location; refused if a symbolic link leads out of the root."""
+    try:
+        if location.offset is not None:
+            data = os.pread(_open_cached(location.root), location.length, location.offset)
+            assert len(data) == location.length, (location, len(data))
+            return data
+        descriptor = _open_below(location.root, location.name)
+        if descriptor is None:
+            return BadImage(OUTSIDE, f"a symbolic link leads out of {location.root}")
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                return BadImage("not a regular file")
+            if status.st_size > MAX_BYTES:
+                return BadImage("file too large", f"{status.st_size} bytes")
+            return os.read(descriptor, status.st_size + 1)
+        finally:
+            os.close(descriptor)
+    except (FileNotFoundError, NotADirectoryError):
+        return BadImage("missing file", f"no such file under {location.root}; see --images")
+    except OSError as error:
+        return BadImage("unreadable file", os.strerror(error.errno or 0))
+
+
+def _open_below(root: str, name: str) -> int | None:
+    """A descriptor of root/name; None if a symbolic link leads out of `root`."""
+    folder, _, base = name.rpartition("/")
+    real_folder, is_below = _real_folder(root, folder)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # opening a named pipe must not block
+    try:
+        return os.open(real_folder + base, flags | os.O_NOFOLLOW) if is_below else None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK):
+            raise
+    path = os.path.realpath(real_folder + base)
+    return os.open(path, flags) if path.startswith(_real_folder(root, "")[0]) else None
+
+
+@lru_cache(4096)
+def _real_folder(root: str, folder: str) -> tuple[str, bool]:
+    """root/folder without symbolic links, with a trailing slash; and whether it is inside of `root`."""
+    path = os.path.join(os.path.realpath(os.path.join(root, folder)), "")
+    return path, path.startswith(os.path.join(os.path.realpath(root), ""))
+
+
+@lru_cache(16)
+def _open_cached(path: str) -> int:
+    return os.open(path, os.O_RDONLY)
+
+
+def check_root(root: str) -> None:
+    """Refuse a folder of images that does not exist.
+
+    Raises:
+        UserError: no such folder, or its protocol is unknown.
+    """
+    if is_url(root):
+        remote(root if not root.endswith("://") else f"{root}host/")
+    elif not Path(root).is_dir():
+        raise UserError(f"{root}: no such folder; pass --images, the folder that image paths are relative to")

@@ -1,0 +1,87 @@
+"""Files on this machine or behind a URL that fsspec knows: listing, hashing, remote file systems."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+
+from data_prep.errors import UserError
+from data_prep.inputs import hub
+
+IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def remote(url: str) -> fsspec.AbstractFileSystem:
+    """The file system of a URL.
+
+    Raises:
+        UserError: its protocol is unknown, or needs a package that is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(url)[0]
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {error}") from None
+
+
+def walk(folder: str) -> Iterator[str]:
+    """Every file below a folder, in sorted order."""
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (os.path.join(parent, name) for name in sorted(names))
+
+
+def expand(sources: list[str]) -> list[str]:
+    """The inputs, with remote patterns (*) expanded and data sets on the hub pinned to a commit.
+
+    Raises:
+        UserError: no input, or a pattern or data set without files.
+    """
+    if not sources:
+        raise UserError("no input; pass CSV, JSONL, Parquet or tar files, or folders of images")
+    expanded = []
+    for source in sources:
+        if source.startswith(hub.PREFIX):
+            expanded += hub.parquet_files(source)
+        elif is_url(source) and "*" in source:
+            protocol = source.split("://")[0]
+            paths = sorted(remote(source).glob(source))
+            expanded += [f"{protocol}://{path.split('://')[-1]}" for path in paths]
+        else:
+            expanded.append(source)
+    if not expanded:
+        raise UserError(f"{', '.join(sources)}: no file matches this pattern")
+    return expanded
+
+
+def digest(source: str) -> str:
+    """sha256 of a file; of a URL, the metadata that its server reports; of a folder, its listing and its .txt
+    files.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    sha = hashlib.sha256()
+    try:
+        if is_url(source):
+            info = remote(source).info(source)
+            sha.update(json.dumps({name: info[name] for name in sorted(info)}, default=str).encode())
+        elif os.path.isdir(source):
+            for path in walk(source):
+                sha.update(repr((os.path.relpath(path, source), os.stat(path).st_size)).encode())
+                if path.endswith(".txt"):
+                    sha.update(Path(path).read_bytes())
+        else:
+            with open(source, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    sha.update(chunk)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({str(error).strip() or type(error).__name__})") from None
+    return sha.hexdigest()

@@ -1,0 +1,30 @@
+"""The command review."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from data_prep.cli import File, Shards
+
+
+def review(
+    shards: Annotated[Shards, tyro.conf.Positional],
+    decisions: File = Path("decisions.csv"),
+    host: str = "127.0.0.1",
+    port: int = 8001,
+) -> None:
+    """Look through a data set in the browser, drop images and edit captions.
+
+    Each decision is saved at once; `build ... --decisions decisions.csv` applies them.
+
+    Args:
+        shards: Folder that build or index wrote. Nothing in it is changed.
+        decisions: CSV to read decisions from, if it exists, and to write them to; it may be edited by hand.
+        host: Address to listen on; 0.0.0.0 accepts connections from other machines.
+        port: 0 takes a free one.
+    """
+    from data_prep import web
+    from data_prep.review.server import app
+
+    web.serve(app(shards, decisions, host), host, port, "review page")

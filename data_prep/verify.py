@@ -1,0 +1,24 @@
+"""The command verify: are the shards on disk still what was built?"""
+
+from typing import Annotated
+
+import tyro
+
+from data_prep.cli import Shards
+from data_prep.errors import UserError
+from data_prep.progress import progress
+from data_prep.shards import altered, read_manifest
+
+
+def verify(shards: Annotated[Shards, tyro.conf.Positional]) -> None:
+    """Compare the sha256 of every shard and index with the manifest.
+
+    Args:
+        shards: Folder of shards.
+    """
+    entries = [entry for split in read_manifest(shards)["splits"].values() for entry in split["shards"]]
+    bar = progress(entries, desc="verifying", unit="shard")
+    problems = [problem for entry in bar for problem in altered(shards, entry)]
+    if problems:
+        raise UserError(f"{len(problems)} files are missing or altered:\n" + "\n".join(problems))
+    print(f"{shards}: all {len(entries)} shards are unchanged")
