@@ -1,7 +1,7 @@
 """Command lines: each command has its own usage line and help, and answers before anything heavy is imported.
 
-A room's `__main__` maps names to functions by their place, "eval.retrieval.command:retrieval"; the module of
-a command imports torch and its like inside its function, so that --help takes a fraction of a second.
+A room's `__main__` maps names to functions by their place, "eval.retrieval.command:retrieval"; the module of a
+command imports torch and its like inside its function, so that --help takes a fraction of a second.
 """
 
 import functools
@@ -19,6 +19,9 @@ from data_prep.errors import UserError
 # Switches are switches (--overwrite), and no flag carries the name of the dataclass that it belongs to.
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
+# A parameter without a flag: what follows `--` on the command line, for another command.
+Rest = tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]]
+
 # What help calls the things that commands take.
 Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
 Shards = Annotated[Path, tyro.conf.arg(metavar="SHARDS")]
@@ -31,8 +34,6 @@ OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 OptionalFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 OptionalShards = Annotated[Path | None, tyro.conf.arg(metavar="SHARDS")]
-# A parameter without a flag: what follows `--` on the command line, for another command.
-Rest = tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]]
 
 
 def run_command(
