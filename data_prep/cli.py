@@ -1,7 +1,7 @@
 """Command lines: each command has its own usage line and help, and answers before anything heavy is imported.
 
-A room's `__main__` maps names to functions by their place, "eval.retrieval.command:retrieval"; the module of a
-command imports torch and its like inside its function, so that --help takes a fraction of a second.
+A room's `__main__` maps names to functions by their place, "eval.retrieval.command:retrieval"; the module of
+a command imports torch and its like inside its function, so that --help takes a fraction of a second.
 """
 
 import functools
