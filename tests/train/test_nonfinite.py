@@ -1,4 +1,4 @@
-"""A step with a non-finite gradient changes no weight on any rank, and too many in a row roll the run back."""
+"""A step with a non-finite gradient changes no weight on any rank; too many in a row roll the run back."""
 
 import math
 import shutil
@@ -31,8 +31,8 @@ SKIPPED, IN_A_ROW = 96, (192, 216, 240)  # pairs before a step
 
 @pytest.fixture(scope="module")
 def one_and_two_ranks(tiny_model, icon_shards, tmp_path_factory) -> dict[int, tuple]:
-    """By number of ranks, the folder and output of a run in which the last rank's gradient is NaN in one step,
-    and later in as many consecutive steps as are allowed.
+    """By number of ranks, the folder and output of a run in which the last rank's gradient is NaN in one
+    step, and later in as many consecutive steps as are allowed.
     """
     folder, runs = tmp_path_factory.mktemp("nonfinite"), {}
     for ranks in (1, 2):
@@ -67,8 +67,7 @@ def test_a_nonfinite_step_is_skipped_on_all_ranks_and_logged(one_and_two_ranks, 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_all_ranks_roll_back_together(one_and_two_ranks, ranks):
-    """To the checkpoint before the third step in a row. A checkpoint with non-finite steps behind it is as good
-    as any: they changed nothing.
+    """To the newest checkpoint. That non-finite steps came before it does not matter: they changed nothing.
     """
     run, output = one_and_two_ranks[ranks]
     assert [line["samples"] for line in nonfinite_steps(run)] == [SKIPPED, *IN_A_ROW]
