@@ -47,7 +47,7 @@ def returning(*values: dict | float):
 
 
 def saved(checkpoint: Path, file: str) -> dict[str, torch.Tensor]:
-    """The weights in training.safetensors or ema.safetensors; without that file they are the exported ones."""
+    """The weights in training.safetensors or ema.safetensors; the exported ones where that file is missing."""
     path = checkpoint / file
     return load_file(path if path.is_file() else checkpoint / WEIGHTS)
 
@@ -161,7 +161,7 @@ def test_exported_weights_are_trained_ema_or_what_eval_mixes(
 
 
 def test_a_run_has_the_metrics_that_were_logged_for_its_weights(tiny_model, icon_shards, tmp_path):
-    """val/ and retention/ of a WiSE-FT mixture, here selected because the trained weights get a score of -1."""
+    """val/ and retention/ of a WiSE-FT mixture; it is selected because the trained weights get a score of -1."""
     options = {"epochs": 1, "workers": 0, "micro_batch_size": 24, "save_every_minutes": 9}
     options |= {"wise_ft": (0.01, 0.5), "retention_set": str(icon_shards)}
     plan = recipe(tiny_model, icon_shards, tmp_path / "run", **options)
