@@ -28,7 +28,7 @@ FAMILIES = ("clip", "custom", "resnet", "hf", "test_vit", "test_convnext", "test
 
 
 def model_of(family: str, folder) -> nn.Module:
-    """A tiny open_clip model with random weights; a Hugging Face tower's configuration is put into `folder`."""
+    """A tiny open_clip model with random weights; `folder` is for a Hugging Face tower's configuration."""
     vision, text = VISION, TEXT
     if family == "hf":
         (folder / "config.json").write_text(json.dumps(BERT))
