@@ -124,16 +124,23 @@ class Run:
             )
 
     def with_fitted(self, recipe: Recipe) -> Recipe:
-        """`recipe` with "auto" replaced by what was chosen at the last start on as many ranks and the same
-        device.
+        """`recipe` with "auto" replaced by what was chosen at the last start under the same conditions.
 
         Another choice would change the numbers by rounding (or more, with BatchNorm and dropout).
         """
         fitted = self._environment().get("fitted", {}) if self.checkpoint else {}
-        if any(fitted.get(name) != value for name, value in _place(self.world).items()):
+        if any(fitted.get(name) != value for name, value in self._conditions().items()):
             return recipe
         automatic = [name for name in FITTED if getattr(recipe, name) == "auto"]
         return dataclasses.replace(recipe, **{name: fitted[name] for name in automatic})
+
+    def _conditions(self) -> dict[str, int | str | dict]:
+        """What a choice for "auto" depends on, beside the model.
+
+        The recipe's own values are among them: a micro batch that fits with "full" need not fit with "none".
+        """
+        requested = {name: getattr(self.recipe, name) for name in (*FITTED, "compile")}
+        return {"world_size": self.world.world_size, "device": device_name(), "requested": requested}
 
     def start(self, state: "TrainState") -> None:
         """Write what the run is, before its first step, and allocate the memory for snapshots."""
@@ -145,7 +152,7 @@ class Run:
             environment = (self._environment() if self.samples else {}) or (
                 _describe_environment(self.world) | self.fingerprints
             )
-            environment["fitted"] = _place(self.world) | {name: getattr(state, name) for name in FITTED}
+            environment["fitted"] = self._conditions() | {name: getattr(state, name) for name in FITTED}
             with atomic_file(self.folder / "environment.json") as partial:
                 partial.write_text(json.dumps(environment, indent=1) + "\n")
             if self.samples:
@@ -356,11 +363,6 @@ class Run:
 
 
 FITTED = ("activation_checkpointing", "micro_batch_size")  # keys of the recipe that can be "auto"
-
-
-def _place(world: World) -> dict[str, int | str]:
-    """What a choice for "auto" depends on."""
-    return {"world_size": world.world_size, "device": device_name()}
 
 
 def device_name() -> str:
