@@ -1,6 +1,8 @@
 """A TrainState around a made-up global batch, and its gradients on each rank.
 
-test_step.py runs this file under torchrun, where each rank holds its share of the batch.
+Tests run this file under torchrun, so that several things are computed on two ranks by one start of it:
+  gradients OUT PLAIN_MODEL BIASED_MODEL    of every case, each rank with its share of the batch
+  fit RECIPE.yaml ...                       runs, one after another, without validation
 """
 
 import sys
@@ -12,11 +14,12 @@ import torch
 from train.data.augment import N_UNIFORMS, Augmentation
 from train.data.loader import Batch
 from train.data.order import Order
+from train.loop import fit
 from train.loss import loss_of, train_logit_bias
 from train.model.clip import Clip, load
 from train.model.patch_dropout import PatchDropout
 from train.optim import build_optimizer
-from train.recipe import Augment, Recipe
+from train.recipe import Augment, Recipe, parse
 from train.retain.select import WeightSelector
 from train.run.nonfinite import NonFiniteGuard
 from train.setup import wrap_ddp
@@ -39,7 +42,7 @@ CASES = {
 }
 
 
-def state_of(clip: Clip, recipe: Recipe = BASIC, world: World = World()) -> TrainState:
+def train_state(clip: Clip, recipe: Recipe = BASIC, world: World = World()) -> TrainState:
     """The state at the start of a run of ten steps, without shards and without a run folder."""
     if recipe.patch_dropout:
         PatchDropout.install(clip.towers.model.visual).set_rate(recipe.patch_dropout, 0.0)
@@ -96,25 +99,28 @@ def gradients(state: TrainState, batch: Batch) -> dict[str, torch.Tensor]:
 
 def gradients_of_two_steps(model: str, micro_batch_size: int, world: World, **changes) -> list[dict]:
     """gradients() twice: the second backward pass meets the buckets that DDP rebuilds after the first."""
-    state = state_of(load(model), replace(BASIC, micro_batch_size=micro_batch_size, **changes), world)
+    state = train_state(load(model), replace(BASIC, micro_batch_size=micro_batch_size, **changes), world)
     share = N_PAIRS // world.world_size
     batch = Batch(*(tensor[world.rank * share :][:share] for tensor in global_batch()))
     return [gradients(state, batch) for _ in range(2)]
 
 
-def main(out: str, plain_model: str, biased_model: str) -> None:
+def save_gradients(world: World, out: str, plain_model: str, biased_model: str) -> None:
     """Save {(case, micro_batch_size): gradients_of_two_steps()} to the file `out`, by the first rank."""
-    with joined_world() as world:
-        saved = {}
-        for micro_batch_size in MICRO_BATCH_SIZES:
-            for name, changes in CASES.items():
-                model = plain_model if name == "clip" else biased_model
-                saved[name, micro_batch_size] = gradients_of_two_steps(
-                    model, micro_batch_size, world, **changes
-                )
-        if world.is_first:
-            torch.save(saved, out)
+    saved = {}
+    for micro_batch_size in MICRO_BATCH_SIZES:
+        for name, changes in CASES.items():
+            model = plain_model if name == "clip" else biased_model
+            saved[name, micro_batch_size] = gradients_of_two_steps(model, micro_batch_size, world, **changes)
+    if world.is_first:
+        torch.save(saved, out)
+
+
+def fit_all(world: World, *recipes: str) -> None:
+    for file in recipes:
+        fit(parse([file]), world, lambda clip, world: {})
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with joined_world() as world:
+        {"gradients": save_gradients, "fit": fit_all}[sys.argv[1]](world, *sys.argv[2:])

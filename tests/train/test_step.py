@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY, call, save_tiny
-from ranks_script import BASIC, CASES, MICRO_BATCH_SIZES, global_batch, gradients, gradients_of_two_steps, state_of
+from ranks_script import BASIC, CASES, MICRO_BATCH_SIZES, global_batch, gradients, gradients_of_two_steps, train_state
 
 from train.model.clip import load
 from train.model.towers import Towers
@@ -24,7 +24,7 @@ def biased_model(tmp_path_factory) -> str:
 def of_two_ranks(tiny_model, biased_model, tmp_path_factory) -> dict[tuple[str, int], list[dict]]:
     """The gradients of all CASES and MICRO_BATCH_SIZES on two ranks, by one start of torchrun."""
     out = tmp_path_factory.mktemp("ranks") / "gradients.pt"
-    call("tests.ranks_script", out, tiny_model, biased_model, ranks=2)
+    call("tests.ranks_script", "gradients", out, tiny_model, biased_model, ranks=2)
     return torch.load(out, weights_only=True)
 
 
@@ -65,7 +65,7 @@ def test_each_case_has_a_loss_different_from_the_others(of_two_ranks):
 def test_chunks_equal_the_whole_batch(tiny_model, micro_batch_size, checkpointing):
     results = []
     for size in (16, micro_batch_size):
-        state = state_of(load(tiny_model), replace(BASIC, micro_batch_size=size))
+        state = train_state(load(tiny_model), replace(BASIC, micro_batch_size=size))
         state.clip.towers.model.set_grad_checkpointing(checkpointing)
         results.append(gradients(state, global_batch()))
     assert_same(results[1], results[0])
@@ -86,7 +86,7 @@ def test_random_forwards_repeat_in_the_second_pass_over_chunks(tmp_path):
             return outputs
 
     clip.towers.__class__ = Spy
-    state = state_of(clip, replace(BASIC, micro_batch_size=8))
+    state = train_state(clip, replace(BASIC, micro_batch_size=8))
     for samples in (0, 16, 0):
         state.samples = samples
         backward(state, global_batch())
