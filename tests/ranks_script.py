@@ -1,8 +1,7 @@
 """A TrainState around a made-up global batch, and its gradients on each rank.
 
-Tests run this file under torchrun, so that several things are computed on two ranks by one start of it:
-  gradients OUT PLAIN_MODEL BIASED_MODEL    of every case, each rank with its share of the batch
-  fit RECIPE.yaml ...                       runs, one after another, without validation
+test_step.py runs this file under torchrun, where each rank holds its share of the batch:
+  python -m tests.ranks_script OUT PLAIN_MODEL BIASED_MODEL
 """
 
 import sys
@@ -14,12 +13,11 @@ import torch
 from train.data.augment import N_UNIFORMS, Augmentation
 from train.data.loader import Batch
 from train.data.order import Order
-from train.loop import fit
 from train.loss import loss_of, train_logit_bias
 from train.model.clip import Clip, load
 from train.model.patch_dropout import PatchDropout
 from train.optim import build_optimizer
-from train.recipe import Augment, Recipe, parse
+from train.recipe import Augment, Recipe
 from train.retain.select import WeightSelector
 from train.run.nonfinite import NonFiniteGuard
 from train.setup import wrap_ddp
@@ -116,11 +114,6 @@ def save_gradients(world: World, out: str, plain_model: str, biased_model: str) 
         torch.save(saved, out)
 
 
-def fit_all(world: World, *recipes: str) -> None:
-    for file in recipes:
-        fit(parse([file]), world, lambda clip, world: {})
-
-
 if __name__ == "__main__":
     with joined_world() as world:
-        {"gradients": save_gradients, "fit": fit_all}[sys.argv[1]](world, *sys.argv[2:])
+        save_gradients(world, *sys.argv[1:])

@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import build_icons, call
+from conftest import build_icons
 from runs import (
     assert_bit_equal,
     assert_equal_weights,
     checkpoint,
     exported,
-    flags,
+    fit_on_ranks,
     metrics,
     newest,
     no_validation,
@@ -91,37 +91,27 @@ TOGETHER = {
 }
 
 
-def test_two_ranks_and_chunks_have_the_curve_of_one_process(tiny_model, icon_shards, other_shards, tmp_path):
-    """Whole shares, and chunks of 5 of 12 pairs with a locked tower; both on two ranks by one torchrun."""
-    files, runs = [], {}
-    for micro_batch_size, lock in ((12, "none"), (5, "text")):
-        for ranks in (1, 2):
-            run = tmp_path / f"{lock}-{ranks}"
-            plan = recipe(
-                tiny_model,
-                icon_shards,
-                run,
-                epochs=1,
-                micro_batch_size=24 if ranks == 1 else micro_batch_size,
-                save_every_minutes=9,
-                lock=lock,
-                replay=str(other_shards),
-                **TOGETHER,
-            )
-            runs[lock, ranks] = run
-            if ranks == 1:
-                fit(plan, World(), no_validation)
-            else:
-                files += flags(plan, tmp_path / f"{lock}.yaml")[1:]
-    call("tests.ranks_script", "fit", *files, ranks=2)
-    for lock in ("none", "text"):
-        curves = [metrics(runs[lock, ranks]) for ranks in (1, 2)]
-        replay_losses = [line["train/replay_loss"] for line in curves[0]]
-        assert replay_losses[0] < 1e-12 < 1e-6 < min(replay_losses[1:])
-        for one, two in zip(*curves, strict=True):
-            assert one == pytest.approx(two, rel=2e-5, abs=1e-9)
-        one, two = (exported(newest(runs[lock, ranks])) for ranks in (1, 2))
-        assert all(torch.allclose(tensor, two[name], atol=1e-4) for name, tensor in one.items())
+@pytest.mark.parametrize(("micro_batch_size", "lock"), [(12, "none"), (5, "text")])
+def test_two_ranks_and_chunks_have_the_curve_of_one_process(
+    tiny_model, icon_shards, other_shards, tmp_path, micro_batch_size, lock
+):
+    """Whole shares, and chunks of 5 of 12 pairs with a locked tower."""
+    options = {"epochs": 1, "save_every_minutes": 9, "lock": lock, "replay": str(other_shards), **TOGETHER}
+    one = recipe(tiny_model, icon_shards, tmp_path / "one", micro_batch_size=24, **options)
+    two = recipe(tiny_model, icon_shards, tmp_path / "two", micro_batch_size=micro_batch_size, **options)
+    trained(one, no_validation)
+    fit_on_ranks(two, 2)
+    curves = [
+        [{name: value for name, value in line.items() if name.startswith("train/")} for line in lines]
+        for lines in (metrics(tmp_path / name) for name in ("one", "two"))
+    ]
+    curves[1] = [line for line in curves[1] if line]  # without those of the validations
+    replay_losses = [line["train/replay_loss"] for line in curves[0]]
+    assert replay_losses[0] < 1e-12 < 1e-6 < min(replay_losses[1:])
+    for line, other in zip(*curves, strict=True):
+        assert line == pytest.approx(other, rel=2e-5, abs=1e-9)
+    weights, others = (exported(newest(tmp_path / name)) for name in ("one", "two"))
+    assert all(torch.allclose(tensor, others[name], atol=1e-4) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("options", [{}, {"lock": "image", "workers": 2}], ids=str)

@@ -24,7 +24,7 @@ def biased_model(tmp_path_factory) -> str:
 def of_two_ranks(tiny_model, biased_model, tmp_path_factory) -> dict[tuple[str, int], list[dict]]:
     """The gradients of all CASES and MICRO_BATCH_SIZES on two ranks, by one start of torchrun."""
     out = tmp_path_factory.mktemp("ranks") / "gradients.pt"
-    call("tests.ranks_script", "gradients", out, tiny_model, biased_model, ranks=2)
+    call("tests.ranks_script", out, tiny_model, biased_model, ranks=2)
     return torch.load(out, weights_only=True)
 
 
