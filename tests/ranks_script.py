@@ -24,6 +24,7 @@ from train.setup import wrap_ddp
 from train.step import TrainState, backward
 from train.world import World, joined_world
 
+ALONE = World()
 N_PAIRS = 16
 MICRO_BATCH_SIZES = (8, 3)  # on two ranks: a rank's whole share, and three chunks
 AUGMENT = Augment(color_jitter=(0.2, 0.2, 0.1, 0.1), gray_scale_prob=0.2, flip_prob=0.5, blur_prob=0.2)
@@ -40,7 +41,7 @@ CASES = {
 }
 
 
-def train_state(clip: Clip, recipe: Recipe = BASIC, world: World = World()) -> TrainState:
+def train_state(clip: Clip, recipe: Recipe = BASIC, world: World = ALONE) -> TrainState:
     """The state at the start of a run of ten steps, without shards and without a run folder."""
     if recipe.patch_dropout:
         PatchDropout.install(clip.towers.model.visual).set_rate(recipe.patch_dropout, 0.0)

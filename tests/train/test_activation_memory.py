@@ -1,4 +1,4 @@
-"""Each mode of activation checkpointing has the gradient of "none", keeps less, and recomputes what it says."""
+"""Each mode of activation checkpointing has the same gradient, keeps less, and recomputes what it says."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ class Autocast(torch.nn.Module):
 
 @pytest.fixture
 def eager_kernels(monkeypatch):
-    """Graphs are traced and partitioned as in training, but run by torch's own kernels: no C++ is compiled."""
+    """Graphs are traced and partitioned as in training, and run by torch's kernels: no C++ is compiled."""
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self: compile_in_place(self, backend="aot_eager_decomp_partition")
@@ -78,7 +78,7 @@ def test_gradients_are_equal(clip, eager_kernels):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_selective_keeps_the_outputs_of_products_and_recomputes_none(clip, eager_kernels, bf16):
-    """Of a ViT block's 16 widths, 10 are needed: input, q, k, v, attention, input of the MLP, and its four."""
+    """Of the 16 widths of a ViT block, 10 are needed: input, q, k, v, attention, input of the MLP, its four."""
     block, tokens = blocks(clip.towers.model)[0], torch.randn(4, 17, 64, requires_grad=True)
     kept, products = {}, {}
     for mode in ("none", "selective"):
@@ -138,7 +138,9 @@ def test_auto_takes_the_fastest_that_fits(clip, monkeypatch, fits, asked, expect
 
 def test_too_little_memory_for_one_pair_is_an_error(clip, monkeypatch):
     monkeypatch.setattr(activation_memory, "free_bytes", lambda device: 1_000_000)
-    with pytest.raises(UserError, match=r"activation_checkpointing full, .* one pair do not fit into 0\.0 GB"):
+    with pytest.raises(
+        UserError, match=r"activation_checkpointing full, .* one pair do not fit into 0\.0 GB"
+    ):
         fit_micro_batch(clip.towers, RECIPE, World())
 
 

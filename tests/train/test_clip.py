@@ -161,4 +161,6 @@ def test_vit_l_14_takes_a_step_with_checkpointing():
 
 def test_a_tags_preprocessing_is_used():
     _, _, options = _parse_name("ViT-L-14:laion2b_s32b_b82k")
-    assert options["force_preprocess_cfg"]["mean"] == options["force_preprocess_cfg"]["std"] == (0.5, 0.5, 0.5)
+    assert (
+        options["force_preprocess_cfg"]["mean"] == options["force_preprocess_cfg"]["std"] == (0.5, 0.5, 0.5)
+    )

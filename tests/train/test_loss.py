@@ -89,7 +89,9 @@ def siglip_by_definition(outputs: list[torch.Tensor], positives: list[list[int]]
 )
 def test_losses_equal_their_definitions(loss, definition, n_outputs, same_group):
     ids = shared_ids()
-    positives = [[j for j, b in enumerate(ids.tolist()) if a[0] == b[0] or a[1] == b[1]] for a in ids.tolist()]
+    positives = [
+        [j for j, b in enumerate(ids.tolist()) if a[0] == b[0] or a[1] == b[1]] for a in ids.tolist()
+    ]
     assert sum(map(len, positives)) == 12 + 34
     if same_group == "negative":
         positives = [[i] for i in range(12)]

@@ -1,4 +1,4 @@
-"""The order is a function of (seed, samples): every sample once per epoch, the same for any number of ranks."""
+"""The order is a function of (seed, samples): every sample once per epoch, for any number of ranks."""
 
 import itertools
 import pickle

@@ -1,4 +1,4 @@
-"""Recipes are flags in a file: one parser reads both, typed flags win, and a saved recipe loads back equal."""
+"""Recipes are flags in a file: one parser reads both, typed flags win, and a saved recipe loads equal."""
 
 import re
 
@@ -99,7 +99,9 @@ def test_a_value_out_of_range_is_reported(typed, rule):
 
 
 def test_all_values_out_of_range_are_reported_at_once():
-    typed = "--epochs 0 --optim.lr -1.0 --augment.blur-prob 2.0 --wise-ft 1.0 --lock image --patch-dropout 0.5"
+    typed = (
+        "--epochs 0 --optim.lr -1.0 --augment.blur-prob 2.0 --wise-ft 1.0 --lock image --patch-dropout 0.5"
+    )
     with pytest.raises(UserError) as error:
         parse([*BASE, *typed.split()])
     problems = str(error.value).split("; --")

@@ -1,11 +1,19 @@
-"""A global batch has one gradient: in one process or on two ranks, whole or in chunks, logit_scale included."""
+"""A global batch has one gradient, logit_scale included: on one or two ranks, whole or in chunks."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TINY, call, save_tiny
-from ranks_script import BASIC, CASES, MICRO_BATCH_SIZES, global_batch, gradients, gradients_of_two_steps, train_state
+from ranks_script import (
+    BASIC,
+    CASES,
+    MICRO_BATCH_SIZES,
+    global_batch,
+    gradients,
+    gradients_of_two_steps,
+    train_state,
+)
 
 from train.model.clip import load
 from train.model.towers import Towers
@@ -17,7 +25,9 @@ from train.world import World
 def biased_model(tmp_path_factory) -> str:
     """With 16 patches and a logit_bias at which positives and negatives have gradients of the same size."""
     vision = {**TINY["vision_cfg"], "patch_size": 4}
-    return f"local-dir:{save_tiny(tmp_path_factory.mktemp('biased'), vision_cfg=vision, init_logit_bias=-1.0)}"
+    return (
+        f"local-dir:{save_tiny(tmp_path_factory.mktemp('biased'), vision_cfg=vision, init_logit_bias=-1.0)}"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
-"""What a run survives: other numbers of ranks, full disks, kills, damage. Faults are named, and the last whole
-checkpoint is never lost.
+"""What a run survives: other numbers of ranks, full disks, kills, damage. Faults are named, and the last
+whole checkpoint is never lost.
 """
 
 import contextlib
@@ -56,9 +56,7 @@ def test_resumed_on_other_ranks_and_in_other_chunks_has_the_same_curve(tiny_mode
     fit(plan, World(), stop_at_first(parts))
     assert (status_of(parts)["state"], status_of(parts)["samples"]) == ("stopped", 24)
     fit_on_ranks(recipe(tiny_model, icon_shards, parts, micro_batch_size=5, **options), 2)
-    curves = [
-        [line["train/loss"] for line in metrics(run) if "train/loss" in line] for run in (whole, parts)
-    ]
+    curves = [[line["train/loss"] for line in metrics(run) if "train/loss" in line] for run in (whole, parts)]
     assert len(curves[0]) == len(curves[1]) == 12
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
