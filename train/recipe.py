@@ -265,6 +265,8 @@ def _flag(type_: object, key: str, value: object, path: Path) -> list[str]:
 
 AT_LEAST = {"epochs": 1, "global_batch_size": 2, "workers": 0, "log_every_steps": 1, "keep_checkpoints": 1}
 AT_LEAST |= {"max_nonfinite_steps": 1, "lora_rank": 0, "l2_sp": 0, "replay_weight": 0}
+AT_LEAST |= {"seed": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.eps": 0}
+ABOVE_ZERO = ("optim.max_grad_norm", "timeout_minutes")
 BELOW_ONE = ("patch_dropout", "ema", "optim.warmup_fraction", "captions.tag_dropout")
 
 
@@ -278,6 +280,7 @@ def _check_values(recipe: Recipe) -> None:
     alphas = {f"{alpha:.2f}" for alpha in recipe.wise_ft}
     smallest, largest = recipe.augment.scale
     rules = [(key, values[key] >= least, f"must be at least {least}") for key, least in AT_LEAST.items()]
+    rules += [(key, values[key] > 0, "must be above 0") for key in ABOVE_ZERO]
     rules += [(key, 0 <= values[key] < 1, "must be at least 0 and below 1") for key in BELOW_ONE]
     rules += [
         (key, 0 <= value <= 1, "must be a probability from 0 to 1")
@@ -310,6 +313,11 @@ def _check_values(recipe: Recipe) -> None:
             "lock",
             recipe.lock != "image" or not recipe.patch_dropout,
             "a locked image tower drops no patches; leave out --patch-dropout or --lock",
+        ),
+        (
+            "optim.betas",
+            all(0 <= beta < 1 for beta in recipe.optim.betas),
+            "both must be at least 0 and below 1",
         ),
         (
             "augment.scale",

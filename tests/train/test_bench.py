@@ -1,80 +1,74 @@
-"""The harness runs, and both trainers compute the same; how fast they are is judged in benchmarks/, not here."""
+"""The benchmark runs, times the loop's own step, and both trainers compute the same; how fast they are is
+measured in benchmarks/, not here.
+"""
 
 import json
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_mistake, call, call_here, noise_images
+from conftest import assert_mistake, call, call_here, noise_images, save_tiny
 from PIL import Image
 
-import train.bench.__main__
-from data_prep.build.pipeline import Parallelism, Reading, Splitting, build
+from data_prep.build.pipeline import Reading, Splitting, Work, build
 from data_prep.errors import Fault
-from train.bench import peer as bench_peer
-from train.bench.__main__ import OutOfMemory, in_fresh_process
-from train.bench.timing import PARTS, Stepper
-from train.recipe import Recipe
+from train.bench import peer
+from train.bench.__main__ import main
+from train.bench.rows import OutOfMemory, in_fresh_process
+from train.bench.timing import COUNTED_PAIRS, PARTS, Stepper, flop_per_pair
+from train.recipe import Optim, Recipe
 
 
 @pytest.fixture(scope="module")
 def noise_shards(tmp_path_factory) -> str:
-    """16 square pictures, one caption each, in train alone."""
+    """16 square images with one caption each, all in train."""
     folder = tmp_path_factory.mktemp("noise")
-    build(
-        [str(noise_images(folder, 16, size=(16, 16)))],
-        folder / "shards",
-        Reading(),
-        split=Splitting(0, 0),
-        parallelism=Parallelism(1),
-        min_shards=1,
-    )
+    csv, split = noise_images(folder, 16, size=(16, 16)), Splitting(0, 0)
+    build([str(csv)], folder / "shards", Reading(), split=split, work=Work(1), min_shards=1)
     return str(folder / "shards")
 
 
 def test_every_option_in_one_call(noise_shards, tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_peer, "TURNS", 1)
-    monkeypatch.setattr(bench_peer, "WAYS", {"cpu": [["--grad-checkpointing"]]})
+    monkeypatch.setattr(peer, "TURNS", 1)
+    monkeypatch.setattr(peer, "WAYS", {"cpu": [["--grad-checkpointing"]]})
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = {
-        "global_batch_size": 16,
-        "micro_batch_size": 8,
+        "global-batch-size": 16,
+        "micro-batch-size": 8,
         "precision": "fp32",
-        "activation_checkpointing": "none",
+        "activation-checkpointing": "none",
         "workers": 1,
         "steps": 1,
-    }
-    # A crop of all of a square picture is the picture: 16 of them are the same batch in both trainers.
-    options |= {"augment.color_jitter_prob": 0, "augment.gray_scale_prob": 0, "sweep": True, "peer": True}
-    options |= {
+        # 16 of 16 images, uncropped and unchanged, are the same batch in both trainers
+        "augment.color-jitter-prob": 0,
+        "augment.gray-scale-prob": 0,
         "plot": tmp_path / "rows.png",
         "profile": tmp_path / "trace.json",
         "data": noise_shards,
         "model": tiny_model,
     }
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr("sys.argv", ["bench", *arguments, "--augment.scale", "1.0", "1.0"])
-    train.bench.__main__.main()
+    arguments += ["--augment.scale", "1.0", "1.0", "--sweep", "--peer"]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    main()
     *table, line = capsys.readouterr().out.strip().splitlines()
-    found = json.loads(line)
+    result = json.loads(line)
 
-    steps = {(row["micro_batch_size"], row["memory"]): row for row in found["steps"]}
-    assert list(steps) == [(size, mode) for mode in ("none", "checkpoint") for size in (8, 16)]
-    for row in steps.values():
+    rows = {(row["micro_batch_size"], row["activation_checkpointing"]): row for row in result["steps"]}
+    assert list(rows) == [(size, mode) for mode in ("none", "full") for size in (8, 16)]
+    for row in rows.values():
         assert sum(row[f"{part}_s"] for part in PARTS) == pytest.approx(row["step_s"])
         assert row["pairs_per_s"] * row["step_s"] == pytest.approx(16)
         assert min(row[f"{part}_s"] for part in PARTS) > 0
         assert row["share_of_peak"] == pytest.approx(
-            row["pairs_per_s"] * found["gflop_per_pair"] / found["matmul_tflop_per_s"] / 1e3
+            row["pairs_per_s"] * result["gflop_per_pair"] / result["matmul_tflop_per_s"] / 1e3
         )
-    ours, theirs = found["whole_path"]
-    assert (ours["trainer"], theirs["trainer"], theirs["options"]) == (
-        "ours",
-        "open_clip_train",
-        "--grad-checkpointing",
-    )
-    # The same weights, pixels and tokens; their log has five digits.
+    ours, theirs = result["whole_path"]
+    assert (ours["trainer"], theirs["trainer"]) == ("ours", "open_clip_train")
+    assert theirs["options"] == "--grad-checkpointing"
+    # the same weights, pixels and tokens; open_clip_train logs five digits
     assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-4)
     for row in ours, theirs:
         assert 0 < row["slowest"] <= row["pairs_per_s"] <= row["fastest"]
@@ -86,62 +80,95 @@ def test_every_option_in_one_call(noise_shards, tiny_model, tmp_path, monkeypatc
     assert sum(name.startswith("Optimizer.step") for name in names) == 2
 
 
-def test_the_plain_call_on_the_demo(icon_shards, monkeypatch, capsys):
-    flags = ["--global_batch_size", "16", "--micro_batch_size", "8", "--steps", "1"]
+def test_the_documented_call(icon_shards, monkeypatch, capsys):
+    flags = ["--global-batch-size", "16", "--micro-batch-size", "8", "--steps", "1", "--workers", "0"]
     monkeypatch.setattr("sys.argv", ["bench", "train/recipes/demo.yaml", "--data", str(icon_shards), *flags])
-    train.bench.__main__.main()
+    main()
     *table, line = capsys.readouterr().out.strip().splitlines()
-    found = json.loads(line)
-    (row,) = found["steps"]
-    assert (found["batch"], row["micro_batch_size"], row["memory"], found["whole_path"]) == (
-        16,
-        8,
-        "none",
-        [],
-    )
-    # 4 + 1 blocks of 12 width² weights, 17 and 8 or 12 tokens, and the two projections; attention's products
-    # come on top.
+    result = json.loads(line)
+    (row,) = result["steps"]
+    assert (result["global_batch_size"], row["micro_batch_size"]) == (16, 8)
+    assert (row["activation_checkpointing"], result["whole_path"]) == ("none", [])
+    # 4 + 1 blocks of 12 width^2 weights, 17 and 8 or 12 tokens, and the two projections; attention's products
+    # come on top
     image, projections = 17 * 4 * 12 * 160**2 + 16 * 3 * 8**2 * 160, 160 * 128 + 128 * 128
     short, whole = (2 * 3 * (image + length * 12 * 128**2 + projections) / 1e9 for length in (8, 12))
-    assert short < found["gflop_per_pair"] < 1.1 * whole
-    assert found["loader_samples_per_s"] > 0
-    assert any(line.startswith("| step: micro_batch_size 8, memory none") for line in table)
+    assert short < result["gflop_per_pair"] < 1.1 * whole
+    assert result["loader_samples_per_s"] > 0
+    assert any(text.startswith("| step: micro_batch_size 8, activation_checkpointing none") for text in table)
+
+
+@pytest.fixture(scope="module")
+def counted(noise_shards, tmp_path_factory) -> Recipe:
+    """A recipe whose FLOP are nearly all in four blocks of width 64 with 64 patches; see block_flop()."""
+    vision = {"image_size": 32, "patch_size": 4, "width": 64, "head_width": 32, "layers": 4}
+    folder = save_tiny(tmp_path_factory.mktemp("wide"), vision_cfg=vision)
+    return Recipe(f"local-dir:{folder}", noise_shards, "", precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def plain_flop(counted) -> float:
+    return flop_per_pair(counted)
+
+
+def block_flop(tokens: int, width: int = 64, layers: int = 4) -> int:
+    """FLOP of the blocks' forward: products with 12 width^2 weights, and the two products of attention."""
+    return layers * (24 * tokens * width**2 + 4 * tokens**2 * width)
+
+
+def test_flop_of_a_plain_step(plain_flop):
+    """A forward, and a backward of twice as much."""
+    assert plain_flop == pytest.approx(3 * block_flop(1 + 64), rel=0.02)
+
+
+def test_patch_dropout_removes_the_flop_of_the_dropped_patches(counted, plain_flop):
+    removed = plain_flop - flop_per_pair(replace(counted, patch_dropout=0.5))
+    assert removed == pytest.approx(3 * (block_flop(1 + 64) - block_flop(1 + 32)), rel=0.01)
+
+
+def test_a_locked_tower_has_no_backward(counted, plain_flop):
+    image, text = (plain_flop - flop_per_pair(replace(counted, lock=tower)) for tower in ("image", "text"))
+    assert image == pytest.approx(2 * block_flop(1 + 64), rel=0.02)
+    assert text == pytest.approx(2 * block_flop(8, 16, 1), rel=0.05)
+
+
+def test_replay_adds_a_third(counted, plain_flop):
+    """On a quarter of the pairs, a forward of the initial model and a forward and backward of the model."""
+    added = flop_per_pair(replace(counted, replay=counted.data)) - plain_flop
+    assert added == pytest.approx(plain_flop / 3, rel=0.02)
+
+
+def test_lora_adds_the_products_of_its_matrices(counted, plain_flop):
+    """And removes the gradients of the patch embedding and of the first block's input: little of either."""
+    low, high = (flop_per_pair(replace(counted, lora_rank=rank)) for rank in (4, 16))
+    assert low != plain_flop
+    assert low == pytest.approx(plain_flop, rel=0.03)
+    # B A, and its gradients for B and for A; once per step
+    per_rank = 3 * 2 * (4 * 12 * 64**2 + 12 * 16**2) / COUNTED_PAIRS
+    assert high - low == pytest.approx(12 * per_rank, rel=0.05)
 
 
 def test_steps_are_those_of_training(noise_shards, tiny_model):
-    """The weights after two steps of the harness are not those before, and its parts are marked as often as
-    they ran.
-    """
-    step = Stepper(
-        Recipe(
-            tiny_model,
-            noise_shards,
-            "",
-            global_batch_size=16,
-            micro_batch_size=8,
-            precision="fp32",
-            workers=0,
-        )
-    )
-    before = torch.cat([weight.detach().flatten().clone() for weight in step.towers.parameters()])
+    """Two steps change the weights, and each part is timed as often as it runs."""
+    options = {"global_batch_size": 16, "micro_batch_size": 8, "precision": "fp32", "workers": 0}
+    # the benchmark's run is so long that a warm-up would hardly change a weight
+    step = Stepper(Recipe(tiny_model, noise_shards, "", optim=Optim(warmup_fraction=0.0), **options))
+    parameters = list(step.state.towers.parameters())
+    before = torch.cat([weight.detach().flatten().clone() for weight in parameters])
     for _ in range(2):
         step()
-    after = torch.cat([weight.detach().flatten() for weight in step.towers.parameters()])
+    after = torch.cat([weight.detach().flatten() for weight in parameters])
     assert (before != after).float().mean() > 0.5
-    assert step.samples == 32
+    assert step.state.samples == 32
     parts = [part for part, _, _ in step.spans]
-    assert {part: parts.count(part) for part in parts} == {
-        "forward": 8,
-        "data": 2,
-        "forward and backward": 2,
-        "optimizer": 2,
-    }
+    counts = {"forward": 8, "data": 2, "forward and backward": 2, "optimizer": 2}
+    assert {part: parts.count(part) for part in parts} == counts
 
 
 @pytest.mark.parametrize(
     ("function", "argument"), [(torch.empty, 1 << 58), (signal.raise_signal, signal.SIGKILL)]
 )
-def test_too_little_memory_is_a_row_and_not_the_end(function, argument):
+def test_too_little_memory_is_reported_and_does_not_end_the_benchmark(function, argument):
     with pytest.raises(OutOfMemory):
         in_fresh_process(function, argument)
     assert in_fresh_process(abs, -1) == 1
@@ -150,31 +177,30 @@ def test_too_little_memory_is_a_row_and_not_the_end(function, argument):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--global_batch_size", 999], ["999", "fewer than one batch"]),
+        (["--global-batch-size", 999], ["999", "fewer than one batch"]),
         (["--steps", 0], ["--steps 0", "at least 1"]),
         (
-            ["--peer", True, "--workers", 1, "--micro_batch_size", 9],
-            ["--micro_batch_size 9", "divisor of --global_batch_size 16"],
+            ["--peer", "--workers", 1, "--micro-batch-size", 9],
+            ["--micro-batch-size 9", "divisor of --global-batch-size 16"],
         ),
-        (["--peer", True, "--workers", 99], ["a shard per worker", "pass --workers"]),
-        (["--sweeps", True], ["--sweep"]),
+        (["--peer", "--workers", 99], ["one per worker", "pass --workers"]),
+        (["--sweeps"], ["--sweep"]),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(noise_shards, tiny_model, flags, words):
-    result = call_here(
-        train.bench.main, "--model", tiny_model, "--data", noise_shards, "--global_batch_size", 16, *flags
-    )
-    assert_mistake(result, *words)
+def test_mistakes_are_reported_before_anything_is_measured(noise_shards, tiny_model, flags, words):
+    options = ["--model", tiny_model, "--data", noise_shards, "--global-batch-size", 16]
+    assert_mistake(call_here(main, *options, *flags), *words)
 
 
-def test_a_trainer_that_breaks_is_a_fault_with_what_it_said(tmp_path):
+def test_a_trainer_that_fails_is_a_fault_with_its_output(tmp_path):
     words = [sys.executable, "-c", "raise LookupError('no such thing')"]
-    command = bench_peer.Command("theirs", "", words, tmp_path / "log", lambda line: None)
+    command = peer.Command("theirs", "", words, tmp_path / "log", lambda line: None)
     with pytest.raises(Fault, match="LookupError: no such thing"):
-        bench_peer.run(command, tmp_path)
+        peer.run(command, tmp_path)
 
 
-def test_the_harnesses_of_data_prep_run(tmp_path):
+@pytest.mark.slow
+def test_the_benchmarks_of_data_prep_run(tmp_path):
     result = call("benchmarks.planner", "--rows", 2000, "--folder", tmp_path)
     assert [line.split("|")[3].strip() for line in result.stdout.splitlines()[2:]] == [
         "imports alone",

@@ -1,4 +1,4 @@
-"""Captions are drawn: as often as asked, from one number, and by default as they always were."""
+"""Captions are drawn with the recipe's probabilities, from one number per sample."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from train.data.captions import caption, fewer_tags
+from train.data.captions import caption, drop_tags
 from train.data.order import random_bits
 from train.recipe import Captions
 
@@ -14,40 +14,36 @@ THREE = ["home", "house, building", "start"]
 DRAWN = random_bits(6000, 0).tolist()
 
 
-def test_the_default_is_one_of_them_by_the_samples_first_number():
+def test_one_caption_is_drawn_by_the_samples_bits():
     for bits in DRAWN[:200]:
         assert caption(THREE, Captions(), bits) == THREE[bits % 3]
         assert caption(THREE, Captions(sample="first"), bits) == "home"
 
 
-def test_tags_are_left_out_as_often_as_asked_each_alone():
+def test_each_tag_is_dropped_independently():
     tags, dropout = ["a", "b c", "d"], 0.4
-    shown = [fewer_tags("a, b c,d", dropout, bits).split(", ") for bits in DRAWN]
-    counts = {
-        subset: 0 for n in (1, 2, 3) for subset in itertools.combinations(tags, n)
-    }  # in their order, and never none
-    for kept in shown:
-        counts[tuple(kept)] += 1
-    expected = {subset: dropout ** (3 - len(subset)) * (1 - dropout) ** len(subset) for subset in counts}
-    for tag in tags:  # all three left out: one stays, each as often
+    subsets = [
+        subset for n in (1, 2, 3) for subset in itertools.combinations(tags, n)
+    ]  # order kept, never none
+    counts = dict.fromkeys(subsets, 0)
+    for bits in DRAWN:
+        counts[tuple(drop_tags("a, b c,d", dropout, bits).split(", "))] += 1
+    expected = {subset: dropout ** (3 - len(subset)) * (1 - dropout) ** len(subset) for subset in subsets}
+    for tag in tags:  # where all three would be dropped, each is as likely to stay
         expected[tag,] += dropout**3 / 3
     assert sum(expected.values()) == pytest.approx(1)
-    assert (
-        stats.chisquare(list(counts.values()), [len(DRAWN) * expected[subset] for subset in counts]).pvalue
-        > 0.001
-    )
+    frequencies = [len(DRAWN) * expected[subset] for subset in subsets]
+    assert stats.chisquare(list(counts.values()), frequencies).pvalue > 0.001
 
 
-def test_what_is_no_list_of_tags_stays_as_it_is():
+def test_a_caption_without_tags_is_not_changed():
     for text in ("a house  by the sea", "", ",", " , ,", "home"):
-        assert {fewer_tags(text, 0.99, bits) for bits in DRAWN[:100]} == {text}
-    assert {fewer_tags("home,", 0.99, bits) for bits in DRAWN[:100]} == {"home"}
-    assert {caption(["a,b ,c"], Captions(), bits) for bits in DRAWN[:100]} == {
-        "a,b ,c"
-    }  # nothing asked, nothing touched
+        assert {drop_tags(text, 0.99, bits) for bits in DRAWN[:100]} == {text}
+    assert {drop_tags("home,", 0.99, bits) for bits in DRAWN[:100]} == {"home"}
+    assert {caption(["a,b ,c"], Captions(), bits) for bits in DRAWN[:100]} == {"a,b ,c"}  # no dropout
 
 
-def test_templates_are_drawn_evenly_whatever_the_caption():
+def test_templates_are_drawn_uniformly_and_independently_of_the_caption():
     templates = ("an icon of {}", "{}", "{} icon")
     recipe = Captions(templates=templates)
     filled = {
@@ -59,12 +55,11 @@ def test_templates_are_drawn_evenly_whatever_the_caption():
     for bits in DRAWN:
         counts[filled[caption(THREE, recipe, bits)]] += 1
     assert stats.chisquare(counts.flatten()).pvalue > 0.001
-    assert (
-        caption(["{}, a{b"], Captions(templates=("<{}>",)), 1) == "<{}, a{b>"
-    )  # braces of a caption are text
+    # braces in a caption are text
+    assert caption(["{}, a{b"], Captions(templates=("<{}>",)), 1) == "<{}, a{b>"
 
 
-def test_one_number_decides_all():
+def test_one_number_decides_everything():
     recipe = Captions(tag_dropout=0.5, templates=("an icon of {}", "{}"))
     first = [caption(["a, b, c", "d, e", "f"], recipe, bits) for bits in DRAWN[:300]]
     assert first == [caption(["a, b, c", "d, e", "f"], recipe, bits) for bits in DRAWN[:300]]

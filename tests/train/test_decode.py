@@ -1,4 +1,4 @@
-"""Whatever decodes a picture, its pixels are those of Pillow."""
+"""Whichever decoder is used, the pixels equal Pillow's."""
 
 import io
 import struct
@@ -22,11 +22,11 @@ def by_pillow(data: bytes) -> np.ndarray:
 
 
 def rgb_16_bit_png() -> bytes:
-    """48 bits per pixel, which Pillow does not write."""
+    """48 bits per pixel, which Pillow cannot write."""
     rows = np.random.default_rng(0).integers(0, 1 << 16, (5, 7, 3)).astype(">u2")
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header, body = (
         struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0),
@@ -43,7 +43,7 @@ STORED = {
     "jpeg 420": png(smooth(), "JPEG", subsampling=2, quality=60),
     "jpeg 422, progressive": png(smooth(), "JPEG", subsampling=1, progressive=True),
     "jpeg in rgb": png(smooth(), "JPEG", keep_rgb=True),
-    "jpeg that ends early, but for its end": png(smooth(200, 200), "JPEG")[:-20] + b"\xff\xd9",
+    "jpeg that is cut, with an end marker": png(smooth(200, 200), "JPEG")[:-20] + b"\xff\xd9",
 }
 BY_PILLOW = {
     "png gray": png(smooth().convert("L")),
@@ -60,15 +60,15 @@ BY_PILLOW = {
 
 
 @pytest.mark.parametrize("name", [*STORED, *BY_PILLOW])
-def test_pixels_are_pillows(name):
+def test_pixels_equal_pillows(name):
     data = (STORED | BY_PILLOW)[name]
     expected = by_pillow(data)
     np.testing.assert_array_equal(decoded(data), expected)
     np.testing.assert_array_equal(np.asarray(decode(data)), expected)
-    assert (_quick(data) is None) == (name in BY_PILLOW or "ends early" in name)
+    assert (_quick(data) is None) == (name in BY_PILLOW or "is cut" in name)
 
 
-def test_a_large_jpeg_is_decoded_to_a_part_of_its_size():
+def test_a_large_jpeg_is_decoded_at_a_reduced_size():
     data = png(smooth(400, 208), "JPEG", quality=95)
     assert rgb_jpeg_size(data) == (208, 400)
     for reduce in (2, 4, 8):
@@ -80,7 +80,7 @@ def test_a_large_jpeg_is_decoded_to_a_part_of_its_size():
         assert decoded(BY_PILLOW[name], 8).shape == decoded(BY_PILLOW[name]).shape
 
 
-def test_what_is_no_picture_is_refused_as_by_pillow():
+def test_bytes_that_are_no_image_raise_what_pillow_raises():
     for data in (
         b"",
         b"\xff\xd8",

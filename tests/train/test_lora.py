@@ -1,5 +1,5 @@
-"""Adapters that are merged give the features of those that are not, resume bit for bit, and are alive in
-towers of every kind.
+"""LoRA: merged weights give the adapted model's features, a resumed run is the same bit for bit, and every
+adapter of every kind of tower receives a gradient.
 """
 
 import shutil
@@ -8,25 +8,24 @@ import open_clip
 import pytest
 import torch
 from conftest import TINY, save_tiny
+from runs import CANDIDATES, assert_bit_equal, assert_equal_weights, newest, recipe, trained
 from safetensors.torch import load_file
-from test_choice import WISHES, trained
-from test_loop import assert_bit_equal, newest, recipe
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.embed import embed
 from eval.options import INFERENCE
-from train.model.clip import Towers, load
+from train.model.clip import load
 from train.model.lora import adapt, merged
+from train.model.towers import Towers
 from train.world import World
 
 
-@pytest.fixture
-def unequal_model(tmp_path) -> str:
-    """Two layers, so that there are blocks to compile and to checkpoint."""
-    (tmp_path / "two").mkdir()
-    changes = {kind: {**TINY[kind], "layers": 2} for kind in ("vision_cfg", "text_cfg")}
-    return f"local-dir:{save_tiny(tmp_path / 'two', **changes)}"
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory) -> str:
+    """Two layers in each tower, so that there are blocks to compile and to checkpoint."""
+    changes = {tower: {**TINY[tower], "layers": 2} for tower in ("vision_cfg", "text_cfg")}
+    return f"local-dir:{save_tiny(tmp_path_factory.mktemp('two'), **changes)}"
 
 
 @pytest.mark.parametrize(
@@ -34,116 +33,70 @@ def unequal_model(tmp_path) -> str:
     [{}, {"activation_checkpointing": "full", "micro_batch_size": 12}, {"ema": 0.9, "wise_ft": (0.4,)}],
     ids=str,
 )
-def test_what_lora_gives_away_is_a_plain_model_with_the_features_of_the_adapted_one(
-    unequal_model, icon_shards, tmp_path, options
-):
-    plan = recipe(
-        unequal_model,
-        icon_shards,
-        tmp_path / "run",
-        epochs=1,
-        workers=0,
-        lora_rank=3,
-        save_every_minutes=9,
-        **options,
-    )
-    place = (
-        len(options) - 1 if "ema" in options else 0
-    )  # of the trained weights, the average, the mixture: the last
-    finds = [0.0, 0.0, 0.0]
-    finds[2 if place else 0] = 0.5
-    seen = {}
+def test_the_export_is_a_plain_model_with_the_adapted_features(two_layers, icon_shards, tmp_path, options):
+    plan = {"epochs": 1, "workers": 0, "lora_rank": 3, "save_every_minutes": 9, **options}
+    validated = []  # features of the initial model, then of each candidate; the last one is the best
 
     def validate(clip, world):
         embedded = embed(clip, Shards(icon_shards, "val"), world, INFERENCE)
-        value = 0.0 if not seen else finds[len(seen) - 1]
-        seen[len(seen)] = embedded.image_features, embedded.text_features
-        return {"val/mean/R@1": value}
+        validated.append((embedded.image_features, embedded.text_features))
+        return {"val/mean/R@1": 0.1 * len(validated)}
 
-    run = trained(plan, validate=validate)
-    adapted = seen[len(seen) - 1]
-    given, base = load(str(run.folder)), load(unequal_model)
-    assert given.towers.model.state_dict().keys() == base.towers.model.state_dict().keys()
-    plain = embed(given, Shards(icon_shards, "val"), World(), INFERENCE)
-    for one, two, before in zip(adapted, (plain.image_features, plain.text_features), seen[0], strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
-        assert (two - before).abs().max() > 1e-3
-    before = base.towers.model.state_dict()
-    changed = {
-        name
-        for name, tensor in given.towers.model.state_dict().items()
-        if not torch.equal(tensor, before[name])
-    }
-    matrices = {
-        name
-        for name in changed
-        if name.endswith(("in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight"))
-    }
+    run = trained(recipe(two_layers, icon_shards, tmp_path / "run", **plan), validate)
+    exported, initial = load(str(run.folder)), load(two_layers)
+    embedded = embed(exported, Shards(icon_shards, "val"), World(), INFERENCE)
+    features = embedded.image_features, embedded.text_features
+    assert len(validated) == (4 if "ema" in options else 2)
+    for adapted, plain, before in zip(validated[-1], features, validated[0], strict=True):
+        torch.testing.assert_close(adapted, plain, rtol=0, atol=1e-5)
+        assert (plain - before).abs().max() > 1e-3
+    before, after = initial.towers.model.state_dict(), exported.towers.model.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    adapted = ("in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight")
+    matrices = {name for name in changed if name.endswith(adapted)}
     assert len(matrices) == 2 * 2 * 4
     assert changed - matrices == {"logit_scale"}
 
 
-def test_lora_resumes_bit_for_bit(unequal_model, icon_shards, tmp_path, one_thread):
-    runs = []
-    for name in ("whole", "parts"):
-        plan = recipe(
-            unequal_model,
-            icon_shards,
-            tmp_path / name,
-            epochs=2,
-            workers=0,
-            keep_checkpoints=99,
-            lora_rank=2,
-            **WISHES,
-        )
-        runs.append(trained(plan).folder)
-    for checkpoint in (runs[1] / "checkpoints").glob("samples-*"):
-        if int(checkpoint.name[8:]) > 192:
+def test_resumed_equals_uninterrupted(two_layers, icon_shards, tmp_path, one_thread):
+    options = {"epochs": 2, "workers": 0, "keep_checkpoints": 99, "lora_rank": 2, **CANDIDATES}
+    whole = trained(recipe(two_layers, icon_shards, tmp_path / "whole", **options)).folder
+    parts = shutil.copytree(whole, tmp_path / "parts", symlinks=True)
+    for checkpoint in (parts / "checkpoints").glob("samples-*"):
+        if int(checkpoint.name.removeprefix("samples-")) > 192:
             shutil.rmtree(checkpoint)
-    (runs[1] / "status.json").unlink()
-    trained(plan)
-    assert_bit_equal(*runs)
+    (parts / "status.json").unlink()
+    trained(recipe(two_layers, icon_shards, parts, **options))
+    assert_bit_equal(whole, parts)
     for file in ("training.safetensors", "ema.safetensors"):
-        one, two = (load_file(newest(run) / file) for run in runs)
-        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert_equal_weights(*(load_file(newest(run) / file) for run in (whole, parts)))
 
 
 TEXT = {**TINY["text_cfg"], "vocab_size": 100, "layers": 2}
 SIGLIP = {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
-KINDS = {
-    "timm": (
-        {
-            "timm_model_name": "vit_tiny_patch16_224",
-            "timm_pool": "map",
-            "timm_proj": "none",
-            "image_size": 224,
-        },
-        SIGLIP,
-        192,
-    ),
-    "ResNet": ({"layers": [1, 1, 1, 1], "width": 16, "image_size": 32}, TEXT, 16),
-}
+TIMM = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "map", "timm_proj": "none", "image_size": 224}
+RESNET = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 32}
+TOWERS = {"timm": (TIMM, SIGLIP, 192), "ResNet": (RESNET, TEXT, 16)}  # vision, text, width
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapters_are_alive_in_towers_of_every_kind(kind):
-    vision, text, width = KINDS[kind]
+@pytest.mark.parametrize("name", TOWERS)
+def test_every_adapter_receives_a_gradient(name):
+    """Otherwise adapt() raises."""
+    vision, text, width = TOWERS[name]
     torch.manual_seed(0)
     towers = Towers(open_clip.CustomTextCLIP(width, vision, text), (0.5,) * 3, (0.5,) * 3)
     before = {name: tensor.clone() for name, tensor in towers.model.state_dict().items()}
     adapt(towers, 2, 0)
-    after = merged(towers.model.state_dict())
-    assert after.keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert_equal_weights(merged(towers.model.state_dict()), before)
     adapted = {name for name in towers.state_dict() if name.endswith(".0.A")}
     assert {name.split(".")[1] for name in adapted} == {"visual", "text"}
 
 
-def test_a_matrix_that_features_do_not_depend_on_is_named(tiny_model):
+def test_a_matrix_without_influence_on_features_is_an_error(tiny_model):
     clip = load(tiny_model)
     clip.towers.model.visual.unused = torch.nn.Linear(4, 4)
     with pytest.raises(
-        UserError,
-        match=r"--lora_rank 2: features do not depend on visual\.unused\.parametrizations\.weight\.0\.A",
+        UserError, match=r"--lora-rank 2: features do not depend on visual\.unused\.param.*\.weight\.0\.A"
     ):
         adapt(clip.towers, 2, 0)

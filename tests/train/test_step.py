@@ -1,126 +1,107 @@
-"""One global batch has one gradient: in one process or two, whole or in micro batches, logit_scale included."""
+"""A global batch has one gradient, logit_scale included: on one or two ranks, whole or in chunks."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call, save_tiny
-from ranks_script import LOSSES, global_batch, gradients_of_two_steps
+from conftest import TINY, call, save_tiny
+from ranks_script import (
+    BASIC,
+    CASES,
+    MICRO_BATCH_SIZES,
+    global_batch,
+    gradients,
+    gradients_of_two_steps,
+    train_state,
+)
 
-from train.model.clip import Towers, load
+from train.model.clip import load
+from train.model.towers import Towers
 from train.step import backward
 from train.world import World
 
 
-def gradients_of(model: str, micro_batch_size: int, tmp_path, ranks: int, *options: str) -> list[dict]:
-    out = tmp_path / f"{ranks}-{micro_batch_size}.pt"
-    call("tests.ranks_script", model, micro_batch_size, out, *options, ranks=ranks)
+@pytest.fixture(scope="module")
+def biased_model(tmp_path_factory) -> str:
+    """With 16 patches and a logit_bias at which positives and negatives have gradients of the same size."""
+    vision = {**TINY["vision_cfg"], "patch_size": 4}
+    return (
+        f"local-dir:{save_tiny(tmp_path_factory.mktemp('biased'), vision_cfg=vision, init_logit_bias=-1.0)}"
+    )
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tiny_model, biased_model, tmp_path_factory) -> dict[tuple[str, int], list[dict]]:
+    """The gradients of all CASES and MICRO_BATCH_SIZES on two ranks, by one start of torchrun."""
+    out = tmp_path_factory.mktemp("ranks") / "gradients.pt"
+    call("tests.ranks_script", out, tiny_model, biased_model, ranks=2)
     return torch.load(out, weights_only=True)
 
 
-def assert_same(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    assert "model.logit_scale" in found
-    scale = max(tensor.abs().max() for name, tensor in expected.items() if name != "loss")
+def assert_same(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    assert "model.logit_scale" in actual
+    largest = max(tensor.abs().max().item() for name, tensor in expected.items() if name != "loss")
     for name, tensor in expected.items():
         assert tensor.abs().max() > 0 or "in_proj_bias" in name, name
         torch.testing.assert_close(
-            found[name],
+            actual[name],
             tensor,
             rtol=1e-5,
-            atol=1e-6 * scale.item(),
+            atol=1e-6 * largest,
             msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
-@pytest.mark.parametrize("micro_batch_size", [16, 8, 3])
-def test_two_ranks_and_micro_batches_equal_one_process(tiny_model, tmp_path, micro_batch_size):
-    expected = gradients_of(tiny_model, 16, tmp_path, ranks=0)
-    for found, wanted in zip(
-        gradients_of(tiny_model, micro_batch_size, tmp_path, ranks=2), expected, strict=True
-    ):
-        assert_same(found, wanted)
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_and_chunks_equal_one_process(of_two_ranks, tiny_model, biased_model, case):
+    model = tiny_model if case == "clip" else biased_model
+    expected = gradients_of_two_steps(model, 16, World(), **CASES[case])
+    for micro_batch_size in MICRO_BATCH_SIZES:
+        for actual, step in zip(of_two_ranks[case, micro_batch_size], expected, strict=True):
+            assert_same(actual, step)
+    assert ("model.logit_bias" in expected[0]) == case.startswith("siglip")
+    chunked = gradients_of_two_steps(model, 5, World(), **CASES[case])
+    assert_same(chunked[0], expected[0])
 
 
-@pytest.fixture(scope="module")
-def biased_model(tmp_path_factory) -> str:
-    """With a logit_bias, at which a yes is about as likely as a no; so all gradients are of one size."""
-    return f"local-dir:{save_tiny(tmp_path_factory.mktemp('biased'), init_logit_bias=-1.0)}"
+def test_each_case_has_a_loss_different_from_the_others(of_two_ranks):
+    losses = {round(of_two_ranks[case, 8][0]["loss"].item(), 4) for case in CASES}
+    assert len(losses) == len(CASES)
 
 
-@pytest.mark.parametrize("micro_batch_size", [8, 3])
-def test_every_loss_is_the_same_in_two_ranks_and_micro_batches(biased_model, tmp_path, micro_batch_size):
-    expected = [
-        each
-        for loss, same_group in LOSSES
-        for each in gradients_of_two_steps(biased_model, 16, World(), loss=loss, same_group=same_group)
-    ]
-    assert len({round(one["loss"].item(), 4) for one in expected}) == len(
-        LOSSES
-    )  # so the two steps of each are equal, and no others
-    for found, wanted in zip(
-        gradients_of(biased_model, micro_batch_size, tmp_path, 2, "losses"), expected, strict=True
-    ):
-        assert_same(found, wanted)
-    assert ["model.logit_bias" in one for one in expected[::2]] == [loss == "siglip" for loss, _ in LOSSES]
-
-
-@pytest.mark.parametrize(("loss", "same_group"), LOSSES)
-def test_every_loss_is_the_same_in_micro_batches_of_one_process(biased_model, loss, same_group):
-    whole, chunked = (
-        gradients_of_two_steps(biased_model, size, World(), loss=loss, same_group=same_group)[0]
-        for size in (16, 5)
-    )
-    assert_same(chunked, whole)
-
-
-def test_gradients_in_bf16_are_near(tiny_model, tmp_path):
-    expected = gradients_of(tiny_model, 8, tmp_path, ranks=0)[1]
-    for name, found in gradients_of(tiny_model, 8, tmp_path, 2, "compress")[1].items():
-        assert (found - expected[name]).norm() <= 0.01 * expected[name].norm(), name
-        assert name == "loss" or not torch.equal(found, expected[name]) or not found.any(), name
-
-
-@pytest.mark.parametrize("micro_batch_size", [1, 5, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_micro_batches_equal_the_whole_in_one_process(tiny_model, micro_batch_size, checkpointing):
+def test_chunks_equal_the_whole_batch(tiny_model, micro_batch_size, checkpointing):
     results = []
     for size in (16, micro_batch_size):
-        clip = load(tiny_model)
-        clip.towers.model.set_grad_checkpointing(checkpointing)
-        clip.towers.train()
-        loss = backward(clip.towers, global_batch(), size, World(), seed=0, samples=0)
-        results.append(
-            {"loss": loss, **{name: parameter.grad for name, parameter in clip.towers.named_parameters()}}
-        )
+        state = train_state(load(tiny_model), replace(BASIC, micro_batch_size=size))
+        state.clip.towers.model.set_grad_checkpointing(checkpointing)
+        results.append(gradients(state, global_batch()))
     assert_same(results[1], results[0])
 
 
-def test_dropout_is_replayed_in_chunks_and_follows_samples(tmp_path):
-    """With patch dropout the two forwards of a chunk must drop the same patches: then a chunk's features
-    repeat.
+def test_random_forwards_repeat_in_the_second_pass_over_chunks(tmp_path):
+    """Both forwards of a chunk use one seed, which follows from the samples seen; shown with open_clip's own
+    patch dropout, which draws from torch's generator.
     """
-    vision = {
-        "image_size": 16,
-        "layers": 1,
-        "width": 32,
-        "head_width": 16,
-        "patch_size": 4,
-        "patch_dropout": 0.5,
-    }
+    vision = {**TINY["vision_cfg"], "patch_size": 4, "patch_dropout": 0.5}
     clip = load(f"local-dir:{save_tiny(tmp_path, vision_cfg=vision)}")
-    clip.towers.train()
     seen = []
 
     class Spy(Towers):
         def forward(self, *batch):
-            seen.append(super().forward(*batch))
-            return seen[-1]
+            outputs = super().forward(*batch)
+            seen.append(outputs[0].detach())
+            return outputs
 
     clip.towers.__class__ = Spy
+    state = train_state(clip, replace(BASIC, micro_batch_size=8))
     for samples in (0, 16, 0):
-        backward(clip.towers, global_batch(), 8, World(), seed=0, samples=samples)
-    image_features = [features[0].detach() for features in seen]
-    first, later, again = image_features[:4], image_features[4:8], image_features[8:]
+        state.samples = samples
+        backward(state, global_batch())
+    first, later, again = seen[:4], seen[4:8], seen[8:]
     assert torch.equal(first[0], first[2])  # chunk 0: without a graph, then with one
     assert torch.equal(first[1], first[3])
     assert not torch.equal(first[0], later[0])
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))

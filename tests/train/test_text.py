@@ -1,4 +1,4 @@
-"""Cutting captions changes no feature and no gradient, and is not done where it would."""
+"""Trimming the padding changes no feature and no gradient, and is not done where it would."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ def build(kind: type, **text) -> torch.nn.Module:
 @pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
 @pytest.mark.parametrize("pool", ["argmax", "eos"])
 @pytest.mark.parametrize("dtype", EXACT)
-def test_features_and_gradients_are_those_of_whole_captions(kind, pool, dtype):
+def test_trimmed_captions_have_the_features_and_gradients_of_whole_ones(kind, pool, dtype):
     model = build(kind, pool_type=pool, eos_id=49407).to(dtype)
     whole = copy.deepcopy(model)
     for captions, length in (CAPTIONS[:1], 8), (CAPTIONS[1:2], 8), (CAPTIONS[:3], 16), (CAPTIONS, 77):
@@ -33,34 +33,34 @@ def test_features_and_gradients_are_those_of_whole_captions(kind, pool, dtype):
         assert tokens.shape == (len(captions), length)
         features, expected = encode_text(model, tokens), whole.encode_text(TOKENIZE(captions))
         torch.testing.assert_close(features, expected, rtol=0, atol=EXACT[dtype])
-        gradients = (
+        gradients, expected_gradients = (
             torch.autograd.grad(
-                each.pow(3).sum(),
-                [p for name, p in of.named_parameters() if "visual" not in name and "logit" not in name],
+                output.pow(3).sum(),
+                [p for name, p in tower.named_parameters() if "visual" not in name and "logit" not in name],
             )
-            for each, of in ((features, model), (expected, whole))
+            for output, tower in ((features, model), (expected, whole))
         )
-        for found, wanted in zip(*gradients, strict=True):
-            torch.testing.assert_close(
-                found, wanted, rtol=0, atol=10 * EXACT[dtype] * wanted.abs().max().item()
-            )
+        for actual, gradient in zip(gradients, expected_gradients, strict=True):
+            atol = 10 * EXACT[dtype] * gradient.abs().max().item()
+            torch.testing.assert_close(actual, gradient, rtol=0, atol=atol)
 
 
-# What SigLIP's tower and one with a class token behind the caption are in open_clip's configs.
+# As in open_clip's configs of SigLIP, of towers with a class token after the caption, and of pooling the last
+# token.
 @pytest.mark.parametrize(
     "text", [{"no_causal_mask": True, "pool_type": "last"}, {"embed_cls": True}, {"pool_type": "last"}]
 )
-def test_a_tower_that_looks_behind_the_caption_gets_it_whole(text):
+def test_captions_stay_whole_where_the_tower_sees_padding(text):
     model, tokens = build(open_clip.CustomTextCLIP, **text), TOKENIZE(CAPTIONS[:1])
     assert torch.equal(trimmer(model, TOKENIZE)(CAPTIONS[:1]), tokens)
     assert torch.equal(encode_text(model, tokens), model.encode_text(tokens))
 
 
-def test_an_unknown_class_gets_whole_captions():
+def test_captions_stay_whole_for_an_unknown_class():
     torch.manual_seed(0)
     coca = CoCa(16, {**TEXT, "heads": 2, "layers": 1}, {**TEXT, "embed_cls": True}, TINY["vision_cfg"])
     assert causal_tower(coca) is None
 
 
-def test_what_goes_to_the_workers_holds_no_weights():
+def test_the_pickled_trimmer_holds_no_weights():
     assert len(pickle.dumps(trimmer(build(open_clip.CLIP), len))) < 1000

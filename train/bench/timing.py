@@ -4,6 +4,7 @@ import dataclasses
 import time
 
 import torch
+import torch.backends.mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -168,9 +169,15 @@ def flop_per_pair(recipe: Recipe) -> float:
     state = bench_state(counted)
     state.towers.train()
     batch = next(state.batches)
-    # The counter does not know all fused attention kernels; it knows their plain form.
-    with FlopCounterMode(display=False) as flop, sdpa_kernel(SDPBackend.MATH):
-        train_step(state, batch)
+    # The counter does not know all fused attention kernels, nor the fast path of nn.MultiheadAttention, which
+    # locked towers and replay's initial model take; it knows their plain form.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as flop, sdpa_kernel(SDPBackend.MATH):
+            train_step(state, batch)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     return flop.get_total_flops() / COUNTED_PAIRS
 
 

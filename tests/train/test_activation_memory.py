@@ -1,18 +1,16 @@
-"""Each memory mode has the gradient of the one that keeps everything, keeps less, and recomputes what it
-says.
-"""
+"""Each mode of activation checkpointing has the same gradient, keeps less, and recomputes what it says."""
 
 import dataclasses
 
 import pytest
 import torch
 from conftest import TINY, save_tiny
-from ranks_script import global_batch
+from ranks_script import BASIC, global_batch, gradients, train_state
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory import count_products
 from data_prep.errors import UserError
-from train.model import activation_memory as memory
+from train.model import activation_memory
 from train.model.activation_memory import (
     apply_checkpointing,
     blocks,
@@ -23,7 +21,6 @@ from train.model.activation_memory import (
 )
 from train.model.clip import Clip, load
 from train.recipe import Recipe, parse
-from train.step import backward
 from train.world import World
 
 RECIPE = Recipe("tiny:none", "data", "run", global_batch_size=16, precision="fp32")
@@ -51,48 +48,39 @@ class Autocast(torch.nn.Module):
 
 
 @pytest.fixture
-def without_a_compiler(monkeypatch):
-    """Compiled graphs, cut by the same partitioner, run by torch's own kernels: no C++ is compiled."""
+def eager_kernels(monkeypatch):
+    """Graphs are traced and partitioned as in training, and run by torch's kernels: no C++ is compiled."""
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self: compile_in_place(self, backend="aot_eager_decomp_partition")
     )
 
 
-def gradients(clip: Clip, mode: str, compiled: bool = False) -> dict[str, torch.Tensor]:
+def gradients_in(clip: Clip, mode: str, compiled: bool = False) -> dict[str, torch.Tensor]:
     apply_checkpointing(clip.towers.model, mode, compiled)
-    clip.towers.train()
-    clip.towers.zero_grad()
     batch = global_batch()
-    backward(
-        clip.towers, batch._replace(images=batch.images.repeat(1, 1, 2, 2)), 16, World(), seed=0, samples=0
-    )
-    return {name: parameter.grad.clone() for name, parameter in clip.towers.named_parameters()}
+    return gradients(train_state(clip, BASIC), batch._replace(images=batch.images.repeat(1, 1, 2, 2)))
 
 
 def test_the_blocks_of_both_towers_are_found(clip):
     assert [type(block).__name__ for block in blocks(clip.towers.model)] == ["ResidualAttentionBlock"] * 4
 
 
-def test_gradients_are_equal(clip, without_a_compiler):
-    expected = gradients(clip, "none")
+def test_gradients_are_equal(clip, eager_kernels):
+    expected = gradients_in(clip, "none")
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for mode, compiled in (("full", False), ("none", True), ("selective", True)):
-        for name, gradient in gradients(clip, mode, compiled).items():
+        for name, gradient in gradients_in(clip, mode, compiled).items():
             torch.testing.assert_close(
                 gradient, expected[name], rtol=1e-5, atol=2e-6 * largest, msg=f"{mode}: {name}"
             )
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_budget_keeps_what_matmuls_give_and_recomputes_none(clip, without_a_compiler, bf16):
-    """Of a ViT block's 16 widths, 10 are needed: input, q, k, v, attention, input of the MLP, and its four."""
-    block, tokens, kept, products = (
-        blocks(clip.towers.model)[0],
-        torch.randn(4, 17, 64, requires_grad=True),
-        {},
-        {},
-    )
+def test_selective_keeps_the_outputs_of_products_and_recomputes_none(clip, eager_kernels, bf16):
+    """Of the 16 widths of a ViT block, 10 are needed: input, q, k, v, attention, input of the MLP, its four."""
+    block, tokens = blocks(clip.towers.model)[0], torch.randn(4, 17, 64, requires_grad=True)
+    kept, products = {}, {}
     for mode in ("none", "selective"):
         apply_checkpointing(clip.towers.model, mode, compiled=mode == "selective")
         step = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(lambda: block(tokens).sum().backward())
@@ -102,12 +90,11 @@ def test_the_budget_keeps_what_matmuls_give_and_recomputes_none(clip, without_a_
     apply_checkpointing(clip.towers.model, "full", compiled=False)
     assert 0.60 < kept["selective"] / kept["none"] < 0.64
     assert products == {"none": 13, "selective": 13}
-    assert (
-        count_products(lambda: checkpoint(block, tokens, use_reentrant=False).sum().backward()) == 18
-    )  # it would be seen
+    recomputing = count_products(lambda: checkpoint(block, tokens, use_reentrant=False).sum().backward())
+    assert recomputing == 18  # a recomputed product is counted
 
 
-def test_evaluation_compiles_nothing(clip, without_a_compiler):
+def test_evaluation_compiles_nothing(clip, eager_kernels):
     apply_checkpointing(clip.towers.model, "none", compiled=True)
     before = torch._dynamo.utils.counters["frames"]["total"]
     with uncompiled():
@@ -117,17 +104,16 @@ def test_evaluation_compiles_nothing(clip, without_a_compiler):
     assert torch._dynamo.utils.counters["frames"]["total"] > before
 
 
-def need(clip: Clip, mode: str, pairs: int) -> float:
-    """The free memory at which `pairs` just fit."""
+def bytes_for(clip: Clip, mode: str, pairs: int) -> float:
+    """The free memory into which `pairs` just fit."""
     apply_checkpointing(clip.towers.model, mode, compiled=False)
     batch = dummy_batch(clip.towers, 4, torch.device("cpu"))
     each = saved_bytes(clip.towers, batch) / 4
     if mode == "full":
         apply_checkpointing(clip.towers.model, "none", compiled=False)
         each += saved_bytes(clip.towers, batch) / 4 / len(blocks(clip.towers.model))
-    return (
-        each * pairs + 3 * sum(parameter.nbytes for parameter in clip.towers.parameters())
-    ) / memory.SPARE + 1000
+    weights = sum(parameter.nbytes for parameter in clip.towers.parameters())
+    return (each * pairs + 3 * weights) / activation_memory.SPARE + 1000
 
 
 @pytest.mark.parametrize(
@@ -139,51 +125,32 @@ def need(clip: Clip, mode: str, pairs: int) -> float:
         (("none", 15), {"activation_checkpointing": "none"}, ("none", 8)),  # two even ones, not 15 and 1
         (("full", 5), {}, ("full", 4)),
         (("none", 5), {"micro_batch_size": 4}, ("none", 4)),
-        (
-            ("full", 3),
-            {"micro_batch_size": 8},
-            ("full", 8),
-        ),  # what was asked for, and the least for it
-        (
-            ("full", 3),
-            {"micro_batch_size": 40, "activation_checkpointing": "none"},
-            ("none", 16),
-        ),  # nothing to find out
+        (("full", 3), {"micro_batch_size": 8}, ("full", 8)),  # as asked, in the mode that needs least
+        # nothing is measured
+        (("full", 3), {"micro_batch_size": 40, "activation_checkpointing": "none"}, ("none", 16)),
     ],
 )
-def test_what_fits_is_chosen(clip, monkeypatch, fits, asked, expected):
-    free = need(clip, *fits)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+def test_auto_takes_the_fastest_that_fits(clip, monkeypatch, fits, asked, expected):
+    free = bytes_for(clip, *fits)
+    monkeypatch.setattr(activation_memory, "free_bytes", lambda device: free)
     assert fit_micro_batch(clip.towers, dataclasses.replace(RECIPE, **asked), World()) == expected
 
 
-def test_too_little_memory_for_one_pair_is_said(clip, monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000_000)
+def test_too_little_memory_for_one_pair_is_an_error(clip, monkeypatch):
+    monkeypatch.setattr(activation_memory, "free_bytes", lambda device: 1_000_000)
     with pytest.raises(
-        UserError, match=r"memory: checkpoint, weights, moments and one pair do not fit in the free 0\.0 GB"
+        UserError, match=r"activation_checkpointing full, .* one pair do not fit into 0\.0 GB"
     ):
         fit_micro_batch(clip.towers, RECIPE, World())
 
 
-def test_a_budget_wants_compiled_blocks():
-    with pytest.raises(UserError, match="pass --compile yes"):
-        parse(
-            [
-                "--model",
-                "a:none",
-                "--data",
-                "d",
-                "--run",
-                "r",
-                "--activation_checkpointing",
-                "selective",
-                "--compile",
-                "no",
-            ]
-        )
+def test_selective_needs_compiled_blocks():
+    arguments = "--model a:none --data d --run r --activation-checkpointing selective --compile never"
+    with pytest.raises(UserError, match="pass --compile always"):
+        parse(arguments.split())
 
 
-def test_measuring_leaves_statistics_alone(tmp_path):
+def test_measuring_does_not_change_statistics(tmp_path):
     vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 32}
     clip = load(f"local-dir:{save_tiny(tmp_path, vision_cfg=vision)}")
     before = clip.fingerprint()
