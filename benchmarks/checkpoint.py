@@ -5,7 +5,8 @@ that training waits for.
     python -m benchmarks.checkpoint --only ViT-B-32 --folder /disk/to/measure
 
 Full-size models with random weights, the loop's own step and train.run.folder's own save, on a GPU if there
-is one."""
+is one.
+"""
 
 import json
 import subprocess
@@ -18,113 +19,132 @@ from statistics import median
 
 import tyro
 
-ROWS = [("ViT-B-32:none", 2, "none"), ("ViT-L-14:none", 1, "checkpoint")]  # model, batch on a CPU, memory
+ROWS = [("ViT-B-32:none", 2, "none"), ("ViT-L-14:none", 1, "full")]  # model, batch on a CPU, checkpointing
 GPU_BATCH = 64
 QUIET_STEPS = 5
 
 
-def row(model: str, batch: int, memory: str, folder: str, alone: bool) -> dict:
-    """Steps, saves and steps in this process, in a run of its own in `folder`; seconds, and bytes written."""
-    import torch
+class Steps:
+    """The loop's train_step on one batch of noise, timed."""
 
-    from train.data.loader import Batch
-    from train.model.clip import load
-    from train.optim import build_optimizer
-    from train.recipe import Recipe
-    from train.retain.select import Selection, WeightSelector
-    from train.run.folder import Run
-    from train.step import backward
-    from train.world import World
+    def __init__(self, recipe, world):
+        """Args:
+        recipe: whose data are shards; one batch is read from them, and its images are used in every step.
+        """
+        from train.run.folder import Run
+        from train.setup import setup
 
-    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    batch = GPU_BATCH if world.device.type == "cuda" else batch
-    recipe = Recipe(model, "none", f"{folder}/run", batch=batch, keep_checkpoints=1)
-    clip = load(model)
-    apply_checkpointing(clip.towers.model, memory, compiled=False)
-    clip.towers.bf16 = world.device.type == "cuda"
-    clip.towers.to(world.device).train()
-    optimizer = build_optimizer(clip.towers, recipe.optim)
-    choice = WeightSelector(clip, recipe)
-    images = torch.randint(0, 256, (batch, 3, *clip.image_size), dtype=torch.uint8)
-    tokens, ids = (
-        torch.randint(1, 49000, (batch, 77), device=world.device),
-        torch.arange(2 * batch, device=world.device).view(batch, 2),
-    )
-    data = Batch(images.to(world.device), tokens, torch.zeros(batch, 0), ids)
-    run, samples = Run(recipe, world), 0
+        self.run = Run(recipe, world)
+        self.state = setup(recipe, self.run, world)
+        self.state.towers.train()
+        self.batch = next(self.state.batches)
+        started = time.perf_counter()
+        self.run.start(self.state)
+        self.start_s = time.perf_counter() - started
 
-    def step() -> tuple[float, float, float]:
+    def __call__(self) -> tuple[float, float, float]:
         """Seconds; those in which this thread computed; those in which it waited, but not for a core: for
         Python, the copy, a disk.
         """
-        nonlocal samples
+        import torch
+
+        from train.step import train_step
+
         started, before = time.perf_counter(), _scheduled()
-        backward(clip.towers, data, batch, world, 0, samples)
-        torch.nn.utils.clip_grad_norm_(clip.towers.parameters(), 1.0).item()  # waits for the device
-        run.writer.wait_for_snapshot()
-        optimizer.step()
-        optimizer.zero_grad()
-        samples += batch
-        run.beat(samples)
-        if world.device.type == "cuda":
+        train_step(self.state, self.batch)
+        self.run.write_progress(self.state.samples)
+        if self.state.world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds, (cpu_s, queued_s) = time.perf_counter() - started, _scheduled()
         return seconds, cpu_s - before[0], seconds - (cpu_s - before[0]) - (queued_s - before[1])
 
-    def copy_alone() -> float:
-        """What a step would wait that has nothing to compute meanwhile."""
+    def copy_s(self) -> float:
+        """How long a step would wait that has nothing to compute meanwhile."""
         started = time.perf_counter()
-        run.writer.snapshot.begin(choice.kept, optimizer)()
+        self.run.writer.snapshot.begin(self.state.selector.resumable, self.state.optimizer)()
         return time.perf_counter() - started
 
-    started = time.perf_counter()
-    run.start(choice, optimizer)
-    found = {
-        "model": model,
-        "device": world.device.type,
-        "batch": batch,
-        "reserve_s": time.perf_counter() - started,
-    }
-    step()
-    found["copy_alone_s"] = median(copy_alone() for _ in range(3))
-    if alone:
-        run.close()
-        return found
-    with run:
-        found["quiet_steps_s"] = [step() for _ in range(QUIET_STEPS)]
-        for name in ("first_", ""):
-            run.save(choice, optimizer, samples, Selection())
-            steps = [step()]
-            stall_s = run.writer.times.pop("time/save_stall_s")
-            while not run.writer.writing.done():
-                steps.append(step())
-            run.wait()
-            found |= {f"{name}stall_s": stall_s, f"{name}write_s": run.writer.times.pop("time/save_write_s")}
-            found |= {f"{name}steps_while_writing_s": steps}
-        run.writer.snapshot = None  # what was done before: the live tensors are written, and training waits
+    def save(self) -> dict:
+        """A save, and steps until it is written."""
+        from train.retain.select import Selection
+
+        self.run.save(self.state, Selection())
+        steps = [self()]
+        stall_s = self.run.writer.times.pop("time/save_stall_s")
+        while not self.run.writer.writing.done():
+            steps.append(self())
+        self.run.wait()
+        write_s = self.run.writer.times.pop("time/save_write_s")
+        return {"stall_s": stall_s, "write_s": write_s, "steps_while_writing_s": steps}
+
+    def synchronous_save_s(self) -> float:
+        """A save that training waits for: without a snapshot, the live tensors are written."""
+        from train.retain.select import Selection
+
+        self.run.writer.snapshot = None
+        self()  # a checkpoint of its own, after other pairs
         started = time.perf_counter()
-        run.save(choice, optimizer, samples + 1, Selection())
-        run.wait()
-        found["synchronous_s"] = time.perf_counter() - started
-    found["quiet_steps_after_s"] = [step() for _ in range(QUIET_STEPS)]
-    found["written_gb"] = sum(file.stat().st_size for file in run.checkpoint.iterdir()) / 1e9
-    run.close()
-    return found
+        self.run.save(self.state, Selection())
+        self.run.wait()
+        return time.perf_counter() - started
+
+
+def row(model: str, batch: int, checkpointing: str, folder: str, alone: bool) -> dict:
+    """Steps, saves and steps in this process, in a run of its own in `folder`; seconds, and bytes written."""
+    import torch
+
+    from benchmarks.data_prep import draw_icon, make
+    from benchmarks.loader import build
+    from train.recipe import Recipe
+    from train.world import World
+
+    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    batch = GPU_BATCH if world.device.type == "cuda" else batch
+    make(Path(folder, "icons"), draw_icon, GPU_BATCH, "png")
+    build(Path(folder, "icons"), Path(folder, "shards"))
+    steps = Steps(
+        Recipe(
+            model,
+            f"{folder}/shards",
+            f"{folder}/run",
+            epochs=1000,
+            global_batch_size=batch,
+            micro_batch_size=batch,
+            precision="bf16" if world.device.type == "cuda" else "fp32",
+            activation_checkpointing=checkpointing,
+            workers=0,
+            keep_checkpoints=1,
+        ),
+        world,
+    )
+    result = {"model": model, "device": world.device.type, "batch": batch, "allocate_s": steps.start_s}
+    steps()
+    result["copy_alone_s"] = median(steps.copy_s() for _ in range(3))
+    if not alone:
+        with steps.run:
+            result["quiet_steps_s"] = [steps() for _ in range(QUIET_STEPS)]
+            result |= {f"first_{name}": value for name, value in steps.save().items()}
+            result |= steps.save()
+            result["synchronous_s"] = steps.synchronous_save_s()
+        result["quiet_steps_after_s"] = [steps() for _ in range(QUIET_STEPS)]
+        result["written_gb"] = sum(file.stat().st_size for file in steps.run.checkpoint.iterdir()) / 1e9
+    steps.run.close()
+    return result
 
 
 def _scheduled() -> tuple[float, float]:
-    """Seconds that this thread has computed, and seconds that it was ready to and had no core; Linux says so."""
+    """Seconds in which this thread computed, and in which it was ready and had no core; from Linux."""
     computed, queued, _ = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text().split()
     return int(computed) / 1e9, int(queued) / 1e9
 
 
 def main(only: str = "", folder: Path | None = None, alone: bool = False) -> None:
-    """Each model in a process of its own.
+    """Measure each model in its own process.
 
     Args:
         only: A part of the models' names.
-        folder: On the disk to measure; a temporary one by default.
-        alone: The copy alone, without a disk and with one step.
+        folder: On the disk to measure; the default is a temporary one.
+        alone: Only the copy, without a disk and with one step.
     """
     for arguments in ROWS:
         if only in arguments[0]:
@@ -136,8 +156,8 @@ def main(only: str = "", folder: Path | None = None, alone: bool = False) -> Non
                 done = subprocess.run(
                     [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
                 )
-            found = json.loads(done.stdout.splitlines()[-1], parse_float=lambda text: round(float(text), 3))
-            print(json.dumps(found), flush=True)
+            result = json.loads(done.stdout.splitlines()[-1], parse_float=lambda text: round(float(text), 3))
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

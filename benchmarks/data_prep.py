@@ -5,7 +5,8 @@ and ours.
     python -m benchmarks.data_prep --only ours     those with "ours" in their name
 
 CPU time is user + system of the whole process tree (os.wait4), start-up included; the files are in the page
-cache."""
+cache.
+"""
 
 import csv
 import functools
@@ -124,10 +125,8 @@ def make(folder: Path, draw: Callable, count: int, extension: str) -> None:
         (folder / name).with_suffix(".json").write_text(json.dumps(meta))
     (folder / "pictures.txt").write_text("\n".join(names))
     urls = [(folder / name).as_uri() for name in names]
-    for table, column, places in (
-        ("urls", "url", urls),
-        ("captions", "file", names),
-    ):  # where captions.csv is, all is
+    # where captions.csv is, all is
+    for table, column, places in (("urls", "url", urls), ("captions", "file", names)):
         with open(folder / f"{table}.csv", "w", newline="") as file:
             csv.writer(file).writerows([(column, "caption"), *zip(places, captions, strict=True)])
 
@@ -263,9 +262,8 @@ def main(
     for kind, (draw, extension, count) in zip(KINDS, draws, strict=True):
         made = base / f"{kind.replace(' ', '-')}s-{count}"
         make(made, draw, count, extension)
-        kilobytes = (
-            sum(len(file.read_bytes()) for file in made.rglob("*.*")) / 1e3
-        )  # in the page cache from here on
+        # in the page cache from here on
+        kilobytes = sum(len(file.read_bytes()) for file in made.rglob("*.*")) / 1e3
         print(f"{count} {kind}s, {kilobytes / count:.1f} kB each with .txt and .json")
         for name, commands in tools(made, out, other).items():
             if only in name and (kind != KINDS[2] or name == OURS):

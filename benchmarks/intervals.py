@@ -76,9 +76,7 @@ def main() -> None:
     rows = []
     for n_groups in (10, 15, *GROUPS[1:]):
         cases = [(rate, gain) for rate in (0.02, 0.3, 0.9) for gain in (0.0, 0.05)]
-        texts = [
-            f"{difference_coverage(rate, n_groups, 0.5, gain, repeats):.3f}" for rate, gain in cases
-        ]
+        texts = [f"{difference_coverage(rate, n_groups, 0.5, gain, repeats):.3f}" for rate, gain in cases]
         rows.append([str(n_groups), *texts])
     titles = [f"p = {100 * rate:g} %, gain {100 * gain:g}" for rate, gain in cases]
     print(markdown_table(["groups", *titles], rows))

@@ -1,13 +1,12 @@
-"""CPU time per image of the training data path, tokenising included: open_clip_train's tar pipeline and ours,
+"""CPU time per image of the training data path, tokenizing included: open_clip_train's tar pipeline and ours,
 on the same shards.
 
-    python -m benchmarks.loader                     both of them, on icons and photo-like JPEGs that it makes first
+    python -m benchmarks.loader      both, on icons and photo-like JPEGs that it makes first
 
 User + system time of this process and of its one loader worker, the worker's start included, one thread each;
-the two take turns, and medians are printed. Both crop, jitter and turn gray as the seed recipe says; ours
-leaves the last two, and normalising,
-to the device: what that takes on this CPU, where there is no other device, is a row of its own. Start-up is
-    not counted.
+the two take turns, and medians are printed. Both crop, jitter and turn gray as spectrum_icons.yaml says; ours
+leaves the last two and normalising to the device: their time on this CPU has its own row. Start-up is not
+counted.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from open_clip_train import data as open_clip_data
 
 from benchmarks.data_prep import draw_icon, draw_photo, make
 from data_prep.shards import Shards
-from train.data.augment import CROP_DRAWS, DRAWS, change, draw_changes
+from train.data.augment import N_UNIFORMS, Augmentation
 from train.data.decode import decoded
 from train.data.loader import TrainPairs, train_loader
 from train.data.order import Order
@@ -93,11 +92,11 @@ def cpu_s(who: int) -> float:
 
 def ms_per_image(batches: Callable[[], Iterator]) -> float:
     own, children, images, loaded = cpu_s(resource.RUSAGE_SELF), cpu_s(resource.RUSAGE_CHILDREN), 0, batches()
-    for batch in loaded:
-        images += len(batch[0])
+    for images_of_batch, *_ in loaded:
+        images += len(images_of_batch)
     own = cpu_s(resource.RUSAGE_SELF) - own
     del loaded
-    gc.collect()  # the worker ends with its loader, and only then its time is known
+    gc.collect()  # the worker ends with its loader, and only then its time is counted
     return (own + cpu_s(resource.RUSAGE_CHILDREN) - children) / images * 1e3
 
 
@@ -109,26 +108,28 @@ def ms_each(work: Callable, items: list) -> float:
 
 
 def parts(shards: Shards, tokenizer: Callable) -> dict[str, float]:
-    """What stands out of our path, alone: ms per image."""
+    """Parts of our path, measured alone: ms per image."""
     samples = [shards.read(number) for number in range(min(len(shards), 512))]
     images, captions = [sample.image for sample in samples], [sample.captions[0] for sample in samples]
     batch = torch.randint(0, 256, (BATCH, SIZE_PX, SIZE_PX, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    drawn = torch.rand(BATCH, DRAWS - CROP_DRAWS, generator=torch.Generator().manual_seed(0)).tolist()
-    changes = torch.tensor([draw_changes(Augment(), uniforms) for uniforms in drawn])
+    augmentation = Augmentation(Augment())
+    uniforms = torch.rand(BATCH, N_UNIFORMS, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = torch.tensor([augmentation.draw(numbers) for numbers in uniforms])
     captions = [captions[start : start + BATCH] for start in range(0, len(captions), BATCH)]
     return {
         "of it decoding": ms_each(decoded, images),
         "of it tokenising": ms_each(tokenizer, captions) / BATCH,
-        "ours: what the device does, on this CPU": ms_each(lambda _: change(batch, changes), [0, 1]) / BATCH,
+        "ours: what the device does, on this CPU": ms_each(lambda _: augmentation.apply(batch, rows), [0, 1])
+        / BATCH,
     }
 
 
 def main(icons: int = 2000, photos: int = 1000, repeats: int = 3, folder: str = "data/benchmark") -> None:
-    """Make the pictures and their shards, measure, print a table.
+    """Make the images and their shards, measure, print a table.
 
     Args:
         icons: 224 px RGB PNGs; photos: 640 x 480 JPEGs.
-        folder: Where they are made; they are kept, and used again.
+        folder: Where they are made; they are kept and used again.
     """
     torch.set_num_threads(1)
     # webdataset 1.0 ends each tar with a marker that open_clip_train 3.3 takes for a file.

@@ -1,12 +1,13 @@
-"""What one pair keeps for the backward pass, in each memory mode, beside open_clip's own model; and which
-products are computed twice.
+"""What one pair keeps for the backward pass in each mode of activation checkpointing, beside open_clip's own
+model; and how many products are computed.
 
     python -m benchmarks.memory                                       ViT-L-14: a table, then one line of JSON
-    python -m benchmarks.memory --model ViT-B-32 --precision fp32     another one
+    python -m benchmarks.memory --model ViT-B-32 --precision fp32     another model
 
 Bytes are of the tensors that autograd saves (torch's saved_tensors_hooks), per pair of noise, without
-weights. "selective" is compiled, as in training. Products are those that ran in one forward and backward pass of
-one block of the image tower, counted by torch's profiler."""
+weights. "selective" is compiled, as in training. Products are those that run in one forward and backward pass
+of one block of the image tower, counted by torch's profiler.
+"""
 
 import json
 from collections.abc import Callable
@@ -52,9 +53,7 @@ def count_products(step: Callable[[], None]) -> int:
 
 
 def measure(name: str, length: int, precision: str) -> list[dict]:
-    """A row for open_clip's model, and for each memory mode of ours: MB per pair of both towers, and
-    products.
-    """
+    """A row for open_clip's model, and one for each of our modes: MB per pair of both towers, and products."""
     torch.manual_seed(0)
     towers = load(f"{name}:none").towers.train()
     towers.bf16, model = precision == "bf16", towers.model
@@ -96,14 +95,10 @@ def measure(name: str, length: int, precision: str) -> list[dict]:
     def autocast(function: Callable) -> Callable:
         return torch.autocast("cpu", torch.bfloat16, enabled=towers.bf16)(function)
 
-    rows = [
-        row("open_clip", autocast(model.encode_image), autocast(model.encode_text), pixels, memory="eager")
-    ]
+    rows = [row("open_clip", autocast(model.encode_image), autocast(model.encode_text), pixels, mode="eager")]
     for mode in MODES:
         apply_checkpointing(model, mode, compiled=mode == "selective")
-        rows.append(
-            row("ours", towers.image_features, towers.text_features, images, activation_checkpointing=mode)
-        )
+        rows.append(row("ours", towers.image_features, towers.text_features, images, mode=mode))
     return rows
 
 
@@ -125,7 +120,7 @@ def main(
     for row in rows:
         row["of_eager"] = (row["image_mb"] + row["cut_text_mb"]) / eager
         print(
-            f"| {row['who']}, {row['memory']} | {row['image_mb']:.1f} MB | {row['text_mb']:.1f} MB |"
+            f"| {row['who']}, {row['mode']} | {row['image_mb']:.1f} MB | {row['text_mb']:.1f} MB |"
             f" {row['cut_text_mb']:.1f} MB | {row['of_eager']:.3f} | {row['products']} |"
         )
     print(json.dumps(rows))

@@ -8,7 +8,8 @@ No image is there or read: the checks are replaced by made-up results. The rows 
     to three captions;
 four images are a group, some captions are shared, 1 % of images have the pixels of another, 1 % look nearly
 like another. Each step is a process of its own, measured by os.wait4. Pages of mapped files count as memory
-there."""
+there.
+"""
 
 import hashlib
 import os

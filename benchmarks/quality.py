@@ -1,12 +1,12 @@
-"""What each ingredient of the recipe is worth: the same base, pairs and steps with and without it, and
-open_clip_train beside.
+"""What each ingredient of the recipe is worth: the same base, pairs and steps with and without it, beside
+open_clip_train.
 
-    python -m benchmarks.quality --out OUT                             three seeds: an hour and a half on two CPU cores
-    python -m benchmarks.quality --out OUT --smoke True                the same with a few icons, in two minutes: no figures to use
-    python -m benchmarks.quality --out OUT --arms "ours" "ours@1e-3"   some arms, one of them with another learning rate
+    python -m benchmarks.quality --out OUT           three seeds: an hour and a half on two CPU cores
+    python -m benchmarks.quality --out OUT --smoke   with a few icons, in two minutes: figures mean nothing
+    python -m benchmarks.quality --out OUT --arms "ours" "ours@1e-3"   some arms; one at another learning rate
 
-What is done already is not done again: an arm lies in OUT/arms/ARM-SEED, with its model, its result and what
-    each query scored.
+The same command continues after an interruption: the model, the result and the score of each query of an arm
+are in OUT/arms/ARM-SEED.
 """
 
 import concurrent.futures
@@ -25,6 +25,7 @@ from benchmarks import quality_data
 from benchmarks.quality_data import call, is_held_out
 from benchmarks.quality_table import SHOWN, page
 from data_prep.build.options import cores
+from data_prep.cli import CONFIG
 from data_prep.errors import Fault, UserError, exit_on_user_error
 from data_prep.shards import Shards
 from eval.compare.wise_ft import mix
@@ -51,57 +52,50 @@ from train.world import World
 MODEL, SEED_RECIPE = "demo-vit:none", "train/recipes/spectrum_icons.yaml"
 BATCH, EPOCHS, BASE_EPOCHS = 128, 8, 24
 CPU = [
-    "--global_batch_size",
+    "--global-batch-size",
     BATCH,
-    "--micro_batch_size",
+    "--micro-batch-size",
     BATCH,
     "--precision",
     "fp32",
-    "--activation_checkpointing",
+    "--activation-checkpointing",
     "none",
     "--compile",
-    "no",
+    "never",
     "--workers",
     0,
 ]
-CPU += ["--save_every_minutes", 1e6, "--keep_checkpoints", 1]
+CPU += ["--save-every-minutes", 1e6, "--keep-checkpoints", 1]
 BASE = [
     "--optim.lr",
     1e-3,
-    "--optim.weight_decay",
+    "--optim.weight-decay",
     0.1,
-    "--augment.color_jitter_prob",
+    "--augment.color-jitter-prob",
     0,
-    "--augment.gray_scale_prob",
+    "--augment.gray-scale-prob",
     0,
 ]
-BASE += ["--augment.scale", 0.7, 1, "--captions.tag_dropout", 0.5]
+BASE += ["--augment.scale", 0.7, 1, "--captions.tag-dropout", 0.5]
 
-# The recipe: the seed's with these ingredients; "A" stands for the shards of domain A.
+# The recipe: the seed's with these ingredients, named as in quality.md; "A" is replaced by domain A's shards.
 OURS = {
-    "mates are positives": ["--same_group", "positive"],
-    "all captions": ["--captions.sample", "any"],
-    "tag dropout": ["--captions.tag_dropout", 0.7],
-    "thumbnails": ["--augment.downscale_prob", 0.2],
-    "replay": ["--replay", "A", "--replay_weight", 4],
+    "mates are positives": ["--same-group", "positive"],
+    "all captions": ["--captions.sample", "random"],
+    "tag dropout": ["--captions.tag-dropout", 0.7],
+    "thumbnails": ["--augment.downscale-prob", 0.2],
+    "replay": ["--replay", "A", "--replay-weight", 4],
 }
-# What was tried beside them, and is not in the recipe.
+# What was tried beside them, and is not in the recipe. Options that did not help are deleted; their rows in
+# quality.md are of the version that had them.
 MORE = {
-    "themes and places": ["--augment.theme_prob", 0.2, "--augment.place_prob", 0.2],
-    "layer decay": ["--optim.layer_decay", 0.8],
     "averaged weights": ["--ema", 0.99],
-    "spread mates": ["--spread_mates", True],
-    "masked mates": ["--same_group", "masked"],
-    "pull toward the base": ["--l2_sp", 30],
-    "a quarter of the replay": ["--replay_weight", 1],
-    "four times the replay": ["--replay_weight", 16],
+    "pull toward the base": ["--l2-sp", 30],
+    "a quarter of the replay": ["--replay-weight", 1],
+    "four times the replay": ["--replay-weight", 16],
 }
-SEED = [
-    "--same_group",
-    "negatives",
-    "--captions.sample",
-    "first",
-]  # a name alone is what open_clip_train sees
+# open_clip_train sees the name alone too
+SEED = ["--same-group", "negative", "--captions.sample", "first"]
 PEER, PEER_WARM = "open_clip_train", "open_clip_train, warm-up 5 %"
 # The seed's published command left open_clip_train's warm-up of 10,000 steps in a run of about 5,700: the
 # rate never arrived.
@@ -146,11 +140,11 @@ def main(
     """Make the data, train the base, train and evaluate the arms, and write OUT/quality.md.
 
     Args:
-        out: Folder for all of it; the same command goes on with what is there.
-        arms: Of the table at the top of this file; NAME@RATE is one with another learning rate. Those called
-            "ours with" are only trained where they are named.
+        out: Folder for everything; the same command continues with what is there.
+        arms: Of the table at the top of this file; NAME@RATE has another learning rate. Those called "ours
+            with" are only trained where they are named.
         packages: Folder of the npm packages with synonyms; else npm fetches them to OUT/packages.
-        epochs: Of an arm; another number wants another OUT, whose data and base may be links to those of this
+        epochs: Of an arm; another number needs another OUT, whose data and base may be links to those of this
             one.
         jobs: Arms at a time, one thread each; 0 is one per core.
         smoke: A few icons and one epoch.
@@ -164,9 +158,7 @@ def main(
     epochs = 1 if smoke else epochs
     names = {(arm, seed): out / "arms" / f"{arm.replace(' ', '_')}-{seed}" for seed in seeds for arm in arms}
     base(out, 1 if smoke else BASE_EPOCHS)
-    os.environ["OMP_NUM_THREADS"] = (
-        "1"  # of the arms: two at once, with a thread each, are faster than one with two
-    )
+    os.environ["OMP_NUM_THREADS"] = "1"  # two arms at once, with a thread each, are faster than one with two
     with concurrent.futures.ProcessPoolExecutor(
         jobs or cores(), multiprocessing.get_context("spawn")
     ) as pool:
@@ -174,7 +166,8 @@ def main(
         for future in concurrent.futures.as_completed(done):
             print(f"{done[future][0]}, seed {done[future][1]}: {future.result()}", flush=True)
     found = {
-        arm: [QueryScores.load(queries_file(names[arm, seed] / "result.json")) for seed in seeds] for arm in arms
+        arm: [QueryScores.load(queries_file(names[arm, seed] / "result.json")) for seed in seeds]
+        for arm in arms
     }
     curves = {
         arm: [json.loads((names[arm, seed] / "result.json").read_text())["curve"] for seed in seeds]
@@ -208,7 +201,7 @@ def base(out: Path, epochs: int) -> None:
 
 
 def one(out: Path, folder: Path, arm: str, seed: int, epochs: int) -> str:
-    """Train and evaluate an arm; what there is to say of it in a line."""
+    """Train and evaluate an arm; its figures in a line."""
     name, _, rate = arm.partition("@")
     lr = float(rate) if rate else RATES.get(name, RATES["ours"])
     if not (folder / "model").is_dir():
@@ -228,7 +221,7 @@ def one(out: Path, folder: Path, arm: str, seed: int, epochs: int) -> str:
         else:
             call("train", *shared, *(out / "A" if word == "A" else word for word in ARMS[name]))
             if (state := json.loads((folder / "run" / "status.json").read_text())["state"]) != "finished":
-                raise Fault(f"{folder / 'run'}: {state} before its end; the same command goes on with it")
+                raise Fault(f"{folder / 'run'}: {state} before its end; run the same command again")
             keep(load(str(folder / "run")), folder / "model")
             shutil.rmtree(folder / "run" / "checkpoints")
     if not (folder / "result.json").is_file():
@@ -238,9 +231,7 @@ def one(out: Path, folder: Path, arm: str, seed: int, epochs: int) -> str:
 
 
 def theirs(recipe: Recipe, warmup: float, folder: Path) -> None:
-    """open_clip_train from the base with the recipe's flags, over as many pairs; FOLDER/model is what it has
-    at its end.
-    """
+    """Train the base by open_clip_train with the recipe's flags, over as many pairs, to FOLDER/model."""
     order = Order(Shards(recipe.data, "train").shard_sizes, recipe.global_batch_size, recipe.seed)
     words = their_words(recipe, order.steps_per_epoch, torch.device("cpu"))
     more = {
@@ -250,7 +241,7 @@ def theirs(recipe: Recipe, warmup: float, folder: Path) -> None:
     }
     more |= {"logs": folder, "name": "theirs", "save-frequency": recipe.epochs}
     words += [str(word) for flag, value in more.items() for word in (f"--{flag}", value)]
-    shutil.rmtree(folder / "theirs", ignore_errors=True)  # it refuses to write where it wrote before
+    shutil.rmtree(folder / "theirs", ignore_errors=True)  # it does not write where it wrote before
     done = subprocess.run(
         words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -264,7 +255,7 @@ def theirs(recipe: Recipe, warmup: float, folder: Path) -> None:
 
 
 def keep(clip: Clip, folder: Path) -> None:
-    """Write a model; its folder appears when it is whole."""
+    """Write a model; its folder gets its name when it is whole."""
     partial = folder.with_name("model.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -273,9 +264,7 @@ def keep(clip: Clip, folder: Path) -> None:
 
 
 def judge(out: Path, folder: Path, with_curve: bool) -> None:
-    """Evaluate FOLDER/model: FOLDER/result.json, and beside it what each query scored, by
-    quality_table.MEASURES.
-    """
+    """Evaluate FOLDER/model: FOLDER/result.json, and beside it the score of each query."""
     world, clip = World(), load_for_eval(f"local-dir:{folder / 'model'}", INFERENCE, World())
     learned, known, val = Shards(out / "B", "test"), Shards(out / "A", "test"), Shards(out / "B", "val")
     embedded = embed(clip, learned, world, INFERENCE)
@@ -324,9 +313,9 @@ def curve(out: Path, tuned: Clip, learned: Shards, known: Shards) -> list[dict]:
     for share in SHARES:
         clip, on = mix(first, tuned, share), {}
         for name, shards in (("B", learned), ("A", known)):
-            on[name] = evaluate_features(embed(clip, shards, world, INFERENCE), shards.groups, world)["metrics"][
-                "mean/R@1"
-            ]
+            on[name] = evaluate_features(embed(clip, shards, world, INFERENCE), shards.groups, world)[
+                "metrics"
+            ]["mean/R@1"]
         points.append({"share": share, **on})
     return points
 
@@ -334,4 +323,4 @@ def curve(out: Path, tuned: Clip, learned: Shards, known: Shards) -> list[dict]:
 if __name__ == "__main__":
     import tyro
 
-    exit_on_user_error(lambda: tyro.cli(main, config=(tyro.conf.FlagConversionOff,)))
+    exit_on_user_error(lambda: tyro.cli(main, config=CONFIG))

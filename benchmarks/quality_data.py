@@ -44,7 +44,7 @@ def make(out: Path, packages: Path | None, limit: int = 0) -> None:
         return
     packages, icons = packages or fetch(out / "packages"), out / "icons"
     known = synonyms(packages)
-    call("data_prep", "icons", "--out", icons, "--limit", limit, "--overwrite", "True")
+    call("data_prep", "icons", "--out", icons, "--limit", limit, "--overwrite")
     rows = table(icons / "icons.csv") + drawn(packages, icons, limit // 8)
     for domain in SPLITS:
         with open(out / f"{domain}.csv", "w", newline="") as file:
@@ -56,7 +56,7 @@ def make(out: Path, packages: Path | None, limit: int = 0) -> None:
             for name, column in (("image", "file"), *((each, each) for each in ("caption", "group", "split")))
             for word in (f"--{name}-column", column)
         ]
-        places = ["--out", out / domain, "--images", icons, "--overwrite", "True"]
+        places = ["--out", out / domain, "--images", icons, "--overwrite"]
         call("data_prep", "build", out / f"{domain}.csv", *places, *columns)
     captions = {caption for split in ("train", "val", "test") for caption in captions_of(out / "B", split)}
     asked = questions(rows, known, captions)

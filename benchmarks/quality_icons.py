@@ -26,13 +26,14 @@ PACKAGES = {  # npm package -> its version, and the files in it that are read; t
     "lucide-static": ("1.62.0", ["tags.json", "font/codepoints.json", "font/lucide.ttf"]),
     "bootstrap-icons": ("1.13.2", ["font/bootstrap-icons.json", "font/fonts/bootstrap-icons.woff"]),
 }
+# icons with words
 LEAST = {
     "fontawesome6-solid": 1800,
     "materialdesignicons6": 6900,
     "phosphor": 1500,
     "tabler": 5000,
     "lucide": 1500,
-}  # icons with words
+}
 Synonyms = dict[tuple[str, str], list[str]]  # font and name of an icon -> other words for it
 
 

@@ -5,7 +5,8 @@ get_clip_metrics.
     python -m benchmarks.retrieval --pairs 100000 --no-peers
 
 Each is a process of its own, on the same made-up features (768 dimensions, fp32): CPU seconds of the part
-that is timed, and peak memory above that of the features."""
+that is timed, and peak memory above that of the features.
+"""
 
 import json
 import re

@@ -44,7 +44,8 @@ def test_two_ranks_give_the_result_of_one(tiny_model, icon_shards, tmp_path):
 
 def close(one, two) -> bool:
     """Equal except for the last digits of losses; a count, a rank or an accuracy of so few images would
-    differ by far more."""
+    differ by far more.
+    """
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(close(one[key], two[key]) for key in one)
     if isinstance(one, list):

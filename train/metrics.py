@@ -18,10 +18,7 @@ ALL_DIRECTIONS = (*GROUP_DIRECTIONS, "queries_to_image")  # with sentences that 
 INSTANCE, OWN_CAPTIONS, CHANCE = "instance/", "own_captions/", "chance/"  # prefixes
 
 # What else than its group's captions can be relevant to an image, by prefix.
-DEFINITIONS = {
-    INSTANCE: "by instance",
-    OWN_CAPTIONS: "by own captions",
-}
+DEFINITIONS = {INSTANCE: "by instance", OWN_CAPTIONS: "by own captions"}
 
 # Tables that show a metric.
 RETRIEVAL = "retrieval"  # python -m eval retrieval

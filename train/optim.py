@@ -47,7 +47,8 @@ def undecayed_names(model: nn.Module) -> set[str]:
     """Names of parameters without weight decay: scalars, biases, norms, embeddings of positions and classes.
 
     Modules say so themselves where they have timm's no_weight_decay(); Hugging Face's towers are known by
-    names."""
+    names.
+    """
     exempt = {
         name for name, parameter in model.named_parameters() if parameter.ndim < 2 or NO_DECAY.search(name)
     }

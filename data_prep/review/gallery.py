@@ -86,9 +86,8 @@ class Gallery:
                 keys, table = read_index(self.folder, entry)
                 groups[end - len(keys) : end] = table[:, 0]
                 self._keys[end - len(keys) : end] = np.frombuffer(bytes.fromhex("".join(keys)), ">u8")
-                if end >= due or end == len(
-                    self
-                ):  # Groups sorts everything, so wait until it is twice as much
+                # Groups sorts everything, so wait until it is twice as much
+                if end >= due or end == len(self):
                     self._groups, due = Groups(groups[:end]), 2 * end
                     self._has_read.set()
         except UserError as error:

@@ -120,9 +120,8 @@ def instance_upper_bounds(captions: np.ndarray, images: np.ndarray) -> dict[str,
     for direction, queries, targets in zip(DIRECTIONS, (images, captions), (captions, images), strict=True):
         pairs, n_pairs = np.unique(np.stack([queries, targets]), axis=1, return_counts=True)
         values, n_tied = np.unique(targets, return_counts=True)
-        hits = (
-            n_pairs / n_tied[np.searchsorted(values, pairs[1])]
-        )  # of all queries, if this target comes first
+        # of all queries, if this target comes first
+        hits = n_pairs / n_tied[np.searchsorted(values, pairs[1])]
         starts = np.flatnonzero(np.r_[True, pairs[0][1:] != pairs[0][:-1]])
         bounds[direction] = float(np.maximum.reduceat(hits, starts).sum() / len(queries))
     return bounds

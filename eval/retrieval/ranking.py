@@ -225,9 +225,8 @@ def positions(
         scores = queries[start:stop] @ gallery.T
         if exclude_self:
             scores[torch.arange(stop - start), torch.arange(start, stop)] = -torch.inf
-        for nth in range(
-            n_relevant[start:stop].max(initial=0)
-        ):  # the nth relevant item of each query that has one
+        # the nth relevant item of each query that has one
+        for nth in range(n_relevant[start:stop].max(initial=0)):
             rows = np.flatnonzero(n_relevant[start:stop] > nth)
             pairs = starts[start + rows] + nth
             index = torch.from_numpy(rows).to(scores.device)

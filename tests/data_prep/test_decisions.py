@@ -42,9 +42,8 @@ def pairs(tmp_path):
     """40 images, of which 5 and 6 have two captions, and decisions about them."""
     path = noise_images(tmp_path, 40, groups=25)
     with open(path, "a") as file:
-        file.write(
-            "5.png,second of 5,g5\n6.png,second of 6,g6\n6.png,caption 6,g6\n"
-        )  # the last row is a duplicate
+        # the last row is a duplicate
+        file.write("5.png,second of 5,g5\n6.png,second of 6,g6\n6.png,caption 6,g6\n")
     return path, decisions_file(tmp_path / "decisions.csv", [*DECIDED, *UNUSED])
 
 

@@ -148,9 +148,8 @@ def test_phashes_of_near_identical_images_are_near():
     ImageDraw.Draw(image).polygon([(10, 80), (60, 5), (110, 70)], fill=(20, 90, 200))
 
     def bits(data: bytes) -> np.ndarray:
-        assert (
-            np.abs(np.frombuffer(check(data).phash, np.uint8)[32:].astype(int) - 255).max() < 8
-        )  # the edge is white
+        # the edge is white
+        assert np.abs(np.frombuffer(check(data).phash, np.uint8)[32:].astype(int) - 255).max() < 8
         return np.unpackbits(np.frombuffer(check(data).phash, np.uint8)[:32])
 
     phash = bits(png(image))

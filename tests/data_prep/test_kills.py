@@ -83,9 +83,8 @@ def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
         stdout=-1,
         stderr=-1,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # tests that run in the background ignore it, and so would this
+        # tests that run in the background ignore it, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (tmp_path / "out.partial" / "settings.json").exists():
         assert process.poll() is None

@@ -176,10 +176,8 @@ def test_names_are_by_class_based_tf_idf(tmp_path):
         > scores[0]["night"]
         == scores[0]["owl night"]
     )
-    assert ours == [
-        ["red", "owl", "house", "night"],
-        ["blue river", "wide"],
-    ]  # each by score, without those that repeat a word
+    # each by score, without those that repeat a word
+    assert ours == [["red", "owl", "house", "night"], ["blue river", "wide"]]
 
 
 def test_what_is_frequent_everywhere_names_no_cluster(tmp_path):
@@ -188,9 +186,8 @@ def test_what_is_frequent_everywhere_names_no_cluster(tmp_path):
         Index(write_index(tmp_path / "index", np.eye(14), captions)),
         [np.arange(7), np.arange(7, 14)],
     )
-    assert 7 * math.log(1 + 21 / 14) > math.log(
-        1 + 21 / 1
-    )  # so the formula alone would call the first cluster "red"
+    # so the formula alone would call the first cluster "red"
+    assert 7 * math.log(1 + 21 / 14) > math.log(1 + 21 / 1)
     assert [each[0] for each in terms_of(index, members)] == ["red anchor", "red lamp"]
 
 

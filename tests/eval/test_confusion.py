@@ -112,11 +112,8 @@ def test_a_collapsed_model_is_exactly_at_chance_and_a_perfect_one_right(k):
 def test_counts_equal_brute_force_and_many_draws_agree_with_the_closed_form():
     groups = np.array([0, 0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 8, 9])
     texts = [[f"t{at}"] for at in range(13)]
-    texts[4], texts[5], texts[12] = (
-        ["t3", "t0"],
-        [],
-        ["t2"],
-    )  # shared in a group, missing, shared between groups
+    # shared in a group, missing, shared between groups
+    texts[4], texts[5], texts[12] = (["t3", "t0"], [], ["t2"])
     column = column_of("caption", texts, groups)
     images, captions = unit(13, 4), unit(len(column.texts), 4, seed=1)
     captions[3] = captions[7]
@@ -197,9 +194,8 @@ def test_two_models_on_two_columns(tiny_model, with_short_captions, tmp_path, ca
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
     shards = Shards(with_short_captions, "val")
     alone = json.loads((tmp_path / "b.json").read_text())["models"][0]
-    assert (
-        alone["columns"]["caption"]["accuracy"] == result["models"][1]["columns"]["caption"]["accuracy"]
-    )  # the same draw
+    # the same draw
+    assert alone["columns"]["caption"]["accuracy"] == result["models"][1]["columns"]["caption"]["accuracy"]
     assert result["data_sha256"] == shards.fingerprint
     assert (
         alone["weights_sha256"]

@@ -35,9 +35,8 @@ def case(seed: int, levels: int | None):
             rng.standard_normal((n, width)).astype(np.float32) for n in (n_images, n_texts)
         )
     groups = rng.integers(0, 9, n_images)
-    text_of = np.concatenate(
-        [np.arange(n_texts), rng.integers(0, n_texts, 8)]
-    )  # some captions are in several groups
+    # some captions are in several groups
+    text_of = np.concatenate([np.arange(n_texts), rng.integers(0, n_texts, 8)])
     group_of = rng.choice(groups, len(text_of))
     text_of, group_of = (
         np.concatenate([text_of, rng.integers(0, n_texts, n_images)]),
@@ -79,11 +78,8 @@ def test_a_hand_made_matrix():
     relevance = Relevance(np.array([7, 7, 5]), np.array([0, 1, 2, 3]), np.array([7, 7, 5, 5]))
     image_to_text, text_to_image = ranks(scores, torch.eye(4), relevance)
     assert image_to_text.matching.tolist() == [1, 1, 1]
-    assert image_to_text.pessimistic.tolist() == [
-        2,
-        1,
-        2,
-    ]  # 0: tied with text 2; 2: its best, text 3, ties with text 0
+    # 0: tied with text 2; 2: its best, text 3, ties with text 0
+    assert image_to_text.pessimistic.tolist() == [2, 1, 2]
     assert image_to_text.optimistic.tolist() == [1, 1, 1]
     assert text_to_image.pessimistic.tolist() == [1, 1, 2, 1]
     values = summarize(image_to_text)
@@ -163,9 +159,8 @@ def test_adding_a_constant_scaling_and_permuting_change_nothing():
     order = np.random.default_rng(0).permutation(len(image_features))
     groups_of = [relevance.pairs(image, image + 1)[1] for image in range(relevance.n_images)]
     image_of = np.concatenate([np.full(len(texts), at) for at, texts in enumerate(groups_of)])
-    same = Relevance(
-        np.arange(relevance.n_images), torch.cat(groups_of).numpy(), image_of
-    )  # each image a group of its own
+    # each image a group of its own
+    same = Relevance(np.arange(relevance.n_images), torch.cat(groups_of).numpy(), image_of)
     moved = Relevance(order, torch.cat(groups_of).numpy(), image_of)
     shifted = (
         torch.cat([image_features, torch.ones(len(image_features), 1)], 1),
@@ -186,9 +181,8 @@ def test_chance_is_the_mean_over_all_orders_of_the_gallery():
     gallery, relevant = 6, np.array([1, 2, 5, 6])
     expected = {"R@1": [], "R@5": [], "mean_rank": []}
     for m in relevant:
-        first = [
-            min(order[:m]) for order in itertools.permutations(range(gallery))
-        ]  # places of the m relevant items
+        # places of the m relevant items
+        first = [min(order[:m]) for order in itertools.permutations(range(gallery))]
         expected["R@1"].append(np.mean([place < 1 for place in first]))
         expected["R@5"].append(np.mean([place < 5 for place in first]))
         expected["mean_rank"].append(np.mean(first) + 1)

@@ -38,9 +38,8 @@ def test_no_degradation_changes_nothing(tiny_model, icon_shards, monkeypatch):
         undegraded["image_to_text/R@1"]
         == evaluate_features(embedded, shards.groups, World())["metrics"]["image_to_text/R@1"]
     )
-    assert undegraded["image_to_image/R@1"] == pytest.approx(
-        1, abs=0.05
-    )  # itself, except for images that tie
+    # itself, except for images that tie
+    assert undegraded["image_to_image/R@1"] == pytest.approx(1, abs=0.05)
     assert half["level"] == 0.5
 
 

@@ -22,11 +22,8 @@ from train.run.folder import Run
 from train.world import World
 
 RECIPE = ROOT / "train" / "recipes" / "demo.yaml"
-REQUEUED, STOPPED, FINISHED = (
-    (75, True),
-    (75, False),
-    (0, False),
-)  # exit code, and whether a requeue was requested
+# exit code, and whether a requeue was requested
+REQUEUED, STOPPED, FINISHED = ((75, True), (75, False), (0, False))
 SUPERSEDED = (4, False)
 
 # What a fake training does comes after these lines.

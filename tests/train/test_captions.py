@@ -22,9 +22,8 @@ def test_one_caption_is_drawn_by_the_samples_bits():
 
 def test_each_tag_is_dropped_independently():
     tags, dropout = ["a", "b c", "d"], 0.4
-    subsets = [
-        subset for n in (1, 2, 3) for subset in itertools.combinations(tags, n)
-    ]  # order kept, never none
+    # order kept, never none
+    subsets = [subset for n in (1, 2, 3) for subset in itertools.combinations(tags, n)]
     counts = dict.fromkeys(subsets, 0)
     for bits in DRAWN:
         counts[tuple(drop_tags("a, b c,d", dropout, bits).split(", "))] += 1

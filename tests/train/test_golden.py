@@ -18,8 +18,8 @@ from train.recipe import Augment, Captions, Optim, Recipe
 
 COLORS = {"red": (220, 30, 40), "green": (20, 190, 60), "blue": (40, 60, 230), "yellow": (230, 220, 20)}
 SHAPES = ("square", "bar", "frame")
-# Relative. Another number of threads or other chunks change a value by less than 1e-5; a learning rate that is
-# 1 % larger, half of the weight decay, or a beta of 0.97 in place of 0.98 change one by 1e-2.
+# Relative. Another number of threads or other chunks change a value by less than 1e-5; a learning rate that
+# is 1 % larger, half of the weight decay, or a beta of 0.97 in place of 0.98 change one by 1e-2.
 TOLERANCE = 1e-3
 # fmt: off
 LOSSES = [

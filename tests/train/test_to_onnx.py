@@ -48,9 +48,10 @@ def test_features_are_open_clips_at_any_batch_size(changes, in_one_file, tmp_pat
 
 
 def test_a_wrong_tower_is_noticed(tiny_model, tmp_path, monkeypatch):
+    # not L2-normed
     monkeypatch.setattr(
         to_onnx._Tower, "forward", lambda tower, inputs: getattr(tower.model, tower.encode)(inputs)
-    )  # not L2-normed
+    )
     with pytest.raises(UserError, match="onnx image_features by"):
         export(load(tiny_model), tmp_path / "out", onnx=True)
     assert not list(tmp_path.iterdir())

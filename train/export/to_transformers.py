@@ -293,7 +293,8 @@ def _tokenizer(clip: Clip):
     """CLIPTokenizer with open_clip's vocabulary and transformers' names of the two special tokens.
 
     It pads with the end token and not with open_clip's 0, because 0 is the token "!" and would be removed
-    from captions as padding."""
+    from captions as padding.
+    """
     from transformers import CLIPTokenizer
 
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}

@@ -107,9 +107,8 @@ class Clip:
         """Write a folder that open_clip loads as `local-dir:FOLDER`; `state` as in weights()."""
         (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
         save_file(self.weights(dtype, state), folder / WEIGHTS_FILE)
-        shutil.copymode(
-            folder / CONFIG_FILE, folder / WEIGHTS_FILE
-        )  # safetensors makes files that only their owner can read
+        # safetensors makes files that only their owner can read
+        shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
         if hasattr(self.tokenizer, "save_pretrained"):  # a Hugging Face tokenizer
             self.tokenizer.save_pretrained(folder)
 

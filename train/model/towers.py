@@ -105,7 +105,8 @@ def batch_dependent_layers(towers: Towers) -> list[str]:
 
     With these, results depend on micro_batch_size and on the number of ranks. Patch dropout of ours is not
     among them: its masks depend on the sample alone. Layers in evaluation mode (a locked tower) are not
-    either."""
+    either.
+    """
     kinds = set()
     for name, module in towers.model.named_modules():
         tower = tower_of(f"{name}.")

@@ -6,7 +6,8 @@
       the same, then asks, uploads in one commit, tags it (v1, v2, ...), downloads it and compares sha256
 
 --yes uploads without asking, for scripts. The same command resumes an interrupted upload. The token is the
-one of `hf auth login`, or HF_TOKEN."""
+one of `hf auth login`, or HF_TOKEN.
+"""
 
 import sys
 from pathlib import Path

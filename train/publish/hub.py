@@ -188,7 +188,8 @@ def outdated_files(
     api: HfApi, repo: str, commit: str, published: dict[str, RepoFile], files: dict[str, Path]
 ) -> list[str]:
     """Files of an earlier version that this one does not have: old weights under another name could be loaded
-    by mistake. Files that an earlier version did not publish are kept."""
+    by mistake. Files that an earlier version did not publish are kept.
+    """
     if RECORD not in published:
         return []
     with tempfile.TemporaryDirectory() as cache:
