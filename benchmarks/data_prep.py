@@ -1,7 +1,7 @@
 """CPU time per image of ways to make WebDataset tars from the same files: GNU tar, webdataset, img2dataset,
 and ours.
 
-    python -m benchmarks.data_prep                 all of them, on 20,000 icons and 5,000 photo-like JPEGs that it makes first
+    python -m benchmarks.data_prep                 all of them, on 20,000 icons and 5,000 photo-like JPEGs
     python -m benchmarks.data_prep --only ours     those with "ours" in their name
 
 CPU time is user + system of the whole process tree (os.wait4), start-up included; the files are in the page
@@ -150,7 +150,7 @@ def with_webdataset(folder: str, out: str, decode: str) -> None:
 
 
 def with_img2dataset(folder: str, out: str, encode: str) -> None:
-    """Let img2dataset read the files by their file:// URLs; if `encode` is empty, it leaves them as they are."""
+    """Let img2dataset read the files by file:// URLs; with an empty `encode` it leaves them as they are."""
     from img2dataset import download
 
     options = {} if encode else {"disable_all_reencoding": True, "resize_mode": "no"}

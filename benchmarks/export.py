@@ -25,7 +25,7 @@ ROWS = [  # model, dtype, onnx
 
 
 def row(model: str, dtype: str, onnx: bool) -> dict:
-    """One export in this process; the architecture and the preprocessing are the tag's, the weights random."""
+    """One export in this process; architecture and preprocessing are the tag's, the weights random."""
     from train.export.folder import export
     from train.model.clip import load
 

@@ -53,7 +53,7 @@ def count_products(step: Callable[[], None]) -> int:
 
 
 def measure(name: str, length: int, precision: str) -> list[dict]:
-    """A row for open_clip's model, and one for each of our modes: MB per pair of both towers, and products."""
+    """A row for open_clip's model and one for each of our modes: MB per pair of both towers, and products."""
     torch.manual_seed(0)
     towers = load(f"{name}:none").towers.train()
     towers.bf16, model = precision == "bf16", towers.model

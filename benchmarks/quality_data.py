@@ -1,8 +1,8 @@
 """The data of benchmarks.quality, that anyone can make: icons of some fonts to know, icons of other fonts to
 learn, and questions.
 
-    domain A   Font Awesome, Material Design, Elusive, Codicons, Tabler, Lucide, Bootstrap    what the base model is trained on
-    domain B   Phosphor (five styles of each icon), Remix (two)                               what it is fine-tuned on
+    domain A   trains the base: Font Awesome, Material Design, Elusive, Codicons, Tabler, Lucide, Bootstrap
+    domain B   is fine-tuned on: Phosphor (five styles of each icon), Remix (two)
     questions  synonyms of test icons of B: of no icon the caption, and half of them part of none; those words
         only the base can know
 

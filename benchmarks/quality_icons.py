@@ -14,7 +14,8 @@ from data_prep.errors import Fault, UserError
 from data_prep.icons import SIZES_PX, draw
 from data_prep.progress import progress
 
-PACKAGES = {  # npm package -> its version, and the files in it that are read; the first three belong to fonts in qtawesome
+# npm package -> its version, and the files in it that are read; the first three belong to fonts in qtawesome.
+PACKAGES = {
     "@fortawesome/fontawesome-free": ("6.7.2", ["metadata/icon-families.json"]),
     "@mdi/svg": ("6.9.96", ["meta.json"]),
     "@phosphor-icons/core": ("2.1.1", ["dist/index.mjs"]),

@@ -202,7 +202,7 @@ def one_thread():
 def noise_images(
     folder: Path, n: int, groups: int = 0, mode: str = "RGB", size: tuple[int, int] = (16, 12)
 ) -> Path:
-    """0.png, 1.png, ... of noise, and pairs.csv (image, caption, group) with a caption of its own for each."""
+    """Noise images 0.png, 1.png, ..., and pairs.csv (image, caption, group) with distinct captions."""
     rng = np.random.default_rng(0)
     lines = ["image,caption,group"]
     for number in range(n):

@@ -48,7 +48,7 @@ def flags_of(place: str) -> list[str]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         tyro.cli(command, args=["--help"], config=CONFIG)
-    return sorted({*re.findall(r"^│ (--[\w.-]+)", text.getvalue(), flags=re.MULTILINE)})
+    return sorted({*re.findall(r"^[│ ] (--[\w.-]+)", text.getvalue(), flags=re.MULTILINE)})
 
 
 def listing() -> str:

@@ -98,9 +98,10 @@ def packed(folder: Path, name: str, *contents: str | bytes) -> None:
 
 
 def test_words_and_fonts_come_from_packages(tmp_path, monkeypatch):
-    phosphor = """const n = [{ name: "acorn", pascal_name: "Acorn", categories: [e.N], tags: ["*new*", "nut"], codepoint: 1 },
-      { name: "airplane-tilt", pascal_name: "AirplaneTilt", alias: { name: "plane", pascal_name: "Plane" }, categories: [],
-        tags: ["Vehicles", "air port"] },
+    phosphor = """const n = [{ name: "acorn", pascal_name: "Acorn", categories: [e.N],
+        tags: ["*new*", "nut"], codepoint: 1 },
+      { name: "airplane-tilt", pascal_name: "AirplaneTilt", alias: { name: "plane", pascal_name: "Plane" },
+        categories: [], tags: ["Vehicles", "air port"] },
       { name: "plain", pascal_name: "Plain", categories: [], tags: [] }];"""
     tags = ["Vehicles", "air port"]
     assert phosphor_tags(phosphor) == {"acorn": ["nut"], "airplane-tilt": tags, "plane": tags, "plain": []}

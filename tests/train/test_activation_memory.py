@@ -78,7 +78,7 @@ def test_gradients_are_equal(clip, eager_kernels):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_selective_keeps_the_outputs_of_products_and_recomputes_none(clip, eager_kernels, bf16):
-    """Of the 16 widths of a ViT block, 10 are needed: input, q, k, v, attention, input of the MLP, its four."""
+    """Of the 16 widths of a ViT block, 10 are kept: input, q, k, v, attention, input of the MLP, its four."""
     block, tokens = blocks(clip.towers.model)[0], torch.randn(4, 17, 64, requires_grad=True)
     kept, products = {}, {}
     for mode in ("none", "selective"):

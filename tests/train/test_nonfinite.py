@@ -67,7 +67,7 @@ def test_a_nonfinite_step_is_skipped_on_all_ranks_and_logged(one_and_two_ranks, 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_all_ranks_roll_back_together(one_and_two_ranks, ranks):
-    """To the newest checkpoint. That non-finite steps came before it does not matter: they changed nothing."""
+    """To the newest checkpoint. Non-finite steps before it do not matter: they changed nothing."""
     run, output = one_and_two_ranks[ranks]
     assert [line["samples"] for line in nonfinite_steps(run)] == [SKIPPED, *IN_A_ROW]
     assert output.count("rolling back to samples-000000000240 and skipping the pairs since") == 1
