@@ -3,7 +3,9 @@
 A room's `__main__` maps names to functions by their place, "eval.retrieval.command:retrieval"; the module of
 a command imports torch and its like inside its function, so that --help takes a fraction of a second."""
 
+import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,8 @@ OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 OptionalFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 OptionalShards = Annotated[Path | None, tyro.conf.arg(metavar="SHARDS")]
+# A parameter without a flag: what follows `--` on the command line, for another command.
+Rest = tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]]
 
 
 def run_command(
@@ -48,16 +52,17 @@ def print_guide(usage: str, guide: str) -> None:
     print(f"usage: {usage}\n\n{guide.strip()}")
 
 
-def run_commands(prog: str, guide: str, commands: dict[str, str]) -> None:
+def run_commands(prog: str, guide: str, commands: dict[str, str], rest: str = "") -> None:
     """Run the command that sys.argv[1] names; without one, or with --help alone, print the guide.
 
     Args:
         prog: "python -m eval".
         guide: what the room can do, with examples; the room's own docstring.
         commands: "module:function" by the name of the command.
+        rest: the parameter, of those commands that have it, that gets the words after `--` (see Rest).
 
     Raises:
-        UserError: no such command.
+        UserError: no such command, or words after `--` for a command that takes none.
     """
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
@@ -67,4 +72,11 @@ def run_commands(prog: str, guide: str, commands: dict[str, str]) -> None:
     if known not in commands:
         raise UserError(f"{prog} {name}: no such command; it can be {', '.join(commands)}")
     module, _, function = commands[known].partition(":")
-    run_command(getattr(importlib.import_module(module), function), f"{prog} {known}", arguments)
+    command = getattr(importlib.import_module(module), function)
+    if rest and "--" in arguments:
+        if rest not in inspect.signature(command).parameters:
+            raise UserError(f"{prog} {known}: takes nothing after --")
+        end = arguments.index("--")
+        command = functools.partial(command, **{rest: tuple(arguments[end + 1 :])})
+        arguments = arguments[:end]
+    run_command(command, f"{prog} {known}", arguments)

@@ -1,1 +1,1 @@
-"""A run on a cluster: scripts that survive it, and a small real cluster to prove that they do."""
+"""Submit the project's commands to a Slurm cluster, with batch scripts that requeue and resume."""

@@ -1,177 +1,189 @@
-"""The whole path as one submission: each job waits for the one before it, and is cancelled if that one fails.
+"""Data preparation, training, evaluation and publishing as one submission. Each job waits for the previous
+one, and is cancelled if that one fails.
 
-captions -> prepare (array) -> merge -> train (chain) -> evaluate -> publish
+captions -> prepare (array) -> merge -> train (chain) -> eval -> publish
 """
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from data_prep.cli import File, Folder, RecipeFile, Rest, Run, Shards
 from data_prep.errors import UserError
-from slurm.queue import add_job
-from slurm.script import LOGS, Shape, assign, assign_list, sbatch, script, write
+from slurm.queue import record_job
+from slurm.script import LOGS, Resources, assign, assign_list, render_script, sbatch, write_script
 from slurm.site import SITE, Site, read_site
-from slurm.submit import check_training, submit
+from slurm.submit import JobNumbers, Stage, TrainModule, check_training, submit
+
+Options = Annotated[str, tyro.conf.arg(metavar="'OPTIONS'")]
 
 
 def job(
-    name: Annotated[str, tyro.conf.Positional],
-    folder: Path,
-    shape: Shape = Shape(gpus=0, time="04:00:00"),  # noqa: B008 frozen
-    array: str = "",
-    after: list[str] = [],  # noqa: B006 tyro copies it
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")],
+    folder: Folder,
+    resources: Resources = Resources(gpus=0, time="04:00:00"),  # noqa: B008 frozen
+    array: Annotated[str, tyro.conf.arg(metavar="INDICES")] = "",
+    after: JobNumbers = (),
     resumes: bool = False,
-    site: Path = SITE,
+    site: File = SITE,
     dry_run: bool = False,
-    flags: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = (),
+    flags: Rest = (),
 ) -> str:
-    """Submits any other command of the project; it follows `--`, without `python -m`.
+    """Submit any other command of the project. It follows `--`, without `python -m`.
 
-    python -m slurm job eval --folder runs/mine --gpus 8 -- eval retrieval runs/mine --data shards --split
-    test --json out.json
+    With GPUs, torchrun starts one process for each; without, it is one Python process.
 
-    With GPUs it is run by torchrun, a process for each; without, by one Python.
+      python -m slurm job eval --folder runs/mine --gpus 8 -- eval retrieval runs/mine --data shards
+          --json runs/mine/test.json
 
     Args:
-        name: What the job is called; the script is FOLDER/slurm/NAME.sbatch.
-        folder: Where script and logs go; a run folder for example.
-        array: Indices of an array, 0-31: for data_prep build, each task prepares a part.
-        after: Numbers of jobs that have to succeed before.
-        resumes: The command goes on where it was killed, as data_prep build does; so it is requeued at its
-            time limit.
-        site: What the cluster wants; see slurm/site.yaml.
-        dry_run: Write the script and print it, and submit nothing.
+        name: Name of the job; its script is FOLDER/slurm/NAME.sbatch.
+        folder: Folder of the script and the log, such as a run folder.
+        array: Indices of a job array, such as 0-31: each task of data_prep build prepares a part.
+        after: Numbers of jobs that must succeed first.
+        resumes: The command resumes after a kill, as data_prep build does; it is requeued at its time limit.
+        site: Settings of the cluster; see slurm/site.yaml.
+        dry_run: Write and print the script without submitting it.
 
     Returns:
         The job's number.
     """
-    shape.check()
+    resources.check()
     if not flags:
-        raise UserError("no command: write it after --, as in: -- eval retrieval runs/mine --data shards")
-    return _submit(
-        name, folder.absolute(), shape, read_site(site), list(flags), after, array, resumes, dry_run
+        raise UserError(
+            "python -m slurm job: no command; pass it after --, as in: -- eval retrieval RUN --data SHARDS"
+        )
+    return submit_command(
+        flags,
+        name,
+        folder.absolute(),
+        resources,
+        read_site(site),
+        after,
+        array=array,
+        resumes=resumes,
+        dry_run=dry_run,
     )
 
 
 def pipeline(
-    inputs: Annotated[list[str], tyro.conf.Positional],
-    recipe: str,
-    run: Path,
-    data: Path,
-    build: str = "",
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [INPUT ...]")],
+    recipe: RecipeFile,
+    run: Run,
+    data: Shards,
+    build: Options = "",
     tasks: int = 32,
-    shape: Shape = Shape(),  # noqa: B008
-    prepare_time: str = "08:00:00",
+    resources: Resources = Resources(),  # noqa: B008 frozen
+    prepare_time: Annotated[str, tyro.conf.arg(metavar="TIME")] = "08:00:00",
     chain: int = 1,
-    stage: str = "",
+    stage: Stage = "",
     split: str = "test",
-    publish: str = "",
-    site: Path = SITE,
+    publish: Options = "",
+    site: File = SITE,
     dry_run: bool = False,
-    flags: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = (),
-    module: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "train",
+    flags: Rest = (),
+    module: TrainModule = "train",
 ) -> list[str]:
-    """Submits preparation, merge, training, evaluation and publishing at once; each begins when the one
-    before succeeded.
+    """Submit data preparation, training, evaluation and publishing at once; each job starts after the
+    previous one succeeded.
 
-    The same command again does what is missing: shards that are there are used, parts that were prepared are
-    kept, and training goes on from its last checkpoint. What follows `--` is given to the training.
+    Words after `--` are passed to the training. The same command does only what is missing: finished shards
+    are used, prepared parts are kept, and training resumes from its last checkpoint.
+
+      python -m slurm pipeline captions.csv --recipe train/recipes/spectrum_icons.yaml --run runs/mine
+          --data shards --build "--image-column file --caption-column text" --nodes 2
+          --publish "--repo ME/MODEL --license mit"
 
     Args:
-        inputs: What `python -m data_prep build` takes: CSV files, tars, folders, URLs.
+        inputs: Input of `python -m data_prep build`: CSV files, tars, folders, URLs.
         recipe: YAML recipe of the training.
-        run: Run folder; scripts and logs of all jobs lie in RUN/slurm, the numbers in RUN/test.json.
-        data: Folder of shards to make.
-        build: Options of the build, in quotes: "--image-column file --caption-column text".
-        tasks: The preparation is cut in so many tasks of an array.
-        prepare_time: Time limit of one of these, and of the merge.
-        chain: So many training jobs, for clusters where a job may not requeue itself.
-        stage: Folder on each node's own disk to copy the shards to before training.
-        split: What to evaluate on: val or test; "" does not evaluate.
-        publish: Options of `python -m train.publish RUN`, in quotes: "--repo ME/MODEL --license mit"; "" does
-            not publish.
-        site: What the cluster wants; see slurm/site.yaml.
-        dry_run: Write the scripts and print them, and submit nothing.
+        run: Run folder; scripts and logs of all jobs are in RUN/slurm, results in RUN/test.json.
+        data: Folder of shards to build.
+        build: Options of `python -m data_prep build`, in quotes.
+        tasks: Number of array tasks that share the preparation.
+        prepare_time: Time limit of each of these tasks, of the merge, the evaluation and publishing.
+        chain: Number of training jobs, for clusters where a job may not requeue itself.
+        stage: Folder on each node's own disk to copy the shards to before training, such as '$TMPDIR'.
+        split: Split to evaluate on, val or test; "" skips the evaluation.
+        publish: Options of `python -m train.publish`, in quotes; "" does not publish.
+        site: Settings of the cluster; see slurm/site.yaml.
+        dry_run: Write and print the scripts without submitting them.
 
     Returns:
-        The jobs' numbers, in their order.
+        The jobs' numbers, in order.
     """
-    shape.check()
+    resources.check()
+    if not inputs:
+        raise UserError("python -m slurm pipeline: no input; pass a CSV of captions, tars, folders or URLs")
     if tasks < 1:
-        raise UserError(f"--tasks {tasks}: at least 1 is wanted")
+        raise UserError(f"--tasks {tasks}: must be at least 1")
     cluster, run, data = read_site(site), run.absolute(), data.absolute()
-    check_training(recipe, run, data, shape, flags, data_comes_later=True)
-    alone, last, numbers = Shape(gpus=0, time=prepare_time), [], []
+    check_training(recipe, run, data, resources, flags, data_may_be_missing=True)
+    cpu_only, numbers = Resources(gpus=0, time=prepare_time), []
 
-    def then(
-        name: str, job_shape: Shape, words: list, array: str = "", resumes: bool = False, site: Site = cluster
+    def submit_next(
+        name: str, words: list, needs: Resources = cpu_only, site: Site = cluster, **options
     ) -> None:
-        last[:] = [
-            _submit(name, run, job_shape, site, [str(word) for word in words], last, array, resumes, dry_run)
-        ]
-        numbers.extend(last)
+        number = submit_command(words, name, run, needs, site, numbers[-1:], dry_run=dry_run, **options)
+        numbers.append(number)
 
     if (data / "manifest.json").is_file():
-        print(f"# {data}: made already")
+        print(f"# {data}: exists, not built again")
     else:
-        places = [source if "://" in source else Path(source).absolute() for source in inputs]
-        words = [
-            "data_prep",
-            "build",
-            *places,
-            "--out",
-            data,
-            "--processes",
-            cluster.cpus_per_gpu,
-            *shlex.split(build),
-        ]
-        then("prepare", alone, words, f"0-{tasks - 1}" if tasks > 1 else "", resumes=True)
+        processes = ["--processes", cluster.cpus_per_gpu]
+        sources = [source if "://" in source else Path(source).absolute() for source in inputs]
+        words = ["data_prep", "build", *sources, "--out", data, *processes, *shlex.split(build)]
+        submit_next("prepare", words, array=f"0-{tasks - 1}" if tasks > 1 else "", resumes=True)
         if tasks > 1:
-            then(
-                "merge",
-                alone,
-                ["data_prep", "merge", data, "--processes", cluster.cpus_per_gpu],
-                resumes=True,
-            )
-    trained = submit(recipe, run, data, shape, list(last), chain, stage, site, dry_run, flags, module)
-    numbers += trained
-    last = trained[-1:]
+            submit_next("merge", ["data_prep", "merge", data, *processes], resumes=True)
+    after = tuple(numbers[-1:])
+    numbers += submit(recipe, run, data, resources, after, chain, stage, site, dry_run, flags, module)
     if split:
         out = ["--json", run / f"{split}.json", "--page", run / f"{split}.html"]
-        then(
-            "eval",
-            Shape(1, shape.gpus, prepare_time),
-            ["eval", "retrieval", run, "--data", data, "--split", split, *out],
-        )
+        words = ["eval", "retrieval", run, "--data", data, "--split", split, *out]
+        submit_next("eval", words, replace(resources, nodes=1, time=prepare_time))
     if publish:
         results = ["--results", run / f"{split}.json"] if split else []
         online = replace(cluster, environment={**cluster.environment, "HF_HUB_OFFLINE": "0"})
-        then("publish", alone, ["train.publish", run, *results, *shlex.split(publish)], site=online)
+        words = [
+            "train.publish",
+            run,
+            *results,
+            *shlex.split(publish),
+            "--yes",
+        ]  # a job has no terminal to ask on
+        submit_next("publish", words, site=online)
     return numbers
 
 
-def _submit(
+def submit_command(
+    words: Sequence[object],
     name: str,
     folder: Path,
-    shape: Shape,
+    resources: Resources,
     site: Site,
-    words: list[str],
-    after: list[str],
-    array: str,
-    resumes: bool,
-    dry_run: bool,
+    after: Sequence[str] = (),
+    array: str = "",
+    resumes: bool = False,
+    dry_run: bool = False,
 ) -> str:
+    """Submit one command of the project, without `python -m`; see `job`.
+
+    Returns:
+        The job's number.
+    """
     settings = [
         assign("RESUMES", "yes" if resumes else "no"),
-        assign("TORCHRUN", "yes" if shape.gpus else "no"),
-        assign_list("COMMAND", words),
+        assign("TORCHRUN", "yes" if resources.gpus else "no"),
+        assign_list("COMMAND", list(words)),
     ]
     path = folder / LOGS / f"{name}.sbatch"
-    write(script("job.sbatch", name, folder / LOGS, shape, site, settings, array), path)
-    number = sbatch(path, after, dry_run=dry_run)
+    write_script(render_script("job.sbatch", name, folder / LOGS, resources, site, settings, array), path)
+    number = sbatch(path, list(after), dry_run=dry_run)
     if not dry_run:
-        add_job(folder, number, name)
+        record_job(folder, number, name)
     return number

@@ -1,5 +1,5 @@
-"""What Slurm knows about jobs: in the queue by squeue and scontrol, ended ones by sacct, where the cluster
-keeps books.
+"""What Slurm knows about jobs: scontrol for jobs in the queue, sacct for ended ones where the cluster keeps
+accounting.
 """
 
 import re
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-JOBS = "slurm/jobs"  # in a run folder: a line for each job, its number and what it does
+JOBS = "slurm/jobs"  # in a run folder: one line per job, its number and its name
 ENDED = (
     "COMPLETED",
     "FAILED",
@@ -21,45 +21,46 @@ ENDED = (
 )
 
 
-def add_job(run: Path, number: str, kind: str) -> None:
+def record_job(run: Path, number: str, name: str) -> None:
+    """Append a submitted job to the run's list of jobs."""
     (run / JOBS).parent.mkdir(parents=True, exist_ok=True)
     with open(run / JOBS, "a") as file:
-        file.write(f"{number} {kind}\n")
+        file.write(f"{number} {name}\n")
 
 
-def jobs_of(run: Path) -> list[tuple[str, str]]:
-    """(number, what it does) of every job that was submitted for a run, the oldest first."""
+def jobs_of_run(run: Path) -> list[tuple[str, str]]:
+    """(number, name) of every job that was submitted for a run, the oldest first."""
     lines = (run / JOBS).read_text().splitlines() if (run / JOBS).is_file() else []
     return [(line.split()[0], line.split()[1]) for line in lines]
 
 
-def unfinished(run: Path) -> list[str]:
-    """Numbers of the run's jobs that train or wait to train."""
-    jobs = [number for number, kind in jobs_of(run) if kind == "train"]
-    return (
-        [number for number in jobs if look_up(number).get("JobState", "") not in ("", *ENDED)]
-        if shutil.which("squeue")
-        else []
-    )
+def active_jobs(run: Path) -> list[str]:
+    """Numbers of the run's training jobs that run or wait in the queue."""
+    if not shutil.which("squeue"):
+        return []
+    numbers = [number for number, name in jobs_of_run(run) if name == "train"]
+    return [number for number in numbers if job_info(number).get("JobState", "") not in ("", *ENDED)]
 
 
-def look_up(number: str) -> dict[str, str]:
-    """What `scontrol show job` says, or in short what sacct does (JobState, Restarts, ExitCode, Reason);
-    empty where neither knows.
+def job_info(number: str) -> dict[str, str]:
+    """The fields of `scontrol show job`.
+
+    For a job that has left the queue, those that sacct has of it: JobState, ExitCode, Restarts, RunTime,
+    NodeList. Empty where neither knows the job.
     """
-    if found := fields(_output("scontrol", "--oneliner", "show", "job", number)):
-        return found
-    line = _output(
-        "sacct", "-X", "-n", "-P", "-j", number, "-o", "State,ExitCode,Restarts,Elapsed,NodeList"
-    ).splitlines()
+    if info := parse_fields(_output("scontrol", "--oneliner", "show", "job", number)):
+        return info
     names = ("JobState", "ExitCode", "Restarts", "RunTime", "NodeList")
-    known = dict(zip(names, line[-1].split("|"), strict=False)) if line else {}
-    return {name: value.split()[0] if value else "" for name, value in known.items()}  # "CANCELLED by 1000"
+    columns = "State,ExitCode,Restarts,Elapsed,NodeList"
+    lines = _output("sacct", "-X", "-n", "-P", "-j", number, "-o", columns).splitlines()
+    values = lines[-1].split("|") if lines else []
+    # Only the first word of a value: the state can be "CANCELLED by 1000".
+    return {name: value.split()[0] if value else "" for name, value in zip(names, values, strict=False)}
 
 
-def fields(line: str) -> dict[str, str]:
+def parse_fields(text: str) -> dict[str, str]:
     """ "JobId=1 JobState=RUNNING Restarts=0" -> {"JobId": "1", ...}; of an array's lines, the first."""
-    return dict(re.findall(r"(?:^|\s)([A-Z][\w:/]*)=(\S*)", line.splitlines()[0])) if line.strip() else {}
+    return dict(re.findall(r"(?:^|\s)([A-Z][\w:/]*)=(\S*)", text.splitlines()[0])) if text.strip() else {}
 
 
 def _output(*words: str) -> str:

@@ -1,8 +1,9 @@
-"""A template and a site become a batch script that stands alone: what is submitted can be read, changed and
-submitted again.
+"""Batch scripts from a template and the settings of a site. A script is complete: it can be read, edited and
+submitted again with sbatch.
 
-train.sbatch or job.sbatch, with @OPTIONS@ (lines of #SBATCH), @SETTINGS@ (variables) and @COMMON@ (common.sh)
-filled in"""
+train.sbatch or job.sbatch, with @OPTIONS@ (#SBATCH lines), @SETTINGS@ (variables) and @COMMON@ (common.sh)
+replaced
+"""
 
 import os
 import shlex
@@ -20,68 +21,66 @@ LOGS = "slurm"  # the folder in a run that holds scripts, logs and job numbers
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How much of the cluster a job wants, and for how long."""
+class Resources:
+    """What a job requests."""
 
     nodes: int = 1
-    """Nodes; each has one torchrun."""
+    """Number of nodes; one torchrun on each."""
     gpus: int = 8
-    """GPUs on each node, one process for each; 0 is one process on the CPU."""
+    """GPUs per node, one process each; 0 is one process on the CPU."""
     time: str = "24:00:00"
-    """Time limit, as sbatch reads it: 12:00:00, or 2-00:00:00 for two days."""
+    """Time limit in sbatch's format: 12:00:00, or 2-00:00:00 for two days."""
 
     @property
     def ranks_per_node(self) -> int:
         return max(self.gpus, 1)
 
     def check(self) -> None:
-        if self.nodes < 1 or self.gpus < 0:
-            raise UserError(
-                f"--nodes {self.nodes} --gpus {self.gpus}: at least one node is wanted, and 0 or more GPUs"
-            )
+        """Raises UserError where a number is too small."""
+        if self.nodes < 1:
+            raise UserError(f"--nodes {self.nodes}: must be at least 1")
+        if self.gpus < 0:
+            raise UserError(f"--gpus {self.gpus}: must be 0 (CPU only) or more")
 
 
-def script(
-    template: str, name: str, logs: Path, shape: Shape, site: Site, settings: list[str], array: str = ""
+def render_script(
+    template: str,
+    name: str,
+    logs: Path,
+    resources: Resources,
+    site: Site,
+    settings: list[str],
+    array: str = "",
 ) -> str:
     """The text of a batch script.
 
     Args:
-        logs: folder of its output, which must be there when the job begins.
+        template: file name of the template, "train.sbatch" or "job.sbatch".
+        name: of the job, and of its log.
+        logs: folder of its log, which must exist when the job starts.
         settings: lines of bash, made by `assign` and `assign_list`.
-        array: indices as sbatch reads them, 0-31 or 0-31%4.
+        array: indices in sbatch's format, 0-31 or 0-31%4.
+
+    Raises:
+        UserError: an option contains a line break.
     """
-    options = [
-        f"--job-name={name}",
-        f"--time={shape.time}",
-        *site.options(shape.nodes, shape.gpus),
-        *([f"--array={array}"] if array else []),
-    ]
-    options += [f"--signal=B:USR1@{site.warn_s}", f"--output={logs}/{name}-{'%A_%a' if array else '%j'}.log"]
-    for option in options:
-        if "\n" in option:
-            raise UserError(f"{option!r}: an option of sbatch is one line")
-    first = [
+    variables = [
         f"cd {shlex.quote(str(HERE.parent))}",
         *(f"export {assign(key, value)}" for key, value in site.environment.items()),
-    ]
-    first += [
         *site.setup,
         assign("PYTHON", site.interpreter),
         assign("CONTAINER", site.container),
         assign_list("SRUN", site.srun),
-    ]
-    first += [
         assign("WARN_S", site.warn_s),
         assign("SILENT_S", site.silent_s),
-        assign("RANKS", shape.ranks_per_node),
+        assign("RANKS", resources.ranks_per_node),
+        *settings,
     ]
+    common = (HERE / "common.sh").read_text().rstrip()
     parts = {
-        "@OPTIONS@": "\n".join(f"#SBATCH {quoted(option)}" for option in options),
-        "@SETTINGS@": "\n".join([*first, *settings]),
-        "@COMMON@": (
-            (HERE / "common.sh").read_text().rstrip() + f"\nLOG={shlex.quote(str(logs))}/{name}-$job.log"
-        ),
+        "@OPTIONS@": "\n".join(sbatch_lines(name, logs, resources, site, array)),
+        "@SETTINGS@": "\n".join(variables),
+        "@COMMON@": f"{common}\nLOG={shlex.quote(str(logs))}/{name}-$job.log",
     }
     text = (HERE / template).read_text()
     for mark, part in parts.items():
@@ -89,41 +88,59 @@ def script(
     return text
 
 
-def quoted(option: str) -> str:
-    """An option as #SBATCH lines want it: in double quotes where it has a space or a #."""
-    return f'"{option}"' if any(sign in option for sign in " \t#") else option
+def sbatch_lines(name: str, logs: Path, resources: Resources, site: Site, array: str) -> list[str]:
+    """The #SBATCH lines of a script; see render_script."""
+    options = [
+        f"--job-name={name}",
+        f"--time={resources.time}",
+        *site.options(resources.nodes, resources.gpus),
+        *([f"--array={array}"] if array else []),
+        f"--signal=B:USR1@{site.warn_s}",  # B: to the batch shell alone; it decides what the ranks are told
+        f"--output={logs}/{name}-{'%A_%a' if array else '%j'}.log",
+    ]
+    for option in options:
+        if "\n" in option:
+            raise UserError(f"{option!r}: an option of sbatch must be one line")
+    return [f"#SBATCH {quote_option(option)}" for option in options]
+
+
+def quote_option(option: str) -> str:
+    """An option for an #SBATCH line: in double quotes if it contains a space or a #."""
+    return f'"{option}"' if any(character in option for character in " \t#") else option
 
 
 def assign(name: str, value: object) -> str:
+    """A bash assignment, quoted."""
     return f"{name}={shlex.quote(str(value))}"
 
 
 def assign_list(name: str, values: list) -> str:
+    """A bash array, quoted."""
     return f"{name}=({shlex.join(map(str, values))})"
 
 
-def write(text: str, path: Path) -> None:
-    """Put a script into its folder, and print it."""
+def write_script(text: str, path: Path) -> None:
+    """Write a script, and print it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
         partial.write_text(text)
     print(f"# {path}\n{text}")
 
 
-def sbatch(path: Path, after: list[str], kind: str = "afterok", dry_run: bool = False) -> str:
-    """Submit a script; its job's number, or a name in place of it in a dry run.
+def sbatch(path: Path, after: list[str], dependency: str = "afterok", dry_run: bool = False) -> str:
+    """Submit a script; returns the job's number, or in a dry run a name in its place.
 
     Args:
-        after: jobs to wait for, and if they fail, this one is cancelled, and does not wait for ever.
-        kind: afterok, or afterany: where they fail, go on all the same.
+        after: numbers of jobs to wait for. If the dependency can no longer be met, the job is cancelled.
+        dependency: afterok (all must succeed) or afterany.
 
     Raises:
-        UserError: there is no Slurm here, or it refused; what it said.
+        UserError: Slurm is not installed here, or sbatch refused the script.
     """
     words = [
         "sbatch",
         "--parsable",
-        *([f"--dependency={kind}:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []),
+        *([f"--dependency={dependency}:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []),
         str(path),
     ]
     if dry_run:
@@ -131,18 +148,19 @@ def sbatch(path: Path, after: list[str], kind: str = "afterok", dry_run: bool = 
         return path.stem.upper()
     if not shutil.which("sbatch"):
         raise UserError(
-            f"{path} is written, but there is no sbatch on this machine; --dry-run True writes and prints"
-            " alone"
+            f"{path}: written, but there is no sbatch on this machine; run this on the cluster's login node,"
+            " or pass --dry-run"
         )
-    clean = {
+    # Inside of a job, SLURM_* and SBATCH_* describe that job; sbatch would take them as options.
+    environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "SBATCH_")) or name == "SLURM_CONF"
     }
-    result = subprocess.run(words, capture_output=True, text=True, env=clean, check=False)
+    result = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     if result.returncode:
         raise UserError(
-            f"{path}: {' '.join(result.stderr.split())}; what the cluster wants stands in the site file"
+            f"{path}: {' '.join(result.stderr.split())}; options of your cluster are set in the site file"
             " (--site)"
         )
     number = result.stdout.strip().split(";")[0]

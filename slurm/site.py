@@ -1,4 +1,4 @@
-"""What one cluster wants that others do not, from the file that its users edit."""
+"""Settings of one cluster, from a YAML file that its users edit."""
 
 import dataclasses
 import sys
@@ -14,7 +14,7 @@ SITE = Path(__file__).parent / "site.yaml"
 
 @dataclass(frozen=True)
 class Site:
-    """The keys of site.yaml, which explains them."""
+    """The keys of site.yaml, which documents them."""
 
     account: str = ""
     partition: str = ""
@@ -32,19 +32,20 @@ class Site:
     environment: dict[str, str] = field(default_factory=dict)
 
     def options(self, nodes: int, gpus: int) -> list[str]:
-        """Options of sbatch for one torchrun on each of `nodes` with `gpus` each."""
+        """Options of sbatch for one torchrun on each of `nodes` with `gpus` GPUs each."""
         named = {
             "account": self.account,
             "partition": self.partition if gpus else self.cpu_partition or self.partition,
             "qos": self.qos,
         }
-        asked = [f"--{name}={value}" for name, value in named.items() if value]
-        asked += [
+        return [
+            *(f"--{name}={value}" for name, value in named.items() if value),
             f"--nodes={nodes}",
             "--ntasks-per-node=1",
             f"--cpus-per-task={self.cpus_per_gpu * max(gpus, 1)}",
+            *([self.gpus.format(gpus=gpus)] if gpus else []),
+            *self.sbatch,
         ]
-        return [*asked, *([self.gpus.format(gpus=gpus)] if gpus else []), *self.sbatch]
 
     @property
     def interpreter(self) -> str:
@@ -55,20 +56,20 @@ def read_site(path: Path) -> Site:
     """The site file at `path`.
 
     Raises:
-        UserError: it is not there, or has a key or a kind of value that no site has.
+        UserError: the file is missing, is not YAML, or has an unknown key or a value of the wrong type.
     """
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a site file is a list of `key: value` lines, this is not")
-    kinds = {key.name: type(getattr(Site(), key.name)) for key in dataclasses.fields(Site)}
+        raise UserError(f"{path}: a site file must consist of `key: value` lines; see {SITE}")
+    types = {key.name: type(getattr(Site(), key.name)) for key in dataclasses.fields(Site)}
     for key, value in values.items():
-        if key not in kinds:
-            raise UserError(f"{path}: a site has no key '{key}'; it can be {', '.join(kinds)}")
-        if not isinstance(value, kinds[key]):
-            raise UserError(f"{path}: '{key}' is {value!r}; a {kinds[key].__name__} is wanted, as in {SITE}")
+        if key not in types:
+            raise UserError(f"{path}: unknown key '{key}'; valid keys: {', '.join(types)}")
+        if not isinstance(value, types[key]):
+            raise UserError(f"{path}: '{key}' is {value!r}; it must be a {types[key].__name__}, as in {SITE}")
     if "environment" in values:
         values["environment"] = {name: str(value) for name, value in values["environment"].items()}
     return Site(**values)

@@ -1,6 +1,4 @@
-"""Where a run stands, for whoever is woken by it: state, progress, jobs, the last lines that matter, and what
-to do.
-"""
+"""The state of a run on a cluster: progress, jobs, the relevant lines of its log, and what to do next."""
 
 import json
 import re
@@ -10,60 +8,64 @@ from typing import Annotated
 
 import tyro
 
+from data_prep.cli import Run
 from data_prep.errors import UserError
-from slurm.queue import ENDED, jobs_of, look_up
+from slurm.queue import ENDED, job_info, jobs_of_run
 from slurm.script import LOGS
 
-MATTERS = re.compile(r"^slurm: |error|warning|exitcode|Traceback|not finite|killed|oom", re.IGNORECASE)
-SILENT_S = 300  # of a heartbeat that comes every ten seconds, but not during a validation or a save
-WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
+RELEVANT = re.compile(r"^slurm: |error|warning|exitcode|Traceback|not finite|killed|oom", re.IGNORECASE)
+SILENT_S = 300  # status.json is written every ten seconds, but not during a validation or a save
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 
 
-def status(run: Annotated[Path, tyro.conf.Positional], lines: int = 8) -> None:
-    """Says where a run stands, and what to do.
+def status(run: Annotated[Run, tyro.conf.Positional], lines: int = 8) -> None:
+    """Show the state of a run, its jobs and the relevant lines of its log, and what to do next.
+
+      python -m slurm status runs/mine
 
     Args:
         run: Run folder.
-        lines: So many of the last lines of its log that matter.
+        lines: Number of log lines to show.
     """
-    if not (run / LOGS).is_dir() and not (run / "status.json").is_file():
+    status_file = run / "status.json"
+    if not (run / LOGS).is_dir() and not status_file.is_file():
         raise UserError(
-            f"{run}: neither a run nor submitted; python -m slurm submit RECIPE --run {run} --data SHARDS"
+            f"{run}: not a run, and not submitted; submit it: python -m slurm submit RECIPE --run {run}"
+            " --data SHARDS"
         )
-    said = json.loads((run / "status.json").read_text()) if (run / "status.json").is_file() else {}
+    values = json.loads(status_file.read_text()) if status_file.is_file() else {}
+    state = values.pop("state", "")
     checkpoints = sorted(path.name for path in (run / "checkpoints").glob("samples-*"))
-    print(f"run         {run}: {said.get('state', 'not begun')}")
-    print("".join(f"{name:<12}{value}\n" for name, value in said.items() if name != "state"), end="")
+    print(f"run         {run}: {state or 'not started'}")
+    for name, value in values.items():
+        print(f"{name:<12}{value}")
     print(f"checkpoints {', '.join(checkpoints) or 'none'}")
-    known = [(number, kind, look_up(number)) for number, kind in jobs_of(run)[-8:]]
-    for number, kind, job in known:
-        print(f"job         {number} {kind}: {describe(job)}")
+    jobs = [(number, name, job_info(number)) for number, name in jobs_of_run(run)[-8:]]
+    for number, name, info in jobs:
+        print(f"job         {number} {name}: {describe(info)}")
     silent_s = 0.0
-    if said.get("state") == "running" and "time" in said:
-        silent_s = (datetime.now(timezone.utc) - datetime.fromisoformat(said["time"])).total_seconds()
+    if state == "running" and "time" in values:
+        silent_s = (datetime.now(timezone.utc) - datetime.fromisoformat(values["time"])).total_seconds()
         print(f"heartbeat   {silent_s:.0f} s ago")
-    states = [job.get("JobState", "") for _, kind, job in known if kind == "train"]
-    waiting = any(state and state not in ENDED for state in states)
-    of_sweep = (run.parent / LOGS / f"sweep-{number}.log" for number, _ in jobs_of(run))
-    logs = sorted(
-        [*(run / LOGS).glob("*.log"), *filter(Path.is_file, of_sweep)], key=lambda path: path.stat().st_mtime
-    )
-    if logs:
-        important = [
-            line for line in logs[-1].read_text(errors="replace").splitlines() if MATTERS.search(line)
-        ]
-        print(f"log         {logs[-1]}", *(f"  {line[:300]}" for line in important[-lines:]), sep="\n")
-    last = "RUNNING" if "RUNNING" in states else (states or [""])[-1]  # of a chain, others wait
-    print(
-        f"to do       {advice(said.get('state', ''), waiting, last, (run / 'stop').exists(), silent_s, run)}"
-    )
+    if log := newest_log(run):
+        relevant = [text for text in log.read_text(errors="replace").splitlines() if RELEVANT.search(text)]
+        print(f"log         {log}", *(f"  {text[:300]}" for text in relevant[-lines:]), sep="\n")
+    job_states = [info.get("JobState", "") for _, name, info in jobs if name == "train"]
+    print(f"to do       {advice(state, job_states, (run / 'stop').exists(), silent_s, run)}")
 
 
-def describe(job: dict[str, str]) -> str:
-    """A job in a few words."""
-    if not job:
-        return "the cluster has forgotten it"
-    told = [job.get("JobState", "")]
+def newest_log(run: Path) -> Path | None:
+    """The log of a job of the run that was written to last."""
+    of_sweeps = (run.parent / LOGS / f"sweep-{number}.log" for number, _ in jobs_of_run(run))
+    logs = [*(run / LOGS).glob("*.log"), *filter(Path.is_file, of_sweeps)]
+    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def describe(info: dict[str, str]) -> str:
+    """One line on a job; see job_info."""
+    if not info:
+        return "no longer known to Slurm"
+    words = [info.get("JobState", "")]
     for name, text in (
         ("Restarts", "{} restarts"),
         ("NodeList", "on {}"),
@@ -71,45 +73,42 @@ def describe(job: dict[str, str]) -> str:
         ("Reason", "{}"),
         ("ExitCode", "exit code {}"),
     ):
-        if job.get(name, "") not in ("", "0", "None", "(null)", "0:0", "00:00:00"):
-            told.append(text.format(job[name]))
-    if job.get("JobState") in WAITS and job.get("StartTime", "Unknown") != "Unknown":
-        told.append(f"begins at {job['StartTime']} or before")
-    return ", ".join(told)
+        if info.get(name, "") not in ("", "0", "None", "(null)", "0:0", "00:00:00"):
+            words.append(text.format(info[name]))
+    if info.get("JobState") in WAITING and info.get("StartTime", "Unknown") != "Unknown":
+        words.append(f"expected to start at {info['StartTime']} or earlier")
+    return ", ".join(words)
 
 
-def advice(
-    state: str, job_is_alive: bool, last_job: str, stop_asked: bool, silent_s: float, run: Path
-) -> str:
+def advice(state: str, job_states: list[str], stop_requested: bool, silent_s: float, run: Path) -> str:
     """What to do about a run.
 
     Args:
-        state: of status.json; empty where the run has not begun.
-        job_is_alive: a training job runs or waits.
-        last_job: how the newest training job ended, if it did.
-        stop_asked: RUN/stop is there.
-        silent_s: since the run last said that it runs.
+        state: of status.json; empty where the run has not started.
+        job_states: Slurm's states of the run's training jobs, the oldest first; "" where it knows none.
+        stop_requested: RUN/stop exists.
+        silent_s: seconds since the run last wrote status.json.
     """
-    again = "the same `python -m slurm submit` again goes on from the last checkpoint"
+    is_active = any(job_state and job_state not in ENDED for job_state in job_states)
+    last_job = "RUNNING" if "RUNNING" in job_states else (job_states or [""])[-1]  # the rest of a chain waits
+    resume = "to resume from the last checkpoint, run the same `python -m slurm submit` again"
     if state == "finished":
-        return f"nothing; numbers: python -m eval retrieval {run} --data SHARDS --split test"
+        return f"nothing, it is finished; to evaluate it: python -m eval retrieval {run} --data SHARDS"
     if last_job == "RUNNING" and silent_s > SILENT_S:
         return (
-            f"it has said nothing for {silent_s / 60:.0f} min: a rank hangs, or its node is cut off; after"
-            " the recipe's timeout_minutes it ends and is requeued by itself; at once: scontrol requeue JOB"
+            f"no heartbeat for {silent_s / 60:.0f} min: a rank hangs, or its node is cut off. After the"
+            " recipe's timeout_minutes the job ends and is requeued; to do that now: scontrol requeue JOB"
         )
-    if job_is_alive and stop_asked:
-        return "nothing; it stops at the end of its step"
-    if job_is_alive and last_job in WAITS:
+    if is_active and stop_requested:
+        return "nothing; it stops at the end of its current step"
+    if is_active and last_job in WAITING:
         return "nothing; it waits in the queue"
-    if job_is_alive:
+    if is_active:
         return f"nothing; to stop it with a checkpoint: touch {run}/stop"
     if state == "stopped" or last_job == "CANCELLED":
-        return f"it was stopped, and can go on: {again}"
+        return f"it was stopped; {resume}"
     if last_job == "TIMEOUT":
-        return f"its time limit came before it could stop: raise warn_s in the site file; {again}"
+        return f"it reached its time limit before it could stop: increase warn_s in the site file; {resume}"
     if last_job:
-        return (
-            f"it ended and was not requeued; the reason is in the log above. When that is put right, {again}"
-        )
-    return "submit it: python -m slurm submit RECIPE ..."
+        return f"it ended and was not requeued; the reason is in the log above. After fixing it, {resume}"
+    return f"submit it: python -m slurm submit RECIPE --run {run} --data SHARDS"

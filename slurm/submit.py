@@ -1,7 +1,7 @@
 """Training on a cluster: one run, a chain of jobs for it, or a sweep over recipes and values.
 
-RUN/slurm/train.sbatch     what was submitted           RUN/slurm/train-JOB.log    what the job said, restarts included
-RUN/slurm/recipe.yaml      the recipe as it was then    RUN/slurm/jobs             numbers of the run's jobs
+RUN/slurm/train.sbatch    the submitted script        RUN/slurm/train-JOB.log   log of a job and its restarts
+RUN/slurm/recipe.yaml     the recipe at submission    RUN/slurm/jobs            numbers of the run's jobs
 """
 
 import shutil
@@ -10,177 +10,219 @@ from typing import Annotated
 
 import tyro
 
+from data_prep.cli import File, Folder, RecipeFile, Rest, Run, Shards
 from data_prep.errors import UserError
-from slurm.queue import add_job, unfinished
-from slurm.script import LOGS, Shape, assign, assign_list, sbatch, script, write
+from slurm.queue import active_jobs, record_job
+from slurm.script import LOGS, Resources, assign, assign_list, render_script, sbatch, write_script
 from slurm.site import SITE, read_site
 from train.recipe import Recipe, parse
 from train.tune.grid import expand_grid
 
+JobNumbers = Annotated[tuple[str, ...], tyro.conf.arg(metavar="JOB [JOB ...]")]
+Stage = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+TrainModule = tyro.conf.Suppress[tyro.conf.Fixed[str]]  # tests submit a module with injected faults
+
 
 def submit(
-    recipe: Annotated[str, tyro.conf.Positional],
-    run: Path,
-    data: Path,
-    shape: Shape = Shape(),  # noqa: B008 frozen
-    after: list[str] = [],  # noqa: B006 tyro copies it
+    recipe: Annotated[RecipeFile, tyro.conf.Positional],
+    run: Run,
+    data: Shards,
+    resources: Resources = Resources(),  # noqa: B008 frozen
+    after: JobNumbers = (),
     chain: int = 1,
-    stage: str = "",
-    site: Path = SITE,
+    stage: Stage = "",
+    site: File = SITE,
     dry_run: bool = False,
-    flags: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = (),
-    module: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "train",
+    flags: Rest = (),
+    module: TrainModule = "train",
 ) -> list[str]:
-    """Submits a training that survives time limits, preemption, lost nodes and crashes, and goes on until it
-    is finished.
+    """Submit a training run; after time limits, preemption, lost nodes and crashes it is requeued and
+    resumes, until it is finished.
 
-    What follows `--` is given to the training: ... --nodes 2 -- --optim.lr 1e-5 --micro_batch_size 32
-    The same command again, when no job of the run is left, goes on with it.
+    Words after `--` are passed to the training. The same command submits an unfinished run again; it resumes
+    from its last checkpoint.
+
+      python -m slurm submit train/recipes/spectrum_icons.yaml --run runs/mine --data shards --nodes 2
+          --time 12:00:00 -- --optim.lr 1e-5 --micro-batch-size 32
 
     Args:
-        recipe: YAML recipe; a copy of it is what the job reads.
-        run: Run folder; scripts and logs lie in RUN/slurm.
-        data: Folder of shards; with --after it may come to be later.
-        after: Numbers of jobs that have to succeed before.
-        chain: So many jobs, each going on where the one before it was stopped by its time limit: for clusters
-            where a job may not requeue itself.
-        stage: Folder on each node's own disk to copy the shards to before training, '$TMPDIR' for example.
-        site: What the cluster wants; see slurm/site.yaml.
-        dry_run: Write the script and print it, and submit nothing.
+        recipe: YAML recipe; the job reads a copy of it.
+        run: Run folder; scripts and logs are in RUN/slurm.
+        data: Folder of shards; with --after it may be created by an earlier job.
+        after: Numbers of jobs that must succeed first.
+        chain: Number of jobs, each of which resumes when the previous one reached its time limit; for
+            clusters where a job may not requeue itself.
+        stage: Folder on each node's own disk to copy the shards to before training, such as '$TMPDIR'.
+        site: Settings of the cluster; see slurm/site.yaml.
+        dry_run: Write and print the script without submitting it.
 
     Returns:
         The jobs' numbers.
     """
-    shape.check()
+    resources.check()
     if chain < 1:
-        raise UserError(f"--chain {chain}: at least 1 is wanted")
+        raise UserError(f"--chain {chain}: must be at least 1")
     cluster, run, data = read_site(site), run.absolute(), data.absolute()
-    check_training(recipe, run, data, shape, flags, bool(after))
-    if dry_run is False and (jobs := unfinished(run)):
-        raise UserError(
-            f"{run}: has jobs in the queue, {', '.join(jobs)}; wait for them, or: scancel {' '.join(jobs)}"
-        )
-    settings = [*place(run, copied(recipe, run), flags), *common(data, stage, module, requeue=chain == 1)]
-    path = run / LOGS / "train.sbatch"
-    write(script("train.sbatch", "train", run / LOGS, shape, cluster, settings), path)
+    check_training(recipe, run, data, resources, flags, data_may_be_missing=bool(after))
     if not dry_run:
-        begin_anew(run)
+        check_no_active_jobs(run)
+    settings = [
+        *run_settings(run, copy_recipe(recipe, run), flags),
+        *common_settings(data, stage, module, requeue=chain == 1),
+    ]
+    path = run / LOGS / "train.sbatch"
+    write_script(render_script("train.sbatch", "train", run / LOGS, resources, cluster, settings), path)
+    if not dry_run:
+        reset_stop(run)
     numbers: list[str] = []
     for link in range(chain):
-        number = sbatch(path, numbers[-1:] if link else after, "afterany" if link else "afterok", dry_run)
+        # afterany: a job that is stopped by its time limit ends with 75, and afterok would cancel the rest.
+        previous, dependency = (numbers[-1:], "afterany") if link else (list(after), "afterok")
+        number = sbatch(path, previous, dependency, dry_run)
         numbers.append(f"{number}{link + 1}" if dry_run else number)
         if not dry_run:
-            add_job(run, numbers[-1], "train")
-    if not dry_run:
-        print(f"# where it stands: python -m slurm status {run}")
-        print(f"# to stop it, with a checkpoint: touch {run}/stop, or: scancel {' '.join(numbers)}")
+            record_job(run, number, "train")
+    if dry_run:
+        return numbers
+    print(f"# state: python -m slurm status {run}")
+    print(f"# to stop it with a checkpoint: touch {run}/stop, or: scancel {' '.join(numbers)}")
     return numbers
 
 
 def sweep(
-    recipes: Annotated[list[str], tyro.conf.Positional],
-    runs: Path,
-    data: Path,
-    vary: tyro.conf.UseAppendAction[list[str]] = [],  # noqa: B006
-    shape: Shape = Shape(),  # noqa: B008
+    recipes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE [RECIPE ...]")],
+    runs: Folder,
+    data: Shards,
+    vary: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE[,VALUE ...]")
+    ] = (),
+    resources: Resources = Resources(),  # noqa: B008 frozen
     at_once: int = 0,
-    after: list[str] = [],  # noqa: B006
-    stage: str = "",
-    site: Path = SITE,
+    after: JobNumbers = (),
+    stage: Stage = "",
+    site: File = SITE,
     dry_run: bool = False,
-    flags: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = (),
-    module: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "train",
+    flags: Rest = (),
+    module: TrainModule = "train",
 ) -> str:
-    """Submits one array: a run for each recipe and each combination of values, each as tough as one from
+    """Submit a job array: one run for each recipe and combination of values, each requeued and resumed as by
     `submit`.
 
-    What they reached, in one table: python -m train.sweep --table RUNS
+    Words after `--` are passed to each training. A table of the results: python -m train.sweep --table FOLDER
+
+      python -m slurm sweep train/recipes/icons.yaml --runs runs/sweep --data shards
+          --vary optim.lr=1e-5,3e-5 --vary seed=0,1
 
     Args:
         recipes: YAML recipes.
-        runs: Folder to make the run folders in, each named by its recipe and values.
+        runs: Folder of the runs; each run folder is named by its recipe and values.
         data: Folder of shards.
-        vary: A key and its values: --vary optim.lr=1e-5,3e-5 --vary seed=0,1 makes four runs of each recipe.
-        at_once: At most so many at a time; 0 is no limit.
-        after: Numbers of jobs that have to succeed before.
-        stage: Folder on each node's own disk to copy the shards to before training.
-        site: What the cluster wants; see slurm/site.yaml.
-        dry_run: Write the script and print it, and submit nothing.
+        vary: A recipe key and its values. Given several times, every combination is a run.
+        at_once: Largest number of runs at the same time; 0 is no limit.
+        after: Numbers of jobs that must succeed first.
+        stage: Folder on each node's own disk to copy the shards to before training, such as '$TMPDIR'.
+        site: Settings of the cluster; see slurm/site.yaml.
+        dry_run: Write and print the script without submitting it.
 
     Returns:
         The array's number.
     """
-    shape.check()
+    resources.check()
+    if not recipes:
+        raise UserError("python -m slurm sweep: no recipe; pass at least one")
     cluster, runs, data = read_site(site), runs.absolute(), data.absolute()
     tasks, folders = [], []
-    for number, (name, (recipe, values)) in enumerate(expand_grid(recipes, vary).items()):
+    for number, (name, (recipe, values)) in enumerate(expand_grid(list(recipes), list(vary)).items()):
         run, all_flags = runs / name, (*flags, *values)
-        check_training(recipe, run, data, shape, all_flags, bool(after))
-        if not dry_run and (jobs := unfinished(run)):
-            raise UserError(
-                f"{run}: has jobs in the queue, {', '.join(jobs)}; wait for them, or: scancel"
-                f" {' '.join(jobs)}"
-            )
+        check_training(Path(recipe), run, data, resources, all_flags, data_may_be_missing=bool(after))
+        if not dry_run:
+            check_no_active_jobs(run)
         folders.append(run)
-        tasks.append(f"{number}) {'; '.join(place(run, copied(recipe, run), all_flags))} ;;")
-    settings = ["case $SLURM_ARRAY_TASK_ID in", *tasks, "esac", *common(data, stage, module, requeue=True)]
+        settings = run_settings(run, copy_recipe(Path(recipe), run), all_flags)
+        tasks.append(f"{number}) {'; '.join(settings)} ;;")
+    settings = [
+        "case $SLURM_ARRAY_TASK_ID in",
+        *tasks,
+        "esac",
+        *common_settings(data, stage, module, requeue=True),
+    ]
     array = f"0-{len(tasks) - 1}{f'%{at_once}' if at_once else ''}"
     path = runs / LOGS / "sweep.sbatch"
-    write(script("train.sbatch", "sweep", runs / LOGS, shape, cluster, settings, array), path)
+    script = render_script("train.sbatch", "sweep", runs / LOGS, resources, cluster, settings, array)
+    write_script(script, path)
     if dry_run:
-        return sbatch(path, after, dry_run=True)
+        return sbatch(path, list(after), dry_run=True)
     for run in folders:
-        begin_anew(run)
-    number = sbatch(path, after)
+        reset_stop(run)
+    number = sbatch(path, list(after))
     for task, run in enumerate(folders):
-        add_job(run, f"{number}_{task}", "train")
-    print(f"# {len(folders)} runs; where one stands: python -m slurm status {folders[0]}")
-    print(f"# what they reached, in one table: python -m train.sweep --table {runs}")
+        record_job(run, f"{number}_{task}", "train")
+    print(f"# {len(folders)} runs; state of one: python -m slurm status {folders[0]}")
+    print(f"# table of the results: python -m train.sweep --table {runs}")
     return number
 
 
 def check_training(
-    recipe: str, run: Path, data: Path, shape: Shape, flags: tuple[str, ...], data_comes_later: bool
+    recipe: Path,
+    run: Path,
+    data: Path,
+    resources: Resources,
+    flags: tuple[str, ...],
+    data_may_be_missing: bool,
 ) -> Recipe:
-    """The recipe as the job will read it; mistakes are found here, and not after a night in the queue."""
-    parsed = parse([recipe, "--data", str(data), "--run", str(run), *flags])
-    ranks = shape.nodes * shape.ranks_per_node
+    """The recipe as the job will read it, so that mistakes are found before the job waits in the queue.
+
+    Raises:
+        UserError: the recipe is invalid, does not fit the number of ranks, or there are no shards.
+    """
+    parsed = parse([str(recipe), "--data", str(data), "--run", str(run), *flags])
+    ranks = resources.nodes * resources.ranks_per_node
     if parsed.global_batch_size % ranks:
         raise UserError(
-            f"--global_batch_size {parsed.global_batch_size} cannot be shared evenly by {ranks} ranks ({shape.nodes} nodes x"
-            f" {shape.ranks_per_node})"
+            f"--global-batch-size {parsed.global_batch_size}: must be a multiple of the {ranks} ranks"
+            f" ({resources.nodes} nodes x {resources.ranks_per_node})"
         )
-    if not data_comes_later and not (data / "manifest.json").is_file():
+    if not data_may_be_missing and not (data / "manifest.json").is_file():
         raise UserError(
-            f"{data}: no manifest.json, so no shards; make them, or name the job that does with --after"
+            f"{data}: no manifest.json, so not a folder of shards; build it, or pass the job that builds it"
+            " with --after"
         )
     return parsed
 
 
-def place(run: Path, recipe: Path, flags: tuple[str, ...]) -> list[str]:
+def check_no_active_jobs(run: Path) -> None:
+    """Raises UserError where jobs of the run are in the queue: two would train in one folder."""
+    if jobs := active_jobs(run):
+        raise UserError(
+            f"{run}: has jobs in the queue, {', '.join(jobs)}; wait for them, or: scancel {' '.join(jobs)}"
+        )
+
+
+def run_settings(run: Path, recipe: Path, flags: tuple[str, ...]) -> list[str]:
+    """Lines of bash: what differs between the runs of a sweep."""
     return [assign("RUN", run), assign("RECIPE", recipe), assign_list("FLAGS", list(flags))]
 
 
-def common(data: Path, stage: str, module: str, requeue: bool) -> list[str]:
-    # left in double quotes, so that $TMPDIR is the node's
+def common_settings(data: Path, stage: str, module: str, requeue: bool) -> list[str]:
+    """Lines of bash: what the runs of a sweep share."""
     return [
         assign("DATA", data),
-        f'STAGE="{stage}"',
+        f'STAGE="{stage}"',  # in double quotes, so that $TMPDIR is expanded on the node
         assign("MODULE", module),
         assign("REQUEUE", "yes" if requeue else "no"),
     ]
 
 
-def copied(recipe: str, run: Path) -> Path:
-    """The recipe beside the run: to edit the original does not change a job that waits."""
+def copy_recipe(recipe: Path, run: Path) -> Path:
+    """Copy the recipe into the run folder: a later edit of the original must not change a waiting job."""
     copy = run / LOGS / "recipe.yaml"
     copy.parent.mkdir(parents=True, exist_ok=True)
-    if Path(recipe).absolute() != copy:
+    if recipe.absolute() != copy:
         shutil.copyfile(recipe, copy)
     return copy
 
 
-def begin_anew(run: Path) -> None:
-    """A person wants the run to go on: an old stop, and old crashes, no longer count."""
-    for path in (run / "stop", run / LOGS / "fruitless"):
+def reset_stop(run: Path) -> None:
+    """A new submission means to resume: discard an old stop request and the count of crashes."""
+    for path in (run / "stop", run / LOGS / "attempts_without_progress"):
         path.unlink(missing_ok=True)
