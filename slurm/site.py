@@ -69,7 +69,9 @@ def read_site(path: Path) -> Site:
         if key not in types:
             raise UserError(f"{path}: unknown key '{key}'; valid keys: {', '.join(types)}")
         if not isinstance(value, types[key]):
-            raise UserError(f"{path}: '{key}' is {value!r}; it must be a {types[key].__name__}, as in {SITE}")
+            raise UserError(
+                f"{path}: '{key}' is {value!r}; its type must be {types[key].__name__}, as in {SITE}"
+            )
     if "environment" in values:
         values["environment"] = {name: str(value) for name, value in values["environment"].items()}
     return Site(**values)

@@ -1,8 +1,11 @@
-"""What is submitted is a whole bash script, mistakes cost no night in the queue, and status says what to do."""
+"""Submitted scripts are complete bash scripts, mistakes are reported before anything is queued, and status
+says what to do next.
+"""
 
-import functools
 import re
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,14 +13,14 @@ from conftest import ROOT, assert_mistake, call_here
 
 import slurm.__main__
 from slurm.pipeline import job, pipeline
-from slurm.queue import fields
-from slurm.script import Shape
+from slurm.queue import parse_fields
+from slurm.script import Resources
 from slurm.site import SITE, read_site
 from slurm.status import advice, describe, status
 from slurm.submit import submit, sweep
 
-RECIPE = str(ROOT / "train" / "recipes" / "demo.yaml")
-TWO = Shape(nodes=2, gpus=2, time="12:00:00")
+RECIPE = ROOT / "train" / "recipes" / "demo.yaml"
+TWO_NODES = Resources(nodes=2, gpus=2, time="12:00:00")
 
 
 @pytest.fixture
@@ -27,39 +30,37 @@ def shards(tmp_path) -> Path:
     return tmp_path / "shards"
 
 
-def scripts(folder: Path) -> dict[str, str]:
+def scripts_in(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.rglob("*.sbatch")}
 
 
-def test_every_script_is_whole_and_slurm_sees_all_its_options(tmp_path, shards, capsys):
-    submit(RECIPE, tmp_path / "run", shards, TWO, dry_run=True)
-    sweep(
-        [RECIPE], tmp_path / "sweep", shards, ["optim.lr=1e-5,3e-5", "seed=0,1"], TWO, at_once=2, dry_run=True
-    )
+@pytest.fixture
+def dry_run(tmp_path, shards, capsys) -> tuple[dict[str, str], str]:
+    """Every script that the commands write, by its name, and what they print."""
+    submit(RECIPE, tmp_path / "run", shards, TWO_NODES, dry_run=True)
+    vary = ("optim.lr=1e-5,3e-5", "seed=0,1")
+    sweep((str(RECIPE),), tmp_path / "sweep", shards, vary, TWO_NODES, at_once=2, dry_run=True)
     numbers = pipeline(
-        ["a.csv"],
+        ("a.csv",),
         RECIPE,
         tmp_path / "path",
         tmp_path / "new",
         build="--caption-column text",
-        shape=TWO,
+        resources=TWO_NODES,
         publish="--repo me/it",
         dry_run=True,
     )
     assert numbers == ["PREPARE", "MERGE", "TRAIN1", "EVAL", "PUBLISH"]
-    found = scripts(tmp_path)
-    assert set(found) == {
-        "train.sbatch",
-        "sweep.sbatch",
-        "prepare.sbatch",
-        "merge.sbatch",
-        "eval.sbatch",
-        "publish.sbatch",
-    }
-    printed = capsys.readouterr().out
-    for name, text in found.items():
+    return scripts_in(tmp_path), capsys.readouterr().out
+
+
+def test_every_script_is_complete_and_slurm_reads_all_its_options(dry_run):
+    scripts, printed = dry_run
+    names = ("train", "sweep", "prepare", "merge", "eval", "publish")
+    assert set(scripts) == {f"{name}.sbatch" for name in names}
+    for name, text in scripts.items():
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0, name
-        assert "@" not in re.sub(r'"[^"]*"|\[@\]|USR1@300|#.*', "", text), f"{name}: a mark was not filled in"
+        assert "@" not in re.sub(r'"[^"]*"|\[@\]|USR1@300|#.*', "", text), f"{name}: a mark was not replaced"
         options, _, rest = text.partition("\nset -uo pipefail\n")
         assert "#SBATCH" not in rest, f"{name}: sbatch reads no options after the first command"
         for option in (
@@ -71,13 +72,15 @@ def test_every_script_is_whole_and_slurm_sees_all_its_options(tmp_path, shards, 
         ):
             assert f"#SBATCH {option}" in options, (name, option)
         assert text in printed
-    train = found["train.sbatch"]
     for option in ("--nodes=2", "--gpus-per-node=2", "--time=12:00:00"):
-        assert f"#SBATCH {option}\n" in train
-    assert "#SBATCH --array=0-3%2\n" in found["sweep.sbatch"]
-    assert "#SBATCH --array=0-31\n" in found["prepare.sbatch"]
-    assert "HF_HUB_OFFLINE=0" in found["publish.sbatch"]
-    assert "HF_HUB_OFFLINE=1" in found["eval.sbatch"]
+        assert f"#SBATCH {option}\n" in scripts["train.sbatch"]
+    assert "#SBATCH --nodes=1\n" in scripts["eval.sbatch"]
+    assert "#SBATCH --array=0-3%2\n" in scripts["sweep.sbatch"]
+    assert "#SBATCH --array=0-31\n" in scripts["prepare.sbatch"]
+
+
+def test_each_job_of_a_pipeline_waits_for_the_previous_one(dry_run):
+    scripts, printed = dry_run
     waits = re.findall(r"--dependency=(\S+) --kill-on-invalid-dep=yes \S+/(\w+)\.sbatch", printed)
     assert waits == [
         ("afterok:PREPARE", "merge"),
@@ -85,78 +88,105 @@ def test_every_script_is_whole_and_slurm_sees_all_its_options(tmp_path, shards, 
         ("afterok:TRAIN1", "eval"),
         ("afterok:EVAL", "publish"),
     ]
+    assert "HF_HUB_OFFLINE=1" in scripts["eval.sbatch"]
+    assert "HF_HUB_OFFLINE=0" in scripts["publish.sbatch"]
+    [command] = re.findall(r"^COMMAND=\((.*)\)$", scripts["publish.sbatch"], flags=re.MULTILINE)
+    assert command.split()[0] == "train.publish"
+    assert "--yes" in command.split(), "publishing asks before it uploads, and a job has no terminal"
 
 
-def test_a_chain_waits_link_by_link(tmp_path, shards, capsys):
-    assert submit(RECIPE, tmp_path / "run", shards, TWO, after=["7"], chain=3, dry_run=True) == [
-        "TRAIN1",
-        "TRAIN2",
-        "TRAIN3",
-    ]
+def test_each_job_of_a_chain_waits_for_the_previous_one(tmp_path, shards, capsys):
+    numbers = submit(RECIPE, tmp_path / "run", shards, TWO_NODES, after=("7",), chain=3, dry_run=True)
+    assert numbers == ["TRAIN1", "TRAIN2", "TRAIN3"]
     waits = re.findall(r"--dependency=(\S+)", capsys.readouterr().out)
     assert waits == ["afterok:7", "afterany:TRAIN1", "afterany:TRAIN2"]
-    assert "\nREQUEUE=no\n" in scripts(tmp_path)["train.sbatch"]
+    assert "\nREQUEUE=no\n" in scripts_in(tmp_path)["train.sbatch"]
 
 
-def test_values_arrive_as_they_were_typed(tmp_path, shards):
-    """Spaces, quotes and dollars in names are data, and no commands."""
+def test_special_characters_are_data_not_commands(tmp_path, shards):
     run = tmp_path / "a run; $(touch evil)'"
     site = tmp_path / "site.yaml"
     site.write_text("environment: {WORD: \"it's $HOME\"}\nsbatch: ['--comment=a b']\n")
     flags = ("--model", "x:$(touch evil)")
-    submit(RECIPE, run, shards, TWO, site=site, dry_run=True, flags=flags)
-    text = scripts(run)["train.sbatch"]
+    submit(RECIPE, run, shards, TWO_NODES, site=site, dry_run=True, flags=flags)
+    text = scripts_in(run)["train.sbatch"]
     assert '#SBATCH "--comment=a b"' in text
-    settings = text.partition("\ncd ")[2].partition("\njob=")[0]
+    settings = text.partition("\ncd ")[2].partition("\n# In an array")[0]
     show = f'cd {settings}\nprintf "%s\\n" "$RUN" "$WORD" "${{FLAGS[@]}}"'
-    shown = subprocess.run(
-        ["bash", "-c", show], capture_output=True, text=True, check=True, cwd=tmp_path
-    ).stdout.splitlines()
-    assert shown == [str(run), "it's $HOME", *flags]
+    result = subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert result.stdout.splitlines() == [str(run), "it's $HOME", *flags]
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_mistakes_are_found_before_the_queue(tmp_path, shards):
-    main, to = slurm.__main__.main, ["--run", tmp_path / "run", "--data", shards]
-    assert_mistake(
-        call_here(main, "submit", RECIPE, "--run", tmp_path / "run", "--data", tmp_path),
-        "no manifest.json",
-        "--after",
-    )
-    assert_mistake(
-        call_here(main, "submit", RECIPE, *to, "--nodes", 3),
-        "--global_batch_size 128 cannot be shared evenly by 24 ranks",
-    )
-    assert_mistake(call_here(main, "submit", RECIPE, *to, "--nodes", 0), "at least one node")
-    assert_mistake(call_here(main, "submit", RECIPE, *to, "--chain", 0), "--chain 0")
-    assert_mistake(call_here(main, "submit", "no.yaml", *to), "no such recipe file")
-    assert_mistake(call_here(main, "submit", RECIPE, *to, "--", "--epochs", 0), "--epochs 0")
-    assert_mistake(
-        call_here(main, "sweep", RECIPE, RECIPE, "--runs", tmp_path, "--data", shards),
-        "two runs of the sweep have this name",
-    )
-    assert_mistake(
-        call_here(main, "sweep", RECIPE, "--runs", tmp_path, "--data", shards, "--vary", "lr"), "--vary lr"
-    )
-    assert_mistake(call_here(main, "job", "x", "--folder", tmp_path), "no command")
-    assert_mistake(call_here(main, "status", tmp_path / "nowhere"), "neither a run nor submitted")
+def test_mistakes_are_reported_before_anything_is_queued(tmp_path, shards):
+    paths = ["--run", tmp_path / "run", "--data", shards]
+    sweep_paths = ["--runs", tmp_path, "--data", shards]
+    for arguments, *words in (
+        (["submit", RECIPE, "--run", tmp_path / "run", "--data", tmp_path], "no manifest.json", "--after"),
+        (
+            ["submit", RECIPE, *paths, "--nodes", 3],
+            "--global-batch-size 128: must be a multiple of the 24 ranks",
+        ),
+        (["submit", RECIPE, *paths, "--nodes", 0], "--nodes 0: must be at least 1"),
+        (["submit", RECIPE, *paths, "--gpus", -1], "--gpus -1: must be 0"),
+        (["submit", RECIPE, *paths, "--chain", 0], "--chain 0: must be at least 1"),
+        (["submit", "no.yaml", *paths], "no such recipe file"),
+        (["submit", RECIPE, *paths, "--", "--epochs", 0], "--epochs 0"),
+        (["sweep", RECIPE, RECIPE, *sweep_paths], "two runs of the sweep have this name"),
+        (["sweep", RECIPE, *sweep_paths, "--vary", "lr"], "--vary lr"),
+        (["sweep", *sweep_paths], "no recipe"),
+        (["pipeline", "--recipe", RECIPE, *paths], "no input"),
+        (["pipeline", "a.csv", "--recipe", RECIPE, *paths, "--tasks", 0], "--tasks 0: must be at least 1"),
+        (["job", "x", "--folder", tmp_path], "no command"),
+        (["status", tmp_path / "nowhere"], "not a run, and not submitted"),
+        (["status", tmp_path, "--", "x"], "takes nothing after --"),
+    ):
+        assert_mistake(call_here(slurm.__main__.main, *arguments), *words)
     for text, word in (
-        ("partitoin: x", "no key 'partitoin'"),
-        ("warn_s: soon", "'warn_s' is 'soon'"),
+        ("partitoin: x", "unknown key 'partitoin'"),
+        ("warn_s: soon", "'warn_s' is 'soon'; its type must be int"),
         ("- a", "key: value"),
         ("a: [", "YAML"),
     ):
-        (tmp_path / "site.yaml").write_text(text)
+        site = tmp_path / "site.yaml"
+        site.write_text(text)
         assert_mistake(
-            call_here(main, "submit", RECIPE, *to, "--site", tmp_path / "site.yaml"), "site.yaml", word
+            call_here(slurm.__main__.main, "submit", RECIPE, *paths, "--site", site), "site.yaml", word
         )
-    assert not scripts(tmp_path)
+    assert not scripts_in(tmp_path)
 
 
 def test_without_slurm_the_script_is_written_and_the_user_told(tmp_path, shards, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    told = call_here(slurm.__main__.main, "submit", RECIPE, "--run", tmp_path / "run", "--data", shards)
-    assert_mistake(told, "train.sbatch is written, but there is no sbatch on this machine")
+    result = call_here(slurm.__main__.main, "submit", RECIPE, "--run", tmp_path / "run", "--data", shards)
+    assert_mistake(result, "train.sbatch: written, but there is no sbatch on this machine")
+
+
+def test_what_follows_the_dashes_is_passed_on(tmp_path, shards, monkeypatch, capsys):
+    def run(*arguments) -> None:
+        monkeypatch.setattr("sys.argv", ["python -m", *map(str, arguments)])
+        slurm.__main__.main()
+
+    paths = ["--run", tmp_path / "run", "--data", shards]
+    run("submit", RECIPE, *paths, "--gpus", 2, "--dry-run", "--", "--optim.lr", "1e-5", "--epochs", "3")
+    assert "\nFLAGS=(--optim.lr 1e-5 --epochs 3)\n" in scripts_in(tmp_path)["train.sbatch"]
+    run("job", "x", "--folder", tmp_path, "--dry_run", "--", "eval", "search", "--text", "a b")
+    assert "\nCOMMAND=(eval search --text 'a b')\n" in scripts_in(tmp_path)["x.sbatch"]
+
+
+@pytest.mark.parametrize("command", ["submit", "sweep", "pipeline", "job", "status"])
+def test_help_has_its_own_usage_line_and_imports_nothing_heavy(command):
+    script = (
+        "import sys; from slurm.__main__ import main\n"
+        "try: main()\n"
+        "finally: print('heavy:', {'torch', 'open_clip', 'pandas', 'numpy'} & set(sys.modules))"
+    )
+    line = [sys.executable, "-c", script, command, "--help"]
+    started = time.monotonic()
+    result = subprocess.run(line, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert time.monotonic() - started < 5  # 0.2 s on an idle machine
+    assert result.stdout.startswith(f"usage: python -m slurm {command} ")
+    assert result.stdout.endswith("heavy: set()\n")
 
 
 def test_our_site_file_has_every_key_and_the_defaults():
@@ -171,28 +201,27 @@ def test_our_site_file_has_every_key_and_the_defaults():
     assert set(re.findall(r"^(\w+):", SITE.read_text(), flags=re.MULTILINE)) == set(site.__dataclass_fields__)
 
 
-def test_status_says_where_it_stands_and_what_to_do(tmp_path, capsys, monkeypatch):
+def test_status_shows_the_state_and_what_to_do(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     (run / "slurm").mkdir(parents=True)
     (run / "checkpoints" / "samples-000000001280").mkdir(parents=True)
     (run / "status.json").write_text('{"state": "stopped", "samples": 1280, "eta_s": 60}')
     (run / "slurm" / "jobs").write_text("12 train\n")
-    (run / "slurm" / "train-12.log").write_text(
-        "slurm: job 12.0: begins\ntraining: 3 %\nerror: the disk is full\n"
-    )
+    log = "slurm: job 12.0: starts\ntraining: 3 %\nerror: the disk is full\n"
+    (run / "slurm" / "train-12.log").write_text(log)
     monkeypatch.setenv("PATH", "")
     status(run)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for words in (
         f"{run}: stopped",
         "eta_s       60",
         "samples-000000001280",
-        "12 train: the cluster has forgotten it",
+        "12 train: no longer known to Slurm",
         "error: the disk is full",
     ):
-        assert words in said
-    assert "training: 3 %" not in said
-    assert said.splitlines()[-1].startswith("to do       it was stopped, and can go on")
+        assert words in printed
+    assert "training: 3 %" not in printed
+    assert printed.splitlines()[-1].startswith("to do       it was stopped; to resume")
     (run / "slurm" / "jobs").write_text("13_2 train\n")
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "sweep-13_2.log").write_text("error: of a sweep\n")
@@ -201,38 +230,41 @@ def test_status_says_where_it_stands_and_what_to_do(tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("state", "alive", "last", "stop", "silent_s", "words"),
+    ("state", "job_states", "stop_requested", "silent_s", "words"),
     [
-        ("finished", False, "COMPLETED", False, 0, "eval retrieval"),
-        ("running", True, "RUNNING", True, 0, "it stops"),
-        ("running", True, "RUNNING", False, 9, "touch"),
-        ("running", True, "RUNNING", False, 900, "nothing for 15 min"),
-        ("running", True, "PENDING", False, 900, "it waits in the queue"),
-        ("running", False, "CANCELLED", False, 0, "can go on"),
-        ("running", False, "TIMEOUT", False, 0, "warn_s"),
-        ("running", False, "FAILED", False, 0, "the reason is in the log"),
-        ("", False, "", False, 0, "submit it"),
+        ("finished", ["COMPLETED"], False, 0, "eval retrieval"),
+        ("running", ["RUNNING"], True, 0, "it stops"),
+        ("running", ["RUNNING"], False, 9, "touch"),
+        ("running", ["RUNNING"], False, 900, "no heartbeat for 15 min"),
+        ("running", ["RUNNING", "PENDING", "PENDING"], False, 900, "no heartbeat for 15 min"),
+        ("running", ["PENDING"], False, 900, "it waits in the queue"),
+        ("running", ["CANCELLED"], False, 0, "to resume"),
+        ("running", ["TIMEOUT"], False, 0, "warn_s"),
+        ("running", ["FAILED"], False, 0, "the reason is in the log"),
+        ("", [], False, 0, "submit it"),
+        ("", [""], False, 0, "submit it"),
     ],
 )
-def test_advice(state, alive, last, stop, silent_s, words):
-    assert words in advice(state, alive, last, stop, silent_s, Path("run"))
+def test_advice(state, job_states, stop_requested, silent_s, words):
+    assert words in advice(state, job_states, stop_requested, silent_s, Path("run"))
 
 
-def test_what_slurm_says_is_read():
+def test_output_of_scontrol_is_parsed():
     line = (
         "JobId=12 JobName=train JobState=PENDING Reason=Resources Restarts=2 StartTime=2026-11-22T01:00:00"
         " NodeList=(null) ExitCode=0:0"
     )
-    job = fields(line)
-    assert (job["JobState"], job["Restarts"]) == ("PENDING", "2")
-    assert describe(job) == "PENDING, 2 restarts, Resources, begins at 2026-11-22T01:00:00 or before"
-    assert describe({}) == "the cluster has forgotten it"
+    info = parse_fields(line)
+    assert (info["JobState"], info["Restarts"]) == ("PENDING", "2")
+    expected = "PENDING, 2 restarts, Resources, expected to start at 2026-11-22T01:00:00 or earlier"
+    assert describe(info) == expected
+    assert describe({}) == "no longer known to Slurm"
 
 
-def test_a_command_of_any_kind(tmp_path):
-    site = functools.partial(
-        job, folder=tmp_path, dry_run=True, flags=("eval", "retrieval", "a model", "--data", "x")
-    )
-    site("eval", shape=Shape(1, 2))
-    assert "COMMAND=(eval retrieval 'a model' --data x)" in scripts(tmp_path)["eval.sbatch"]
-    assert "TORCHRUN=yes" in scripts(tmp_path)["eval.sbatch"]
+def test_any_command_is_run_by_torchrun_where_there_are_gpus(tmp_path):
+    words = ("eval", "retrieval", "a model", "--data", "x")
+    for name, gpus, torchrun in (("two", 2, "yes"), ("none", 0, "no")):
+        job(name, tmp_path, Resources(1, gpus), dry_run=True, flags=words)
+        script = scripts_in(tmp_path)[f"{name}.sbatch"]
+        assert "\nCOMMAND=(eval retrieval 'a model' --data x)\n" in script
+        assert f"\nTORCHRUN={torchrun}\n" in script
