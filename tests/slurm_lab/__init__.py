@@ -1,1 +1,1 @@
-"""A real Slurm on one machine, and the drills on it."""
+"""A real Slurm cluster on one machine, and drills that submit trainings to it and disturb them."""

@@ -1,12 +1,13 @@
-"""A real Slurm on one machine: munged, slurmctld, and nodes that can be switched off or cut off one by one.
+"""A real Slurm on one machine: munged, slurmctld, and nodes that can be switched off or disconnected.
 
-A node is a process 1 with its own network, processes, mounts and hostname, on a bridge with the others:
+A node is an init process in its own network, process, mount and hostname namespaces, on a bridge with the
+others:
 
     slurmctld 10.213.0.254 --- bridge lab0 --- eth0 of n1 10.213.0.1, of n2 10.213.0.2, ...
 
-Everything that is written lies in STATE; every process that was started is known by pid and start time, so
-that only those are ended. Linux, root, and the Debian packages munge, slurmctld, slurmd, slurm-client and
-iproute2 are wanted."""
+All files are in STATE. Started processes are recorded by pid and start time, so that only those are ended.
+Needs Linux, root, and the Debian packages munge, slurmctld, slurmd, slurm-client and iproute2.
+"""
 
 import contextlib
 import os
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -26,7 +28,7 @@ NET, BRIDGE = "10.213.0", "lab0"
 PACKAGES = "munge slurmctld slurmd slurm-client iproute2"
 NODE_TIMEOUT_S, GRACE_S = 12, 25
 
-# Bash as process 1: it reaps the orphans of slurmstepd. The node's own scratch disk is STATE/local.
+# Bash is the init process of a node: it reaps the orphans of slurmstepd. STATE/local is the node's own disk.
 NODE = """
 hostname "$1"; mount --bind "$2/hosts" /etc/hosts; mount --bind "$2/resolv.conf" /etc/resolv.conf
 mount -t tmpfs -o size=256m tmpfs "$2/local"
@@ -38,7 +40,7 @@ while :; do sleep 3600 & wait $!; done
 
 
 def missing() -> str:
-    """Why no cluster can be brought up here; empty where one can."""
+    """Why no cluster can be started here; empty where one can."""
     if os.geteuid():
         return "only root can make network namespaces"
     programs = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare")
@@ -48,12 +50,16 @@ def missing() -> str:
 
 
 def environment() -> dict[str, str]:
-    """What makes sbatch, squeue and the others talk to this cluster."""
+    """Environment variables with which sbatch, squeue and the others talk to this cluster."""
     return {**os.environ, "SLURM_CONF": str(STATE / "slurm.conf")}
 
 
 def call(*words, check: bool = True) -> str:
-    """What a command of Slurm (or ip) prints."""
+    """The output of a command of Slurm, or of ip.
+
+    Raises:
+        AssertionError: the command failed, and `check` is set.
+    """
     result = subprocess.run(
         [str(word) for word in words], env=environment(), capture_output=True, text=True, check=False
     )
@@ -62,17 +68,15 @@ def call(*words, check: bool = True) -> str:
 
 
 def up() -> None:
-    """Bring the cluster up; done when every node is idle.
+    """Start the cluster; returns when every node is idle.
 
     Raises:
-        UserError: it is up already, or this machine cannot.
+        UserError: a cluster is running already, or this machine cannot run one.
     """
     if reason := missing():
-        raise UserError(f"the lab wants a cluster of its own: {reason}")
+        raise UserError(f"no virtual cluster: {reason}")
     if _alive("slurmctld"):
-        raise UserError(
-            f"a cluster is up already in {STATE}; take it down with: python -m tests.slurm_lab down"
-        )
+        raise UserError(f"{STATE}: a cluster is running already; to stop it: python -m tests.slurm_lab down")
     down()
     for name in ("pid", "state", "spool", "log", "dev", "local", "munge"):
         (STATE / name).mkdir(parents=True)
@@ -92,7 +96,7 @@ def up() -> None:
     _start(
         "munged", ["munged", "--foreground", "--force", *munge_options, f"--log-file={STATE}/log/munged.log"]
     )
-    _until(lambda: (munge / "socket").exists(), "munged has no socket")
+    _until(lambda: (munge / "socket").exists(), "munged did not create its socket")
     call("ip", "link", "add", BRIDGE, "type", "bridge")
     call("ip", "addr", "add", f"{NET}.254/24", "dev", BRIDGE)
     call("ip", "link", "set", BRIDGE, "up")
@@ -110,9 +114,9 @@ def all_idle() -> bool:
 
 
 def down() -> None:
-    """End what up() started, and nothing else, and remove its traces."""
+    """End what up() started, and nothing else, and remove its files and network devices."""
     for record in sorted((STATE / "pid").glob("n*")):
-        _end(record.name, signal.SIGKILL)  # process 1 of a node: all others in it go with it
+        _end(record.name, signal.SIGKILL)  # the init process of a node; the kernel ends all others in it
     for name in ("slurmctld", "munged"):
         _end(name, signal.SIGTERM)
     for number in range(1, NODES + 1):
@@ -120,9 +124,8 @@ def down() -> None:
     call("ip", "link", "del", BRIDGE, check=False)
     for folder in Path("/sys/fs/cgroup").glob("*/slurm_n[0-9]*"):
         for path in sorted([folder, *folder.rglob("*/")], reverse=True):
-            with contextlib.suppress(
-                OSError
-            ):  # a controller that is slow to let go; up() can live with the folder
+            # A controller can release a group late; up() works with a folder that is left.
+            with contextlib.suppress(OSError):
                 path.rmdir()
     shutil.rmtree(STATE, ignore_errors=True)
 
@@ -136,60 +139,48 @@ def power_on(number: int) -> None:
     children = Path(f"/proc/{unshare}/task/{unshare}/children")
     _until(lambda: children.read_text().strip(), f"{name} did not start")
     _record(name, int(children.read_text()))
-    call(
-        "ip",
-        "link",
-        "add",
-        f"{BRIDGE}-n{number}",
-        "type",
-        "veth",
-        "peer",
-        "name",
-        "eth0",
-        "netns",
-        _pid(name),
-    )
-    call("ip", "link", "set", f"{BRIDGE}-n{number}", "master", BRIDGE, "up")
+    port = f"{BRIDGE}-n{number}"
+    call(*f"ip link add {port} type veth peer name eth0 netns {_pid(name)}".split())
+    call("ip", "link", "set", port, "master", BRIDGE, "up")
 
 
 def power_off(number: int) -> None:
-    """Switch node n`number` off: its network first, for a dead machine says goodbye to nobody."""
-    cut(number)
+    """Switch node n`number` off: its network first, because a dead machine closes no connections."""
+    disconnect(number)
     _end(f"n{number}", signal.SIGKILL)
     call("ip", "link", "del", f"{BRIDGE}-n{number}", check=False)
 
 
-def cut(number: int) -> None:
-    """Unplug the network of node n`number`; its processes, and the shared disk, go on."""
+def disconnect(number: int) -> None:
+    """Unplug the network of node n`number`; its processes keep running and see the shared disk."""
     call("ip", "link", "set", f"{BRIDGE}-n{number}", "down")
 
 
-def heal(number: int) -> None:
+def reconnect(number: int) -> None:
+    """Plug the network of node n`number` in again."""
     call("ip", "link", "set", f"{BRIDGE}-n{number}", "up")
 
 
-def pids_of(job: str, node: str = "n*") -> dict[int, str]:
-    """The processes of a job, pid on this machine -> command line, by the job's control groups."""
-    found = {}
+def processes_of(job: str, node: str = "n*") -> dict[int, str]:
+    """The processes of a job by the job's control groups: pid on this machine -> command line."""
+    processes = {}
     for file in Path("/sys/fs/cgroup/freezer").glob(f"slurm_{node}/uid_*/job_{job}/**/cgroup.procs"):
         for pid in file.read_text().split():
             with contextlib.suppress(OSError):
-                found[int(pid)] = (
-                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                )
-    return found
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+                processes[int(pid)] = line.decode(errors="replace")
+    return processes
 
 
 def _write_configuration() -> None:
     host = socket.gethostname().split(".")[0]
-    for number in range(GPUS):  # Slurm wants character devices
+    for number in range(GPUS):  # Slurm accepts only character devices as GPUs
         os.mknod(STATE / "dev" / f"nvidia{number}", 0o20666, os.makedev(1, 3))
     nodes = "".join(f"{NET}.{number} n{number}\n" for number in range(1, NODES + 1))
     (STATE / "hosts").write_text(f"127.0.0.1 localhost\n{NET}.254 {host}\n{nodes}")
-    (STATE / "resolv.conf").write_text(
-        "nameserver 127.0.0.1\n"
-    )  # refused at once, where a time-out would take seconds
-    tracks = os.access("/sys/fs/cgroup/freezer/cgroup.procs", os.W_OK)
+    # A local address refuses queries at once; any other would take seconds to time out.
+    (STATE / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+    has_cgroups = os.access("/sys/fs/cgroup/freezer/cgroup.procs", os.W_OK)
     (STATE / "cgroup.conf").write_text(
         "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nCgroupMountpoint=/sys/fs/cgroup\n"
     )
@@ -208,8 +199,8 @@ SlurmctldPidFile={STATE}/munge/slurmctld.pid
 SlurmdPidFile={STATE}/munge/%n.pid
 SlurmctldLogFile={STATE}/log/slurmctld.log
 SlurmdLogFile={STATE}/log/%n.log
-ProctrackType=proctrack/{"cgroup" if tracks else "linuxproc"}
-TaskPlugin=task/{"cgroup" if tracks else "none"}
+ProctrackType=proctrack/{"cgroup" if has_cgroups else "linuxproc"}
+TaskPlugin=task/{"cgroup" if has_cgroups else "none"}
 SwitchType=switch/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
@@ -254,7 +245,7 @@ def _record(name: str, pid: int) -> None:
 
 
 def _started(pid: int) -> str:
-    """When a process was started, in clock ticks: with the pid, its name for ever. Empty where it has ended."""
+    """Start time of a process in clock ticks, which with the pid identifies it; empty if it has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -263,7 +254,7 @@ def _started(pid: int) -> str:
 
 
 def _pid(name: str) -> int:
-    """The pid of a process of ours, 0 where it has ended, or its pid is somebody else's by now."""
+    """The pid of a recorded process; 0 if it has ended, even where its pid is in use again."""
     record = STATE / "pid" / name
     if not record.is_file():
         return 0
@@ -275,9 +266,9 @@ def _alive(name: str) -> bool:
     return bool(_pid(name))
 
 
-def _end(name: str, how: signal.Signals) -> None:
+def _end(name: str, signal_number: signal.Signals) -> None:
     if pid := _pid(name):
-        os.kill(pid, how)
+        os.kill(pid, signal_number)
         deadline = time.monotonic() + 5
         while _alive(name) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -286,9 +277,9 @@ def _end(name: str, how: signal.Signals) -> None:
     (STATE / "pid" / name).unlink(missing_ok=True)
 
 
-def _until(condition, complaint: str, timeout_s: float = 30) -> None:
+def _until(condition: Callable[[], object], error: str, timeout_s: float = 30) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise UserError(f"the lab: {complaint}")
+            raise UserError(f"the virtual cluster did not start: {error}")
         time.sleep(0.1)

@@ -1,6 +1,4 @@
-"""The whole path under a cluster's hands: a preparation that loses a task, the chain to the results, and many
-kills.
-"""
+"""Drills on the whole path: a preparation that loses a task, the pipeline to its results, and many kills."""
 
 import contextlib
 import itertools
@@ -13,83 +11,71 @@ import time
 from collections import Counter
 
 from slurm.pipeline import job, pipeline
-from slurm.queue import ENDED, look_up
-from slurm.script import Shape
+from slurm.queue import ENDED, job_info
+from slurm.script import Resources
 from tests.slurm_lab import cluster
-from tests.slurm_lab.ground import BUILD, Ground, Training, digests, python
+from tests.slurm_lab.fixtures import BUILD, Fixtures, Training, digests, python
 
 TASKS, KILLS = 6, 30
 
 
-def lost_task(ground: Ground) -> str:
-    """6. One of six preparing tasks is killed: the merge refuses, the rerun does only what is missing, the
-    bytes are the same.
+def lost_task(fixtures: Fixtures) -> str:
+    """One of six tasks of a preparation is killed: the merge refuses, a second submission prepares only what
+    is missing, and the tars are the same as those of one process.
     """
-    folder, data, site = (
-        ground.folder / "lost-task",
-        ground.folder / "lost-task-shards",
-        ground.site("lost-task"),
-    )
-    build = ("data_prep", "build", str(ground.icons), "--out", str(data), "--processes", "1", *BUILD)
+    folder, data = fixtures.folder / "lost-task", fixtures.folder / "lost-task-shards"
+    site, cpu_only = fixtures.site("lost-task"), Resources(gpus=0, time="10:00")
+    build = ("data_prep", "build", str(fixtures.icons), "--out", str(data), "--processes", "1", *BUILD)
 
     def prepare() -> list[Training]:
-        number = job(
-            "prepare",
-            folder,
-            Shape(gpus=0, time="10:00"),
-            f"0-{TASKS - 1}",
-            resumes=True,
-            site=site,
-            flags=build,
-        )
-        return [Training(ground, folder, f"{number}_{task}") for task in range(TASKS)]
+        array = f"0-{TASKS - 1}"
+        number = job("prepare", folder, cpu_only, array, resumes=True, site=site, flags=build)
+        return [Training(fixtures, folder, f"{number}_{task}") for task in range(TASKS)]
 
-    def merge(after: str) -> Training:
-        words = ("data_prep", "merge", str(data), "--processes", "1")
+    def merge(tasks: list[Training]) -> Training:
+        after, words = tasks[0].job.split("_")[0], ("data_prep", "merge", str(data), "--processes", "1")
         return Training(
-            ground,
-            folder,
-            job("merge", folder, Shape(gpus=0, time="10:00"), after=[after], site=site, flags=words),
+            fixtures, folder, job("merge", folder, cpu_only, after=(after,), site=site, flags=words)
         )
 
     tasks = prepare()
-    merging = merge(tasks[0].job.split("_")[0])
+    merging = merge(tasks)
     tasks[3].until(lambda: _kill(tasks[3], "data_prep build"), "a process of the fourth task")
-    ends = [task.end()["JobState"] for task in tasks]
+    ends = [task.until_ended()["JobState"] for task in tasks]
     assert ends == ["FAILED" if number == 3 else "COMPLETED" for number in range(TASKS)], ends
-    assert merging.end()["JobState"] == "CANCELLED", "the merge is not to wait for what will never be"
+    assert merging.until_ended()["JobState"] == "CANCELLED", "the merge must not wait for a failed job"
     assert "1 of 6 tasks have not finished: 3" in python("data_prep", "merge", data, expect=2)
     partial = data.with_name(f"{data.name}.partial")
     before = digests(partial, "part-*.sqlite")
     before.pop("part-00003-of-00006.sqlite", None)
     tasks = prepare()
-    assert [(task.end()["JobState"], task.restarts) for task in tasks] == [("COMPLETED", 0)] * TASKS
-    assert before.items() <= digests(partial, "part-*.sqlite").items(), "what was prepared was prepared again"
-    assert merge(tasks[0].job.split("_")[0]).end()["JobState"] == "COMPLETED", merging.log
+    assert [(task.until_ended()["JobState"], task.restarts) for task in tasks] == [("COMPLETED", 0)] * TASKS
+    assert before.items() <= digests(partial, "part-*.sqlite").items(), "a finished part was prepared again"
+    assert merge(tasks).until_ended()["JobState"] == "COMPLETED", merging.log
     tars = digests(data, "**/*.tar")
-    assert tars == digests(ground.shards, "**/*.tar")
+    assert tars == digests(fixtures.shards, "**/*.tar")
     return f"{len(before)} of {TASKS} parts kept, {len(tars)} tars equal those of one process"
 
 
-def whole_path(ground: Ground) -> str:
-    """7. Preparation, merge, training and evaluation as one submission end in a table of results."""
-    run = ground.folder / "path"
+def whole_path(fixtures: Fixtures) -> str:
+    """Preparation, merge, training and evaluation as one submission end in a table of results."""
+    run = fixtures.folder / "path"
     numbers = pipeline(
-        [str(ground.icons)],
-        str(ground.recipe),
+        (str(fixtures.icons),),
+        fixtures.recipe,
         run,
-        ground.folder / "path-shards",
+        fixtures.folder / "path-shards",
         build=" ".join(BUILD),
         tasks=TASKS,
-        shape=Shape(2, 1, "30:00"),
-        site=ground.site("path"),
+        resources=Resources(2, 1, "30:00"),
+        site=fixtures.site("path"),
     )
-    jobs = [Training(ground, run, number, ranks=2) for number in numbers]
-    last = jobs[-1].end(600)
-    states = [look_up(number) for number in numbers]
-    assert [state["JobState"] for state in states] == ["COMPLETED"] * 4, (last, states)
-    assert all(state["Restarts"] == "0" for state in states)
-    for earlier, later in itertools.pairwise(states):
+    jobs = [Training(fixtures, run, number, ranks=2) for number in numbers]
+    last = jobs[-1].until_ended(600)
+    infos = [job_info(number) for number in numbers]
+    assert [info["JobState"] for info in infos] == ["COMPLETED"] * 4, (last, infos)
+    assert all(info["Restarts"] == "0" for info in infos)
+    for earlier, later in itertools.pairwise(infos):
         assert earlier["EndTime"] <= later["StartTime"], (earlier, later)
     jobs[2].assert_equal()
     assert "R@1" in next((run / "slurm").glob("eval-*.log")).read_text()
@@ -97,86 +83,112 @@ def whole_path(ground: Ground) -> str:
     return f"4 jobs, restarts 0, image to text R@1 {100 * recall:.1f} % in {run.name}/test.json"
 
 
-def kills(ground: Ground) -> str:
-    """8. Thirty times -9 on a random process of the job, or a node switched off, in one training."""
-    seed = random.randrange(10**6)
-    print(f"seed {seed}")
-    chance, hit, ended = random.Random(seed), Counter(), []
+class RepeatedKills:
+    """One training that is killed again and again.
 
-    def submitted() -> Training:
-        return ground.train("kills", nodes=2, epochs=200, LAB_STEP_S=0.1, timeout_s=30)
+    Attributes:
+        run: the training, as it was submitted last.
+        killed: what was killed, and how often.
+        attempts_at_kill, saved_at_kill: attempts and newest checkpoint at the last kill.
+        restarts: those of earlier submissions.
+        submissions: number of times that the training was submitted.
+    """
 
-    def alive(run: Training, attempts: float, samples: int) -> Training:
-        """The training, when it runs and has had more attempts or saved more; submitted again if its batch
-        script was killed.
+    def __init__(self, fixtures: Fixtures, seed: int):
+        self.fixtures, self.random, self.killed = fixtures, random.Random(seed), Counter()
+        self.attempts_at_kill, self.saved_at_kill, self.restarts, self.submissions = 0, 0, 0, 0
+        self._submit()
+
+    def _submit(self) -> None:
+        self.run = self.fixtures.train("kills", nodes=2, epochs=200, LAB_STEP_S=0.1, timeout_s=30)
+        self.submissions += 1
+
+    def submit_again(self) -> None:
+        self.restarts += self.run.restarts
+        self._submit()
+
+    @property
+    def attempts(self) -> int:
+        """Number of times that the batch script started."""
+        return self.run.log.count(": starts after")
+
+    def until_alive(self, attempts: float, samples: int) -> None:
+        """Wait until the training runs, with more attempts or a later checkpoint than given.
+
+        A training whose batch script was killed has ended, and is submitted again.
         """
         while (
-            not (_attempts(run) > attempts or run.checkpoint() > samples)
-            or run.state["JobState"] != "RUNNING"
+            not (self.attempts > attempts or self.run.checkpoint() > samples) or self.run.state != "RUNNING"
         ):
-            if run.state["JobState"] in ENDED and (state := run.end()["JobState"]) in ENDED:
-                assert state != "COMPLETED", f"finished after {sum(hit.values())} kills"
-                ended.append(run.restarts)
-                run = submitted()
+            if self.run.state in ENDED and (state := self.run.until_ended()["JobState"]) in ENDED:
+                assert state != "COMPLETED", f"finished after {sum(self.killed.values())} kills"
+                self.submit_again()
             time.sleep(0.2)
-        return run
 
-    run, attempts, saved = submitted(), 0, 0
-    while sum(hit.values()) < KILLS:
-        # each kill meets an attempt that lives: a new one, or one that has gone on for four epochs, so that
-        # the last kill was none
-        run = alive(run, attempts, saved + 4 * 160)
-        if (
-            chance.random() < 0.75 or run.checkpoint() == saved
-        ):  # the others while it starts, but not twice without a checkpoint between
-            run = alive(run, math.inf, saved)
-        attempts, saved = _attempts(run), run.checkpoint()
-        time.sleep(chance.uniform(0, 3))
-        if killed := _kill_something(run, chance):
-            hit[killed] += 1
-    while run.end(600)["JobState"] != "COMPLETED":
-        ended.append(run.restarts)
-        run = submitted()
-    restarts, times = run.restarts + sum(ended), 1 + len(ended)
-    assert _attempts(run) == restarts + times, (_attempts(run), restarts, times)
-    run.assert_equal()
-    what = ", ".join(f"{count} x {name}" for name, count in hit.most_common())
-    return f"{KILLS} kills ({what}), restarts {restarts}, submitted {times} times, seed {seed}"
+    def kill_once(self) -> None:
+        """Kill something while the training runs."""
+        # A new attempt, or the old one after four more epochs: then the last kill did not end it.
+        self.until_alive(self.attempts_at_kill, self.saved_at_kill + 4 * 160)
+        # Three of four kills come after a new checkpoint, the others during the start; but never two of those
+        # in a row, because three attempts without a checkpoint are not requeued.
+        if self.random.random() < 0.75 or self.run.checkpoint() == self.saved_at_kill:
+            self.until_alive(math.inf, self.saved_at_kill)
+        self.attempts_at_kill, self.saved_at_kill = self.attempts, self.run.checkpoint()
+        time.sleep(self.random.uniform(0, 3))
+        if name := _kill_something(self.run, self.random):
+            self.killed[name] += 1
 
 
-def _attempts(run: Training) -> int:
-    return run.log.count(": begins, after")
+def kills(fixtures: Fixtures) -> str:
+    """Thirty times SIGKILL for a random process of the job, or a node switched off, in one training."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    training = RepeatedKills(fixtures, seed)
+    while training.killed.total() < KILLS:
+        training.kill_once()
+    while training.run.until_ended(600)["JobState"] != "COMPLETED":
+        training.submit_again()
+    restarts, submissions = training.restarts + training.run.restarts, training.submissions
+    assert training.attempts == restarts + submissions, (training.attempts, restarts, submissions)
+    training.run.assert_equal()
+    what = ", ".join(f"{count} x {name}" for name, count in training.killed.most_common())
+    return f"{KILLS} kills ({what}), restarts {restarts}, submitted {submissions} times, seed {seed}"
 
 
 def _kill(task: Training, word: str) -> bool:
-    """Whether a process of the task with `word` in its command was there; it has had its -9."""
-    pids = [pid for pid, line in cluster.pids_of(task.state["JobId"]).items() if word in line]
+    """Kill the processes of a task whose command line contains `word`; whether there were any."""
+    processes = cluster.processes_of(task.info["JobId"])
+    pids = [pid for pid, line in processes.items() if word in line]
     for pid in pids:
         _kill_pid(pid)
     return bool(pids)
 
 
 def _kill_pid(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it ended by itself, or with another
+    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
         os.kill(pid, signal.SIGKILL)
 
 
-def _kill_something(run: Training, chance: random.Random) -> str:
-    """What was killed: a process of the job, each as likely, or now and then a node; empty where there was
-    nothing to kill.
+def _kill_something(run: Training, rng: random.Random) -> str:
+    """Kill one process of the job at random, or one time in ten switch off a node.
+
+    Returns:
+        What was killed; empty where there was nothing to kill.
     """
-    found = sorted(
-        (pid, line) for pid, line in cluster.pids_of(run.job).items() if line and not line.startswith("sleep")
+    processes = sorted(
+        (pid, line)
+        for pid, line in cluster.processes_of(run.job).items()
+        if line and not line.startswith("sleep")
     )
-    if chance.random() < 0.1 and run.state["JobState"] == "RUNNING":
-        node = chance.choice(run.nodes)
+    if rng.random() < 0.1 and run.state == "RUNNING":
+        node = rng.choice(run.nodes)
         cluster.power_off(node)
         time.sleep(cluster.NODE_TIMEOUT_S + 8)
         cluster.power_on(node)
         return "a node"
-    if not found:
+    if not processes:
         return ""
-    pid, line = chance.choice(found)
+    pid, line = rng.choice(processes)
     _kill_pid(pid)
     program = os.path.basename(line.split()[0])
     if program.startswith("python"):

@@ -1,5 +1,5 @@
-"""What the drills train on, and how they look at it: drawn icons, a CLIP of a few thousand weights, and a run
-that nobody disturbed.
+"""What the drills train on and compare with: drawn icons, a CLIP of a few thousand weights, and undisturbed
+runs.
 """
 
 import hashlib
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import yaml
 
-from slurm.queue import ENDED, look_up
-from slurm.script import Shape
+from slurm.queue import ENDED, job_info
+from slurm.script import Resources
 from slurm.submit import submit
 from tests.slurm_lab import cluster
 
 ROOT = Path(__file__).parents[2]
+TRAIN_MODULE = "tests.slurm_lab.fault_injection"  # what the drills submit in place of `train`
 BUILD = (
     "--image-column",
     "file_path",
@@ -30,8 +31,9 @@ BUILD = (
     "--images-per-shard",
     "40",
 )
+# One thread, as on the cluster, so that numbers compare bit for bit.
 THREADS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-TINY = {
+TINY_MODEL = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
@@ -45,12 +47,12 @@ RECIPE = {
     "workers": 0,
     "log_every_steps": 1,
     "save_every_minutes": 0.05,
-    "optim": {"lr": 1e-3, "warmup": 0.1},
+    "optim": {"lr": 1e-3, "warmup_fraction": 0.1},
 }
 
 
 @dataclass
-class Ground:
+class Fixtures:
     """A folder with everything that the drills share.
 
     Attributes:
@@ -73,7 +75,7 @@ class Ground:
         return self.folder / "recipe.yaml"
 
     def prepare(self) -> None:
-        """Draw the icons, make the shards and the model."""
+        """Draw the icons, build the shards and the model."""
         import open_clip
         import torch
         from safetensors.torch import save_file
@@ -83,20 +85,19 @@ class Ground:
         tiny = self.folder / "tiny"
         tiny.mkdir()
         torch.manual_seed(1)
-        save_file(open_clip.model.CLIP(**TINY).state_dict(), tiny / "open_clip_model.safetensors")
+        save_file(open_clip.model.CLIP(**TINY_MODEL).state_dict(), tiny / "open_clip_model.safetensors")
         preprocess = {
             "mean": [0.5] * 3,
             "std": [0.5] * 3,
             "interpolation": "bicubic",
             "resize_mode": "shortest",
         }
-        (tiny / "open_clip_config.json").write_text(
-            json.dumps({"model_cfg": TINY, "preprocess_cfg": preprocess})
-        )
+        config = {"model_cfg": TINY_MODEL, "preprocess_cfg": preprocess}
+        (tiny / "open_clip_config.json").write_text(json.dumps(config))
         self.recipe.write_text(yaml.safe_dump({"model": f"local-dir:{tiny}", **RECIPE}))
 
     def reference(self, ranks: int, epochs: int) -> Path:
-        """The run of this many ranks on this machine, without Slurm, that nothing happened to."""
+        """The undisturbed run with so many ranks, on this machine without Slurm; the first call trains it."""
         if (ranks, epochs) not in self.references:
             run = self.folder / f"undisturbed-{ranks}-{epochs}"
             launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", ranks, "-m", "--"]
@@ -112,15 +113,15 @@ class Ground:
         partition: str = "main",
         **environment: object,
     ) -> Path:
-        """A site file of the lab's cluster; `environment` goes to the jobs."""
-        more = {key: str(value) for key, value in environment.items()}
+        """A site file of the virtual cluster; `environment` are environment variables of the jobs."""
+        variables = {key: str(value) for key, value in environment.items()}
         values = {
             "partition": partition,
             "cpus_per_gpu": 1,
             "warn_s": warn_s,
             "silent_s": 100,
             "sbatch": list(sbatch),
-            "environment": {**THREADS, **more},
+            "environment": {**THREADS, **variables},
         }
         path = self.folder / f"{name}-site.yaml"
         path.write_text(yaml.safe_dump(values))
@@ -137,22 +138,23 @@ class Ground:
         stage: str = "",
         **site,
     ) -> "Training":
-        """Submit a training of the lab, one process on each node, its steps lengthened so that there is time
-        to disturb it.
+        """Submit a training with one process per node, its steps slowed so that there is time to disturb it.
+
+        Args:
+            timeout_s: the recipe's timeout_minutes, in seconds.
+            site: parameters of `site`.
         """
         run, flags = self.folder / name, ("--epochs", str(epochs), "--timeout_minutes", str(timeout_s / 60))
-        place = self.site(name, **{"LAB_STEP_S": 0.2, **site})
-        shape, module = Shape(nodes, 1, time_limit), "tests.slurm_lab.disturbed"
         numbers = submit(
-            str(self.recipe),
+            self.recipe,
             run,
             self.shards,
-            shape,
+            Resources(nodes, 1, time_limit),
             chain=chain,
             stage=stage,
-            site=place,
+            site=self.site(name, **{"LAB_STEP_S": 0.2, **site}),
             flags=flags,
-            module=module,
+            module=TRAIN_MODULE,
         )
         return Training(self, run, numbers[-1], nodes, epochs)
 
@@ -161,25 +163,29 @@ class Ground:
 class Training:
     """A training that was submitted."""
 
-    ground: Ground
+    fixtures: Fixtures
     run: Path
     job: str
     ranks: int = 1
     epochs: int = RECIPE["epochs"]
 
     @property
-    def state(self) -> dict[str, str]:
-        return look_up(self.job)
+    def info(self) -> dict[str, str]:
+        return job_info(self.job)
+
+    @property
+    def state(self) -> str:
+        """Slurm's state of the job, such as RUNNING."""
+        return self.info.get("JobState", "")
 
     @property
     def restarts(self) -> int:
-        return int(self.state.get("Restarts", 0))
+        return int(self.info.get("Restarts", 0))
 
     @property
     def log(self) -> str:
-        return "".join(
-            path.read_text(errors="replace") for path in sorted((self.run / "slurm").glob("*.log"))
-        )
+        paths = sorted((self.run / "slurm").glob("*.log"))
+        return "".join(path.read_text(errors="replace") for path in paths)
 
     @property
     def status(self) -> dict:
@@ -189,34 +195,35 @@ class Training:
     @property
     def nodes(self) -> list[int]:
         """Numbers of the nodes that it runs on, in the order of its ranks."""
-        names = cluster.call("scontrol", "show", "hostnames", self.state["NodeList"])
+        names = cluster.call("scontrol", "show", "hostnames", self.info["NodeList"])
         return [int(name.removeprefix("n")) for name in names.split()]
 
     def samples(self) -> int:
-        """Pairs seen, by the last line of the log of its steps."""
+        """Samples seen, by the last complete line of metrics.jsonl."""
         path = self.run / "metrics.jsonl"
-        lines = (
-            [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            if path.is_file()
-            else []
-        )
-        return json.loads(lines[-1])["samples"] if lines else 0
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        complete = [line for line in lines if line.endswith("\n")]
+        return json.loads(complete[-1])["samples"] if complete else 0
 
     def checkpoint(self) -> int:
-        return max(
-            (int(path.name.split("-")[1]) for path in (self.run / "checkpoints").glob("samples-*")), default=0
-        )
+        """Samples seen at the newest checkpoint, 0 without one."""
+        names = [path.name for path in (self.run / "checkpoints").glob("samples-*")]
+        return max((int(name.split("-")[1]) for name in names), default=0)
 
-    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 240) -> None:
-        """Wait for something; on the way, the job must not end."""
+    def until(self, condition: Callable[[], bool], description: str, timeout_s: float = 240) -> None:
+        """Wait for a condition. The job must not end before.
+
+        Raises:
+            AssertionError: the job ended, or the time is over.
+        """
         deadline = time.monotonic() + timeout_s
         while not condition():
-            state = self.state.get("JobState")
+            state = self.state
             assert state not in ENDED or condition(), (
-                f"job {self.job} is {state} before: {what}\n{self.log[-3000:]}"
+                f"job {self.job} is {state} before: {description}\n{self.log[-3000:]}"
             )
             assert time.monotonic() < deadline, (
-                f"job {self.job} is {state}, and not in {timeout_s:.0f} s: {what}\n{self.log[-3000:]}"
+                f"job {self.job} is {state}; not within {timeout_s:.0f} s: {description}\n{self.log[-3000:]}"
             )
             time.sleep(0.2)
 
@@ -224,53 +231,56 @@ class Training:
         self.until(lambda: self.samples() >= samples, f"{samples} samples")
 
     def until_restart(self, number: int) -> None:
-        self.until(
-            lambda: self.restarts >= number and self.state.get("JobState") == "RUNNING", f"restart {number}"
-        )
+        self.until(lambda: self.restarts >= number and self.state == "RUNNING", f"restart {number}")
 
-    def end(self, timeout_s: float = 400) -> dict[str, str]:
-        """Wait until it is over, and not only about to be requeued; the last that Slurm knows of it."""
-        deadline, quiet = time.monotonic() + timeout_s, 0
-        while quiet < 4:
-            state = self.state
-            quiet = quiet + 1 if state.get("JobState") in ENDED else 0
+    def until_ended(self, timeout_s: float = 400) -> dict[str, str]:
+        """Wait for the end of the job; returns Slurm's fields of it.
+
+        A job that requeues itself is in a final state for a moment, so the state must last for two seconds.
+        """
+        deadline, n_ended = time.monotonic() + timeout_s, 0
+        while n_ended < 4:
+            info = self.info
+            n_ended = n_ended + 1 if info.get("JobState") in ENDED else 0
             assert time.monotonic() < deadline, (
-                f"job {self.job} is {state} after {timeout_s:.0f} s\n{self.log[-3000:]}"
+                f"job {self.job} is {info} after {timeout_s:.0f} s\n{self.log[-3000:]}"
             )
             time.sleep(0.5)
-        return state
+        return info
 
-    def finished_equal(self, restarts: int, timeout_s: float = 400) -> None:
-        """Wait for the end, and demand it as if nothing had happened, after exactly so many restarts."""
-        state = self.end(timeout_s)
-        assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), f"{state}\n{self.log[-3000:]}"
+    def assert_finishes(self, restarts: int, timeout_s: float = 400) -> None:
+        """Wait for the end: finished after exactly so many restarts, and equal to the undisturbed run."""
+        info = self.until_ended(timeout_s)
+        assert (info["JobState"], info["ExitCode"]) == ("COMPLETED", "0:0"), f"{info}\n{self.log[-3000:]}"
         assert self.status["state"] == "finished", self.status
         assert self.restarts == restarts, f"{self.restarts} restarts, {restarts} expected\n{self.log[-3000:]}"
         self.assert_equal()
 
     def assert_equal(self) -> None:
-        """The weights, bit for bit, and every logged number but the times are those of the undisturbed run."""
-        reference = self.ground.reference(self.ranks, self.epochs)
+        """Weights (bit for bit) and logged values (except times) must be those of the undisturbed run."""
+        reference = self.fixtures.reference(self.ranks, self.epochs)
         assert weights_sha256(self.run) == weights_sha256(reference)
         assert logged(self.run) == logged(reference)
 
     def ranks_on(self, node: int) -> list[int]:
-        """Pids of the training processes on a node, without torchrun's own."""
-        pids = cluster.pids_of(self.job, f"n{node}")
+        """Process ids of the ranks on a node, without torchrun."""
+        processes = cluster.processes_of(self.job, f"n{node}")
         return [
             pid
-            for pid, line in pids.items()
-            if "tests.slurm_lab.disturbed" in line and "torch.distributed.run" not in line
+            for pid, line in processes.items()
+            if TRAIN_MODULE in line and "torch.distributed.run" not in line
         ]
 
 
 def weights_sha256(run: Path) -> str:
+    """Name and sha256 of the newest checkpoint's weights."""
     newest = max((run / "checkpoints").glob("samples-*"))
-    return hashlib.sha256((newest / "open_clip_model.safetensors").read_bytes()).hexdigest() + newest.name
+    sha256 = hashlib.sha256((newest / "open_clip_model.safetensors").read_bytes()).hexdigest()
+    return f"{newest.name} {sha256}"
 
 
 def logged(run: Path) -> list[str]:
-    """The log, without what depends on the clock; as text, for a number that is none equals no other."""
+    """The lines of metrics.jsonl without times; as text, because NaN is not equal to itself."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         json.dumps({name: value for name, value in line.items() if not name.startswith("time/")})
@@ -279,7 +289,7 @@ def logged(run: Path) -> list[str]:
 
 
 def digests(folder: Path, pattern: str) -> dict[str, str]:
-    """sha256 of the files of a folder that fit a pattern."""
+    """sha256 of the files of a folder that match a pattern."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.glob(pattern))
@@ -287,8 +297,11 @@ def digests(folder: Path, pattern: str) -> dict[str, str]:
 
 
 def python(*words: object, expect: int = 0) -> str:
-    """What a command of the project prints; one thread, as on the cluster, so that numbers compare bit for
-    bit.
+    """The output of a command of the project.
+
+    Args:
+        words: the command without `python -m`.
+        expect: its exit code.
     """
     environment = {**os.environ, **THREADS}
     command = [sys.executable, "-m", *map(str, words)]
