@@ -29,7 +29,7 @@ SUPERSEDED = (4, False)
 # What a fake training does comes after these lines.
 SRUN = """#!/bin/bash
 status() { echo "{\\"state\\": \\"$1\\"}" >"$RUN/status.json"; }
-stopped_by() { echo "{\\"state\\": \\"stopped\\", \\"asked_by\\": \\"$1\\"}" >"$RUN/status.json"; }
+stopped_by() { echo "{\\"state\\": \\"stopped\\", \\"requested_by\\": \\"$1\\"}" >"$RUN/status.json"; }
 save() { mkdir -p "$RUN/checkpoints/samples-$1"; }
 wait_for_stop() { touch "$RUN/waiting"; until [[ -s $RUN/stop ]]; do sleep 0.05; done; rm "$RUN/stop"; }
 echo "$@" >>"$RUN/srun"

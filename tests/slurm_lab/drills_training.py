@@ -271,7 +271,7 @@ def submit_preempting_job() -> None:
 
 def assert_resumed(run: Training, samples: int) -> None:
     """The log must say that the training resumed after so many samples."""
-    assert f"going on after {samples} pairs" in run.log, run.log[-3000:]
+    assert f"resuming after {samples} pairs" in run.log, run.log[-3000:]
 
 
 def until_all_idle() -> None:

@@ -3,7 +3,7 @@ submit it in place of `train`.
 
 LAB_STEP_S      seconds by which each step is slowed
 LAB_SAVE_S      seconds by which a save is slowed while RUN/stop exists
-LAB_NAN         samples seen before the steps whose gradient is not a number: "320 960"
+LAB_NAN         samples seen before the steps whose gradient is NaN on the last rank: "320 960"
 LAB_CRASH_STEP  the step, counted from the start of the process, before which it exits with CRASH_CODE
 """
 
@@ -36,9 +36,10 @@ def faulty_step(train_step: Callable, environment: dict[str, str]) -> Callable:
         time.sleep(step_s)
         if n_steps == crash_step:
             os._exit(CRASH_CODE)
-        if state.samples not in nan_samples:
+        is_last_rank = state.world.rank == state.world.world_size - 1
+        if state.samples not in nan_samples or not is_last_rank:
             return train_step(state, batch)
-        # A hook, so that the injection depends on nothing inside of the step but that it computes gradients.
+        # A hook, so that this depends on nothing inside of the step but that it computes gradients.
         weight = next(weight for weight in state.towers.parameters() if weight.requires_grad)
         hook = weight.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
         try:
