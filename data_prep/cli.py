@@ -18,6 +18,9 @@ from data_prep.errors import UserError
 # Switches are switches (--overwrite), and no flag carries the name of the dataclass that it belongs to.
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
+# A parameter without a flag: what follows `--` on the command line, for another command.
+Rest = tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]]
+
 # What help calls the things that commands take.
 Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
 Shards = Annotated[Path, tyro.conf.arg(metavar="SHARDS")]
@@ -30,8 +33,6 @@ OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 OptionalFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 OptionalShards = Annotated[Path | None, tyro.conf.arg(metavar="SHARDS")]
-# A parameter without a flag: what follows `--` on the command line, for another command.
-Rest = tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]]
 
 
 def run_command(

@@ -17,6 +17,9 @@ from conftest import ROOT
 
 from slurm.script import Resources
 from slurm.submit import submit
+from train.recipe import Recipe
+from train.run.folder import Run
+from train.world import World
 
 RECIPE = ROOT / "train" / "recipes" / "demo.yaml"
 REQUEUED, STOPPED, FINISHED = (
@@ -29,7 +32,7 @@ SUPERSEDED = (4, False)
 # What a fake training does comes after these lines.
 SRUN = """#!/bin/bash
 status() { echo "{\\"state\\": \\"$1\\"}" >"$RUN/status.json"; }
-stopped_by() { echo "{\\"state\\": \\"stopped\\", \\"requested_by\\": \\"$1\\"}" >"$RUN/status.json"; }
+stopped_by() { cp "$RUN/stopped-by-$1.json" "$RUN/status.json"; touch "$RUN/status.json"; }
 save() { mkdir -p "$RUN/checkpoints/samples-$1"; }
 wait_for_stop() { touch "$RUN/waiting"; until [[ -s $RUN/stop ]]; do sleep 0.05; done; rm "$RUN/stop"; }
 echo "$@" >>"$RUN/srun"
@@ -153,8 +156,20 @@ def test_a_requested_stop_is_not_requeued(batch):
     assert batch.result("exit 0") == FINISHED, "a finished run exits with 0 and writes nothing"
 
 
-def test_a_stray_signal_is_not_a_requested_stop(batch):
+def status_of_a_stopped_training(folder: Path, requested_by: str) -> str:
+    """status.json as training writes it: the batch script must understand it."""
+    run = Run(Recipe(model="x:none", data="data", run=str(folder)), World())
+    folder.mkdir()
+    run.lock.acquire()
+    run.end("stopped", 16, requested_by)
+    return (folder / "status.json").read_text()
+
+
+def test_a_stray_signal_is_not_a_requested_stop(batch, tmp_path):
     """slurmctld repeats "terminate step 12.0", meant for the previous attempt, if a node answers slowly."""
+    for requested_by in ("signal", "file"):
+        status = status_of_a_stopped_training(tmp_path / requested_by, requested_by)
+        (batch.run / f"stopped-by-{requested_by}.json").write_text(status)
     assert batch.result("save 000100; stopped_by signal; exit 1") == REQUEUED
     assert batch.result("save 000200; stopped_by file; exit 1") == STOPPED
 
