@@ -2,7 +2,7 @@
 
   python -m slurm submit RECIPE --run RUN --data SHARDS
       trains until the run is finished, through time limits, preemption, lost nodes and crashes
-  python -m slurm sweep RECIPE ... --runs FOLDER --data SHARDS --vary KEY=A,B
+  python -m slurm sweep RECIPE ... --runs RUNS --data SHARDS --vary KEY=A,B
       one run for each recipe and combination of values, as a job array
   python -m slurm pipeline CAPTIONS.csv --recipe RECIPE --run RUN --data SHARDS
       data preparation, training, evaluation and publishing; each job starts after the previous one succeeded

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.cli import File, Folder, RecipeFile, Rest, Run, Shards
+from data_prep.cli import File, RecipeFile, Rest, Run, Runs, Shards
 from data_prep.errors import UserError
 from slurm.queue import active_jobs, record_job
 from slurm.script import LOGS, Resources, assign, assign_list, render_script, sbatch, write_script
@@ -91,7 +91,7 @@ def submit(
 
 def sweep(
     recipes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE [RECIPE ...]")],
-    runs: Folder,
+    runs: Runs,
     data: Shards,
     vary: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE[,VALUE ...]")
@@ -108,7 +108,7 @@ def sweep(
     """Submit a job array: one run for each recipe and combination of values, each requeued and resumed as by
     `submit`.
 
-    Words after `--` are passed to each training. A table of the results: python -m train.sweep --table FOLDER
+    Words after `--` are passed to each training. A table of the results: python -m train.sweep --table RUNS
 
       python -m slurm sweep train/recipes/icons.yaml --runs runs/sweep --data shards
           --vary optim.lr=1e-5,3e-5 --vary seed=0,1

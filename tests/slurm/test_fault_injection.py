@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT, environment
 
 from tests.slurm_lab.fault_injection import CRASH_CODE, faulty_step, slow_save
-from tests.slurm_lab.fixtures import RECIPE, TRAIN_MODULE
+from tests.slurm_lab.fixtures import RECIPE, TRAIN_MODULE, nonfinite_samples
 from train.loop import fit
 from train.recipe import Recipe, parse
 from train.step import train_step
@@ -32,14 +32,27 @@ def fit_with(recipe: Recipe, monkeypatch, **faults: object) -> list[int]:
     return nonfinite_samples(Path(recipe.run))
 
 
-def nonfinite_samples(run: Path) -> list[int]:
-    return [json.loads(line)["samples"] for line in (run / "nonfinite_steps.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("micro_batch_size", [16, 4], ids=["whole", "chunked"])
 def test_nan_reaches_the_asked_steps_alone(recipe_file, monkeypatch, micro_batch_size):
     recipe = parse([str(recipe_file), "--micro-batch-size", str(micro_batch_size)])
     assert fit_with(recipe, monkeypatch, LAB_NAN="32 64") == [32, 64]
+
+
+def test_a_step_that_is_repeated_after_a_crash_is_recorded_once(recipe_file, monkeypatch):
+    """A NaN in the first step after a checkpoint: the resumed run takes that step again."""
+    recipe = parse([str(recipe_file), "--epochs", "2"])
+    step = faulty_step(train_step, {"LAB_NAN": "160"})
+
+    def crash_later(state, batch):
+        if state.samples == 192:
+            raise KeyboardInterrupt
+        return step(state, batch)
+
+    monkeypatch.setattr("train.loop.train_step", crash_later)
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, World(), lambda clip, world: {})
+    assert nonfinite_samples(Path(recipe.run)) == [160]
+    assert fit_with(recipe, monkeypatch, LAB_NAN="160") == [160]
 
 
 def test_every_step_is_slowed(recipe_file, monkeypatch):

@@ -288,6 +288,11 @@ def logged(run: Path) -> list[str]:
     ]
 
 
+def nonfinite_samples(run: Path) -> list[int]:
+    """Samples seen before each step of nonfinite_steps.jsonl."""
+    return [json.loads(line)["samples"] for line in (run / "nonfinite_steps.jsonl").read_text().splitlines()]
+
+
 def digests(folder: Path, pattern: str) -> dict[str, str]:
     """sha256 of the files of a folder that match a pattern."""
     return {
