@@ -52,7 +52,8 @@ class Logger:
         if not self.first:
             return
         self.metrics_file = reopened(run.folder / "metrics.jsonl", state.samples)
-        self.nonfinite_file = reopened(run.folder / "nonfinite_steps.jsonl", state.samples)
+        # A line there has the samples before its step: the step at state.samples is repeated, too.
+        self.nonfinite_file = reopened(run.folder / "nonfinite_steps.jsonl", state.samples - 1)
         purge_step = state.samples + 1 if state.samples else None
         self.tensorboard = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge_step)
 
