@@ -159,7 +159,7 @@ def hang(fixtures: Fixtures) -> str:
     run.until_restart(1)
     run.until_ended(600)
     # slurmctld may repeat the termination of the first attempt's step to a later one, whose step has the same
-    # number: after its first step that attempt stops, before it torchrun exits with an error. Both are requeued.
+    # number. That attempt stops after its current step, or fails if it is still starting; both are requeued.
     later_attempts = run.log.split(": starts after")[2:]
     stray = sum("Received 15 death signal" in log and "requeued: " in log for log in later_attempts)
     run.assert_finishes(restarts=1 + stray)
