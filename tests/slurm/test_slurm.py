@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, assert_mistake, call_here
 
 import slurm.__main__
+import tests.slurm_lab.__main__
 from slurm.pipeline import job, pipeline
 from slurm.queue import parse_fields
 from slurm.script import Resources
@@ -187,6 +188,13 @@ def test_help_has_its_own_usage_line_and_imports_nothing_heavy(command):
     assert time.monotonic() - started < 5  # 0.2 s on an idle machine
     assert result.stdout.startswith(f"usage: python -m slurm {command} ")
     assert result.stdout.endswith("heavy: set()\n")
+
+
+def test_the_lab_is_used_by_tests_alone_and_names_its_drills():
+    for path in (ROOT / "slurm").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) tests\b", path.read_text(), flags=re.MULTILINE), path
+    result = call_here(tests.slurm_lab.__main__.main, "drills", "hang", "nonsense")
+    assert_mistake(result, "nonsense: no such drill; there are two_nodes, ", ", hang, ")
 
 
 def test_our_site_file_has_every_key_and_the_defaults():
