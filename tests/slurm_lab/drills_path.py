@@ -71,10 +71,10 @@ def whole_path(fixtures: Fixtures) -> str:
         site=fixtures.site("path"),
     )
     jobs = [Training(fixtures, run, number, ranks=2) for number in numbers]
-    last = jobs[-1].until_ended(600)
+    jobs[-1].until_ended(600)
     infos = [job_info(number) for number in numbers]
-    assert [info["JobState"] for info in infos] == ["COMPLETED"] * 4, (last, infos)
-    assert all(info["Restarts"] == "0" for info in infos)
+    states = [(info["JobState"], info["Restarts"]) for info in infos]
+    assert states == [("COMPLETED", "0")] * 4, f"{states}\n{jobs[-1].log[-3000:]}"
     for earlier, later in itertools.pairwise(infos):
         assert earlier["EndTime"] <= later["StartTime"], (earlier, later)
     jobs[2].assert_equal()
