@@ -149,8 +149,13 @@ def pipeline(
     if publish:
         results = ["--results", run / f"{split}.json"] if split else []
         online = replace(cluster, environment={**cluster.environment, "HF_HUB_OFFLINE": "0"})
-        # a job has no terminal to ask on
-        words = ["train.publish", run, *results, *shlex.split(publish), "--yes"]
+        words = [
+            "train.publish",
+            run,
+            *results,
+            *shlex.split(publish),
+            "--yes",
+        ]  # a job has no terminal to ask on
         submit_next("publish", words, site=online)
     return numbers
 

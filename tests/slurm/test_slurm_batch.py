@@ -22,8 +22,11 @@ from train.run.folder import Run
 from train.world import World
 
 RECIPE = ROOT / "train" / "recipes" / "demo.yaml"
-# exit code, and whether a requeue was requested
-REQUEUED, STOPPED, FINISHED = ((75, True), (75, False), (0, False))
+REQUEUED, STOPPED, FINISHED = (
+    (75, True),
+    (75, False),
+    (0, False),
+)  # exit code, and whether a requeue was requested
 SUPERSEDED = (4, False)
 
 # What a fake training does comes after these lines.

@@ -18,10 +18,7 @@ from tests.slurm_lab import cluster
 from tests.slurm_lab.command import QUICK, running_cluster
 from tests.slurm_lab.fixtures import Fixtures, python
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(cluster.missing()), reason=f"no virtual cluster: {cluster.missing()}"),
-]
+pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=f"no virtual cluster: {cluster.missing()}")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +32,7 @@ def fixtures(tmp_path_factory) -> Iterator[Fixtures]:
     assert cluster.BRIDGE not in links
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drill", QUICK, ids=lambda drill: drill.__name__)
 def test_drill(fixtures, drill):
     assert drill(fixtures)
@@ -63,6 +61,7 @@ def sbatch_test_only(script: Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_job_is_not_submitted_again_and_has_a_status(fixtures):
     run, site = fixtures.folder / "twice", fixtures.site("twice", sbatch=("--hold",))
     paths = [fixtures.recipe, "--run", run, "--data", fixtures.shards, "--site", site]
