@@ -17,7 +17,7 @@ NAMES = (
 )
 
 
-def test_two_ranks_give_the_result_of_one(tiny_model, icon_shards, tmp_path):
+def test_two_ranks_give_the_result_of_one(tiny_model, icon_shards, tmp_path, one_thread):
     for split, seeds in (("train", (1, 2)), ("val", (3,))):
         as_folder(
             tmp_path / "images", [each for seed in seeds for each in labelled_images(seed)], split=split

@@ -139,7 +139,7 @@ def class_averages(tp: np.ndarray, support: np.ndarray, predicted: np.ndarray) -
 
 
 def summarize(predictions: Predictions, groups: np.ndarray) -> dict[str, dict]:
-    """{"metrics": name -> fraction, "intervals": name -> [low, high]}; 95 %, by bootstrap over groups.
+    """{"metrics": name -> fraction, "intervals": name -> [low, high]}; 95 %, over groups.
 
     Means have the intervals of eval.retrieval.intervals.mean_interval; F1 and mean per class have percentiles
     over resampled groups.

@@ -106,6 +106,9 @@ def paired_difference(
     value = float(change.mean())
     variance = _variance(sums, sizes) + 1 / sizes.sum() ** 2
     half = stats.t.ppf((1 + level) / 2, max(1, len(sums) - 1)) * np.sqrt(variance)
+    # What cannot be exceeded: of two values in 0 to 1, for example, the difference is in -1 to 1.
+    largest = max(np.max(first), np.max(second)) - min(np.min(first), np.min(second), 0)
+    half = min(half, max(largest, 1) - abs(value))
     rng, hits = np.random.default_rng(seed), 0
     for _ in range(0, RESAMPLES, CHUNK):
         flips = rng.choice((-1.0, 1.0), (CHUNK, len(sums)))

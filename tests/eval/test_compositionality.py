@@ -182,11 +182,8 @@ def test_swaps_of_a_collapsed_model_are_a_coin():
     found = score_swaps(features, features, features.roll(1, 0), np.arange(5))
     assert (found["accuracy"]["value"], found["tie_rate"], found["n"]) == (1.0, 0.0, 5)
     same = features[:1].expand(5, 8)
-    assert score_swaps(features, same, same, np.arange(5))["accuracy"] == {
-        "value": 0.5,
-        "low": 0.5,
-        "high": 0.5,
-    }
+    accuracy = score_swaps(features, same, same, np.arange(5))["accuracy"]
+    assert accuracy["low"] < accuracy["value"] == 0.5 < accuracy["high"]
 
 
 def test_the_command(tiny_model, icon_shards, tmp_path, capsys):

@@ -12,7 +12,8 @@ import torch
 from conftest import assert_mistake, call, call_here, noise_images, save_tiny
 from PIL import Image
 
-from data_prep.build.pipeline import Reading, Splitting, Work, build
+from data_prep.build.options import Parallelism, Reading, Splitting
+from data_prep.build.pipeline import build
 from data_prep.errors import Fault
 from train.bench import peer
 from train.bench.__main__ import main
@@ -26,10 +27,11 @@ def noise_shards(tmp_path_factory) -> str:
     """16 square images with one caption each, all in train."""
     folder = tmp_path_factory.mktemp("noise")
     csv, split = noise_images(folder, 16, size=(16, 16)), Splitting(0, 0)
-    build([str(csv)], folder / "shards", Reading(), split=split, work=Work(1), min_shards=1)
+    build([str(csv)], folder / "shards", Reading(), split=split, parallelism=Parallelism(1), min_shards=1)
     return str(folder / "shards")
 
 
+@pytest.mark.slow
 def test_every_option_in_one_call(noise_shards, tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peer, "TURNS", 1)
     monkeypatch.setattr(peer, "WAYS", {"cpu": [["--grad-checkpointing"]]})

@@ -13,7 +13,8 @@ from PIL import Image
 from runs import metrics, trained
 from safetensors.torch import load_file, save_file
 
-from data_prep.build.pipeline import Reading, Splitting, Work, build
+from data_prep.build.options import Parallelism, Reading, Splitting
+from data_prep.build.pipeline import build
 from train.recipe import Augment, Captions, Optim, Recipe
 
 COLORS = {"red": (220, 30, 40), "green": (20, 190, 60), "blue": (40, 60, 230), "yellow": (230, 220, 20)}
@@ -56,7 +57,12 @@ def shards(tmp_path):
                 lines.append(f'{number}.png,"{name}, {shape}, number {number}",{shape} {name}')
                 number += 1
     (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
-    options = {"split": Splitting(0, 0), "work": Work(1), "min_shards": 1, "images_per_shard": 10}
+    options = {
+        "split": Splitting(0, 0),
+        "parallelism": Parallelism(1),
+        "min_shards": 1,
+        "images_per_shard": 10,
+    }
     build([str(tmp_path / "pairs.csv")], tmp_path / "shards", Reading(group_column="group"), **options)
     return tmp_path / "shards"
 

@@ -182,8 +182,8 @@ def test_a_worker_that_was_killed_is_named(tiny_model, icon_shards, tmp_path, mo
     run = tmp_path / "run"
     arguments = flags(recipe(tiny_model, icon_shards, run, epochs=500), tmp_path / "recipe.yaml")
     errors = call_here(main, *arguments[1:], expect=1).stderr
-    assert "a process that reads images was killed" in errors
-    assert "pass fewer --workers" in errors
+    assert "a worker process that reads images was killed" in errors
+    assert "lower --workers" in errors
     assert newest(run).name >= "samples-000000000048"
 
 
