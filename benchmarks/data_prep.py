@@ -103,7 +103,7 @@ def draw_photo(file: Path, number: int) -> str:
 
 
 def make(folder: Path, draw: Callable, count: int, extension: str) -> None:
-    """Pictures with a .txt and a .json of the same name, pictures.txt with their names, urls.csv, and
+    """Images with a .txt and a .json of the same name, images.txt with their names, urls.csv, and
     captions.csv (file, caption).
     """
     if (folder / "captions.csv").exists():
@@ -123,7 +123,7 @@ def make(folder: Path, draw: Callable, count: int, extension: str) -> None:
         }
         (folder / name).with_suffix(".txt").write_text(caption)
         (folder / name).with_suffix(".json").write_text(json.dumps(meta))
-    (folder / "pictures.txt").write_text("\n".join(names))
+    (folder / "images.txt").write_text("\n".join(names))
     urls = [(folder / name).as_uri() for name in names]
     # where captions.csv is, all is
     for table, column, places in (("urls", "url", urls), ("captions", "file", names)):
@@ -182,8 +182,8 @@ def tools(folder: Path, out: Path, other: Path) -> dict[str, list[list]]:
     ]
     build += ["--image-column", "file", "--caption-column", "caption", "--images-per-shard", PER_SHARD]
     return {
-        "GNU tar, pictures alone": [[*tar, "--files-from", folder / "pictures.txt"]],
-        "GNU tar, pictures with .txt and .json": [[*tar, "."]],
+        "GNU tar, images alone": [[*tar, "--files-from", folder / "images.txt"]],
+        "GNU tar, images with .txt and .json": [[*tar, "."]],
         "GNU tar plus hashing (sha256sum)": [[*tar, "."], hashing],
         "webdataset, nothing decoded": [call(with_webdataset, folder, out, "")],
         "webdataset, decoded by Pillow": [call(with_webdataset, folder, out, "decode")],
@@ -204,7 +204,7 @@ def ms_per_image(commands: list[list], out: Path, count: int) -> float:
         subprocess.check_output(["tar", "--list", "--file", path]) for path in out.rglob("*.tar")
     )
     assert listed.count(b".png\n") + listed.count(b".jpg\n") == count, (
-        f"{commands}: not every picture is in the tars"
+        f"{commands}: not every image is in the tars"
     )
     return cpu_s / count * 1e3
 
@@ -239,7 +239,7 @@ def main(
         icons: 224 px opaque RGB PNGs. Ours alone also gets a tenth as many transparent ones, which it has to
             encode anew.
         photos: 640 x 480 JPEGs.
-        folder: Where files are made; pictures are kept, and used again.
+        folder: Where files are made; images are kept, and used again.
         img2dataset_env: Its environment, made by venv and pip if it is not there; by default one in `folder`.
         only: Only tools with this in their name.
     """

@@ -1,7 +1,7 @@
 """Peak memory of the steps of a build that see every row, at 1 and 10 million rows: reading, keeping results,
 planning.
 
-    python -m benchmarks.planner                     wants half a kB of disk per row, and more to sort
+    python -m benchmarks.planner                     needs half a kB of disk per row, and more to sort
     python -m benchmarks.planner --rows 100000
 
 No image is there or read: the checks are replaced by made-up results. The rows are a CSV of images with one
@@ -61,7 +61,7 @@ def write_rows(path: Path, rows: int) -> int:
         while row < rows:
             for number in range(min(1 + image % 3, rows - row)):
                 draw = rng.random()
-                caption = f"caption {number} of picture {image} in a made-up table of rows"
+                caption = f"caption {number} of image {image} in a made-up table of rows"
                 caption = (
                     "icon"
                     if draw < 0.01
@@ -78,7 +78,7 @@ def write_rows(path: Path, rows: int) -> int:
 
 
 def made_up(locations: list) -> list:
-    """What stands in for the checks: results by the numbers in the images' names."""
+    """Replaces the checks: results by the numbers in the images' names."""
     from data_prep.images import CheckedImage
 
     def noise(*of) -> bytes:

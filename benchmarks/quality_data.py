@@ -88,7 +88,7 @@ def captioned(rows: list[dict], known: Synonyms, domain: str) -> Iterable[tuple[
 
 
 def questions(rows: list[dict], known: Synonyms, captions: set[str]) -> dict[str, list[str]]:
-    """Synonym -> images of B's test split that it stands for.
+    """Synonym -> images of B's test split that it means.
 
     Args:
         captions: all of B; what is one of them is not asked, nor what is held out and part of one.

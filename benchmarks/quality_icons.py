@@ -55,7 +55,7 @@ def fetch(folder: Path) -> Path:
             if done.returncode or not archive(folder, name).is_file():
                 raise Fault(
                     f"npm pack {name}@{version} failed: {(done.stdout + done.stderr)[-500:]}; the same"
-                    " command goes on"
+                    " command resumes"
                 )
     return folder
 
@@ -171,7 +171,7 @@ def fonts(folder: Path, out: Path) -> list[tuple[str, str, dict[str, int], Path]
             for name, about in tabler.items()
             if style in about["styles"]
         }
-        # What stands at a variation selector cannot be drawn alone.
+        # A variation selector cannot be drawn alone.
         return {name: code for name, code in found.items() if not 0xFE00 <= code <= 0xFE0F}
 
     found = [

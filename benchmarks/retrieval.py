@@ -97,7 +97,7 @@ def main(pairs: int = 25_000, peers: bool = True) -> None:
 
     Args:
         pairs: Images and texts, one for one.
-        peers: Run open_clip too, which wants 8 * pairs^2 bytes and more.
+        peers: Run open_clip too, which needs 8 * pairs^2 bytes and more.
     """
     print(f"{pairs:,} pairs of {D} dimensions\n")
     print(

@@ -204,5 +204,5 @@ def device() -> torch.device:
 
 
 def _prefetched(recipe: Recipe) -> int:
-    """Batches that are ready, or nearly, while nobody asks for them."""
+    """Batches that the workers have prefetched."""
     return 2 + 4 * recipe.workers
