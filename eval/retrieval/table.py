@@ -45,7 +45,7 @@ def result_text(result: dict, baseline: dict | None = None) -> str:
 
 
 def _direction_tables(result: dict, models: list[dict]) -> list[str]:
-    """Tables of each direction: by group, and by instance in each of its definitions."""
+    """A table of each direction by group, and one of all directions by instance."""
     galleries = {
         "image_to_text": (result["n_texts"], "captions"),
         "text_to_image": (result["n_images"], "images"),
@@ -68,18 +68,25 @@ def _direction_tables(result: dict, models: list[dict]) -> list[str]:
             ]
             first = f"{title}, by group, among {size} {items}{limited}"
             tables.append(markdown_table([first, "chance", *(model["model"] for model in models)], rows))
-        for prefix, definition in DEFINITIONS.items():
-            if f"{prefix}{direction}/R@1" in result["metrics"]:
-                rows = [
-                    [
-                        METRICS[metric].title,
-                        *(show_of(model, f"{prefix}{direction}/{metric}") for model in models),
-                    ]
-                    for metric in metrics_in(BY_INSTANCE)
-                ]
-                columns = [f"{title}, {definition}", *(model["model"] for model in models)]
-                tables.append(markdown_table(columns, rows))
+    tables.append(_instance_table(result, models))
     return tables
+
+
+def _instance_table(result: dict, models: list[dict]) -> str:
+    """Figures as model cards have them, in both definitions and directions; nothing where there are none."""
+    names = [
+        f"{prefix}{direction}/{metric}"
+        for direction in DIRECTIONS
+        for prefix in DEFINITIONS
+        for metric in metrics_in(BY_INSTANCE)
+        if prefix == INSTANCE or metric.startswith("R@")
+    ]
+    rows = [
+        [title_of(name), *(show_of(model, name) for model in models)]
+        for name in names
+        if name in result["metrics"]
+    ]
+    return markdown_table(["as on model cards", *(model["model"] for model in models)], rows) if rows else ""
 
 
 def _notes(result: dict) -> list[str]:
