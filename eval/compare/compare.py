@@ -16,6 +16,7 @@ import torch
 from data_prep.atomic import atomic_folder
 from data_prep.shards import Shards
 from eval.classify.labelled import Labelled, read_labelled
+from eval.classify.templates import read_names
 from eval.classify.zeroshot import Classified
 from eval.classify.zeroshot import evaluate as classify
 from eval.compare import confusion
@@ -98,7 +99,8 @@ def evaluate_all(
         result, queries, embedded = evaluate_model(name, clip, inputs.shards, world, inference)
         classified = retention = None
         if labelled := inputs.labelled:
-            classified = classify(clip, labelled, labelled.classes, inputs.templates, world, inference)
+            names = read_names("", labelled.classes)
+            classified = classify(clip, labelled, names, inputs.templates, world, inference)
         if inputs.retention:
             retention = Evaluated(*evaluate_model(name, clip, inputs.retention, world, inference))
         answers = _answers(name, clip, embedded, inputs.questions, world)

@@ -51,7 +51,8 @@ def mean_interval(values: np.ndarray, groups: np.ndarray, level: float = LEVEL) 
     n, mean = sizes.sum(), float(values.mean())
     if values.min() < 0 or values.max() > 1:
         half = stats.t.ppf((1 + level) / 2, max(1, len(sums) - 1)) * np.sqrt(_variance(sums, sizes))
-        return Interval(mean, float(mean - half), float(mean + half))
+        # No mean is outside of the values: a mean rank is at least 1.
+        return Interval(mean, float(max(values.min(), mean - half)), float(min(values.max(), mean + half)))
     # Groups in which the rarer of the two outcomes occurs; with few of them the variance itself is uncertain.
     informative = min(int((sums > 0).sum()), int((sums < sizes).sum()))
     effective_n = n / design_effect(sums, sizes, informative)
