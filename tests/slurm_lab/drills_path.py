@@ -156,12 +156,19 @@ def kills(fixtures: Fixtures) -> str:
 
 
 def _kill(task: Training, word: str) -> bool:
-    """Kill the processes of a task whose command line contains `word`; whether there were any."""
+    """Kill the Python processes of a task whose command line contains `word`; whether there were any.
+
+    Not its srun, whose command line contains `word` too: its process could then finish the work.
+    """
     processes = cluster.processes_of(task.info["JobId"])
-    pids = [pid for pid, line in processes.items() if word in line]
+    pids = [pid for pid, line in processes.items() if word in line and _program(line).startswith("python")]
     for pid in pids:
         _kill_pid(pid)
     return bool(pids)
+
+
+def _program(line: str) -> str:
+    return os.path.basename(line.split()[0])
 
 
 def _kill_pid(pid: int) -> None:
@@ -190,7 +197,7 @@ def _kill_something(run: Training, rng: random.Random) -> str:
         return ""
     pid, line = rng.choice(processes)
     _kill_pid(pid)
-    program = os.path.basename(line.split()[0])
+    program = _program(line)
     if program.startswith("python"):
         return "torchrun" if "torch.distributed.run" in line else "a rank"
     return "the batch script" if "slurm_script" in line else program.rstrip(":")
