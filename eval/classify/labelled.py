@@ -10,6 +10,7 @@
 Images that cannot be used are listed with their reason: labelled + unlabelled = all.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -60,8 +61,9 @@ class Labelled:
         names: of the images, for messages.
         read: number of an image -> its bytes, or why they cannot be read.
         unlabelled: (name, reason) of the images without a label.
-        groups: int64 [n], for the cluster bootstrap: images of one group are correlated. Only shards have
-            groups of several images.
+        groups: int64 [n]: images of one group are correlated. Shards have groups of several images, and so
+            have images with the same bytes and different labels.
+        duplicates: rows that repeat an image with the same label, and were left out.
     """
 
     place: str
@@ -71,6 +73,8 @@ class Labelled:
     read: Callable[[int], bytes | BadImage]
     unlabelled: list[tuple[str, str]]
     groups: np.ndarray
+    duplicates: int = 0
+    digests: tuple[bytes, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,10 +83,40 @@ class Labelled:
     def sha256(self) -> str:
         """Of classes, labels and the bytes of the images, in order: equal for equal images in any format."""
         sha = hashlib.sha256(json.dumps([self.classes, self.labels.tolist()]).encode())
-        for number in progress(range(len(self)), desc="hashing images", unit="image", leave=False, delay=1):
-            data = self.read(number)
-            sha.update(hashlib.sha256(b"" if isinstance(data, BadImage) else data).digest())
+        for digest in self.digests:
+            sha.update(digest)
         return sha.hexdigest()
+
+
+def distinct(data: Labelled) -> Labelled:
+    """`data` with each image once: a table with a row per caption has the same image in several rows.
+
+    An image is known by its bytes. With several labels it is kept once for each, in one group. Reads every
+    image.
+    """
+    digests = []
+    for number in progress(range(len(data)), desc="hashing images", unit="image", leave=False, delay=1):
+        content = data.read(number)
+        unreadable = isinstance(content, BadImage)
+        digests.append(hashlib.sha256(f"number {number}".encode() if unreadable else content).digest())
+    groups, rows, keep = {}, set(), []
+    for number, (digest, label, group) in enumerate(
+        zip(digests, data.labels.tolist(), data.groups.tolist(), strict=True)
+    ):
+        groups.setdefault(digest, group)
+        if (digest, label) not in rows:
+            rows.add((digest, label))
+            keep.append(number)
+    kept = np.array(keep, np.int64)
+    return dataclasses.replace(
+        data,
+        labels=data.labels[kept],
+        names=[data.names[number] for number in keep],
+        read=_Selected(data.read, kept),
+        groups=np.array([groups[digests[number]] for number in keep], np.int64),
+        duplicates=len(data) - len(keep),
+        digests=tuple(digests[number] for number in keep),
+    )
 
 
 def read_labelled(
@@ -94,7 +128,7 @@ def read_labelled(
     encoding: str = "utf-8-sig",
     delimiter: str = "",
 ) -> Labelled:
-    """The images with labels at `data`.
+    """The images with labels at `data`, each once (see distinct()).
 
     Args:
         data: a file or folder of one of the kinds above.
@@ -108,6 +142,12 @@ def read_labelled(
         UserError: no such data, split or column; or nothing in it has a label.
     """
     columns = Columns(image_column, caption="", label=label_column)
+    return distinct(_read(data, split, columns, label_column, images, encoding, delimiter))
+
+
+def _read(
+    data: Path, split: str, columns: Columns, label_column: str, images: str, encoding: str, delimiter: str
+) -> Labelled:
     if images:
         check_root(images)
     if data.is_file():

@@ -91,6 +91,7 @@ def evaluate_heads(
         "n_classes": len(task.train.classes),
         "unreadable": train.unreadable + test.unreadable,
         "unlabelled": task.train.unlabelled + task.test.unlabelled,
+        "duplicates": task.train.duplicates + task.test.duplicates,
         "heads": {
             name: summarize(predict(logits, test.labels, tie), test.groups)
             for name, (logits, tie) in scores.items()

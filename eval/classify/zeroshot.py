@@ -173,6 +173,7 @@ def score(
         "n_classes": len(data.classes),
         "unreadable": features.unreadable,
         "unlabelled": data.unlabelled,
+        "duplicates": data.duplicates,
         **summarize(predictions, features.groups),
         "classes": per_class(predictions, data.classes),
     }

@@ -118,6 +118,8 @@ def skipped_images(result: dict, use: str) -> list[str]:
             listed = "; ".join(f"{name}: {why}" for name, why in skipped[:MOST_LISTED])
             more = "; ..." if len(skipped) > MOST_LISTED else ""
             lines.append(f"{len(skipped)} {reason} images are not {use}: {listed}{more}")
+    if duplicates := result["duplicates"]:
+        lines.append(f"{duplicates} rows repeat an image with the same label; each image counts once")
     return lines
 
 

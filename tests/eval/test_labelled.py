@@ -255,3 +255,21 @@ def test_mistakes_are_sentences(images, tiny_model, tmp_path):
     data = read_labelled(tmp_path / "blank")
     with pytest.raises(UserError, match=r"none of 1 .* can be read.*blank image"):
         image_features(load(tiny_model), data, World(), Inference(2, 0))
+
+
+def test_a_table_with_several_rows_per_image_has_each_image_once(images, tmp_path):
+    """As captions of one image; by bytes, so copies under other names count once too."""
+    csv = as_csv(tmp_path / "csv", images)
+    once = read_labelled(csv)
+    header, *lines = csv.read_text().splitlines()
+    (tmp_path / "csv" / "copy.png").write_bytes(images[0][1])
+    copy = ",".join(["copy.png", *lines[0].split(",")[1:]])
+    csv.write_text("\n".join([header, *lines, *lines, lines[0], copy]) + "\n")
+    several = read_labelled(csv)
+    assert (len(several), several.duplicates) == (len(once), len(lines) + 2)
+    assert several.sha256 == once.sha256
+    other = ",".join([*lines[0].split(",")[:-1], lines[-1].split(",")[-1]])
+    csv.write_text("\n".join([header, *lines, other]) + "\n")
+    with_two_labels = read_labelled(csv)
+    assert len(with_two_labels) == len(once) + 1
+    assert with_two_labels.groups[-1] == with_two_labels.groups[0]  # in one group, so on one side of a split

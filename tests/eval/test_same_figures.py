@@ -24,7 +24,8 @@ def labelled(tmp_path_factory):
 
 def test_zero_shot_accuracy(tiny_model, icon_shards, labelled, tmp_path, capsys):
     zeroshot((tiny_model,), labelled, "test", json=tmp_path / "zeroshot.json", inference=INFERENCE)
-    linear_probe(tiny_model, labelled, cache=tmp_path / "cache", json=tmp_path / "probe.json", inference=INFERENCE)
+    files = {"cache": tmp_path / "cache", "json": tmp_path / "probe.json"}
+    linear_probe(tiny_model, labelled, **files, inference=INFERENCE)
     more = {"labelled": labelled, "labelled_split": "test", "out": tmp_path / "comparison"}
     compare((tiny_model, tiny_model), icon_shards, "val", inference=INFERENCE, **more)
     by_zeroshot = json.loads((tmp_path / "zeroshot.json").read_text())
