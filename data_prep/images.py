@@ -286,7 +286,8 @@ def _decode_with_pillow(data: bytes, rules: Rules) -> _Decoded:
         fixes.append(fix)
     elif upright.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit gray at 255, which turns most images white.
-        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 257).astype(np.uint8))
+        levels = np.asarray(upright).astype(np.int32).clip(0, 65535)
+        upright = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # rounded: 65535 / 255 is 257
         fixes.append("16 bit")
     elif upright.mode == "F":
         raise BadImage("unsupported pixel type", "floating point")

@@ -123,7 +123,9 @@ class Recipe:
     augment: Augment = field(default_factory=Augment)
     captions: Captions = field(default_factory=Captions)
     lora_rank: int = 0
-    """LoRA rank; 0 disables. Exports contain the merged weights. Use about ten times the learning rate."""
+    """LoRA rank; 0 disables. Adapts linear layers and attention; other weights, visual.proj and
+    text_projection among them, stay frozen. Exports contain the merged weights. Use about ten times the
+    learning rate."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, such as 0.9998; 0 disables. It is validated too.
     """

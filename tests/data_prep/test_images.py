@@ -75,6 +75,12 @@ def test_16_bit_gray_keeps_its_range():
     np.testing.assert_array_equal(result[..., 0].ravel(), np.arange(256))
 
 
+def test_16_bit_gray_is_rounded_to_the_nearest_level():
+    levels = np.arange(65536).astype(np.uint16).reshape(256, 256)
+    gray = pixels(check(png(Image.fromarray(levels)), Rules()).data)[..., 0]
+    np.testing.assert_array_equal(gray, np.round(levels / 257))
+
+
 def noise(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
     return Image.effect_noise(size, 90).convert(mode)
 
