@@ -1,0 +1,15 @@
+"""Ctrl-C while a command still imports its libraries prints one line, as it does later (exit_on_user_error)."""
+
+import sys
+
+_excepthook = sys.excepthook
+
+
+def _one_line_on_interrupt(kind: type[BaseException], error: BaseException, traceback: object) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped", file=sys.stderr)
+    else:
+        _excepthook(kind, error, traceback)
+
+
+sys.excepthook = _one_line_on_interrupt

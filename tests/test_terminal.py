@@ -1,0 +1,35 @@
+"""What a terminal does to commands: Ctrl-C at any moment, and a reader that stops reading."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import ROOT, command, environment
+
+
+@pytest.mark.parametrize("after_s", [0.15, 0.4, 1.0])
+@pytest.mark.parametrize(
+    "words", [("train", "train/recipes/demo.yaml"), ("eval", "retrieval", "demo-vit:none")]
+)
+def test_ctrl_c_while_a_command_starts_prints_one_line(words, after_s, icon_shards, tmp_path):
+    run = ("--run", tmp_path / "run") if words[0] == "train" else ()
+    line = command(*words, "--data", icon_shards, *run)
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    time.sleep(after_s)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode
+    assert "Traceback" not in errors
+    if process.returncode != -signal.SIGINT or errors:  # before Python itself is up, nothing is printed
+        assert errors.strip().startswith("stopped")
+
+
+@pytest.mark.parametrize("words", [("data_prep",), ("eval",), ("train", "--help"), ("slurm", "--help")])
+def test_a_pipe_to_head_prints_no_traceback(words):
+    shell = f"{' '.join(command(*words))} | head -n 1"
+    result = subprocess.run(
+        shell, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert result.stderr == ""
+    assert result.stdout.count("\n") == 1
