@@ -1,4 +1,4 @@
-"""Ctrl-C while a command still imports its libraries prints one line, as it does later (exit_on_user_error)."""
+"""Ctrl-C while a command imports its libraries prints one line, as it does later (exit_on_user_error)."""
 
 import sys
 
