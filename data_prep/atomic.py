@@ -59,6 +59,8 @@ def check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
     Raises:
         UserError: `path` must not be replaced.
     """
+    if file := next((parent for parent in path.parents if parent.is_file()), None):
+        raise UserError(f"{path}: {file} is a file, not a folder; pass another --out")
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already; pass another --out, or --overwrite to replace it")
     if path.exists() and not (path / mark).is_file():

@@ -46,7 +46,20 @@ def run_command(
         arguments: sys.argv[1:] by default.
         guide: text above the options in --help; the docstring of `command` by default.
     """
+    arguments = with_quoted_options(sys.argv[1:] if arguments is None else arguments)
     return tyro.cli(command, prog=prog, args=arguments, description=guide, config=CONFIG)
+
+
+def with_quoted_options(arguments: list[str]) -> list[str]:
+    """`--build "--image-column file"` as one argument with `=`; tyro would take the options for flags."""
+    joined: list[str] = []
+    for argument in arguments:
+        quoted = argument.startswith("--") and " " in argument.partition("=")[0]
+        if quoted and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def print_guide(usage: str, guide: str) -> None:

@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 
-# A full disk, or one that cannot be written to: not a bug of this program.
+# A full disk, or a place that cannot be written to: not a bug of this program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ERRORS += (errno.ENOTDIR, errno.EISDIR)  # a folder was typed where a file is, or the other way round
 
 
 class UserError(Exception):

@@ -42,6 +42,8 @@ def icons(out: Folder, limit: int = 0, seed: int = 0, overwrite: bool = False) -
         seed: Another seed selects other icons for the limit, and other sizes.
         overwrite: Replace OUT and everything in it, if this command made it.
     """
+    if limit < 0:
+        raise UserError(f"--limit {limit}: must be 1 or more; 0 draws all")
     check_replaceable(out, "icons.csv", overwrite)
     glyphs = all_glyphs()
     glyphs.sort(key=lambda glyph: (_hash(seed, glyph.group), glyph.group, glyph.font, glyph.names))

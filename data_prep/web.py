@@ -138,9 +138,10 @@ def serve(app: Starlette, host: str, port: int, title: str) -> None:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", "a port is from 0 to 65535")
         raise UserError(
-            f"--host {host} --port {port}: cannot be opened ({error.strerror}); pass another --port, or 0 for"
+            f"--host {host} --port {port}: cannot be opened ({reason}); pass another --port, or 0 for"
             " a free one"
         ) from None
     listening.listen(256)

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from data_prep.errors import UserError
+
 # A split of shards; one that they lack is reported by data_prep.shards with the splits that they have.
 Split = Annotated[str, tyro.conf.arg(metavar="SPLIT")]
 
@@ -22,6 +24,12 @@ class Inference:
     batch_size: int = 64
     workers: int = 2
     precision: Literal["bf16", "fp32"] = "fp32"
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers}: must be at least 0")
 
 
 INFERENCE = Inference()

@@ -1,7 +1,7 @@
 """Download base weights for machines without a network: into the cache, or into a folder.
 
 python -m train.fetch ViT-L-14:laion2b_s32b_b82k
-    into the cache (HF_HOME); NAME:TAG and hf-hub:ID then load with HF_HUB_OFFLINE=1
+    into the cache (HF_HOME); NAME:PRETRAINED and hf-hub:ID then load with HF_HUB_OFFLINE=1
 python -m train.fetch hf-hub:USER/NAME --out base
     config, weights and tokenizer into a folder, which loads on any machine as local-dir:base
 """

@@ -77,7 +77,7 @@ class Captions:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run. The defaults are those of recipes/spectrum_icons.yaml."""
+    """Everything that decides a run. The defaults are those of train/recipes/spectrum_icons.yaml."""
 
     model: Model
     """NAME:PRETRAINED (ViT-L-14:laion2b_s32b_b82k; ViT-B-32:none for random weights), hf-hub:ID,
@@ -210,6 +210,8 @@ def parse_with(options: type[Options], arguments: list[str], prog: str, guide: s
 
 def _as_flags(arguments: list[str]) -> list[str]:
     """The command line with the recipe file, where the first argument is one, replaced by its flags."""
+    if {"-h", "--help"} & set(arguments):
+        return ["--help"]  # with any recipe, or with the word RECIPE as the usage line has it
     if arguments and not arguments[0].startswith("-"):
         return [*flags_of(Path(arguments[0])), *arguments[1:]]
     return arguments

@@ -120,6 +120,8 @@ class Parallelism:
         """
         count, index = os.environ.get("SLURM_ARRAY_TASK_COUNT"), int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
         num_tasks, task = self.num_tasks, self.task
+        if self.processes < 0:
+            raise UserError(f"--processes {self.processes}: must be 1 or more; 0 is one per core")
         if not num_tasks and count:
             last = int(os.environ.get("SLURM_ARRAY_TASK_MAX", int(count) - 1))
             if last != int(count) - 1:

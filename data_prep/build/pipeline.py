@@ -31,7 +31,7 @@ from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root
 from data_prep.inputs.storage import digest, expand, is_url
 from data_prep.report.summary import print_report, summarize, write_rejects, write_report
-from data_prep.shards import FORMAT
+from data_prep.shards import FORMAT, read_manifest
 
 SETTINGS = "settings.json"  # of an unfinished build; the manifest begins with the same keys
 
@@ -125,6 +125,8 @@ def _run(
     inputs = expand([str(source) for source in inputs])
     read = replace(read, images=read.images or images_folder(inputs))
     check_root(read.images)
+    if split.keep_splits:
+        read_manifest(Path(split.keep_splits))  # before all images are checked, not after
     decisions, decisions_sha256 = read_decisions(Path(read.decisions)) if read.decisions else ({}, "")
     folder = partial_of(out)
     settings = {
@@ -142,7 +144,12 @@ def _run(
     if not (folder / "manifest.json").exists():
         part = Part(folder, parallelism.task, parallelism.num_tasks)
         try:
-            load(part, inputs, read, decisions.values())
+            try:
+                load(part, inputs, read, decisions.values())
+            except UserError:
+                if part.parts == 1:  # nothing is in it, and the corrected command has other options
+                    shutil.rmtree(folder)
+                raise
             scan(part, inputs, read.images, checks, parallelism.processes)
         finally:
             part.close()
@@ -192,6 +199,11 @@ def _start_or_resume(folder: Path, settings: dict, overwrite: bool) -> None:
 
 
 def _describe_change(name: str, before, now) -> str:
+    if name == "inputs":
+        changed = [source for source in before if source in now and before[source] != now[source]]
+        if changed:
+            return f"content of {', '.join(changed)}"
+        return f"input ({', '.join(before)}, now {', '.join(now)})"
     if not isinstance(before, dict) or not isinstance(now, dict):
         return f"{name} ({before}, now {now})"
     return ", ".join(
@@ -213,7 +225,7 @@ def merge(
         out: The folder that was passed to the tasks as --out.
         max_rejects: Stop if more than this fraction of rows is rejected.
         processes: Worker processes; 0 is one per core.
-        overwrite: Replace OUT if it exists.
+        overwrite: Replace FOLDER if it exists.
 
     Returns:
         The content of report.json.

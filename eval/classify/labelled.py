@@ -188,7 +188,7 @@ def _choose(data: Path, split: str, splits: list[str]) -> str:
     if not split and len(splits) == 1:
         return splits[0]
     found = f"no split {split!r}" if split else "several splits"
-    raise UserError(f"{data}: {found}; pass --split with one of {', '.join(splits)}")
+    raise UserError(f"{data}: {found}; pass one of {', '.join(splits)} as its split")
 
 
 def _split_of(file: Path) -> str:

@@ -23,7 +23,7 @@ def compare(
     retention_set: OptionalShards = None,
     retention_split: Split = "test",
     labelled: OptionalData = None,
-    labelled_split: str = "",
+    labelled_split: Split = "test",
     label_column: str = "label",
     templates: str = "simple",
     wise_ft: Alphas = (),

@@ -15,6 +15,7 @@ import torch
 
 from data_prep.atomic import atomic_folder
 from data_prep.shards import Shards
+from eval.classify.features import split_of
 from eval.classify.labelled import Labelled, read_labelled
 from eval.classify.templates import read_names
 from eval.classify.zeroshot import Classified
@@ -80,10 +81,11 @@ def read_inputs(
     labelled: data, split and label column.
     """
     shards = open_shards(*data, world)
+    place, split, column = labelled
     return Inputs(
         shards,
         open_shards(*retention, world) if retention[0] else None,
-        read_labelled(*labelled[:2], label_column=labelled[2]) if labelled[0] else None,
+        read_labelled(place, split_of(place, split), label_column=column) if place else None,
         questions(shards, read_columns(shards, ("caption",)), K, SEED),
         templates,
     )

@@ -260,8 +260,9 @@ def read_json(path: Path) -> dict:
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{path}: not a result ({error}); make one with: python -m eval retrieval MODEL --data SHARDS"
+            f"{path}: not a result ({reason}); make one with: python -m eval retrieval MODEL --data SHARDS"
             f" --json {path}"
         ) from None
     if not isinstance(result, dict) or not {"model", "metrics"} <= result.keys():

@@ -104,9 +104,8 @@ class Index:
             UserError: No such column.
         """
         if column not in (*self.columns, "split", "key"):
-            raise UserError(
-                f"{self.name}: no column {column!r}; it can be {', '.join((*self.columns, 'split', 'key'))}"
-            )
+            columns = ", ".join(dict.fromkeys((*self.columns, "split", "key")))
+            raise UserError(f"{self.name}: no column {column!r}; it can be {columns}")
         return self._table[column]
 
     def choices(self, limit: int = 50) -> dict[str, list[tuple[str, int]]]:

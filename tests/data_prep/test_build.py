@@ -249,6 +249,18 @@ def test_too_many_rejects_end_the_build_with_their_table(tmp_path):
     ]
 
 
+def test_a_wrong_column_leaves_nothing_that_refuses_the_right_one(tmp_path):
+    path = noise_images(tmp_path, 20)
+    one = Parallelism(1)
+    with pytest.raises(UserError, match="no column 'text'"):
+        build([str(path)], tmp_path / "out", Reading(caption_column="text"), parallelism=one)
+    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(UserError, match=r"no manifest\.json"):  # before the images are checked
+        build([str(path)], tmp_path / "out", split=Splitting(keep_splits=str(tmp_path)), parallelism=one)
+    assert not (tmp_path / "out.partial").exists()
+    build([str(path)], tmp_path / "out", parallelism=one)
+
+
 def test_what_an_unfinished_build_was_of_is_noticed(tmp_path, capsys):
     path = noise_images(tmp_path, 20)
     (tmp_path / "0.png").unlink()
@@ -257,7 +269,7 @@ def test_what_an_unfinished_build_was_of_is_noticed(tmp_path, capsys):
     with pytest.raises(UserError, match=r"started with another min_side_px \(8, now 9\).*--overwrite"):
         build([str(path)], tmp_path / "out", check=Checking(min_side_px=9), parallelism=Parallelism(1))
     path.write_text(path.read_text().replace("0.png", "1.png", 1))
-    with pytest.raises(UserError, match=rf"started with another {path} \("):
+    with pytest.raises(UserError, match=rf"started with another content of {path}\."):
         build([str(path)], tmp_path / "out", parallelism=Parallelism(1))
     build([str(path)], tmp_path / "out", parallelism=Parallelism(1), overwrite=True)
     assert "starting again" in capsys.readouterr().out

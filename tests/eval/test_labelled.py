@@ -125,7 +125,7 @@ def test_splits_of_folders_and_of_parquet_files(images, tmp_path):
             data for _, data in images[:9]
         ]
         assert len(read_labelled(tmp_path / place, val)) == len(images) - 5
-        with pytest.raises(UserError, match=f"pass --split with one of train, {val}"):
+        with pytest.raises(UserError, match=f"pass one of train, {val} as its split"):
             read_labelled(tmp_path / place)
 
 
@@ -245,7 +245,7 @@ def test_mistakes_are_sentences(images, tiny_model, tmp_path):
         (path, {"split": "val"}, "a file is one split"),
         (tmp_path / "bad.parquet", {}, "cannot be read as Parquet"),
         (cars, {"split": "train"}, "not as Stanford Cars is published"),
-        (cars, {"split": "test"}, "pass --split with one of train"),
+        (cars, {"split": "test"}, "pass one of train"),
         (as_folder(tmp_path / "flat", images), {"split": "val"}, "has no splits"),
     ):
         with pytest.raises(UserError, match=words):

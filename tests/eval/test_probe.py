@@ -199,7 +199,7 @@ def test_mistakes_get_messages(tiny_model, halves, tmp_path):
     for options, words in (
         (["--test-data", other], "class 'Trabant' .1 such. is not a class of"),
         (["--test-data", same], "the same images as the training data"),
-        (["--split", "test"], "no split 'test'; pass --split with one of train, val"),
+        (["--split", "test"], "no split 'test'; pass one of train, val as its split"),
     ):
         with pytest.raises(UserError, match=words):
             run_probe(tiny_model, "--data", halves, *options)

@@ -55,6 +55,21 @@ def dry_run(tmp_path, shards, capsys) -> tuple[dict[str, str], str]:
     return scripts_in(tmp_path), capsys.readouterr().out
 
 
+def test_options_in_quotes_as_the_help_of_pipeline_has_them(tmp_path, monkeypatch):
+    path = ["a.csv", "--recipe", RECIPE, "--run", tmp_path / "path", "--data", tmp_path / "new", "--dry-run"]
+    more = [
+        "--build",
+        "--image-column file --caption-column text",
+        "--publish",
+        "--repo ME/MODEL --license mit",
+    ]
+    monkeypatch.setattr(sys, "argv", ["slurm", "pipeline", *map(str, path), *more])
+    slurm.__main__.main()
+    scripts = scripts_in(tmp_path)
+    assert "--image-column file --caption-column text" in scripts["prepare.sbatch"]
+    assert "--repo ME/MODEL --license mit" in scripts["publish.sbatch"]
+
+
 def test_every_script_is_complete_and_slurm_reads_all_its_options(dry_run):
     scripts, printed = dry_run
     names = ("train", "sweep", "prepare", "merge", "eval", "publish")

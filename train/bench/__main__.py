@@ -3,7 +3,7 @@ open_clip_train's.
 
   python -m train.bench train/recipes/demo.yaml --data data/icons/shards
   python -m train.bench train/recipes/spectrum_icons.yaml --data SHARDS --micro-batch-size 64
-      --global-batch-size 64 one row: pairs/s, its parts, peak memory; the loader alone
+      one row: pairs/s, its parts, peak memory; the loader alone
   ... --sweep                 a row for each micro_batch_size from 8 on, and each activation_checkpointing
   ... --peer                  the same model, batch and data by open_clip_train, in turns
   ... --profile trace.json    two steps as a trace, for chrome://tracing or ui.perfetto.dev

@@ -64,7 +64,7 @@ def measure_rows(recipe: Recipe, steps: int, sweep: bool, reference: dict) -> li
         except OutOfMemory:
             pass
         rows.append(row)
-        speed = row["pairs_per_s"] or "out of memory"
+        speed = f"{row['pairs_per_s']:.4g} pairs/s" if row["pairs_per_s"] else "out of memory"
         print(
             f"micro_batch_size {row['micro_batch_size']}, {row['activation_checkpointing']}: {speed}",
             file=sys.stderr,

@@ -2,8 +2,8 @@
 
   python -m train.export runs/icons --out exported
       the run's best checkpoint, compared on images of its own validation split
-  python -m train.export ViT-B-32:laion2b_s34b_b79k --out exported --dtype fp16 --data data/icons/shards
-      --onnx any MODEL; half the bytes; also for onnxruntime
+  python -m train.export ViT-B-32:laion2b_s34b_b79k --out exported --dtype fp16 --data SHARDS --onnx
+      any MODEL; half the bytes; also for onnxruntime
 
 MODEL -> hidden folder beside FOLDER -> loaded back from its files -> compared with MODEL -> renamed to FOLDER
 """

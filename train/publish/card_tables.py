@@ -52,8 +52,9 @@ def _read(path: Path) -> dict:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--results {path}: cannot be read ({error}); make one with: python -m eval retrieval MODEL"
+            f"--results {path}: cannot be read ({reason}); make one with: python -m eval retrieval MODEL"
             " --data SHARDS --json FILE"
         ) from None
     if not isinstance(result, dict) or not (
