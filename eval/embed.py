@@ -1,6 +1,6 @@
 """Images and captions of a split become features, each exactly once on any number of ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,22 +128,26 @@ def embed_images(
     world: World,
     inference: Inference,
     change: Callable[[Image.Image], Image.Image] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """image_features [n_images, d] of a split: fp32, L2-normed, all of them on every rank.
+    """image_features [n, d] of a split: fp32, L2-normed, all of them on every rank.
 
     Args:
         change: applied to each image first.
+        numbers: the images to embed, by sample number; by default all.
 
     Raises:
         NotFinite: a feature is not finite; the first such sample is named.
     """
     clip.towers.eval()
-    own_batches = batches(len(shards), inference.batch_size)[world.rank :: world.world_size]
+    numbers = range(len(shards)) if numbers is None else numbers
+    own_batches = batches(len(numbers), inference.batch_size)[world.rank :: world.world_size]
+    own_numbers = [[numbers[row] for row in rows] for rows in own_batches]
     transform = Compose([change, clip.eval_transform]) if change else clip.eval_transform
-    images = loader(EvalImages(shards, transform), own_batches, inference.workers, world)
+    images = loader(EvalImages(shards, transform), own_numbers, inference.workers, world)
     with torch.inference_mode():
-        image_features = fill(len(shards), own_batches, images, clip.towers.image_features, world, "images")
-    check_finite(image_features, "image_features", lambda row: f"sample {shards.key(row)}")
+        image_features = fill(len(numbers), own_batches, images, clip.towers.image_features, world, "images")
+    check_finite(image_features, "image_features", lambda row: f"sample {shards.key(numbers[row])}")
     return image_features
 
 

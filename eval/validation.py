@@ -6,8 +6,11 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards, read_manifest
+from eval.embed import embed
 from eval.options import Inference
-from eval.retrieval.score import evaluate, metric_names
+from eval.retrieval.robustness import center_crop_gain
+from eval.retrieval.score import evaluate_features, metric_names
+from train.metrics import CROP_GAIN, CROP_GAIN_LOW
 from train.model.activation_memory import uncompiled
 from train.model.clip import Clip
 from train.recipe import Recipe
@@ -45,7 +48,11 @@ def validator(recipe: Recipe, world: World) -> Validate:
         size = BATCH_SIZE if recipe.micro_batch_size == "auto" else recipe.micro_batch_size
         inference, metrics = Inference(size, recipe.workers), {}
         for name, shards in splits.items():
-            result = evaluate(clip, shards, world, inference)["metrics"]
+            embedded = embed(clip, shards, world, inference)
+            result = evaluate_features(embedded, shards.groups, world)["metrics"]
+            if name == "val":
+                gain = center_crop_gain(clip, shards, embedded, world, inference)
+                result |= {CROP_GAIN: gain.value, CROP_GAIN_LOW: gain.low}
             metrics |= {
                 f"{name}/{metric}": value
                 for metric, value in result.items()

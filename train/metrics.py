@@ -8,6 +8,7 @@ The functions that compute retrieval metrics are in eval/retrieval/metrics.py, b
     instance/...              only an image's own first caption is relevant, as open_clip_train counts
     own_captions/...          any of an image's own captions is relevant, as CLIP_benchmark counts
     chance/...                expectation of a random order
+    center_crop/R@1_gain      R@1 image to text of images cropped by 4 %, minus that of whole images
 """
 
 from typing import NamedTuple
@@ -16,6 +17,9 @@ DIRECTIONS = ("image_to_text", "text_to_image")  # those that training validates
 GROUP_DIRECTIONS = (*DIRECTIONS, "image_to_image")  # those that every data set has
 ALL_DIRECTIONS = (*GROUP_DIRECTIONS, "queries_to_image")  # with sentences that are no captions
 INSTANCE, OWN_CAPTIONS, CHANCE = "instance/", "own_captions/", "chance/"  # prefixes
+
+# Of eval.retrieval.robustness.center_crop_gain: the difference and the lower end of its 99 % interval.
+CROP_GAIN, CROP_GAIN_LOW = "center_crop/R@1_gain", "center_crop/R@1_gain_low"
 
 # What else than its group's captions can be relevant to an image, by prefix.
 DEFINITIONS = {INSTANCE: "by instance", OWN_CAPTIONS: "by own captions"}
@@ -56,6 +60,8 @@ METRICS = {
     "tie_rate": Metric("tie rate", "%", False),
     "R@1_tie_range": Metric("R@1 range over ties", "%", False),
     "R@1_upper_bound": Metric("upper bound of R@1", "%", True),
+    "R@1_gain": Metric("gain in R@1", "%", False),
+    "R@1_gain_low": Metric("gain in R@1, lower end", "%", False),
     # of a model on a split
     "calibration_error": Metric("calibration error (ECE)", "%", False),
     # classification

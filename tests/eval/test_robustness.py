@@ -10,7 +10,7 @@ from data_prep.shards import Shards
 from eval.embed import embed
 from eval.options import Inference
 from eval.retrieval.command import retrieval
-from eval.retrieval.robustness import LEVELS, curves, degrade
+from eval.retrieval.robustness import LEVELS, center_crop_gain, curves, degrade
 from eval.retrieval.score import evaluate_features
 from train.model.clip import load
 from train.world import World
@@ -41,6 +41,23 @@ def test_no_degradation_changes_nothing(tiny_model, icon_shards, monkeypatch):
     # itself, except for images that tie
     assert undegraded["image_to_image/R@1"] == pytest.approx(1, abs=0.05)
     assert half["level"] == 0.5
+
+
+def test_the_gain_of_cropping_is_the_difference_of_the_two_recalls(tiny_model, icon_shards, monkeypatch):
+    shards, clip, inference = Shards(icon_shards, "val"), load(tiny_model), Inference(16, 0)
+    embedded = embed(clip, shards, World(), inference)
+    whole = evaluate_features(embedded, shards.groups, World())["metrics"]["image_to_text/R@1"]
+    for kept in (1.0, 0.9, 0.5):
+        monkeypatch.setattr("eval.retrieval.robustness.CENTER_CROP", kept)
+        monkeypatch.setattr("eval.retrieval.robustness.LEVELS", {"crop": (kept,)})
+        (cropped,) = curves(clip, shards, embedded, World(), inference)["crop"]
+        gain = center_crop_gain(clip, shards, embedded, World(), inference)
+        assert gain.value == pytest.approx(cropped["image_to_text/R@1"] - whole)
+        assert gain.low <= gain.value <= gain.high
+    monkeypatch.setattr("eval.retrieval.robustness.MAX_CROPPED", 7)
+    monkeypatch.setattr("eval.retrieval.robustness.CENTER_CROP", 1.0)
+    # Seven images in batches of other sizes: the features differ by rounding.
+    assert center_crop_gain(clip, shards, embedded, World(), inference).value == pytest.approx(0, abs=0.15)
 
 
 def test_the_command_prints_the_curve(tiny_model, icon_shards, tmp_path, capsys, monkeypatch):

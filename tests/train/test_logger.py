@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import metrics, recipe
 
-from train.run.logger import Logger, cores_per_rank, data_wait_hint, reopened
+from train.run.logger import Logger, cores_per_rank, crop_hint, data_wait_hint, reopened
 from train.setup import setup
 from train.world import World
 
@@ -64,6 +64,17 @@ def test_a_data_wait_is_reported_once_and_not_for_the_first_line(log):
     for number in steps(log, [0.9, 0.9, 0.01, 0.01, 0.03, 0.03, 0.5, 0.5]):
         assert len(printed) == (number >= 5), number
     assert "data wait is 3 % of the step time" in printed[0]
+
+
+def test_a_gain_by_cropping_is_reported_once_and_only_where_it_is_clear(log):
+    printed = []
+    log.say = printed.append
+    for low, expected in ((-0.01, 0), (0.0, 0), (0.002, 1), (0.003, 0)):
+        printed.clear()
+        log.validation({"val/center_crop/R@1_gain": 0.022, "val/center_crop/R@1_gain_low": low})
+        assert sum("try larger crops than augment.scale 0.9 1.0" in line for line in printed) == expected, low
+    assert "2.2 points higher" in crop_hint(0.022, (0.7, 1.0))
+    assert "margins" in crop_hint(0.022, (1.0, 1.0))
 
 
 def test_a_line_holds_the_values_of_its_step_and_the_speed_since_the_last_line(log, tmp_path):

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from data_prep.atomic import atomic_file
 from data_prep.progress import progress
 from train.data.loader import Batch
+from train.metrics import CROP_GAIN, CROP_GAIN_LOW
 from train.model.activation_memory import should_compile
 from train.model.towers import batch_dependent_layers
 from train.run.folder import Run
@@ -39,7 +40,7 @@ class Logger:
         self.run, self.state = run, state
         self.first = state.world.is_first
         self.pairs, self.data_s, self.step_s = 0, 0.0, 0.0
-        self.lines, self.hinted = 0, False
+        self.lines, self.hinted, self.crop_hinted = 0, False, False
         self._batch_s, self._began = 0.0, time.perf_counter()
         self.bar = progress(
             total=state.end,
@@ -129,6 +130,9 @@ class Logger:
             )
             epochs = self.state.samples / self.state.order.samples_per_epoch
             self.say(f"after {epochs:.0f} epochs: {recalls}")
+            if values.get(f"val/{CROP_GAIN_LOW}", 0) > 0 and not self.crop_hinted:
+                self.crop_hinted = True
+                self.say(crop_hint(values[f"val/{CROP_GAIN}"], self.run.recipe.augment.scale))
 
     def write(self, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard."""
@@ -217,3 +221,15 @@ def data_wait_hint(share: float, workers: int, cores: int) -> str:
         f"{waits}all {cores} cores per rank have a worker: use more cores, or smaller images: python -m"
         " data_prep build ... --resize-px 256"
     )
+
+
+def crop_hint(gain: float, scale: tuple[float, float]) -> str:
+    """A sentence on a model that does better on cropped images than on whole ones.
+
+    Args:
+        gain: in R@1.
+        scale: of the recipe's crops.
+    """
+    larger = f"try larger crops than augment.scale {scale[0]} {scale[1]}"
+    fix = larger if scale[0] < 1 else "cut off the margins of the images"
+    return f"image-to-text R@1 is {100 * gain:.1f} points higher when images lose 4 % of each side: {fix}"
