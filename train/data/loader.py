@@ -174,7 +174,8 @@ def loader(
 
 
 def _quiet_worker(_: int) -> None:
-    # Stop requests are for the main process; forked workers inherit its handlers.
+    # Stop requests are for the main process, but torchrun, srun, timeout and terminals send them to the whole
+    # process group. A worker ends with the loader, or by itself when the main process is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
