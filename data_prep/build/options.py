@@ -15,7 +15,7 @@ class Reading:
     image_column: str = "image"
     """Column of image paths, of URLs, or (in Parquet) of the images themselves."""
     caption_column: str = "caption"
-    """Column of captions; in Parquet and JSONL it may contain lists."""
+    """Column of captions; in Parquet and JSONL it may contain lists. Fields of structs: `column.field`."""
     group_column: str = ""
     """Column that joins images of the same thing; all images of a group are in one split."""
     split_column: str = ""
@@ -23,9 +23,11 @@ class Reading:
     images: str = ""
     """Folder or URL that image paths are relative to and may not leave; by default the input's folder."""
     delimiter: str = ""
-    """Delimiter of a CSV; by default a comma, in .tsv files a tab."""
+    """Delimiter of a CSV; by default the one that its header shows: comma, tab, semicolon or |."""
     encoding: str = "utf-8-sig"
-    """Encoding of CSV and JSONL, as Python names it: utf-8, latin-1, utf-16."""
+    """Encoding of CSV, JSONL and .txt, as Python names it: utf-8, latin-1, utf-16."""
+    captions_per_txt: int = 0
+    """Lines of each .txt to take, as one caption each; 0 takes all, and stops at a file of more than 20."""
     context_length: int = 77
     """Tokens that the model can read; longer captions are counted in the report. 0 skips counting."""
     decisions: str = ""

@@ -14,6 +14,7 @@ import html
 import json
 import os
 import sqlite3
+import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import groupby
@@ -45,6 +46,7 @@ CREATE TABLE long_captions (ordinal INTEGER PRIMARY KEY, input INTEGER, line INT
                             caption TEXT);
 CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 """
+INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # unicodedata's names of control, format and space characters
 SPOOLED = -1  # the container of images in the part's .bytes
 INSERT_ROWS = 10_000
 SPLIT_NAMES = {
@@ -253,7 +255,8 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[De
         names = [f"{number}/{name}" for number, name in enumerate(names)]
     loader = _Loader(part, reading, decisions)
     for number, source in enumerate(inputs):
-        for row in read(source, reading.columns, reading.delimiter, reading.encoding, names[number]):
+        options = (reading.columns, reading.delimiter, reading.encoding, names[number])
+        for row in read(source, *options, reading.captions_per_txt):
             loader.add(number, source, row)
             if loader.ordinal % INSERT_ROWS == 0:
                 bar.update(INSERT_ROWS)
@@ -286,8 +289,9 @@ class _Loader:
         if not problem and row.data is None:
             name, problem = self._names.resolve(row.image)
         caption = " ".join(row.caption.split())
-        if not problem and not caption:
-            problem = Problem("empty caption")
+        if not problem and not is_visible(caption):
+            detail = f"only {', '.join(f'U+{ord(sign):04X}' for sign in caption[:5])}" if caption else ""
+            problem = Problem("empty caption", detail)
         split = SPLIT_NAMES.get(row.split.lower()) if row.split else ""
         if split is None and not problem:
             problem = Problem("unknown split", f"{row.split!r}; must be train, val or test")
@@ -345,6 +349,11 @@ class _Loader:
     def insert_pending(self) -> None:
         insert(self.part.db, "rows", self._pending)
         self._pending.clear()
+
+
+def is_visible(caption: str) -> bool:
+    """Whether a caption has more than spaces, control characters and zero-width signs."""
+    return any(sign.isalnum() or unicodedata.category(sign) not in INVISIBLE for sign in caption)
 
 
 def _encodable(text: str) -> str:

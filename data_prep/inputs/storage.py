@@ -12,11 +12,17 @@ from data_prep.errors import UserError
 from data_prep.inputs import hub
 
 IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+# Tables in folders of images, as the library `datasets` reads them; see imagefolder.py.
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def is_url(path: str) -> bool:
     return "://" in path
+
+
+def is_http(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
 
 
 def remote(url: str) -> fsspec.AbstractFileSystem:
@@ -62,8 +68,8 @@ def expand(sources: list[str]) -> list[str]:
 
 
 def digest(source: str) -> str:
-    """sha256 of a file; of a URL, the metadata that its server reports; of a folder, its listing and its .txt
-    files.
+    """sha256 of a file; of a URL, the metadata that its server reports; of a folder, its listing and the
+    files with its captions.
 
     Raises:
         UserError: it cannot be read.
@@ -75,8 +81,9 @@ def digest(source: str) -> str:
             sha.update(json.dumps({name: info[name] for name in sorted(info)}, default=str).encode())
         elif os.path.isdir(source):
             for path in walk(source):
-                sha.update(repr((os.path.relpath(path, source), os.stat(path).st_size)).encode())
-                if path.endswith(".txt"):
+                size = os.stat(path).st_size if os.path.exists(path) else None  # None: a dangling link
+                sha.update(repr((os.path.relpath(path, source), size)).encode())
+                if path.endswith((".txt", *METADATA)) and os.path.isfile(path):
                     sha.update(Path(path).read_bytes())
         else:
             with open(source, "rb") as file:

@@ -14,6 +14,7 @@ from data_prep.errors import UserError
 from data_prep.inputs.names import Problem, key_of
 from data_prep.inputs.rows import Input, Row, check_text
 from data_prep.inputs.storage import IMAGE_EXTENSIONS
+from data_prep.inputs.texts import rows_of_txt
 
 # Keys of KEY.json that our own tars store elsewhere, or that say nothing about the image.
 KNOWN = {"caption", "captions", "key", "image", "sha256", "width", "height", "group", "columns"}
@@ -53,6 +54,9 @@ def _rows_of_sample(tar: Input, number: int, sample: "TarSample") -> Iterator[Ro
         data=sample.image.data,
         offset=sample.image.offset,
     )
+    if tar.columns.caption and (txt := sample.txt(tar.columns.caption)) is not None:
+        yield from rows_of_txt(tar, row, f"{name}.txt", txt)
+        return
     for caption in (sample.captions(tar.columns.caption) if tar.columns.caption else None) or [""]:
         yield check_text(row._replace(caption=caption))
 
@@ -77,14 +81,19 @@ class TarSample:
     problem: Problem | None = None
     image: TarMember | None = None
 
-    def captions(self, column: str) -> list[str]:
-        """The captions of data_prep's own .json; else the .txt; else the key `column` of the .json, as
-        img2dataset writes it.
+    def txt(self, column: str) -> bytes | None:
+        """The .txt, if its lines are the captions. img2dataset writes one caption both there and as the key
+        `column` of the .json, which tells that its line breaks separate no captions.
         """
+        if "txt" not in self.members or isinstance(self._json.get("captions"), list):
+            return None
+        is_one = self._text("txt").split() == _if_text(self._json.get(column)).split() != []
+        return None if is_one else self.members["txt"].data
+
+    def captions(self, column: str) -> list[str]:
+        """The captions of data_prep's own .json; else the key `column` of the .json."""
         if isinstance(self._json.get("captions"), list):
             return [_if_text(caption) for caption in self._json["captions"]]
-        if "txt" in self.members:
-            return [self._text("txt")]
         return [_if_text(self._json.get(column))]
 
     def label(self, column: str) -> str:

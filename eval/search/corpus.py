@@ -19,6 +19,7 @@ from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.inputs.storage import IMAGE_EXTENSIONS, walk
+from data_prep.inputs.texts import txt_captions
 from data_prep.shards import Shards, read_manifest
 from eval.classify.features import checked
 from train.data.decode import decode
@@ -91,8 +92,8 @@ class FolderCorpus:
         name = self.names[number]
         image = decode(checked(read_local(ImageLocation(self.folder, name))))
         text = read_local(ImageLocation(self.folder, f"{os.path.splitext(name)[0]}.txt"))
-        lines = [] if isinstance(text, BadImage) else text.decode("utf-8-sig", "replace").splitlines()
-        captions = [line.strip() for line in lines if line.strip()]
+        lines = [] if isinstance(text, BadImage) else txt_captions(text)
+        captions = [line.strip().encode("utf-8", "replace").decode() for line in lines]
         return image, {"key": name, "split": "", "group": number, "captions": captions, "columns": {}}
 
     def key(self, number: int) -> str:

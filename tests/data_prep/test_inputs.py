@@ -194,7 +194,7 @@ def test_bad_rows_of_jsonl_and_parquet(tmp_path):
         (2, "", "", "malformed row"),
         (3, "", "", "malformed row"),
         (5, "a", "", ""),
-        (6, "", "3", ""),
+        (6, "", "", "caption is not text"),
         (7, "\ud800", "x", "bad UTF-8"),
     ]
     sources = [
@@ -206,7 +206,7 @@ def test_bad_rows_of_jsonl_and_parquet(tmp_path):
         "malformed row": 2,
         "missing file": 1,
         "empty caption": 1,
-        "no image path": 1,
+        "caption is not text": 1,
         "bad UTF-8": 1,
     }
     broken = pyarrow.array([b"good", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
