@@ -34,7 +34,7 @@ def parquet_files(source: str) -> list[str]:
         ) from None
     if not paths:
         raise UserError(
-            f"{source}: has no Parquet file; the hub converts most data sets, on the branch"
-            " refs/convert/parquet"
+            f"{source}: has no Parquet file; the hub converts most data sets: pass {PREFIX}{path.repo_id}"
+            "@refs/convert/parquet, or download it (hf download --repo-type dataset) and pass the folder"
         )
     return [f"hf://{path}" for path in paths]

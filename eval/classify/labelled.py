@@ -1,6 +1,7 @@
 """Images with labels, from any of these:
 
     FOLDER/[SPLIT/]CLASS/image.jpg          a folder per class; imagenette's folders get their class names
+    FOLDER/[SPLIT/]metadata.jsonl, ...      an imagefolder, see data_prep.inputs.imagefolder
     labels.csv, .tsv, .jsonl, .parquet,     columns image and label, or images in the file: every format that
       .tar                                  data_prep.inputs.formats reads
     FOLDER/[data/]SPLIT-....parquet         as image data sets on the Hugging Face hub are stored
@@ -25,7 +26,9 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.images import DAMAGE, BadImage
-from data_prep.inputs.formats import read
+from data_prep.inputs.cells import as_text
+from data_prep.inputs.formats import images_folder, read
+from data_prep.inputs.imagefolder import metadata_files
 from data_prep.inputs.locations import ImageLocation, check_root, read_all
 from data_prep.inputs.names import Names
 from data_prep.inputs.parquet import ParquetImages, read_label_column
@@ -179,6 +182,8 @@ def _read(
         raise UserError(
             f"{data}: has no splits, but --split {split!r} was given; omit it, or add a folder {split}"
         )
+    if metadata_files(str(data), columns.image):
+        return _table(data, columns, "", encoding, delimiter)
     return _class_folders(data)
 
 
@@ -200,7 +205,7 @@ def _number_classes(labels: Sequence) -> tuple[list[str], list[int]]:
     """The classes of labels that are texts, in order (numerically, if all are numbers); and the number of
     each label, -1 for none.
     """
-    texts = ["" if label is None else str(label).strip() for label in labels]
+    texts = [as_text(label).strip() for label in labels]
     distinct = set(texts) - {""}
     classes = sorted(distinct, key=int if all(text.isdecimal() for text in distinct) else str)
     numbers = {text: number for number, text in enumerate(classes)}
@@ -295,7 +300,7 @@ def _delete(path: str, process: int) -> None:
 
 def _table(path: Path, columns: Columns, images: str, encoding: str, delimiter: str) -> Labelled:
     """Any format of data_prep.inputs.formats."""
-    table_images = _TableImages(str(path), images or str(path.parent))
+    table_images = _TableImages(str(path), images or images_folder([str(path)]))
     labels, names, problems = [], [], {}
     for position, row in enumerate(read(str(path), columns, delimiter, encoding)):
         names.append(row.image.strip() or (f"line {row.line}" if row.problem else ""))
