@@ -292,8 +292,11 @@ def _check_rejects(folder: Path, inputs: list[str], plan: Plan, summary: dict, m
     first = next(plan.rejects())
     why = ", ".join(filter(None, (first.reason, first.detail)))
     fix = "Fix the input" + (", or raise --max-rejects to leave them out" if summary["records"] else "")
+    count = f"{summary['rejects']} of {summary['rows']} rows cannot be used ({share:.1%}), more than"
+    count += f" --max-rejects {max_rejects:g} allows"
+    if not summary["records"]:
+        count = f"none of the {summary['rows']} rows can be used"
     raise UserError(
-        f"{summary['rejects']} of {summary['rows']} rows cannot be used ({share:.1%}), more than"
-        f" --max-rejects {max_rejects:g} allows:{reasons}\nthe first is line {first.line}, {first.image!r}:"
+        f"{count}:{reasons}\nthe first is line {first.line}, {first.image!r}:"
         f" {why}; all are in {folder / 'rejects.csv'}. {fix}"
     )

@@ -152,7 +152,8 @@ def print_report(out: Path, report: dict, splitting: dict) -> None:
             f"  {split:5} {counts['images']} images, {counts['captions']} captions, {counts['groups']} groups"
         )
         if not counts["images"] and splitting.get(split, 1):
-            print(f"        {split} is empty because there are few groups; raise --{split} or change --seed")
+            fix = "lower --val and --test" if split == SPLITS[0] else f"raise --{split}"
+            print(f"        {split} is empty because there are few groups; {fix} or change --seed")
     if report["leaks"]:
         action = (
             "the image of the earlier split was dropped"
