@@ -5,6 +5,11 @@ from data_prep.errors import UserError
 PREFIX = "hf://datasets/"
 
 
+def is_data_set(source: str) -> bool:
+    """Whether a URL is of a data set on the hub, and not of one file in it."""
+    return source.startswith(PREFIX) and not source.endswith(".parquet")
+
+
 def parquet_files(source: str) -> list[str]:
     """URLs of the Parquet files of a data set, with `@COMMIT`, so that a later build reads the same files.
 

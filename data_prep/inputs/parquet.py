@@ -61,6 +61,14 @@ def column_names(path: str) -> list[str]:
         return []
 
 
+def schema_classes(source: str, column: str) -> list[str] | None:
+    """The names of a column's classes, in the order of their numbers, if the schema of a file has them."""
+    from pyarrow import parquet
+
+    with fsspec.open(source, "rb", compression="infer") as file:
+        return _class_names(parquet.ParquetFile(file).schema_arrow.metadata, column)
+
+
 def _check_schema(source: str, schema, columns: Columns) -> None:
     """Check the columns, and that captions are text.
 

@@ -8,7 +8,6 @@ import pytest
 from conftest import noise_images, png
 from huggingface_hub import snapshot_download
 from test_inputs import images_of, write
-from test_sources import served  # noqa: F401 a fixture
 from test_tables import captions_of, jsonl, noise
 
 from data_prep.build.pipeline import Checking, Parallelism, Reading, build
@@ -140,7 +139,7 @@ def test_links_to_nothing_and_texts_that_lead_out(tmp_path):
     assert "password" not in (tmp_path / "out" / "rejects.csv").read_text()
 
 
-def test_signs_of_urls_in_names_under_a_web_server(served, tmp_path):  # noqa: F811
+def test_signs_of_urls_in_names_under_a_web_server(served, tmp_path):
     folder, url = served
     names = ["c#.png", "50% off.png", "100%.png", "a%20b.png", "x y.png", "50%25#%.png", "d%2Fe.png"]
     names += ["u v.png"]
