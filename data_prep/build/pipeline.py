@@ -54,8 +54,8 @@ def build(
     A build that was killed resumes when the same command is run again.
 
     Args:
-        inputs: CSV, TSV, JSONL or Parquet files, tars, or folders of images with .txt files beside them;
-            local, or URLs such as hf://datasets/USER/NAME. One row per caption; rows with the same image are
+        inputs: CSV, TSV, JSONL or Parquet files, tars, or folders of images with .txt files beside them, each
+            line of which is a caption; local, or URLs such as hf://datasets/USER/NAME. One row per caption; rows with the same image are
             captions of one image.
         out: Folder to write; it appears under this name when it is complete.
         images_per_shard: Images per tar, approximately.
