@@ -55,8 +55,8 @@ def build(
 
     Args:
         inputs: CSV, TSV, JSONL or Parquet files, tars, or folders of images with .txt files beside them, each
-            line of which is a caption; local, or URLs such as hf://datasets/USER/NAME. One row per caption; rows with the same image are
-            captions of one image.
+            line of which is a caption; local, or URLs such as hf://datasets/USER/NAME. One row per caption;
+            rows with the same image are captions of one image.
         out: Folder to write; it appears under this name when it is complete.
         images_per_shard: Images per tar, approximately.
         min_shards: Minimum number of tars per split, for readers that need one per process.
