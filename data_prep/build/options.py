@@ -52,6 +52,8 @@ class Checking:
     """Reject images whose longer side is more than this many times the shorter one."""
     resize_px: int = 0
     """Resize larger images to a shorter side of this; 0 keeps their size."""
+    svg_px: int = Rules.svg_px
+    """Shorter side at which an SVG is rendered; SVG needs the package resvg-py."""
     encode: str = "png"
     """Format of changed images: png, jpeg (quality 95) or webp (lossless, smaller and faster than png)."""
     skip_decode: bool = False
@@ -71,6 +73,8 @@ class Checking:
             )
         if self.encode not in ("png", "jpeg", "webp"):
             raise UserError(f"--encode {self.encode}: must be png, jpeg or webp")
+        if self.svg_px < 1:
+            raise UserError(f"--svg-px {self.svg_px}: must be at least 1")
         return Rules(
             parse_color(self.background),
             self.max_pixels,
@@ -78,6 +82,7 @@ class Checking:
             self.max_aspect,
             self.resize_px,
             self.encode,
+            self.svg_px,
         )
 
 
