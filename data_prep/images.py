@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +97,15 @@ class _Decoded(NamedTuple):
     pixels: np.ndarray  # uint8 [H, W, 3]
     extension: str
     fixes: list[str]
+
+
+@cache
+def installed_version(package: str) -> str:
+    """The version of an optional package; "" if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def parse_color(color: str) -> tuple[int, int, int]:
@@ -200,13 +211,13 @@ def _image_kind(data: bytes) -> Kind:
         raise BadImage(f"{kind.name}, not an image", kind.fix)
     if not kind.is_image:
         raise BadImage(f"{kind.name} is not supported")
-    if kind.name == "SVG" and not svg.resvg_version():
+    if kind.name == "SVG" and not installed_version("resvg_py"):
         raise BadImage("SVG: install resvg-py", "pip install resvg-py")
     if kind.name == "HEIF":
-        try:
-            import pillow_heif
-        except ImportError:
-            raise BadImage("HEIC: install pillow-heif", "pip install pillow-heif") from None
+        if not installed_version("pillow_heif"):
+            raise BadImage("HEIC: install pillow-heif", "pip install pillow-heif")
+        import pillow_heif
+
         pillow_heif.register_heif_opener()
     if kind.name == "AVIF" and not features.check("avif"):
         raise BadImage("AVIF: install Pillow 11.3 or newer", "pip install --upgrade pillow")

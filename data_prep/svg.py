@@ -18,8 +18,6 @@ import sys
 import threading
 import xml.etree.ElementTree as ET
 import zlib
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -66,15 +64,6 @@ class Rendered(NamedTuple):
 
     png: bytes
     left_out: bool
-
-
-@cache
-def resvg_version() -> str:
-    """The version of the renderer; "" if it is not installed."""
-    try:
-        return version("resvg_py")
-    except PackageNotFoundError:
-        return ""
 
 
 def render(data: bytes, side_px: int, max_pixels: int) -> Rendered:

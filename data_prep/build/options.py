@@ -28,10 +28,18 @@ class Reading:
     """Encoding of CSV, JSONL and .txt, as Python names it: utf-8, latin-1, utf-16."""
     captions_per_txt: int = 0
     """Lines of each .txt to take, as one caption each; 0 takes all, and stops at a file of more than 20."""
+    image_ext: str = ""
+    """Extension of the images in tars, such as seg.png; by default, what is an image."""
+    caption_ext: str = ""
+    """Extension of the captions in tars and beside images; by default txt, and json in tars."""
     context_length: int = 77
     """Tokens that the model can read; longer captions are counted in the report. 0 skips counting."""
     decisions: str = ""
     """CSV of `python -m data_prep review`: images to drop, captions to change."""
+
+    def __post_init__(self):
+        for name in ("image_ext", "caption_ext"):  # .CAP is cap
+            object.__setattr__(self, name, getattr(self, name).lower().removeprefix("."))
 
     @property
     def columns(self) -> Columns:

@@ -27,6 +27,7 @@ from data_prep.build.scan import Checks, scan
 from data_prep.build.write import index_in_place, write_shards
 from data_prep.cli import Folder
 from data_prep.errors import UserError
+from data_prep.images import installed_version
 from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root
 from data_prep.inputs.storage import digest, expand, is_url
@@ -138,7 +139,11 @@ def _run(
         "split": asdict(split),
         "write": writing,
         "num_tasks": parallelism.num_tasks,
-        "versions": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__},
+        "versions": {
+            "pillow": PIL.__version__,
+            "simplejpeg": simplejpeg.__version__,
+            **{name: installed_version(name) for name in ("resvg_py", "pillow_heif")},
+        },
     }
     _start_or_resume(folder, settings, overwrite)
     if not (folder / "manifest.json").exists():

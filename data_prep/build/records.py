@@ -5,6 +5,7 @@ kill at any moment loses nothing that was committed.
                                images         what the checks made of each image, in the order of keys
                                rejects        rows that cannot be used, each with its line and a named reason
                                long_captions  captions of more tokens than the model can read
+                               ignored        files that are neither images nor captions; in the first part
   part-00003-of-00008.bytes    images that cannot be read again from a file: fetched, compressed, or changed
 
 records + rejects = rows, in every part and so in the whole.
@@ -15,8 +16,9 @@ import json
 import os
 import sqlite3
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -44,6 +46,7 @@ CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, 
                       detail TEXT);
 CREATE TABLE long_captions (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, tokens INTEGER,
                             caption TEXT);
+CREATE TABLE ignored (input INTEGER, name TEXT, reason TEXT);
 CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 """
 INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # unicodedata's names of control, format and space characters
@@ -154,6 +157,14 @@ class LongCaption(NamedTuple):
     caption: str
 
 
+class Ignored(NamedTuple):
+    """A row of the table `ignored`: a file of a folder, or a member of a tar, that is no row."""
+
+    input: int
+    name: str
+    reason: str
+
+
 class _State(NamedTuple):
     name: str
     value: str
@@ -256,14 +267,20 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[De
     loader = _Loader(part, reading, decisions)
     for number, source in enumerate(inputs):
         options = (reading.columns, reading.delimiter, reading.encoding, names[number])
-        for row in read(source, *options, reading.captions_per_txt):
+        more = {"image_ext": reading.image_ext, "caption_ext": reading.caption_ext}
+        ignore = partial(loader.ignore, number)
+        for row in read(source, *options, reading.captions_per_txt, **more, ignore=ignore):
             loader.add(number, source, row)
             if loader.ordinal % INSERT_ROWS == 0:
                 bar.update(INSERT_ROWS)
                 loader.insert_pending()
     bar.close()
     if not loader.ordinal:
-        raise UserError(f"{', '.join(inputs)}: no rows; an input must have a header and one row per caption")
+        ignored = "".join(f"; ignored: {count} x {why}" for why, count in loader.ignored.items())
+        raise UserError(
+            f"{', '.join(inputs)}: no rows{ignored}; an input must have a header and one row per caption, or"
+            " images with captions"
+        )
     loader.add_captions()
     loader.insert_pending()
     part.db.execute("CREATE INDEX rows_by_key ON rows (key, ordinal)")
@@ -276,7 +293,7 @@ class _Loader:
 
     def __init__(self, part: Part, reading: Reading, decisions: Iterable[Decision]):
         self.part, self.decisions = part, AppliedDecisions(decisions)
-        self.ordinal = 0
+        self.ordinal, self.ignored = 0, Counter()
         self._names, self._token_limit = Names(reading.images), _TokenLimit(reading.context_length)
         self._pending: list[StoredRow] = []
         self._last_key, self._last_place = "", Place()
@@ -323,6 +340,12 @@ class _Loader:
             self.part.reject(stored.reject(decided))
         else:
             self._store(stored)
+
+    def ignore(self, number: int, reason: str, name: str) -> None:
+        """Note a file or member that is no row; all parts read all inputs, and the first one keeps it."""
+        self.ignored[reason] += 1
+        if self.part.number == 0:
+            insert(self.part.db, "ignored", [Ignored(number, _encodable(name), reason)])
 
     def _place(self, number: int, source: str, row: Row, key: str) -> Place:
         if row.data is None:

@@ -67,17 +67,18 @@ def read(
     encoding: str = "utf-8-sig",
     name: str = "",
     captions_per_txt: int = 0,
+    **options,
 ) -> Iterator[Row]:
     """The rows of one input, in its order; an image with several captions gives several rows of one line.
 
     Args:
-        delimiter, encoding, name, captions_per_txt: see Input.
+        delimiter, encoding, name, captions_per_txt, options: see Input.
 
     Raises:
         UserError: the input cannot be read or parsed, lacks a column, or is in another encoding.
     """
     check_encoding(source, encoding)
-    table = Input(source, columns, delimiter, encoding, name, captions_per_txt)
+    table = Input(source, columns, delimiter, encoding, name, captions_per_txt, **options)
     yield from READERS[format_of(source)](table)
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from data_prep.errors import UserError
+from data_prep.inputs.folders import images_below
 from data_prep.inputs.names import Problem
 from data_prep.inputs.parquet import column_names, read_parquet
 from data_prep.inputs.rows import USUAL_NAMES, Columns, Input, Row
-from data_prep.inputs.storage import IMAGE_EXTENSIONS, METADATA, is_url, walk
+from data_prep.inputs.storage import METADATA, is_url, walk
 from data_prep.inputs.tables import read_csv, read_jsonl, table_columns
 
 FILE_NAME = "file_name"
@@ -54,14 +55,10 @@ def read_imagefolder(folder: Input, tables: list[str]) -> Iterator[Row]:
                 row = row._replace(image=os.path.normpath(os.path.join(below, row.image)))
             named.add(row.image)
             yield row
-    number = 0
-    for path in walk(folder.source):
-        image = os.path.relpath(path, folder.source)
-        if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS:
-            number += 1
-            if image not in named:
-                detail = f"no row of {os.path.basename(tables[0])} has this {FILE_NAME}"
-                yield Row(number, image, problem=Problem("not in the metadata", detail))
+    detail = f"no row of {os.path.basename(tables[0])} has this {FILE_NAME}"
+    unnamed = (image for image in images_below(folder.source, ignore=folder.ignore) if image not in named)
+    for number, image in enumerate(unnamed, 1):
+        yield Row(number, image, problem=Problem("not in the metadata", detail))
 
 
 def _columns(table: Input) -> Columns:

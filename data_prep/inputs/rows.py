@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -68,6 +68,13 @@ class Columns:
         return frozenset({"", *self.by_use.values()})
 
 
+Ignore = Callable[[str, str], None]  # with the reason, and the path of a file or the name of a member
+
+
+def ignore_nothing(reason: str, name: str) -> None:
+    """For those who do not list what is ignored."""
+
+
 @dataclass(frozen=True)
 class Input:
     """One input, and how it is read.
@@ -78,6 +85,9 @@ class Input:
         encoding: of CSV, JSONL and .txt, as Python names it.
         name: prefix of the names of images that the input contains; by default its file name.
         captions_per_txt: lines of a .txt to take as captions; 0 takes all, and refuses many.
+        image_ext: of the image of a sample in a tar, without a dot; "" for what is an image.
+        caption_ext: of the captions beside images and in tars, without a dot; "" for txt and json.
+        ignore: is called with the reason and name of each file that is neither an image nor belongs to one.
     """
 
     source: str
@@ -86,6 +96,9 @@ class Input:
     encoding: str = "utf-8-sig"
     name: str = ""
     captions_per_txt: int = 0
+    image_ext: str = ""
+    caption_ext: str = ""
+    ignore: Ignore = ignore_nothing
 
     @property
     def label(self) -> str:

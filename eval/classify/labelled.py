@@ -28,6 +28,7 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.images import DAMAGE, BadImage
 from data_prep.inputs.cells import as_text
+from data_prep.inputs.folders import images_below
 from data_prep.inputs.formats import format_of, images_folder, read
 from data_prep.inputs.hub import is_data_set
 from data_prep.inputs.imagefolder import metadata_files
@@ -35,7 +36,7 @@ from data_prep.inputs.locations import ImageLocation, check_root, read_all
 from data_prep.inputs.names import Names
 from data_prep.inputs.parquet import ParquetImages, read_label_column, schema_classes
 from data_prep.inputs.rows import Columns, Row, is_in_place
-from data_prep.inputs.storage import IMAGE_EXTENSIONS, expand, is_url
+from data_prep.inputs.storage import expand, is_url
 from data_prep.progress import progress
 from data_prep.shards import Shards, read_manifest
 
@@ -402,9 +403,9 @@ def _class_folders(folder: Path) -> Labelled:
         raise UserError(f"{folder}: has no folders; it must have one folder of images per class")
     names, labels = [], []
     for label, name in enumerate(classes):
-        paths = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
-        names += [str(path.relative_to(folder)) for path in paths]
-        labels += [label] * len(paths)
+        images = sorted(f"{name}/{image}" for image in images_below(str(folder / name)))
+        names += images
+        labels += [label] * len(images)
     return _files(str(folder), folder, names, labels, [IMAGENETTE.get(name, name) for name in classes])
 
 
