@@ -207,10 +207,10 @@ def _check_end(archive: tarfile.TarFile) -> None:
     if len(block := stream.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError(f"byte {offset}: it ends without the second of the two blocks of zeros")
     while block:
-        if block.strip(b"\0"):
+        if rest := block.lstrip(b"\0"):
             raise tarfile.ReadError(
-                f"byte {offset}: something follows the zeros that end a tar: members overwritten by zeros, or"
-                " another tar; join tars by: tar --concatenate --file A.tar B.tar"
+                f"byte {offset + len(block) - len(rest)}: something follows the zeros that end a tar: members"
+                " overwritten by zeros, or another tar; join tars by: tar --concatenate --file A.tar B.tar"
             )
         offset += len(block)
         block = stream.read(1 << 20)
