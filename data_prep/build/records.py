@@ -260,6 +260,7 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[De
         return
     part.spool_path.unlink(missing_ok=True)
     part.db.execute("BEGIN")
+    part.db.execute("DELETE FROM ignored")
     bar = progress(desc="reading rows", unit="row", delay=2)
     names = [os.path.basename(source.rstrip("/")) for source in inputs]
     if len(set(names)) < len(names):

@@ -52,8 +52,8 @@ class ImageCell(NamedTuple):
 
 
 def image_of(cell) -> ImageCell:
-    """The image of a cell: a path, bytes, base64, or {"bytes": ..., "path": ...} as in data sets on the
-    Hugging Face hub.
+    """The image of a cell: a path, bytes, base64, the text of an SVG, or {"bytes": ..., "path": ...} as in
+    data sets on the Hugging Face hub.
     """
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
@@ -62,6 +62,8 @@ def image_of(cell) -> ImageCell:
     if isinstance(cell, list) and cell:
         return ImageCell(problem=Problem("image is not a path", "a list; each row must have one image"))
     text = as_text(cell)
+    if text.lstrip("\ufeff \t\r\n").startswith(("<svg", "<?xml")):
+        return ImageCell(data=text.encode("utf-8", "surrogateescape"))
     if len(text) < MIN_BASE64_CHARACTERS:
         return ImageCell(text)
     if (data := _from_base64(text)) is not None:

@@ -250,6 +250,8 @@ def _warnings(summary: dict, settings: dict, groups: list[Group]) -> list[str]:
         )
     if summary["rejects"]:
         messages.append("{rejects:,} of {rows:,} rows were rejected.".format(**summary))
+    for reason, count in summary["ignored"].items():
+        messages.append(f"Ignored: {_count(count, 'file')} ({reason}); see ignored.csv.")
     for split, counts in summary["splits"].items():
         expected, share = splitting.get(split, 0), counts["images"] / images
         is_by_hash = not settings["read"]["split_column"] and expected

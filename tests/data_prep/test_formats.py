@@ -12,12 +12,14 @@ import threading
 import zlib
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, png
 from evil import encoded, header, noise, png_of
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from data_prep import images, svg
+from data_prep.build.pipeline import Parallelism, Reading, build
 from data_prep.images import BadImage, Rules, check
 from data_prep.signatures import kind_of
 
@@ -256,6 +258,26 @@ def test_a_heic_that_is_turned_is_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
     assert pixels(heic(noise(64, 48), exif=exif.tobytes())).shape == (64, 48, 3)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "base64"])
+def test_svgs_in_a_table(tmp_path, kind):
+    """As data sets of icons on the Hugging Face hub have them: the text of the SVG in a column."""
+    texts = [
+        drawing(HALF).decode(),
+        '<?xml version="1.0"?>' + drawing(HALF.replace("0000ff", "ff0000")).decode(),
+    ]
+    if kind == "base64":
+        texts = [base64.b64encode(text.encode()).decode() for text in texts]
+    table = pd.DataFrame({"Svg": texts, "caption": ["blue", "red"]})
+    path = tmp_path / f"icons.{kind if kind != 'base64' else 'csv'}"
+    {
+        ".csv": lambda: table.to_csv(path, index=False),
+        ".jsonl": lambda: table.to_json(path, orient="records", lines=True),
+        ".parquet": lambda: table.to_parquet(path),
+    }[path.suffix]()
+    report = build([str(path)], tmp_path / "out", Reading("Svg"), parallelism=Parallelism(1))
+    assert (report["images"], report["fixes"]["SVG to PNG"]) == (2, 2)
 
 
 @pytest.mark.parametrize(
