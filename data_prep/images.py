@@ -220,7 +220,7 @@ def _image_kind(data: bytes) -> Kind:
 
         pillow_heif.register_heif_opener()
     if kind.name == "AVIF" and not features.check("avif"):
-        raise BadImage("AVIF: install Pillow 11.3 or newer", "pip install --upgrade pillow")
+        raise BadImage("AVIF: install Pillow 11.3 or newer", "pip install -U pillow")
     return kind
 
 

@@ -210,7 +210,7 @@ def _check_end(archive: tarfile.TarFile) -> None:
         if rest := block.lstrip(b"\0"):
             raise tarfile.ReadError(
                 f"byte {offset + len(block) - len(rest)}: something follows the zeros that end a tar: members"
-                " overwritten by zeros, or another tar; join tars by: tar --concatenate --file A.tar B.tar"
+                " overwritten by zeros, or another tar; join tars by: tar -A -f A.tar B.tar"
             )
         offset += len(block)
         block = stream.read(1 << 20)

@@ -12,7 +12,7 @@ import pytest
 import webdataset
 from conftest import png
 from evil import encoded, noise
-from test_formats import HALF, drawing, heic
+from other_formats import HALF, drawing, heic
 from test_inputs import images_of, tar_of
 
 from data_prep.build.pipeline import Checking, Parallelism, Reading, build, index

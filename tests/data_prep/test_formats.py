@@ -16,22 +16,13 @@ import pandas as pd
 import pytest
 from conftest import ROOT, png
 from evil import encoded, header, noise, png_of
+from other_formats import HALF, RECT, drawing, heic
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from data_prep import images, svg
 from data_prep.build.pipeline import Parallelism, Reading, build
 from data_prep.images import BadImage, Rules, check
 from data_prep.signatures import kind_of
-
-SVG = (
-    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{w}"'
-    ' height="{h}">{body}</svg>'
-)
-RECT = '<rect width="50" height="50" fill="#ff0000"/>'
-
-
-def drawing(body: str = RECT, w: str = "50", h: str = "50", before: str = "") -> bytes:
-    return (before + SVG.format(w=w, h=h, body=body)).encode()
 
 
 def pixels(data: bytes, **rules) -> np.ndarray:
@@ -43,9 +34,6 @@ def reason(data: bytes, **rules) -> str:
     with pytest.raises(BadImage) as caught:
         check(data, Rules(**rules))
     return str(caught.value)
-
-
-HALF = '<rect width="25" height="50" fill="#0000ff"/>'
 
 
 @pytest.mark.parametrize(
@@ -227,13 +215,6 @@ def test_without_the_packages_the_reject_says_what_to_install(monkeypatch):
     monkeypatch.setattr(images, "installed_version", lambda package: "")
     assert reason(drawing()) == "SVG: install resvg-py (pip install resvg-py)"
     assert reason(data) == "HEIC: install pillow-heif (pip install pillow-heif)"
-
-
-def heic(image: Image.Image, **options) -> bytes:
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-    return encoded(image, "HEIF", **options)
 
 
 def test_heic_avif_ico_and_jpeg_2000_are_read():
