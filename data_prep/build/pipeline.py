@@ -27,6 +27,7 @@ from data_prep.build.scan import Checks, scan
 from data_prep.build.write import index_in_place, write_shards
 from data_prep.cli import Folder
 from data_prep.errors import UserError
+from data_prep.images import installed_version
 from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root
 from data_prep.inputs.storage import digest, expand, is_url
@@ -54,9 +55,9 @@ def build(
     A build that was killed resumes when the same command is run again.
 
     Args:
-        inputs: CSV, TSV, JSONL or Parquet files, tars, or folders of images with .txt files beside them;
-            local, or URLs such as hf://datasets/USER/NAME. One row per caption; rows with the same image are
-            captions of one image.
+        inputs: CSV, TSV, JSONL or Parquet files, tars, or folders of images with .txt files beside them, each
+            line of which is a caption; local, or URLs such as hf://datasets/USER/NAME. One row per caption;
+            rows with the same image are captions of one image.
         out: Folder to write; it appears under this name when it is complete.
         images_per_shard: Images per tar, approximately.
         min_shards: Minimum number of tars per split, for readers that need one per process.
@@ -138,7 +139,11 @@ def _run(
         "split": asdict(split),
         "write": writing,
         "num_tasks": parallelism.num_tasks,
-        "versions": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__},
+        "versions": {
+            "pillow": PIL.__version__,
+            "simplejpeg": simplejpeg.__version__,
+            **{name: installed_version(name) for name in ("resvg_py", "pillow_heif")},
+        },
     }
     _start_or_resume(folder, settings, overwrite)
     if not (folder / "manifest.json").exists():
@@ -292,8 +297,11 @@ def _check_rejects(folder: Path, inputs: list[str], plan: Plan, summary: dict, m
     first = next(plan.rejects())
     why = ", ".join(filter(None, (first.reason, first.detail)))
     fix = "Fix the input" + (", or raise --max-rejects to leave them out" if summary["records"] else "")
+    count = f"{summary['rejects']} of {summary['rows']} rows cannot be used ({share:.1%}), more than"
+    count += f" --max-rejects {max_rejects:g} allows"
+    if not summary["records"]:
+        count = f"none of the {summary['rows']} rows can be used"
     raise UserError(
-        f"{summary['rejects']} of {summary['rows']} rows cannot be used ({share:.1%}), more than"
-        f" --max-rejects {max_rejects:g} allows:{reasons}\nthe first is line {first.line}, {first.image!r}:"
+        f"{count}:{reasons}\nthe first is line {first.line}, {first.image!r}:"
         f" {why}; all are in {folder / 'rejects.csv'}. {fix}"
     )

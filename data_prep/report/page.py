@@ -25,7 +25,7 @@ from data_prep.build.records import LongCaption, Reject, StoredImage, StoredRow
 from data_prep.build.scan import in_order
 from data_prep.build.split import SPLITS
 from data_prep.html import write_page
-from data_prep.images import DAMAGE, FORMATS, BadImage, parse_color
+from data_prep.images import DAMAGE, BadImage, open_image, parse_color
 from data_prep.inputs.locations import ImageLocation, read_local
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -219,7 +219,7 @@ def _thumbnail(location: ImageLocation, background: tuple[int, int, int], max_pi
             return ""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = open_image(data)
         if image.width * image.height > max_pixels:
             return ""
         image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
@@ -232,7 +232,7 @@ def _thumbnail(location: ImageLocation, background: tuple[int, int, int], max_pi
             if buffer.tell() <= THUMBNAIL_BYTES:
                 break
         return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    except (Image.DecompressionBombError, *DAMAGE):
+    except (BadImage, *DAMAGE):
         return ""
 
 
@@ -250,6 +250,8 @@ def _warnings(summary: dict, settings: dict, groups: list[Group]) -> list[str]:
         )
     if summary["rejects"]:
         messages.append("{rejects:,} of {rows:,} rows were rejected.".format(**summary))
+    for reason, count in summary["ignored"].items():
+        messages.append(f"Ignored: {_count(count, 'file')} ({reason}); see ignored.csv.")
     for split, counts in summary["splits"].items():
         expected, share = splitting.get(split, 0), counts["images"] / images
         is_by_hash = not settings["read"]["split_column"] and expected

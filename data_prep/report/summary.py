@@ -15,7 +15,7 @@ from data_prep.build.decisions import ACTIONS, Decision, write_decisions
 from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
 
-UNUSED = "unused_decisions.csv"
+UNUSED, IGNORED = "unused_decisions.csv", "ignored.csv"
 SIDES_PX = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -48,6 +48,7 @@ def summarize(plan: Plan) -> dict:
         "records": records,
         "rejects": rejects,
         "reasons": dict(reasons.most_common()),
+        "ignored": dict(Counter(ignored.reason for ignored in plan.ignored()).most_common()),
         "images": sum(images.values()),
         "groups": sum(groups.values()),
         "fixes": dict(fixes.most_common()),
@@ -83,11 +84,15 @@ def _decision_counts(plan: Plan) -> dict:
 
 
 def write_report(folder: Path, plan: Plan, summary: dict, settings: dict) -> None:
-    """Write report.json, rejects.csv, leaks.csv and report.html."""
+    """Write report.json, rejects.csv, ignored.csv, leaks.csv and report.html."""
     from data_prep.report.page import write_report_page  # imports jinja2, which no other step needs
 
     write_json(folder / "report.json", summary)
-    write_rejects(folder / "rejects.csv", plan, list(settings["inputs"]))
+    inputs = list(settings["inputs"])
+    write_rejects(folder / "rejects.csv", plan, inputs)
+    if summary["ignored"]:
+        ignored = ([entry.name, entry.reason, inputs[entry.input]] for entry in plan.ignored())
+        _write_csv(folder / IGNORED, ["path", "reason", "input"], ignored)
     leaks = (
         [
             plan.row(leak.a)[1].image,
@@ -130,6 +135,8 @@ def print_report(out: Path, report: dict, splitting: dict) -> None:
     print(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects")
     for reason, count in report["reasons"].items():
         print(f"  rejected: {count} x {reason}")
+    for reason, count in report["ignored"].items():
+        print(f"  ignored: {count} x {reason}; see {out / IGNORED}")
     for fix, count in report["fixes"].items():
         print(f"  fixed: {count} x {fix}")
     if any(report["decisions"].values()):
@@ -152,7 +159,8 @@ def print_report(out: Path, report: dict, splitting: dict) -> None:
             f"  {split:5} {counts['images']} images, {counts['captions']} captions, {counts['groups']} groups"
         )
         if not counts["images"] and splitting.get(split, 1):
-            print(f"        {split} is empty because there are few groups; raise --{split} or change --seed")
+            fix = "lower --val and --test" if split == SPLITS[0] else f"raise --{split}"
+            print(f"        {split} is empty because there are few groups; {fix} or change --seed")
     if report["leaks"]:
         action = (
             "the image of the earlier split was dropped"
