@@ -70,7 +70,9 @@ def test_an_imagefolder_with_another_caption_column(tmp_path):
         build([str(tmp_path / "set")], tmp_path / "out", parallelism=ONE)
     build([str(tmp_path / "set")], tmp_path / "out", Reading(caption_column="words"), parallelism=ONE)
     assert images_of(tmp_path / "out") == expected
-    with pytest.raises(UserError, match=r"it has 'file_name'.*, for example --image-column file_name"):
+    with pytest.raises(
+        UserError, match=r"it has 'file_name'.*; pass --image-column file_name --caption-column NAME"
+    ):
         captions_of(str(tmp_path / "set" / "train" / "metadata.jsonl"))
     build(
         [str(tmp_path / "set" / "train" / "metadata.jsonl")],
@@ -132,6 +134,9 @@ def test_links_to_nothing_and_texts_that_lead_out(tmp_path):
     os.symlink(tmp_path / "nothing", folder / "1.txt")
     os.mkfifo(folder / "2.txt")
     (folder / "3.txt").write_text("three")
+    jsonl(tmp_path, {"file_name": "3.png", "text": "not of this folder"}, name="metadata.jsonl")
+    os.symlink(tmp_path / "metadata.jsonl", folder / "metadata.jsonl")
+    os.mkfifo(folder / "metadata.csv")
     reasons = captions_of(str(folder))
     assert reasons == [*["unreadable caption file"] * 3, "three"]
     report = build([str(folder)], tmp_path / "out", check=Checking(max_rejects=0.9), parallelism=ONE)
