@@ -189,8 +189,8 @@ def dummy_batch(towers: nn.Module, n: int, device: torch.device) -> tuple[torch.
     images = torch.randint(
         0, 256, (n, 3, *((size, size) if isinstance(size, int) else size)), dtype=torch.uint8, device=device
     )
-    length, words = towers.model.context_length, towers.model.vocab_size
-    return images, torch.randint(1, words, (n, length), device=device)
+    tokens = torch.randint(1, towers.vocab_size, (n, towers.context_length), device=device)
+    return images, tokens
 
 
 def free_bytes(device: torch.device) -> int:
