@@ -73,10 +73,7 @@ def test_random_weights_depend_on_the_seed_and_not_on_the_generator():
     [
         ("ViT-B-33:none", "did you mean 'ViT-B-32'"),
         ("nonsense", "a MODEL is NAME:PRETRAINED"),
-        (
-            "ViT-B-32",
-            "ViT-B-32:none for random ones, ViT-B-32:FILE, or ViT-B-32:TAG, with TAG one of openai",
-        ),
+        ("ViT-B-32", "ViT-B-32:none for random ones, ViT-B-32:FILE, or ViT-B-32:TAG, with TAG one of openai"),
         ("ViT-B-32:laion", "has no weights 'laion'; it has openai"),
         ("ViT-B-32:openai", "another activation; use ViT-B-32-quickgelu:openai"),
         ("ViT-B-32-quickgelu:laion2b_s34b_b79k", "has no weights|another activation; use ViT-B-32:"),

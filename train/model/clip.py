@@ -177,7 +177,8 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
 def _of_transformers(folder: Path, weights: bool) -> tuple[nn.Module, Callable, dict]:
     model_cfg, preprocessing = open_clip_config(folder)
     model = load_transformers(folder, model_cfg) if weights else open_clip.CLIP(**model_cfg)
-    open_clip.model.set_model_preprocess_cfg(model, {**asdict(PreprocessCfg()), **preprocessing.config})
+    size = {"size": model.visual.image_size}
+    open_clip.model.set_model_preprocess_cfg(model, asdict(PreprocessCfg()) | size | preprocessing.config)
     return model, load_tokenizer(folder, model_cfg), model_cfg
 
 
