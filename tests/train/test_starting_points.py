@@ -16,6 +16,7 @@ from data_prep.shards import Shards
 from eval.embed import embed
 from eval.options import Inference
 from train.export.folder import export
+from train.model.activation_memory import apply_checkpointing
 from train.model.clip import load
 from train.world import World
 
@@ -156,3 +157,12 @@ def test_another_folder_of_transformers_is_one_sentence(changes, message, transf
 def test_a_file_of_transformers_is_sent_to_its_folder(transformers_folder):
     with pytest.raises(UserError, match=f"transformers' names.*use local-dir:{transformers_folder}"):
         load(f"ViT-B-32:{transformers_folder / 'model.safetensors'}")
+
+
+def test_a_text_tower_of_transformers_recomputes_only_when_asked(tmp_path):
+    """open_clip's HFTextEncoder.set_grad_checkpointing(False) switches it on."""
+    model = load(save_model(tmp_path / "base", "roberta")).towers.model
+    for mode in ("full", "none"):
+        apply_checkpointing(model, mode, compiled=False)
+        assert model.text.transformer.is_gradient_checkpointing == (mode == "full")
+        assert model.visual.transformer.grad_checkpointing == (mode == "full")

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 import psutil
 import torch
+from open_clip.hf_model import HFTextEncoder
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -53,13 +54,24 @@ def should_compile(recipe: Recipe, device: torch.device) -> bool:
 def apply_checkpointing(model: nn.Module, mode: str, compiled: bool) -> None:
     """Make an open_clip model recompute what `mode` says; equal blocks are compiled once for all of them."""
     torch.compiler.reset()
-    model.set_grad_checkpointing(mode == "full")
+    set_grad_checkpointing(model, mode == "full")
     for block in blocks(model):
         kind = getattr(type(block), "kind_before", type(block))
         block.__class__ = _keeping_products(kind) if mode == "selective" else kind
         block._compiled_call_impl = None
         if compiled:
             block.compile()
+
+
+def set_grad_checkpointing(model: nn.Module, on: bool) -> None:
+    """open_clip's, which for Hugging Face's towers switches it on whatever it is told."""
+    text = getattr(model, "text", None)
+    if not isinstance(text, HFTextEncoder):
+        model.set_grad_checkpointing(on)
+        return
+    model.visual.set_grad_checkpointing(on)
+    if text.transformer.supports_gradient_checkpointing:
+        getattr(text.transformer, f"gradient_checkpointing_{'enable' if on else 'disable'}")()
 
 
 @functools.cache
