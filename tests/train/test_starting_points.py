@@ -7,6 +7,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from conftest import save_tiny
 from runs import newest, recipe, trained
 from starting_points import save_model, tokenizer
 from transformers import CLIPConfig, CLIPModel
@@ -166,3 +167,26 @@ def test_a_text_tower_of_transformers_recomputes_only_when_asked(tmp_path):
         apply_checkpointing(model, mode, compiled=False)
         assert model.text.transformer.is_gradient_checkpointing == (mode == "full")
         assert model.visual.transformer.grad_checkpointing == (mode == "full")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model_cfg": {}}', '{"model_cfg": {"text_cfg": 3}}'])
+def test_a_folder_with_another_config_is_one_sentence(content, tmp_path):
+    save_tiny(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"open_clip_config.json: cannot be read as open_clip's configuration"
+    ):
+        load(f"local-dir:{tmp_path}")
+
+
+def test_a_folder_that_asks_to_run_its_code_is_refused(tmp_path, hub):
+    """open_clip passes tokenizer_kwargs to AutoTokenizer.from_pretrained."""
+    save_model(tmp_path / "base", "siglip")
+    file = tmp_path / "base" / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    file.write_text(json.dumps(config))
+    hub.put("me/clip", {path.name: path.read_bytes() for path in file.parent.iterdir()})
+    for name in (f"local-dir:{file.parent}", "hf-hub:me/clip"):
+        with pytest.raises(UserError, match="trust_remote_code"):
+            load(name)

@@ -127,8 +127,11 @@ def asks_hub(source: Source, weights: bool) -> bool:
     """Whether loading may ask the hub: for weights, or for what a Hugging Face text tower needs."""
     if source.identifier.startswith("hf-hub:") or (source.tag and weights):
         return True
-    if source.folder or source.identifier.startswith("local-dir:"):
-        return source.folder is None and "text_cfg" not in folder_options(source.identifier)
+    if source.identifier.startswith("local-dir:"):
+        folder = Path(source.identifier.removeprefix("local-dir:"))
+        if source.folder or not (folder / CONFIG_FILE).is_file() or folder_options(source.identifier):
+            return False
+        return "hf_model_name" in config_of(source.identifier)["model_cfg"]["text_cfg"]
     text = open_clip.get_model_config(source.identifier)["text_cfg"]
     return "hf_model_name" in text or "hf_tokenizer_name" in text
 
@@ -143,7 +146,7 @@ def on_disk(source: Source) -> Source:
     patterns = ["*.json", "*.txt", "*.model", WEIGHTS_FILE]
     try:
         config = hf_hub_download(model_id, CONFIG_FILE, revision=revision or None)
-        text = json.loads(Path(config).read_text()).get("model_cfg", {}).get("text_cfg", {})
+        text = _read_config(Path(config))["model_cfg"]["text_cfg"]
         if not revision and text.get("hf_model_name") not in (HERE, model_id):
             return source
     except LocalEntryNotFoundError:  # no network; it is an EntryNotFoundError too
@@ -201,7 +204,7 @@ def folder_options(identifier: str) -> dict:
     scheme, _, place = identifier.partition(":")
     if scheme != "local-dir" or not (Path(place) / CONFIG_FILE).is_file():
         return {}
-    text = config_of(identifier).get("model_cfg", {}).get("text_cfg", {})
+    text = config_of(identifier)["model_cfg"]["text_cfg"]
     if "hf_model_name" not in text or not (Path(place) / TEXT_CONFIG_FILE).is_file():
         return {}
     return {"text_cfg": {**text, "hf_model_name": place, "hf_model_pretrained": False}}
@@ -215,4 +218,29 @@ def config_of(identifier: str) -> dict:
     """open_clip_config.json of a local-dir: or hf-hub: model that was just loaded, so it is in the cache."""
     scheme, _, place = identifier.partition(":")
     file = hf_hub_download(place, CONFIG_FILE) if scheme == "hf-hub" else Path(place) / CONFIG_FILE
-    return json.loads(Path(file).read_text())
+    return _read_config(Path(file))
+
+
+def _read_config(file: Path) -> dict:
+    """An open_clip_config.json.
+
+    Raises:
+        UserError: it is none, or it asks to run code of others: open_clip passes tokenizer_kwargs on.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        text = config["model_cfg"]["text_cfg"]
+        config["model_cfg"]["vision_cfg"], config["model_cfg"]["embed_dim"]
+        options = dict(text.get("tokenizer_kwargs") or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file}: cannot be read as open_clip's configuration of a model"
+            f" ({type(error).__name__}: {error}); it must be JSON with model_cfg, and embed_dim, vision_cfg"
+            " and text_cfg in it"
+        ) from None
+    if "trust_remote_code" in options:
+        raise UserError(
+            f"{file}: tokenizer_kwargs has trust_remote_code, which would run code of the model's folder;"
+            " remove it, and look at what the tokenizer's files do"
+        )
+    return config
