@@ -12,6 +12,7 @@ from data_prep.shards import Shards
 from train.data.augment import Augmentation
 from train.data.loader import TrainPairs, train_loader
 from train.data.order import Order
+from train.device import use_bf16
 from train.loss import loss_of, train_logit_bias
 from train.model.activation_memory import apply_checkpointing, fit_micro_batch, should_compile
 from train.model.clip import Clip, load
@@ -43,7 +44,7 @@ def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
     pairs, clip = inputs.pairs, inputs.clip
     order = Order(pairs.shard_sizes, recipe.global_batch_size, recipe.seed)
     samples, end = run.samples if run else 0, recipe.epochs * order.samples_per_epoch
-    clip.towers.bf16 = recipe.precision == "bf16"
+    clip.towers.bf16 = use_bf16(recipe.precision, world.device)
     clip.towers.to(world.device)
     freeze_unused(clip, world)  # before all that asks which parameters are trained
     # The copy of the initial weights comes before a checkpoint is restored and before blocks are compiled.

@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, NotFinite, UserError
+from train.device import device_name
 from train.recipe import Recipe, differences, flags_of, parse, to_yaml
 from train.retain.select import NO_SCORE, Score, Selection, WeightSelector
 from train.run.async_writer import AsyncWriter
@@ -368,10 +369,6 @@ class Run:
 FITTED = ("activation_checkpointing", "micro_batch_size")  # keys of the recipe that can be "auto"
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
 def _may_precede(path: Path) -> bool:
     """Whether a folder that holds this, and no recipe.yaml, may still become a run."""
     return path.name in BEFORE or path.name.endswith(".partial")
@@ -392,5 +389,6 @@ def _describe_environment(world: World) -> dict:
         "world_size": world.world_size,
         "device": device_name(),
         "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
         "threads": torch.get_num_threads(),
     }
