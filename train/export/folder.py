@@ -20,6 +20,7 @@ from data_prep.tables import markdown_table
 from train.export import to_onnx, to_transformers
 from train.export.reference import Outputs, Samples, max_difference, outputs, samples
 from train.model.clip import Clip
+from train.model.source import folder_options
 from train.recipe import flags_of, parse
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -275,7 +276,8 @@ def _read_back(
     clip: Clip, folder: Path, dtype: str, image: Image.Image
 ) -> tuple[torch.nn.Module, dict[str, float]]:
     """open_clip's model of the written files, and how far its weights and pixels are from the original's."""
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name, **folder_options(name))
     loaded, original = model.eval().state_dict(), clip.weights(DTYPES[dtype])
     assert set(loaded) == set(original), set(loaded) ^ set(original)
     for name, tensor in original.items():
