@@ -35,6 +35,7 @@ DAMAGE = (
     zlib.error,
 )
 PHASH_PX = 16
+WHITE = "#ffffff"
 
 
 class BadImage(Exception):
@@ -99,6 +100,11 @@ def parse_color(color: str) -> tuple[int, int, int]:
         raise UserError(
             f"--background {color!r} is not a color; pass a CSS name like white or a code like #ffffff"
         ) from None
+
+
+def hex_color(color: str) -> str:
+    """`#rrggbb` of a CSS color name or code, as models name their background."""
+    return "#{:02x}{:02x}{:02x}".format(*parse_color(color))
 
 
 def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:

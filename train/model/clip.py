@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import ImageColor
 from safetensors.torch import save_file
 from torchvision.transforms import Compose, Normalize, PILToTensor
 
 from data_prep.errors import UserError
+from data_prep.images import WHITE
 from train.model.text import trimmer
 from train.model.towers import Towers
 
@@ -42,7 +45,8 @@ class Clip:
     Attributes:
         towers: the model; `towers.model` is open_clip's own.
         tokenizer: list of captions -> int64 [n, L].
-        config: {"model_cfg", "preprocess_cfg"}, as in open_clip_config.json.
+        config: {"model_cfg", "preprocess_cfg"}, as in open_clip_config.json, and in preprocess_cfg the
+            `background`, `#rrggbb`: transparent images are composited on it. open_clip ignores it.
     """
 
     name: str
@@ -61,6 +65,11 @@ class Clip:
         *steps, _to_tensor, normalize = self.preprocess.transforms
         assert isinstance(normalize, Normalize), normalize
         return Compose([*steps, PILToTensor()])
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The RGB on which the model wants transparent images composited."""
+        return ImageColor.getrgb(self.config["preprocess_cfg"].get("background", WHITE))[:3]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -164,12 +173,15 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
             ) from None
         finally:
             logging.disable(logging.NOTSET)
+    background = WHITE
     if model_cfg is None:
-        model_cfg = _config_of(identifier)["model_cfg"]
+        published = _config_of(identifier)
+        model_cfg, background = published["model_cfg"], _background_of(published)
     preprocess = model.visual.preprocess_cfg
     config = {
         "model_cfg": model_cfg,
-        "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")},
+        "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+        | {"background": background},
     }
     return Clip(name, Towers(model, preprocess["mean"], preprocess["std"]), tokenizer, config)
 
@@ -270,3 +282,9 @@ def _config_of(identifier: str) -> dict:
     scheme, _, place = identifier.partition(":")
     file = hf_hub_download(place, CONFIG_FILE) if scheme == "hf-hub" else Path(place) / CONFIG_FILE
     return json.loads(Path(file).read_text())
+
+
+def _background_of(config: dict) -> str:
+    """`#rrggbb` of an open_clip_config.json; white where it has none, as models of others."""
+    background = (config.get("preprocess_cfg") or {}).get("background")
+    return background if re.fullmatch("#[0-9a-fA-F]{6}", str(background)) else WHITE
