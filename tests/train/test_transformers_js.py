@@ -1,4 +1,4 @@
-"""transformers.js opens an exported folder and finds the same images; skipped where there is no node or npm."""
+"""transformers.js opens an exported folder and finds the same images; skipped without node or npm."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import noise_image
 from PIL import Image
 
@@ -76,8 +77,6 @@ def test_the_same_ten_best_images(library, exported, quick, icon_shards, tmp_pat
 
     clip = load(quick[0])
     clip.towers.eval()
-    import torch
-
     with torch.no_grad():
         pixels = torch.stack([clip.eval_transform(Image.open(path)) for path in images])
         expected_images = clip.towers.image_features(pixels).numpy()
@@ -107,7 +106,6 @@ def test_the_snippet_of_the_card(library, exported, quick, tmp_path):
     (tmp_path / "node_modules").symlink_to(library.parent.parent)
     (tmp_path / "snippet.mjs").write_text(code)
     printed = node("snippet.mjs", cwd=tmp_path)
-    print(printed)
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
     clip = load(quick[0])
