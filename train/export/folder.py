@@ -216,7 +216,7 @@ def _notes(record: dict) -> list[str]:
     elif "sentence_transformers" not in record["differences"]:
         quoted = f'"{SENTENCE_TRANSFORMERS[0]}"'
         notes.append(f"without files for sentence-transformers, which is not installed: pip install {quoted}")
-    kinds = " and ".join(f"{count} {kind}" for kind, count in record["compared_files"].items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in record["compared_files"].items())
     notes.append(
         f"the snippets of the model card answer for image files ({kinds}) what they answer for the images"
         f" that training sees; transparent parts are on {record['background']}"

@@ -90,6 +90,7 @@ def write_card(
         training=training_facts(run) if run else {},
         results=[table.markdown() for table in tables],
         has_retention=any(table.is_retention for table in tables),
+        curve=f"{IMAGES}/{CURVE}",
         images=[f"{IMAGES}/{name}" for name in gather_images(folder, run, images)],
         use=use(record, repo),
         int8=int8_table(record),
@@ -164,7 +165,7 @@ def recipe_table(recipe: dict) -> str:
     folders = {key: Path(recipe[key]).name for key in ("replay", "retention_set") if recipe.get(key)}
     values = leaves(recipe | folders | {"model": public_name(recipe["model"])})
     shown = [key for key in values if key not in RESUME_SAFE or (key == "replay" and values[key])]
-    rows = [[key, f"`{values[key]}`"] for key in shown]
+    rows = [[key, f"`{values[key]}`"] for key in shown if values[key] != ""]
     return markdown_table(("key", "value"), rows)
 
 
@@ -187,7 +188,8 @@ def model_facts(folder: Path) -> dict:
     for file_format in FORMATS:
         measured = record["differences"].get(file_format, {})
         if values := [measured[name] for name in FEATURES if name in measured]:
-            differences[file_format.replace("_", "-")] = f"{max(values):.2g}"
+            name = "sentence-transformers" if file_format == "sentence_transformers" else file_format
+            differences[name] = f"{max(values):.2g}"
     min_cosine = record["differences"].get("transformers", {}).get("from_images_min_cosine")
     return {
         "from_images_min_cosine": f"{min_cosine:.4f}" if min_cosine else "",

@@ -83,7 +83,8 @@ class Table:
 
     def __init__(self, facts: dict, weights: str):
         folder, _, split = facts["data"].rpartition(", ")
-        self.folder, self.split = Path(folder).name, split
+        name = Path(folder).parent.name if Path(folder).name == "shards" else ""  # data/icons/shards: icons
+        self.folder, self.split = name or Path(folder).name, split
         self.data = f"{self.folder}, {split}"
         self.n_images, self.n_texts = facts["n_images"], facts["n_texts"]
         self.is_retention: bool = facts["is_retention"]
