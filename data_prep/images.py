@@ -42,6 +42,7 @@ OPAQUE_ALPHA = "alpha without transparency"
 MAX_PNG_TEXT = 1 << 20  # characters; Pillow refuses a PNG with more of them in a chunk
 NEARLY_BLACK = 4095  # the largest value of 12 bits; of 16 bits it is 6 % gray
 TIFF_BITS, TIFF_MAX_VALUE = 258, (281, 341)  # BitsPerSample; MaxSampleValue, SMaxSampleValue
+WHITE = "#ffffff"
 
 
 class BadImage(Exception):
@@ -116,6 +117,11 @@ def parse_color(color: str) -> tuple[int, int, int]:
         raise UserError(
             f"--background {color!r} is not a color; pass a CSS name like white or a code like #ffffff"
         ) from None
+
+
+def hex_color(color: str) -> str:
+    """`#rrggbb` of a CSS color name or code, as models name their background."""
+    return "#{:02x}{:02x}{:02x}".format(*parse_color(color))
 
 
 def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:

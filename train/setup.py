@@ -111,6 +111,7 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     clip = load(recipe.model, weights=run is not None, seed=recipe.seed)
     if run and (recipe.replay or recipe.l2_sp):  # these need the same initial weights after a resume
         run.check_data(clip.fingerprint(), "model")
+    clip.config["preprocess_cfg"]["background"] = pairs.background
     if recipe.lora_rank:
         adapt(clip.towers, recipe.lora_rank, recipe.seed)
     clip.towers.lock(recipe.lock)  # after adapt(), so that adapters of a locked tower are locked too

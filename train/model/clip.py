@@ -17,19 +17,23 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import ImageColor
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms import Compose, Normalize, PILToTensor
 
 from data_prep.errors import UserError
+from data_prep.images import WHITE
 from train.model.hub import wants_network, without_retries
 from train.model.preprocessing import CONFIG_FILE, KEYS
 from train.model.source import (
     HERE,
     TEXT_CONFIG_FILE,
     WEIGHTS_FILE,
+    Source,
     advice,
     asks_hub,
+    config_of,
     folder_options,
     model_cfg_of,
     not_in_the_cache,
@@ -51,7 +55,8 @@ class Clip:
     Attributes:
         towers: the model; `towers.model` is open_clip's own.
         tokenizer: list of captions -> int64 [n, L].
-        config: {"model_cfg", "preprocess_cfg"}, as in open_clip_config.json.
+        config: {"model_cfg", "preprocess_cfg"}, as in open_clip_config.json, and in preprocess_cfg the
+            `background`, `#rrggbb`: transparent images are composited on it. open_clip ignores it.
     """
 
     name: str
@@ -70,6 +75,11 @@ class Clip:
         *steps, _to_tensor, normalize = self.preprocess.transforms
         assert isinstance(normalize, Normalize), normalize
         return Compose([*steps, PILToTensor()])
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The RGB on which the model wants transparent images composited."""
+        return ImageColor.getrgb(self.config["preprocess_cfg"].get("background", WHITE))[:3]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -169,7 +179,10 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
                 f"{name}: cannot be loaded: {' '.join(str(error).split())[:600]}; {advice(name)}"
             ) from None
     preprocess = model.visual.preprocess_cfg
-    config = {"model_cfg": model_cfg, "preprocess_cfg": {key: preprocess[key] for key in KEYS}}
+    config = {
+        "model_cfg": model_cfg,
+        "preprocess_cfg": {key: preprocess[key] for key in KEYS} | {"background": _background_of(source)},
+    }
     towers = Towers(model, preprocess["mean"], preprocess["std"], tokenizer.context_length)
     return Clip(name, towers, tokenizer, config)
 
@@ -202,3 +215,11 @@ def _portable(model_cfg: dict) -> dict:
         if key in text and not HUB_ID.fullmatch(text[key]):
             text[key] = HERE
     return {**model_cfg, "text_cfg": text}
+
+
+def _background_of(source: Source) -> str:
+    """`#rrggbb` of an open_clip_config.json; white where it has none, as models of others."""
+    if source.folder or ":" not in source.identifier:
+        return WHITE
+    background = (config_of(source.identifier).get("preprocess_cfg") or {}).get("background")
+    return background if re.fullmatch("#[0-9a-fA-F]{6}", str(background)) else WHITE
