@@ -1,4 +1,4 @@
-"""The wheel in an environment of its own, used from a folder that has the user's own train.py, eval.py and so on.
+"""The wheel in an environment of its own, used from a folder that has a user's train.py, eval.py and others.
 
 The heavy packages are those of the environment of the tests.
 """
@@ -145,9 +145,10 @@ def test_every_module_imports_beside_modules_of_the_user(installed):
         "names = [found.name for found in pkgutil.walk_packages(cliptune.__path__, 'cliptune.')]\n"
         "for name in names: importlib.import_module(name)\n"
         "import slurm, data_prep\n"
-        "print({module.WHOSE for module in (train, eval, slurm, data_prep)}, len(names) > 150)"
+        "print({module.WHOSE for module in (train, eval, slurm, data_prep)}, len(names) > 150)\n"
+        "print(cliptune.load('demo-vit:none').encode_texts(['a bell', 'a house']).shape)"
     )
-    assert installed.run("python", "-c", code) == "{'the user'} True\n"
+    assert installed.run("python", "-c", code) == "{'the user'} True\n(2, 64)\n"
 
 
 @pytest.mark.slow
