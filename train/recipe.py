@@ -143,6 +143,8 @@ class Recipe:
     workers: int = 4
     """Processes per rank that read and crop images; 0 reads in the training process."""
     log_every_steps: int = 10
+    log: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ("tensorboard",)
+    """What shows the curves: TensorBoard, Trackio, Weights & Biases. RUN/metrics.jsonl is always written."""
     save_every_minutes: float = 15.0
     """A checkpoint is written after each epoch, and when the last one is older than this."""
     keep_checkpoints: int = 2
@@ -162,6 +164,7 @@ RESUME_SAFE = (
     "replay",
     "workers",
     "log_every_steps",
+    "log",
     "save_every_minutes",
     "keep_checkpoints",
 )
