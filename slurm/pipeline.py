@@ -195,4 +195,4 @@ def module_and_arguments(words: Sequence[object]) -> list:
     name = str(words[0])
     if name in ROOMS or "." in name:
         return [importable(name), *words[1:]]
-    return ["cliptune", *words]
+    return [*([] if name == "cliptune" else ["cliptune"]), *words]

@@ -385,6 +385,7 @@ def _describe_environment(world: World) -> dict:
     return {
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
+        "cliptune": None if CLONE else version("cliptune"),
         "git_commit": commit,
         "world_size": world.world_size,
         "device": device_name(),
