@@ -32,7 +32,10 @@ from eval.search.nearest import Nearest
 from eval.search.query import described, filter_rows
 from train.data.decode import decode
 from train.data.loader import loader
-from train.model.clip import CONFIG_FILE, Clip
+from train.device import own_device
+from train.model.clip import Clip
+from train.model.preprocessing import CONFIG_FILE
+from train.model.transformers_clip import is_transformers
 from train.world import World
 
 ImageLike = str | Path | Image.Image
@@ -45,17 +48,18 @@ def load(model: str | Path, device: str = "", precision: Literal["fp32", "bf16"]
     """Load a model for evaluation.
 
     Args:
-        model: a run folder (its best checkpoint), a folder with open_clip_config.json, hf-hub:USER/NAME,
-            local-dir:PATH, or NAME:PRETRAINED (ViT-B-32:laion2b_s34b_b79k).
-        device: "cuda", "cuda:1", "cpu"; by default a GPU if there is one.
+        model: a run folder (its best checkpoint), a folder of weights (open_clip's, as `export` writes it, or
+            of transformers' CLIPModel), hf-hub:USER/NAME, or NAME:PRETRAINED (ViT-B-32:laion2b_s34b_b79k).
+        device: "cuda:1", "cpu", ...; by default torch's accelerator if there is one.
         precision: of the towers; features are float32 in both.
 
     Raises:
         UserError: no such model.
     """
-    is_folder = (Path(model) / CONFIG_FILE).is_file()
+    folder = Path(model)
+    is_folder = (folder / CONFIG_FILE).is_file() or is_transformers(folder)
     name = f"local-dir:{model}" if is_folder else str(model)
-    world = World(device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    world = World(device=torch.device(device) if device else own_device())
     return Model(load_for_eval(name, Inference(precision=precision), world), world.device)
 
 
@@ -241,7 +245,7 @@ class _Images(Dataset):
     """uint8 [3, H, W] of an image by its number, or a sentence on why it cannot be used."""
 
     def __init__(self, images: Sequence[ImageLike], clip: Clip):
-        self.images, self.transform = images, clip.eval_transform
+        self.images, self.transform, self.background = images, clip.eval_transform, clip.background
 
     def name(self, number: int) -> str:
         image = self.images[number]
@@ -249,7 +253,7 @@ class _Images(Dataset):
 
     def __getitem__(self, number: int) -> torch.Tensor | str:
         try:
-            return self.transform(decode(checked(_bytes_of(self.images[number]))))
+            return self.transform(decode(checked(_bytes_of(self.images[number]), self.background)))
         except OSError as error:
             return f"{self.name(number)}: cannot be read ({error.strerror or error})"
         except BadImage as bad:

@@ -1,7 +1,9 @@
 """`import cliptune`: features as in an index, of files and PIL images of any kind; results as of `search`."""
 
+import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -73,6 +75,21 @@ def test_a_model_is_a_folder_a_run_or_a_name(model, tiny_model, tuned_run, files
     assert cliptune.load("demo-vit:none", device="cpu").encode_texts(["a", "b"]).shape[0] == 2
     with pytest.raises(cliptune.UserError, match="no model 'nothing'"):
         cliptune.load("nothing")
+
+
+def test_the_background_is_that_of_the_model(model, tiny_model, files, tmp_path):
+    shutil.copytree(tiny_model.removeprefix("local-dir:"), tmp_path / "black")
+    config = json.loads((tmp_path / "black" / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["background"] = "#000000"
+    (tmp_path / "black" / "open_clip_config.json").write_text(json.dumps(config))
+    black = cliptune.load(tmp_path / "black", device="cpu")
+    transparent = Image.open(files[1])
+    canvas = Image.new("RGBA", transparent.size, "black")
+    canvas.alpha_composite(transparent)
+    composited = model.encode_images(canvas.convert("RGB"))
+    for image in (files[1], transparent):
+        assert np.array_equal(black.encode_images(image), composited)
+        assert not np.allclose(model.encode_images(image), composited, atol=1e-3)
 
 
 def test_texts_and_ranks(model, files):
