@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from data_prep.errors import UserError
+from data_prep.rooms import importable
 
 # Switches are switches (--overwrite), and no flag carries the name of the dataclass that it belongs to.
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -86,12 +87,17 @@ def run_commands(prog: str, guide: str, commands: dict[str, str], rest: str = ""
     known = name.replace("_", "-")
     if known not in commands:
         raise UserError(f"{prog} {name}: no such command; it can be {', '.join(commands)}")
-    module, _, function = commands[known].partition(":")
-    command = getattr(importlib.import_module(module), function)
+    run_place(commands[known], f"{prog} {known}", arguments, rest)
+
+
+def run_place(place: str, prog: str, arguments: list[str], rest: str = "") -> None:
+    """Run the function at "module:function"; the rest is as in run_commands."""
+    module, _, function = place.partition(":")
+    command = getattr(importlib.import_module(importable(module)), function)
     if rest and "--" in arguments:
         if rest not in inspect.signature(command).parameters:
-            raise UserError(f"{prog} {known}: takes nothing after --")
+            raise UserError(f"{prog}: takes nothing after --")
         end = arguments.index("--")
         command = functools.partial(command, **{rest: tuple(arguments[end + 1 :])})
         arguments = arguments[:end]
-    run_command(command, f"{prog} {known}", arguments)
+    run_command(command, prog, arguments)
