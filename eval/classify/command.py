@@ -61,6 +61,7 @@ def zeroshot(
         raise UserError("no MODEL given; pass NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder")
     if (data is None) == (image is None) or bool(captions) != bool(image):
         raise UserError("pass either --data DATA, or --image IMAGE with --captions")
+    from data_prep.tables import text_of
     from eval.classify import caption_match, zeroshot, zeroshot_page
     from eval.retrieval.score import write_json
     from train.world import joined_world
@@ -74,7 +75,7 @@ def zeroshot(
                 lambda: zeroshot.read_task(data, split, table, names, templates, parents)
             )
             result = {"models": zeroshot.evaluate_models(models, task, inference, world, out)}
-            text = zeroshot_page.table(result["models"])
+            text = text_of(zeroshot_page.result_parts(result["models"]))
         if world.is_first:
             print(text)
             if json:
@@ -122,6 +123,7 @@ def linear_probe(
         page: HTML file to write: the table and validation curves; a PNG of the curves is written beside it.
         inference: How the model is run.
     """
+    from data_prep.tables import text_of
     from eval.classify import linear_probe, linear_probe_page
     from eval.retrieval.score import write_json
     from train.world import joined_world
@@ -135,7 +137,7 @@ def linear_probe(
         result, heads = linear_probe.evaluate_heads(model, task, inference, world, cache)
         if not world.is_first:
             return
-        print(linear_probe_page.table(result))
+        print(text_of(linear_probe_page.result_parts(result)))
         if out:
             for head in heads:
                 head.save(out)

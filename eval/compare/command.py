@@ -115,8 +115,9 @@ def confusion(
             first for.
         inference: How models are run.
     """
+    from data_prep.tables import text_of
     from eval.compare.confusion import Questions, ask, questions, read_columns, result_of
-    from eval.compare.confusion_page import confusion_text, write_confusion_page
+    from eval.compare.confusion_page import confusion_parts, write_confusion_page
     from eval.embed import open_shards
     from eval.retrieval.score import write_json
     from train.world import joined_world
@@ -132,7 +133,7 @@ def confusion(
         answers = [ask(model, asked, inference, world) for model in models]
         result = result_of(answers, asked, f"{data}, {split}", k, seed)
         if world.is_first:
-            print(confusion_text(result))
+            print(text_of(confusion_parts(result)))
             if json:
                 write_json(json, result)
             if page:

@@ -34,7 +34,8 @@ def compositionality(
         page: HTML file to write: the tables, and examples of the drawings.
         inference: How models are run.
     """
-    from eval.compositionality.page import result_text, write_compositionality_page
+    from data_prep.tables import text_of
+    from eval.compositionality.page import result_parts, write_compositionality_page
     from eval.compositionality.score import draw, evaluate_drawings, evaluate_swaps
     from eval.compositionality.swaps import swaps_of
     from eval.embed import load_for_eval, open_shards
@@ -57,7 +58,7 @@ def compositionality(
             result |= {"data": f"{data}, {split}", "data_sha256": shards.fingerprint}
             result["swaps"] = evaluate_swaps(clip, shards, swaps, world, inference)
         if world.is_first:
-            print(result_text(result))
+            print(text_of(result_parts(result)))
             if json:
                 write_json(json, result)
             if page:

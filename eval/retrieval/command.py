@@ -66,10 +66,9 @@ def retrieval(
         if robustness:
             result["robustness"] = curves(clip, shards, embedded, world, inference)
         if world.is_first:
-            text = report(result, scores, against, baseline, json)
+            report(result, scores, against, baseline, json)
             if page:
-                models = [baseline, result] if baseline else [result]
-                write_retrieval_page(page, embedded, shards, models, text)
+                write_retrieval_page(page, embedded, shards, result, baseline)
                 print(f"\npage: {page}; plot: {page.with_suffix('.png')}")
 
 
