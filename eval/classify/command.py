@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.cli import Model, OptionalFile, OptionalFolder
+from data_prep.cli import Model, OptionalFile, OptionalOutputFile, OptionalOutputFolder, OutputFolder
 from data_prep.errors import UserError
 from eval.options import INFERENCE, TABLE, Inference, LabelledTable, Split
 
@@ -26,8 +26,8 @@ def zeroshot(
     parents: OptionalFile = None,
     image: OptionalImage = None,
     captions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CAPTION [CAPTION ...]")] = (),
-    json: OptionalFile = None,
-    out: OptionalFolder = None,
+    json: OptionalOutputFile = None,
+    out: OptionalOutputFolder = None,
     inference: Inference = INFERENCE,
 ) -> None:
     """Classify images with the text features of their class names; or compare one image with captions.
@@ -92,10 +92,10 @@ def linear_probe(
     table: LabelledTable = TABLE,
     names: str = "",
     templates: str = "simple",
-    cache: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs/features"),
-    out: OptionalFolder = None,
-    json: OptionalFile = None,
-    page: OptionalFile = None,
+    cache: OutputFolder = Path("runs/features"),
+    out: OptionalOutputFolder = None,
+    json: OptionalOutputFile = None,
+    page: OptionalOutputFile = None,
     inference: Inference = INFERENCE,
 ) -> None:
     """Train a linear probe and a small MLP on the frozen features of a model; compare both with zero-shot.

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.cli import Folder, OptionalFile, OptionalShards, Shards
+from data_prep.cli import OptionalOutputFile, OptionalShards, OutputFolder, Shards
 from data_prep.errors import UserError
 from eval.options import INFERENCE, TABLE, Inference, LabelledTable, Split
 
@@ -19,7 +19,7 @@ def compare(
     models: Models,
     data: Shards,
     split: Split = "test",
-    out: Folder = Path("comparison"),
+    out: OutputFolder = Path("comparison"),
     retention_set: OptionalShards = None,
     retention_split: Split = "test",
     labelled: OptionalData = None,
@@ -93,8 +93,8 @@ def confusion(
     k: int = 9,
     columns: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN [COLUMN ...]")] = ("caption",),
     seed: int = 0,
-    json: OptionalFile = None,
-    page: OptionalFile = None,
+    json: OptionalOutputFile = None,
+    page: OptionalOutputFile = None,
     inference: Inference = INFERENCE,
 ) -> None:
     """Accuracy of each image's caption against k random captions of other groups, and hub captions.

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.cli import Model, OptionalFile, OptionalShards
+from data_prep.cli import Model, OptionalOutputFile, OptionalShards
 from data_prep.errors import UserError
 from eval.options import INFERENCE, Inference, Split
 
@@ -15,8 +15,8 @@ def compositionality(
     split: Split = "test",
     n: int = 10,
     seed: int = 0,
-    json: OptionalFile = None,
-    page: OptionalFile = None,
+    json: OptionalOutputFile = None,
+    page: OptionalOutputFile = None,
     inference: Inference = INFERENCE,
 ) -> None:
     """Counting, color-shape binding and relations on drawings, and swapped words in your own captions.
