@@ -18,10 +18,10 @@ def write_page(path: Path, result: dict) -> None:
         path,
         TEMPLATE,
         title=f"Linear probe of {shown['model']}",
-        plots=[svg(histories(**{head: rows})) for head, rows in history.items()],
+        plots=[svg(histories(history, [head])) for head in history],
         parts=result_parts(shown),
     )
-    write_png(path.with_suffix(".png"), histories(**history))
+    write_png(path.with_suffix(".png"), histories(history, history))
 
 
 def result_parts(result: dict) -> list[str | Table]:

@@ -199,18 +199,26 @@ def wise_ft(points: list[dict]) -> Figure:
     return figure
 
 
-def histories(**history: list[dict]) -> Figure:
-    """Validation accuracy of the heads of eval.classify.heads: a panel for each that is passed.
+def histories(history: dict[str, list[dict]], heads: Iterable[str]) -> Figure:
+    """Validation accuracy of heads, on one scale; see eval.classify.heads.
 
     Args:
-        history: linear, by its regularization, and mlp, by epoch.
+        history: of each head: linear, by its regularization, and mlp, by epoch.
+        heads: those to draw.
     """
-    figure, axes = _axes(1, len(history), 3.5 * len(history), 2.6, sharey=True)
-    for axis, (head, rows) in zip(axes[0], history.items(), strict=True):
+    heads = list(heads)
+    figure, axes = _axes(1, len(heads), 3.5 * len(heads), 2.6, sharey=True)
+    accuracies = [100 * row["val_accuracy"] for rows in history.values() for row in rows]
+    margin = max(1, (max(accuracies) - min(accuracies)) / 20)
+    for axis, head in zip(axes[0], heads, strict=True):
         by, label = ("C", "C, the inverse of the regularization") if head == "linear" else ("epoch", "epoch")
+        rows = history[head]
         axis.plot([row[by] for row in rows], [100 * row["val_accuracy"] for row in rows], marker="o")
         axis.set(
-            title="MLP" if head == "mlp" else head, xlabel=label, xscale="log" if by == "C" else "linear"
+            title="MLP" if head == "mlp" else head,
+            xlabel=label,
+            xscale="log" if by == "C" else "linear",
+            ylim=(min(accuracies) - margin, max(accuracies) + margin),
         )
     axes[0, 0].set_ylabel("validation accuracy, %")
     return figure

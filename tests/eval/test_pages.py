@@ -36,6 +36,7 @@ from train.world import World
 
 PAGES = ("report", "retrieval", "compare", "confusion", "compositionality", "zeroshot", "probe", "cluster")
 SERVED = ("search", "start", "review")
+DETAILS = {"search": ".card", "review": ".tile", "cluster": "ol button"}  # what opens more on a click
 LONG = "a_class_whose_name_is_so_long_that_no_phone_shows_it_on_one_line"
 
 
@@ -158,3 +159,10 @@ def test_a_page_fits_and_can_be_read(browser, pages, name):
             assert page.locator("img").count() > 3 or name == "probe"
             problems = (overflow_px(page), sideways_scrollers(page), low_contrast(page))
             assert problems == (0, [], []), (width, scheme)
+        if name in DETAILS:
+            page.locator(DETAILS[name]).first.click()
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme)
+                assert (overflow_px(page), sideways_scrollers(page), low_contrast(page)) == (0, [], []), (
+                    scheme
+                )
