@@ -50,8 +50,8 @@ def txt_captions(data: bytes, encoding: str = "utf-8-sig") -> list[str]:
 def codec_of(encoding: str) -> tuple[str, str]:
     """The encoding to decode with, and what it does with bad bytes.
 
-    UTF-8 may begin with a byte order mark. It resynchronizes after a bad byte, so only that row is rejected; in
-    other encodings one bad byte can shift all that follows.
+    UTF-8 may begin with a byte order mark. It resynchronizes after a bad byte, so only that row is rejected;
+    in other encodings one bad byte can shift all that follows.
     """
     is_utf8 = codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
     return ("utf-8-sig", "surrogateescape") if is_utf8 else (encoding, "strict")
