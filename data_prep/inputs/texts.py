@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 from data_prep.errors import UserError
+from data_prep.inputs.cells import shortened
 from data_prep.inputs.names import Problem
 from data_prep.inputs.rows import Input, Row, check_text
 
@@ -29,9 +30,9 @@ def rows_of_txt(table: Input, row: Row, name: str, data: bytes) -> Iterator[Row]
         return
     if len(captions) > MAX_TXT_CAPTIONS and not table.captions_per_txt:
         raise UserError(
-            f"{name}: {len(captions)} lines, and each line of a .txt is a caption of the image beside it;"
-            " pass --captions-per-txt 1 for the first line of each .txt, or --captions-per-txt"
-            f" {len(captions)} for all of these"
+            f"{name}: {len(captions)} lines (the second: {shortened(captions[1])!r}), and each line of a .txt"
+            " is a caption of the image beside it; pass --captions-per-txt 1 for the first line of each .txt,"
+            f" or --captions-per-txt {len(captions)} for all of these"
         )
     for caption in captions[: table.captions_per_txt or None] or [""]:
         yield check_text(row._replace(caption=caption))
