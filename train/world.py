@@ -1,4 +1,4 @@
-"""The processes that train together: one without torchrun, else one per GPU (NCCL, XCCL), or on CPUs (gloo)."""
+"""The processes that train together: one without torchrun, else one per GPU (NCCL, XCCL), or gloo on CPUs."""
 
 import os
 import re
