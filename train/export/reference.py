@@ -19,6 +19,7 @@ from train.data.decode import decode
 
 N_IMAGES = 16  # few enough for ViT-L/14 on a CPU
 N_FILES = 4  # of the user's own; each runs through every snippet
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # that Pillow opens as the build does
 MOST_SEARCHED = 200  # samples whose original files are looked at, to find transparent ones
 # Always compared as well, because the captions of a data set may all be short and plain ASCII.
 FIXED_CAPTIONS = [
