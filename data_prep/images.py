@@ -40,6 +40,7 @@ DAMAGE = (
     zlib.error,
 )
 PHASH_PX = 16
+LARGE_TEXT = "large text left out"
 OPAQUE_ALPHA = "alpha without transparency"
 MAX_PNG_TEXT = 1 << 20  # characters; Pillow refuses a PNG with more of them in a chunk
 NEARLY_BLACK = 4095  # the largest value of 12 bits; of 16 bits it is 6 % gray
@@ -199,7 +200,7 @@ def _decode(data: bytes, rules: Rules) -> _Decoded:
         decoded = _decode_with_pillow(data, "PNG", rules, fixes)
         return decoded._replace(fixes=[fix for fix in decoded.fixes if fix != OPAQUE_ALPHA])
     if kind.name == "PNG" and (shorter := _without_large_text(data)):
-        data, fixes = shorter, ["large text left out"]
+        data, fixes = shorter, [LARGE_TEXT]
     plain = {"PNG": _plain_png, "JPEG": _plain_jpeg}.get(kind.name)
     pixels = plain(data, rules) if plain else None
     if pixels is not None:
