@@ -40,10 +40,10 @@ DAMAGE = (
     zlib.error,
 )
 PHASH_PX = 16
-LARGE_TEXT = "large text left out"
 OPAQUE_ALPHA = "alpha without transparency"
 MAX_PNG_TEXT = 1 << 20  # characters; Pillow refuses a PNG with more of them in a chunk
 NEARLY_BLACK = 4095  # the largest value of 12 bits; of 16 bits it is 6 % gray
+LARGE_TEXT = "large text left out"
 TIFF_BITS, TIFF_MAX_VALUE = 258, (281, 341)  # BitsPerSample; MaxSampleValue, SMaxSampleValue
 WHITE = "#ffffff"
 
