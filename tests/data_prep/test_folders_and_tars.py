@@ -326,6 +326,17 @@ def test_a_damaged_tar_ends_build_and_index_and_its_correction_starts(tmp_path):
         assert command([path], out, parallelism=Parallelism(1))["images"] == 8
 
 
+def test_all_damaged_tars_are_named_at_once(tmp_path):
+    paths = [tar_of(tmp_path / f"{number}.tar", members(4)) for number in range(4)]
+    for path in paths[1::2]:
+        Path(path).write_bytes(Path(path).read_bytes()[:3000])
+    with pytest.raises(UserError) as caught:
+        build(paths, tmp_path / "out", parallelism=Parallelism(1))
+    said = str(caught.value).splitlines()
+    assert [line.partition(": cannot be read")[0] for line in said] == paths[1::2]
+    assert not (tmp_path / "out").exists()
+
+
 def test_tars_of_other_writers_are_whole(tmp_path):
     """GNU tar pads to 10 KiB and has long names; webdataset, Python's formats and ours end in two blocks."""
     folder = filled(tmp_path / "set", {f"{'long/' * 40}{name}": data for name, data in members()})
