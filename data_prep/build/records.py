@@ -52,7 +52,6 @@ CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # unicodedata's names of control, format and space characters
 SPOOLED = -1  # the container of images in the part's .bytes
 INSERT_ROWS = 10_000
-SHOWN_PROBLEMS = 20  # of inputs
 SPLIT_NAMES = {
     "train": "train",
     "val": "val",
@@ -62,6 +61,7 @@ SPLIT_NAMES = {
     "valid": "val",
     "dev": "val",
 }
+SHOWN_PROBLEMS = 20  # of inputs
 
 
 class Place(NamedTuple):
