@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch import nn
 
-from data_prep.images import EXIF_ORIENTATION, BadImage, Rules, check
+from data_prep.images import EXIF_ORIENTATION, LARGE_TEXT, BadImage, Rules, check
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.inputs.storage import is_url
 from data_prep.shards import Sample, Shards, read_manifest
@@ -146,7 +146,7 @@ def _original(sample: Sample, root: str, rules: Rules) -> File | None:
     except BadImage:
         return None
     # SVG is rendered by the build, and 16-bit gray is scaled: Pillow alone gives another image.
-    if checked is None or not _opens(data) or "16 bit" in checked.fixes:
+    if checked is None or not _opens(data) or {"16 bit", LARGE_TEXT} & {*checked.fixes}:
         return None
     image = decode(checked.data or data)
     return File("original", data, image, checked.fixes) if _equal(image, decode(sample.image)) else None
