@@ -21,6 +21,7 @@ import torch
 from hub import Hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from wheel import installed  # noqa: F401, a fixture
 
 from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build
 from data_prep.errors import exit_on_user_error
