@@ -163,7 +163,8 @@ def _serve() -> None:
 
     def limit(what: int, value: int) -> None:
         hard = resource.getrlimit(what)[1]
-        resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+        with contextlib.suppress(ValueError, OSError):  # macOS has no limit of memory
+            resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_AS, MAX_MEMORY)
