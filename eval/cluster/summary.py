@@ -39,9 +39,10 @@ class Analysis:
         return {**result, "map": drawn}
 
     def cluster_rows(self) -> Iterator[list]:
-        """Key, cluster from 1, and name of the cluster, of each image."""
-        for key, number in zip(self.index.keys, self.clusters.cluster_of.tolist(), strict=True):
-            yield [key, number + 1, self.clusters.names[number]]
+        """Key, path, cluster from 1, and name of the cluster, of each image."""
+        index, cluster_of = self.index, self.clusters.cluster_of.tolist()
+        for key, path, number in zip(index.keys, index.paths, cluster_of, strict=True):
+            yield [key, path, number + 1, self.clusters.names[number]]
 
     def summary(self) -> dict:
         """All figures. "k" is below "requested_k" if fewer images are distinct."""

@@ -156,9 +156,10 @@ def serve(
 def export(index: OneIndex, out: File, table: str = "images") -> None:
     """Export an index for other programs; the file extension of --out selects the format.
 
-    .sql is for `psql -f`: a table (key, split, group_number, captions, columns, image_features halfvec) for
-    pgvector 0.7 or newer, with an HNSW index by cosine. .parquet holds the metadata, and image_features as
-    lists of float32. .npy holds image_features alone as fp16, with a .csv of keys and captions beside it.
+    .sql is for `psql -f`: a table (key, path, split, group_number, captions, columns, image_features
+    halfvec) for pgvector 0.7 or newer, with an HNSW index by cosine. .parquet holds the metadata, and
+    image_features as lists of float32. .npy holds image_features alone as fp16, with a .csv of keys, paths
+    and captions beside it.
 
       python -m eval export indexes/icons --out icons.sql --table icons
       python -m eval export indexes/icons --out icons.parquet

@@ -33,7 +33,14 @@ from train.model.clip import Clip
 from train.world import World
 
 BLOCK_IMAGES = 2048  # about: whole batches
-SCHEMA = {"key": pa.string(), "split": pa.string(), "group": pa.int64(), "captions": pa.list_(pa.string())}
+SCHEMA = {
+    "key": pa.string(),
+    "path": pa.string(),
+    "split": pa.string(),
+    "group": pa.int64(),
+    "captions": pa.list_(pa.string()),
+}
+UNREADABLE = ("key", "path", "reason")  # the columns of unreadable.csv
 
 
 def make_index(
@@ -183,10 +190,10 @@ def write_block(
         NotFinite: A feature is not finite; the first such image is named.
     """
     rows = torch.cat(features).cpu() if features else torch.zeros(0, 0, dtype=torch.float16)
-    keys = [of_image["key"] for of_image in metadata if "reason" not in of_image]
+    names = [of_image["path"] or of_image["key"] for of_image in metadata if "reason" not in of_image]
     if len(bad := (~rows.isfinite().all(1)).nonzero()):
         error = NotFinite(
-            f"image_features of {len(bad)} images are not finite, the first of {keys[bad[0]]}; try"
+            f"image_features of {len(bad)} images are not finite, the first of {names[bad[0]]}; try"
             " --precision fp32"
         )
         error.shared = False  # only this rank has seen it
@@ -221,17 +228,19 @@ def join(blocks: Sequence[Path], out: Path, started: dict) -> tuple[int, int]:
     names, unreadable, n, d = set(), [], 0, 0
     for metadata, arrays in read_blocks(blocks):
         names |= {name for of_image in metadata for name in of_image.get("columns", {})}
-        unreadable += [(of_image["key"], of_image["reason"]) for of_image in metadata if "reason" in of_image]
+        unreadable += [
+            [of_image[name] for name in UNREADABLE] for of_image in metadata if "reason" in of_image
+        ]
         n, d = n + len(arrays["features"]), max(d, arrays["features"].shape[1])
     if not n:
         raise UserError(
-            f"{started['data']}: none of {len(unreadable)} images can be read; the first: {unreadable[0][1]}"
+            f"{started['data']}: none of {len(unreadable)} images can be read; the first: {unreadable[0][-1]}"
         )
     columns = {f"{name} of the data" if name in OWN_COLUMNS else name: name for name in sorted(names)}
     with atomic_folder(out) as folder:
         write_arrays(folder, blocks, columns, n, d)
         with open(folder / "unreadable.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("key", "reason"), *unreadable])
+            csv.writer(file).writerows([UNREADABLE, *unreadable])
         write_json(folder / "manifest.json", {**started, "n": n, "d": d, "unreadable": len(unreadable)})
     return n, len(unreadable)
 
