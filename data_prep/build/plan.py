@@ -339,8 +339,8 @@ def _group_name(image: str, groups: str) -> str:
     return json.loads(groups)[0] if groups else f"image:{image}"
 
 
-def check_parts(folder: Path, parts: int) -> None:
-    """Refuse to continue before every part is checked.
+def check_parts(folder: Path, parts: int, settings: dict) -> None:
+    """Refuse to continue before every part is checked, with these settings.
 
     Raises:
         UserError: names the tasks whose parts are missing or unfinished.
@@ -349,13 +349,13 @@ def check_parts(folder: Path, parts: int) -> None:
     for number in range(parts):
         exists = Part.path_of(folder, number, parts).exists()
         part = Part(folder, number, parts, read_only=True) if exists else None
-        if part is None or not part.get("scanned"):
+        if part is None or not part.get("scanned") or json.loads(part.get("settings") or "{}") != settings:
             missing.append(number)
         if part:
             part.close()
     if missing:
         names = ", ".join(map(str, missing[:20])) + (" and more" if len(missing) > 20 else "")
         raise UserError(
-            f"{folder}: {len(missing)} of {parts} tasks have not finished: {names}; run them again with"
-            " --task, then merge"
+            f"{folder}: {len(missing)} of {parts} tasks have not finished, or had other options: {names}; run"
+            " them again with --task, then merge"
         )

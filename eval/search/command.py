@@ -48,7 +48,7 @@ def embed(
         data: Folder of shards, or of images (captions may be in a .txt beside each image).
         out: Folder to write; it appears when it is complete.
         split: Of shards: train, val or test; by default all splits.
-        overwrite: Replace an index at --out, and discard an unfinished one.
+        overwrite: Replace an index at --out.
         inference: How the model is run.
     """
     from eval.search.indexing import make_index

@@ -54,7 +54,7 @@ def make_index(
     corpus, clip = world.all_or_raise(lambda: prepare(model, data, out, split, overwrite, inference, world))
     unfinished = out.with_name(f".{out.name}.unfinished")
     started = describe(model, corpus, clip, inference)
-    world.all_or_raise(lambda: start(unfinished, started, overwrite) if world.is_first else None)
+    world.all_or_raise(lambda: start(unfinished, started) if world.is_first else None)
     blocks = block_files(unfinished, corpus, inference)
     missing = [block for block, file in enumerate(blocks) if not file.is_file()]
     world.barrier()  # all ranks have listed the missing blocks before any rank writes one
@@ -101,28 +101,22 @@ def describe(model: str, corpus: Corpus, clip: Clip, inference: Inference) -> di
     }
 
 
-def start(unfinished: Path, started: dict, overwrite: bool) -> None:
-    """Make the folder of an unfinished index, or resume the one that is there.
+def start(unfinished: Path, started: dict) -> None:
+    """Make the folder of an unfinished index, or resume the one that is there if it is of the same.
 
     Raises:
-        UserError: It is of another model or data, or was not made by this command.
+        UserError: It was not made by this command.
     """
     file = unfinished / "started.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [
-            f"{name} ({before.get(name)}, now {value})"
-            for name, value in started.items()
-            if before.get(name) != value
-        ]
+        changed = [name for name, value in started.items() if before.get(name) != value]
         if not changed:
             print(f"resuming {unfinished}")
             return
-        if not overwrite:
-            raise UserError(
-                f"{unfinished}: was started with another {'; '.join(changed)}. Repeat the earlier command to"
-                " resume it, or pass --overwrite to start again"
-            )
+        if n_blocks := len(list(unfinished.glob("block-*.npz"))):
+            what = ", ".join(changes(before, started, changed))
+            print(f"{unfinished}: of another {what}; starting again, without its {n_blocks} blocks of images")
         shutil.rmtree(unfinished)
     elif unfinished.exists():
         raise UserError(
@@ -131,6 +125,17 @@ def start(unfinished: Path, started: dict, overwrite: bool) -> None:
         )
     unfinished.mkdir(parents=True)
     write_json(file, started)
+
+
+def changes(before: dict, started: dict, changed: Sequence[str]) -> list[str]:
+    """What differs, in words; a hash tells a person nothing, so only what it is of is named."""
+    texts = []
+    for name in changed:
+        if not name.endswith("_sha256"):
+            texts.append(f"{name} ({before.get(name)}, now {started[name]})")
+        elif (what := name.removesuffix("_sha256")) not in changed:
+            texts.append(f"content of {started[what]}")
+    return texts
 
 
 def block_size(inference: Inference) -> int:

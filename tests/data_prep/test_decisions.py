@@ -119,13 +119,15 @@ def test_parts_by_tasks_decide_alike(pairs, tmp_path):
         assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
-def test_other_decisions_are_another_build(pairs, tmp_path):
+def test_all_tasks_need_the_same_decisions(pairs, tmp_path, capsys):
     path, decisions = pairs
     read = Reading(**READ, decisions=decisions)
     build([str(path)], tmp_path / "out", read, parallelism=Parallelism(1, 2, 0))
     decisions_file(tmp_path / "decisions.csv", DECIDED)
-    with pytest.raises(UserError, match=r"started with another decisions \([0-9a-f]{64}, now [0-9a-f]{64}\)"):
-        build([str(path)], tmp_path / "out", read, parallelism=Parallelism(1, 2, 1))
+    build([str(path)], tmp_path / "out", read, parallelism=Parallelism(1, 2, 1))
+    assert "another content of --decisions; run tasks" in capsys.readouterr().out
+    with pytest.raises(UserError, match="1 of 2 tasks have not finished, or had other options: 0;"):
+        merge(tmp_path / "out", processes=1)
     decisions_file(tmp_path / "decisions.csv", [*DECIDED, *UNUSED])
     build([str(path)], tmp_path / "out", read, parallelism=Parallelism(1, 2, 1))
     assert merge(tmp_path / "out", processes=1)["decisions"]["drop"] == 1
