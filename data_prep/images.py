@@ -35,6 +35,8 @@ DAMAGE = (
     zlib.error,
 )
 PHASH_PX = 16
+# Reasons: nothing of the image is seen; and nothing of it is seen on this background.
+WHOLLY_TRANSPARENT, UNSEEN = "wholly transparent", "blank on the background"
 
 
 class BadImage(Exception):
@@ -123,7 +125,10 @@ def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:
         fixes.append("resized")
     phash = _phash(pixels)
     if phash is None:
-        raise BadImage("blank image", "one color, {}".format("#{:02x}{:02x}{:02x}".format(*pixels[0, 0])))
+        color = "one color, #{:02x}{:02x}{:02x}".format(*pixels[0, 0])
+        if any("transparency" in fix and "without" not in fix for fix in fixes):
+            raise BadImage(UNSEEN, f"{color}; see --background")
+        raise BadImage("blank image", color)
     height, width = pixels.shape[:2]
     stored = data
     if fixes:
@@ -307,6 +312,8 @@ def _composite(image: Image.Image, background: tuple[int, int, int]) -> tuple[Im
         fix = "transparency"
     else:
         fix = "alpha without transparency"
+    if rgba.getextrema()[3][1] == 0:
+        raise BadImage(WHOLLY_TRANSPARENT, "nothing is seen on any background")
     canvas = Image.new("RGBA", image.size, (*background, 255))
     canvas.alpha_composite(rgba)
     return canvas, fix

@@ -55,7 +55,7 @@ class Checking:
     skip_decode: bool = False
     """Do not decode images that were checked before: PNG, JPEG and WebP only; equal files share a group."""
     max_rejects: float = 0.01
-    """Stop the build if more than this fraction of rows is rejected."""
+    """Stop the build if more than this fraction of rows is rejected. Rows left out as asked do not count."""
 
     def rules(self) -> Rules:
         """The rules of data_prep.images.check.
@@ -73,6 +73,12 @@ class Checking:
             self.resize_px,
             self.encode,
         )
+
+
+def check_max_rejects(max_rejects: float) -> None:
+    """Raise a UserError if this is no fraction."""
+    if not 0 <= max_rejects <= 1:
+        raise UserError(f"--max-rejects {max_rejects:g}: must be a fraction from 0 to 1, such as 0.05")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ OUT/                         the same folder at the end, with manifest.json and 
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -20,8 +21,8 @@ import simplejpeg
 import tyro
 
 from data_prep.atomic import check_replaceable, sync, write_json
-from data_prep.build.decisions import DROPPED, REMOVED, Decision, read_decisions
-from data_prep.build.options import Checking, Parallelism, Reading, Splitting, cores
+from data_prep.build.decisions import Decision, read_decisions
+from data_prep.build.options import Checking, Parallelism, Reading, Splitting, check_max_rejects, cores
 from data_prep.build.plan import Plan, check_parts
 from data_prep.build.records import Part, load
 from data_prep.build.resume import (
@@ -43,6 +44,7 @@ from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root
 from data_prep.inputs.storage import digest, expand, is_url
 from data_prep.report.summary import print_report, summarize, write_rejects, write_report
+from data_prep.report.warnings import ASKED, counted, transparent
 from data_prep.shards import FORMAT, read_manifest
 
 
@@ -131,6 +133,7 @@ def _run(
 ) -> dict | None:
     check_replaceable(out, "manifest.json", overwrite)
     split.check()
+    check_max_rejects(check.max_rejects)
     parallelism = parallelism.resolved()
     checks = Checks(check.rules(), check.skip_decode, in_place=command == "index")
     inputs = expand([str(source) for source in inputs])
@@ -216,6 +219,7 @@ def merge(
             " --num-tasks N --task I"
         )
     check_replaceable(out, "manifest.json", overwrite)
+    check_max_rejects(max_rejects)
     with locked(folder):
         return _merge(out, max_rejects, processes or cores())
 
@@ -238,7 +242,7 @@ def _merge(out: Path, max_rejects: float, processes: int) -> dict:
     os.replace(folder, out)
     sync(out.parent)
     summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    print_report(out, summary, json.loads((out / "manifest.json").read_text(encoding="utf-8"))["split"])
+    print_report(out, summary)
     return summary
 
 
@@ -255,7 +259,7 @@ def _write_all(folder: Path, out: Path, max_rejects: float, processes: int) -> N
     parts = [Part(folder, number, n_parts, read_only=True) for number in range(n_parts)]
     plan = Plan(folder, parts, Splitting(**settings["split"]), inputs, settings["read"]["images"])
     summary, changed = summarize(plan), ""
-    _check_rejects(folder, inputs, plan, summary, max_rejects)
+    _check_rejects(folder, settings, plan, summary, max_rejects)
     if settings["command"] == "index":
         splits = index_in_place(folder, out, plan, settings)
     else:
@@ -286,19 +290,28 @@ def _start_over(folder: Path, n_parts: int) -> None:
         part.close()
 
 
-def _check_rejects(folder: Path, inputs: list[str], plan: Plan, summary: dict, max_rejects: float) -> None:
-    """Raise a UserError if too many rows are rejected, or all. Rows that decisions drop do not count."""
-    intended = sum(summary["reasons"].get(reason, 0) for reason in (DROPPED, REMOVED))
-    if summary["rejects"] - intended <= max_rejects * summary["rows"] and summary["records"]:
+def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_rejects: float) -> None:
+    """Raise a UserError if too many rows are rejected, or all. What the user asked to drop does not count."""
+    rows, unusable = summary["rows"], summary["rejects"] - summary["asked"]
+    if unusable <= max_rejects * rows and summary["records"]:
         return
-    write_rejects(folder / "rejects.csv", plan, inputs)
-    share = summary["rejects"] / summary["rows"]
-    reasons = "".join(f"\n  {count:8} x {reason}" for reason, count in summary["reasons"].items())
-    first = next(plan.rejects())
+    write_rejects(folder / "rejects.csv", plan, list(settings["inputs"]))
+    counts = {reason: n for reason, n in summary["reasons"].items() if reason not in ASKED or not unusable}
+    reasons = "".join(f"\n  {n:8} x {reason}" for reason, n in counts.items())
+    first = next(reject for reject in plan.rejects() if reject.reason in counts)
     why = ", ".join(filter(None, (first.reason, first.detail)))
-    fix = "Fix the input" + (", or raise --max-rejects to leave them out" if summary["records"] else "")
+    head = f"{unusable} of {rows} rows cannot be used ({unusable / rows:.1%}), more than"
+    head += f" --max-rejects {max_rejects:g} allows"
+    fix = "Fix the input"
+    if summary["records"]:
+        enough = math.ceil(100 * unusable / rows) / 100
+        fix += f", or pass --max-rejects {enough:g} to leave them out"
+    elif unusable:
+        head = f"none of {counted(rows, 'row')} can be used"
+    else:
+        head, fix = f"no image is left: all of {rows} rows are left out as asked", "Leave out less"
+    hints = "".join(f"\n{hint}" for hint in transparent(summary["reasons"], settings["check"]["background"]))
     raise UserError(
-        f"{summary['rejects']} of {summary['rows']} rows cannot be used ({share:.1%}), more than"
-        f" --max-rejects {max_rejects:g} allows:{reasons}\nthe first is line {first.line}, {first.image!r}:"
-        f" {why}; all are in {folder / 'rejects.csv'}. {fix}"
+        f"{head}:{reasons}\nthe first is line {first.line}, {first.image!r}:"
+        f" {why}; all are in {folder / 'rejects.csv'}. {fix}{hints}"
     )

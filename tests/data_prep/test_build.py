@@ -286,7 +286,8 @@ def test_user_mistakes_are_sentences(icon_folder, icon_shards, tmp_path):
         merge(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []  # nothing half-made is left
     with pytest.raises(
-        UserError, match=r"100\.0%.*\n +\d+ x missing file\nthe first is line 2.*see --images.*Fix the input$"
+        UserError,
+        match=r"none of 242 rows can be used:\n +\d+ x missing file\nthe first is line 2.*see --images.*input$",
     ):
         build([str(csv_file)], tmp_path / "a", Reading("file_path", "caption", images=str(tmp_path)))
     (tmp_path / "letters").mkdir()

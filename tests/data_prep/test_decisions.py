@@ -85,10 +85,9 @@ def test_decisions_give_the_shards_of_a_csv_that_was_edited_by_hand(pairs, tmp_p
     )
     assert tars(tmp_path / "ours") == tars(tmp_path / "theirs")
     assert (tmp_path / "ours" / "leaks.csv").read_text() == (tmp_path / "theirs" / "leaks.csv").read_text()
-    assert {**ours, **{name: 0 for name in ("rows", "rejects", "reasons", "decisions")}} == {
-        **theirs,
-        **{name: 0 for name in ("rows", "rejects", "reasons", "decisions")},
-    }
+    counts = ("rows", "rejects", "asked", "reasons", "decisions", "warnings")
+    assert {**ours, **dict.fromkeys(counts)} == {**theirs, **dict.fromkeys(counts)}
+    assert ours["asked"] == ours["rejects"] == sum(ours["reasons"].values())
     assert ours["captions_truncated"] == 1
     # 43 rows of the CSV and 3 captions that were added; of the rejects more than --max-rejects allows were
     # decided on
