@@ -29,7 +29,8 @@ def cluster(
     Args:
         index: Folder that `python -m eval embed` made.
         page: HTML file to write; it loads nothing from elsewhere.
-        k: Number of clusters. auto tries 2 to 64 and takes the largest whose silhouette is close to the best.
+        k: Number of clusters. auto tries 2 to 64 and takes the largest whose silhouette is within 5 % of the
+            best.
         label_column: Column of the data to compare the clusters with (NMI and ARI).
         threshold: Smallest cosine of near duplicates; a good value depends on the model.
         csv: File to write each image's key, path, cluster and cluster name to.

@@ -56,6 +56,7 @@ class Analysis:
             "k": len(sizes),
             "chosen_k": best_k(silhouettes) if silhouettes else self.requested_k,
             "silhouettes": {str(k): round(score, 4) for k, score in silhouettes.items()},
+            "silhouette_tolerance": TOLERANCE,
             "silhouette_images": min(n, SILHOUETTE_ROWS) if silhouettes else 0,
             "fitted_images": min(n, FIT_ROWS),
             "clusters": [
@@ -131,7 +132,7 @@ def report(result: dict) -> str:
     how = ""
     if tried:
         how = (
-            f", the largest of {len(tried)} tried within {TOLERANCE:g} of the best silhouette,"
+            f", the largest of {len(tried)} tried whose silhouette is within {TOLERANCE:.0%} of the best,"
             f" {max(tried.values()):.3f}"
         )
     rows = [
