@@ -61,8 +61,12 @@ class Checking:
         """The rules of data_prep.images.check.
 
         Raises:
-            UserError: an invalid color or format.
+            UserError: an invalid color or format, or a count where a fraction is expected.
         """
+        if not 0 <= self.max_rejects <= 1:
+            raise UserError(
+                f"--max-rejects {self.max_rejects:g}: must be a fraction of rows, from 0 to 1; 0.05 is 5 %"
+            )
         if self.encode not in ("png", "jpeg", "webp"):
             raise UserError(f"--encode {self.encode}: must be png, jpeg or webp")
         return Rules(
@@ -73,12 +77,6 @@ class Checking:
             self.resize_px,
             self.encode,
         )
-
-
-def check_max_rejects(max_rejects: float) -> None:
-    """Raise a UserError if this is no fraction."""
-    if not 0 <= max_rejects <= 1:
-        raise UserError(f"--max-rejects {max_rejects:g}: must be a fraction from 0 to 1, such as 0.05")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import tyro
 
 from data_prep.atomic import check_replaceable, sync, write_json
 from data_prep.build.decisions import Decision, read_decisions
-from data_prep.build.options import Checking, Parallelism, Reading, Splitting, check_max_rejects, cores
+from data_prep.build.options import Checking, Parallelism, Reading, Splitting, cores
 from data_prep.build.plan import Plan, check_parts
 from data_prep.build.records import Part, load
 from data_prep.build.resume import (
@@ -44,7 +44,7 @@ from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root
 from data_prep.inputs.storage import digest, expand, is_url
 from data_prep.report.summary import print_report, summarize, write_rejects, write_report
-from data_prep.report.warnings import ASKED, counted, transparent
+from data_prep.report.warnings import ASKED, transparent
 from data_prep.shards import FORMAT, read_manifest
 
 
@@ -133,7 +133,6 @@ def _run(
 ) -> dict | None:
     check_replaceable(out, "manifest.json", overwrite)
     split.check()
-    check_max_rejects(check.max_rejects)
     parallelism = parallelism.resolved()
     checks = Checks(check.rules(), check.skip_decode, in_place=command == "index")
     inputs = expand([str(source) for source in inputs])
@@ -152,7 +151,7 @@ def _run(
         "split": asdict(split),
         "write": writing,
         "num_tasks": parallelism.num_tasks,
-        "versions": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__},
+        "versions": library_versions(),
     }
     check_ours(folder)
     if parallelism.num_tasks == 1:
@@ -166,6 +165,11 @@ def _run(
         f" python -m data_prep merge {out}"
     )
     return None
+
+
+def library_versions() -> dict[str, str]:
+    """What images are decoded with; "" for an optional library that is not installed."""
+    return {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__}
 
 
 def _check_images(
@@ -219,7 +223,7 @@ def merge(
             " --num-tasks N --task I"
         )
     check_replaceable(out, "manifest.json", overwrite)
-    check_max_rejects(max_rejects)
+    Checking(max_rejects=max_rejects).rules()  # raises for an invalid one
     with locked(folder):
         return _merge(out, max_rejects, processes or cores())
 
@@ -307,7 +311,7 @@ def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_
         enough = math.ceil(100 * unusable / rows) / 100
         fix += f", or pass --max-rejects {enough:g} to leave them out"
     elif unusable:
-        head = f"none of {counted(rows, 'row')} can be used"
+        head = f"none of the {rows} rows can be used"
     else:
         head, fix = f"no image is left: all of {rows} rows are left out as asked", "Leave out less"
     hints = "".join(f"\n{hint}" for hint in transparent(summary["reasons"], settings["check"]["background"]))

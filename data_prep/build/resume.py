@@ -22,7 +22,7 @@ from data_prep.errors import UserError
 
 SETTINGS = "settings.json"  # of an unfinished build; the manifest begins with the same keys
 LOCK = ".lock"
-SAME_CHECKS = ("command", "format", "check", "versions")  # settings that decide what a check finds
+SAME_CHECKS = ("command", "format", "check")  # settings that, with the libraries, decide what a check finds
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
 SHOWN_INPUTS = 3
 # An image that a check has spooled, because it was changed or fetched, is kept with its place; of any other,
@@ -100,10 +100,21 @@ def adopt(part: Part, settings: dict) -> None:
     before = json.loads(part.get("settings") or "{}")
     if not (changed := changes(before, settings)):
         return
-    keep = all(before.get(name) == settings[name] for name in SAME_CHECKS)
+    keep = all(before.get(name) == settings[name] for name in SAME_CHECKS) and _same_libraries(
+        before, settings
+    )
     if checked := restart(part, settings, keep):
         kept = "are kept where their files are the same" if keep else "are checked again"
         print(f"{part.path.parent}: another {', '.join(changed)}; {checked:,} checked images {kept}")
+
+
+def _same_libraries(before: dict, now: dict) -> bool:
+    """Whether each library that images may have been checked with is still there, in the same version.
+
+    One that is installed meanwhile, for another format of images, changes no image that was accepted without.
+    """
+    installed = {name: number for name, number in before.get("versions", {}).items() if number}
+    return installed.items() <= now["versions"].items()
 
 
 def restart(part: Part, settings: dict, keep: bool) -> int:

@@ -11,7 +11,9 @@ from threading import Thread
 
 import numpy as np
 import pandas as pd
+import PIL
 import pytest
+import simplejpeg
 from conftest import ROOT, noise_images, png, tars
 from PIL import Image
 
@@ -230,3 +232,18 @@ def test_parts_of_an_earlier_version_are_started_again(tmp_path):
     Image.open(tmp_path / "1.png").rotate(180).save(tmp_path / "0.png")
     build([str(path)], tmp_path / "out", parallelism=ONE)
     assert tars(tmp_path / "out") == fresh(tmp_path / "fresh", [str(path)])
+
+
+def test_a_library_that_is_installed_meanwhile_keeps_what_was_checked(tmp_path, checked, monkeypatch):
+    """As one that reads another format; a library of another version may decode otherwise."""
+    path = noise_images(tmp_path, 10)
+    (tmp_path / "0.png").unlink()
+    versions = {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__}
+    for found, expected in (
+        ({**versions, "other": ""}, 9),
+        ({**versions, "other": "1"}, 9),
+        ({**versions, "other": "2"}, 18),
+    ):
+        monkeypatch.setattr(data_prep.build.pipeline, "library_versions", lambda found=found: found)
+        stop([str(path)], tmp_path / "out")
+        assert len(checked) == expected

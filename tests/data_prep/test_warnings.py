@@ -171,9 +171,9 @@ def test_transparent_images_and_the_background_that_shows_them(tmp_path, capsys)
 
 def test_max_rejects_is_a_fraction(tmp_path):
     path = noise_images(tmp_path, 10)
-    with pytest.raises(UserError, match="--max-rejects 5: must be a fraction from 0 to 1"):
+    with pytest.raises(UserError, match="--max-rejects 5: must be a fraction of rows, from 0 to 1"):
         build([str(path)], tmp_path / "out", check=Checking(max_rejects=5))
     path.write_text("image,caption\nnone.png,nothing\n")
-    with pytest.raises(UserError, match="none of 1 row can be used") as caught:
+    with pytest.raises(UserError, match="none of the 1 rows can be used") as caught:
         build([str(path)], tmp_path / "out", check=Checking(max_rejects=1), parallelism=ONE)
     assert "--max-rejects" not in str(caught.value)
