@@ -7,17 +7,20 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import numpy as np
 import pyspng
 import simplejpeg
 import xxhash
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError, features
 
+from data_prep import svg
 from data_prep.errors import UserError
+from data_prep.signatures import Kind, kind_of
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that starts another program, as EPS does
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # formats that training reads unchanged
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8"
@@ -37,6 +40,10 @@ DAMAGE = (
 PHASH_PX = 16
 # Reasons: nothing of the image is seen; and nothing of it is seen on this background.
 WHOLLY_TRANSPARENT, UNSEEN = "wholly transparent", "blank on the background"
+OPAQUE_ALPHA = "alpha without transparency"
+MAX_PNG_TEXT = 1 << 20  # characters; Pillow refuses a PNG with more of them in a chunk
+NEARLY_BLACK = 4095  # the largest value of 12 bits; of 16 bits it is 6 % gray
+TIFF_BITS, TIFF_MAX_VALUE = 258, (281, 341)  # BitsPerSample; MaxSampleValue, SMaxSampleValue
 
 
 class BadImage(Exception):
@@ -60,6 +67,7 @@ class Rules:
     max_aspect: float = 20.0
     resize_px: int = 0
     encode: str = "png"
+    svg_px: int = 256
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,15 @@ class _Decoded(NamedTuple):
     pixels: np.ndarray  # uint8 [H, W, 3]
     extension: str
     fixes: list[str]
+
+
+@cache
+def installed_version(package: str) -> str:
+    """The version of an optional package; "" if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def parse_color(color: str) -> tuple[int, int, int]:
@@ -126,7 +143,7 @@ def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:
     phash = _phash(pixels)
     if phash is None:
         color = "one color, #{:02x}{:02x}{:02x}".format(*pixels[0, 0])
-        if any("transparency" in fix and "without" not in fix for fix in fixes):
+        if any("transparency" in fix and fix != OPAQUE_ALPHA for fix in fixes):
             raise BadImage(UNSEEN, f"{color}; see --background")
         raise BadImage("blank image", color)
     height, width = pixels.shape[:2]
@@ -169,17 +186,59 @@ def check_signature(data: bytes) -> CheckedImage:
 
 
 def _decode(data: bytes, rules: Rules) -> _Decoded:
-    """By the fast path if the file needs no change, else by Pillow."""
-    if data.startswith(PNG_SIGNATURE):
-        pixels, extension = _plain_png(data, rules), "png"
-    elif data.startswith(JPEG_SIGNATURE):
-        pixels, extension = _plain_jpeg(data, rules), "jpg"
-    else:
-        pixels, extension = None, ""
+    """By the fast path if the file needs no change, else by resvg (SVG) or Pillow."""
+    kind, fixes = _image_kind(data), []
+    if kind.name == "SVG":
+        data, fixes = _png_of_svg(data, rules)
+        decoded = _decode_with_pillow(data, "PNG", rules, fixes)
+        return decoded._replace(fixes=[fix for fix in decoded.fixes if fix != OPAQUE_ALPHA])
+    if kind.name == "PNG" and (shorter := _without_large_text(data)):
+        data, fixes = shorter, ["large text left out"]
+    plain = {"PNG": _plain_png, "JPEG": _plain_jpeg}.get(kind.name)
+    pixels = plain(data, rules) if plain else None
     if pixels is not None:
-        return _Decoded(pixels, extension, [])
-    with _no_warnings():
-        return _decode_with_pillow(data, rules)
+        return _Decoded(pixels, EXTENSIONS[kind.name], fixes)
+    return _decode_with_pillow(data, kind.name, rules, fixes)
+
+
+def _image_kind(data: bytes) -> Kind:
+    """The format of an image.
+
+    Raises:
+        BadImage: it is none, or one that cannot be decoded here; its format is named.
+    """
+    kind = kind_of(data)
+    if kind is None:
+        if not data:
+            raise BadImage("empty file")
+        raise BadImage("not an image", f"it begins with {data[:16]!r}")
+    if kind.fix:
+        raise BadImage(f"{kind.name}, not an image", kind.fix)
+    if not kind.is_image:
+        raise BadImage(f"{kind.name} is not supported")
+    if kind.name == "SVG" and not installed_version("resvg_py"):
+        raise BadImage("SVG: install resvg-py", "pip install resvg-py")
+    if kind.name == "HEIF":
+        if not installed_version("pillow_heif"):
+            raise BadImage("HEIC: install pillow-heif", "pip install pillow-heif")
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    if kind.name == "AVIF" and not features.check("avif"):
+        raise BadImage("AVIF: install Pillow 11.3 or newer", "pip install -U pillow")
+    return kind
+
+
+def _png_of_svg(data: bytes, rules: Rules) -> tuple[bytes, list[str]]:
+    """The PNG of an SVG, and the names of the fixes."""
+    try:
+        rendered = svg.render(data, rules.svg_px, rules.max_pixels)
+    except svg.TooLarge as error:
+        _check_size(*error.args, rules)
+    except svg.SvgError as error:
+        raise BadImage("SVG cannot be rendered", str(error)) from None
+    fixes = [f"SVG to {rules.encode.upper()}"]
+    return rendered.png, fixes + ["SVG without the files that it names"] * rendered.left_out
 
 
 def _check_size(width: int, height: int, rules: Rules) -> None:
@@ -212,22 +271,52 @@ def _plain_png(data: bytes, rules: Rules) -> np.ndarray | None:
 
 def _png_chunks(data: bytes) -> set[bytes]:
     """The chunk types of a PNG, up to IEND; every checksum is verified."""
-    types, start = set(), len(PNG_SIGNATURE)
-    while start < len(data):
-        if start + 12 > len(data):
+    types = set()
+    for chunk_type, start, end in _chunks(data):
+        if end > len(data) or start + 12 > len(data):
             raise BadImage("truncated image", "the file ends inside a chunk")
-        (length,) = struct.unpack_from(">I", data, start)
-        end = start + 8 + length
-        if end + 4 > len(data):
-            raise BadImage("truncated image", "the file ends inside a chunk")
-        chunk_type = data[start + 4 : start + 8]
-        if zlib.crc32(memoryview(data)[start + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+        if zlib.crc32(memoryview(data)[start + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
             raise BadImage("damaged image", f"checksum of chunk {chunk_type!r} at byte {start}")
         types.add(chunk_type)
-        start = end + 4
-        if chunk_type == b"IEND":
-            break
     return types
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Type, start and end of each chunk of a PNG, up to IEND; a truncated file ends before the last end."""
+    start, chunk_type = len(PNG_SIGNATURE), b""
+    while start < len(data) and chunk_type != b"IEND":
+        chunk_type = data[start + 4 : start + 8]
+        length = int.from_bytes(data[start : start + 4], "big")
+        yield chunk_type, start, start + 12 + length
+        start += 12 + length
+
+
+def _without_large_text(data: bytes) -> bytes | None:
+    """A PNG without its text chunks, if they are longer than Pillow accepts, else None."""
+    texts = [chunk for chunk in _chunks(data) if chunk[0] in (b"tEXt", b"zTXt", b"iTXt")]
+    if sum(_text_length(kind, data[start + 8 : end - 4]) for kind, start, end in texts) <= MAX_PNG_TEXT:
+        return None
+    pieces, kept = [], 0
+    for _, start, end in texts:
+        pieces.append(data[kept:start])
+        kept = end
+    return b"".join([*pieces, data[kept:]])
+
+
+def _text_length(chunk_type: bytes, content: bytes) -> int:
+    """Bytes of the text in a chunk (https://www.w3.org/TR/png-3/#11textinfo), at most MAX_PNG_TEXT + 1."""
+    text = content.partition(b"\0")[2]  # after the keyword
+    is_compressed = chunk_type == b"zTXt"
+    if chunk_type == b"iTXt":
+        is_compressed, text = text[:1] == b"\1", text[2:].split(b"\0", 2)[-1]
+    elif is_compressed:
+        text = text[1:]  # after the method
+    if not is_compressed:
+        return len(text)
+    try:
+        return len(zlib.decompressobj().decompress(text, MAX_PNG_TEXT + 1))
+    except zlib.error:
+        return 0
 
 
 def _plain_jpeg(data: bytes, rules: Rules) -> np.ndarray | None:
@@ -246,7 +335,7 @@ def _plain_jpeg(data: bytes, rules: Rules) -> np.ndarray | None:
         return None
     if b"Exif" in data[:65536]:
         with _no_warnings():
-            if _open(data, rules).getexif().get(EXIF_ORIENTATION, 1) != 1:
+            if _open(data, "JPEG", rules).getexif().get(EXIF_ORIENTATION, 1) != 1:
                 return None
     return pixels
 
@@ -259,48 +348,124 @@ def _no_warnings() -> Iterator[None]:
         yield
 
 
-def _open(data: bytes, rules: Rules) -> Image.Image:
+def open_image(data: bytes, format: str = "") -> Image.Image:
+    """An image as Pillow has it, lazily: nothing but its header is decoded. For SVG see check().
+
+    Args:
+        format: as kind_of names it, if that is known; no other format is tried.
+
+    Raises:
+        BadImage: not an image.
+    """
+    format = format or _image_kind(data).name
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=[format])
     except UnidentifiedImageError:
-        raise BadImage("empty file" if not data else "not an image") from None
+        raise BadImage("damaged image", f"its {format} header cannot be read") from None
     except Image.DecompressionBombError:
         raise BadImage("too many pixels", "see --max-pixels") from None
+
+
+def _open(data: bytes, format: str, rules: Rules) -> Image.Image:
+    image = open_image(data, format)
     _check_size(*image.size, rules)
     return image
 
 
-def _decode_with_pillow(data: bytes, rules: Rules) -> _Decoded:
-    """Any image of FORMATS as RGB. If a fix is listed, the file has to be encoded again."""
-    image = _open(data, rules)
-    extension = EXTENSIONS.get(image.format)
-    fixes = [] if extension else [f"{image.format} to {rules.encode.upper()}"]
-    if getattr(image, "n_frames", 1) > 1:
-        fixes.append("animated, first frame")
-        image.seek(0)
-    try:
-        image.load()
-    except OSError as error:
-        reason = "truncated image" if "truncated" in str(error) else "damaged image"
-        raise BadImage(reason, str(error)) from None
-    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-        fixes.append("orientation")
-    upright = ImageOps.exif_transpose(image)
-    if upright.has_transparency_data:
-        upright, fix = _composite(upright, rules.background)
-        fixes.append(fix)
-    elif upright.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit gray at 255, which turns most images white.
-        levels = np.asarray(upright).astype(np.int32).clip(0, 65535)
-        upright = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # rounded: 65535 / 255 is 257
-        fixes.append("16 bit")
-    elif upright.mode == "F":
+def _decode_with_pillow(data: bytes, format: str, rules: Rules, fixes: list[str]) -> _Decoded:
+    """Any image as RGB. If a fix is listed, the file has to be encoded again."""
+    with _no_warnings():
+        image = _open(data, format, rules)
+        extension = EXTENSIONS.get(format)
+        fixes = fixes if extension else [*fixes, f"{format} to {rules.encode.upper()}"]
+        # Further images of a HEIC, and of a JPEG of a phone (MPO), are views and maps of the first.
+        if format not in ("HEIF", "JPEG") and getattr(image, "n_frames", 1) > 1:
+            fixes.append("animated, first frame")
+            image.seek(0)
+        try:
+            image.load()
+        except OSError as error:
+            reason = "truncated image" if "truncated" in str(error) else "damaged image"
+            raise BadImage(reason, str(error)) from None
+        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            fixes.append("orientation")
+        bits, white = _bits(image, data), _white_level(image, data)
+        pixels, fix = _rgb(ImageOps.exif_transpose(image), bits, white, rules.background)
+    return _Decoded(np.asarray(pixels), extension or rules.encode, fixes + [fix] * bool(fix))
+
+
+def _rgb(
+    image: Image.Image, bits: int, white: int, background: tuple[int, int, int]
+) -> tuple[Image.Image, str]:
+    """A loaded image in 8-bit RGB, and the name of the fix, "" if none was needed.
+
+    Args:
+        bits: of each channel in the file.
+        white: see _white_level.
+    """
+    if image.has_transparency_data:
+        composited, fix = _composite(image, background)
+        return composited.convert("RGB"), fix
+    if image.mode == "F":
         raise BadImage("unsupported pixel type", "floating point")
-    elif upright.mode != "RGB":
-        fixes.append({"L": "gray", "1": "gray", "P": "palette"}.get(upright.mode, upright.mode) + " to RGB")
-    if image.format == "PNG" and data[24] == 16 and "16 bit" not in fixes:
-        fixes.append("16 bit")
-    return _Decoded(np.asarray(upright.convert("RGB")), extension or rules.encode, fixes)
+    if image.mode.startswith("I"):
+        return _eight_bit_gray(image, bits, white).convert("RGB"), "16 bit"
+    rgb = image.convert("RGB")  # Pillow has kept the upper 8 of 16 bits
+    if bits == 16:
+        _check_not_nearly_black(max(high for _, high in rgb.getextrema()) << 8 | 255)
+        return rgb, "16 bit"
+    gray = {"L": "gray", "1": "gray", "P": "palette"}.get(image.mode, image.mode)
+    return rgb, "" if image.mode == "RGB" else f"{gray} to RGB"
+
+
+def _bits(image: Image.Image, data: bytes) -> int:
+    """Bits of each channel in the file, where they can be more than 8."""
+    if image.format == "PNG":
+        return data[24]
+    if image.format == "TIFF":
+        return image.tag_v2.get(TIFF_BITS, (8,))[0]
+    return 16 if image.mode.startswith("I;16") else 8
+
+
+def _white_level(image: Image.Image, data: bytes) -> int:
+    """The value of white by the file: significant bits (sBIT) of a PNG, MaxSampleValue of a TIFF; else 0."""
+    if image.format == "PNG":
+        significant = (
+            data[start + 8] for kind, start, end in _chunks(data) if kind == b"sBIT" and end > start + 12
+        )
+        return (1 << next(significant, 0)) - 1
+    if image.format != "TIFF":
+        return 0
+    value = next((image.tag_v2[tag] for tag in TIFF_MAX_VALUE if tag in image.tag_v2), 0)
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
+def _eight_bit_gray(image: Image.Image, bits: int, white: int) -> Image.Image:
+    """Gray of more than 8 bits in 8. Pillow's own conversion clips at 255, which turns most images white.
+
+    Args:
+        white: what the file says; it does not count if the image has larger values.
+    """
+    levels = np.asarray(image).astype(np.int64)
+    low, high = int(levels.min()), int(levels.max())
+    if not 0 < high <= white:
+        if bits > 16:
+            detail = f"{bits}-bit gray with values from {low} to {high}; convert it to 8 or 16 bits"
+            raise BadImage("range of gray unknown", detail)
+        if low < high:  # else it is blank
+            _check_not_nearly_black(high)
+        white = 65535
+    levels = (levels.clip(0, white) * 255 + white // 2) // white
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+def _check_not_nearly_black(high: int) -> None:
+    """Refuse images of scanners and cameras with 10 or 12 bits that were stored in 16 without scaling."""
+    if high <= NEARLY_BLACK:
+        raise BadImage(
+            "nearly black in 16 bit",
+            f"no value is above {high} of 65535; scale it to 16 bits, or convert it to 8",
+        )
 
 
 def _composite(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image.Image, str]:
@@ -311,7 +476,7 @@ def _composite(image: Image.Image, background: tuple[int, int, int]) -> tuple[Im
     elif rgba.getextrema()[3][0] < 255:
         fix = "transparency"
     else:
-        fix = "alpha without transparency"
+        fix = OPAQUE_ALPHA
     if rgba.getextrema()[3][1] == 0:
         raise BadImage(WHOLLY_TRANSPARENT, "nothing is seen on any background")
     canvas = Image.new("RGBA", image.size, (*background, 255))
@@ -349,7 +514,7 @@ def _phash(pixels: np.ndarray) -> bytes | None:
 
 def thumbnail(data: bytes) -> np.ndarray:
     """uint8 [32, 32, 3] of a checked image."""
-    image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS)).convert("RGB")
+    image = open_image(data).convert("RGB")
     return np.asarray(image.resize((32, 32), Image.BOX))
 
 

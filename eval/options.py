@@ -32,4 +32,23 @@ class Inference:
             raise UserError(f"--workers {self.workers}: must be at least 0")
 
 
-INFERENCE = Inference()
+@dataclass(frozen=True)
+class LabelledTable:
+    """How labelled images are read, where they are a table: as `data_prep build` reads it.
+
+    Attributes:
+        image_column: Column of a table with the image paths, or with the images themselves.
+        label_column: Column of a table or of shards with the label.
+        images: Folder or URL that the image paths of a table are relative to; by default the table's folder.
+        encoding: Encoding of CSV and JSONL, as Python names it: utf-8, latin-1, utf-16.
+        delimiter: Delimiter of a CSV; by default the one that its header shows.
+    """
+
+    image_column: str = "image"
+    label_column: str = "label"
+    images: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
+    encoding: str = "utf-8-sig"
+    delimiter: str = ""
+
+
+INFERENCE, TABLE = Inference(), LabelledTable()

@@ -3,11 +3,14 @@ downloaded.
 """
 
 import contextlib
+import functools
+import http.server
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -278,3 +281,31 @@ def hub(tmp_path) -> Iterator[Hub]:
     """A hub on the loopback; huggingface_hub's client in this process uses it, with an empty cache."""
     with Hub() as hub, hub.in_this_process(tmp_path / "hf"):
         yield hub
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder behind a web server on this machine."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        failures = 0
+
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            if "busy" in self.path and Quiet.failures == 0:
+                Quiet.failures += 1
+                self.send_error(503)
+            else:
+                super().do_GET()
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()

@@ -93,7 +93,7 @@ def as_table(folder: Path, images: list[tuple[int, bytes]], extension: str) -> P
         {"image": f"images/{number}.png", "caption": f"caption {number}", "label": CLASSES[label]}
         for number, (label, _) in enumerate(images)
     ]
-    if extension in (".jsonl", ".ndjson"):
+    if extension in (".jsonl", ".ndjson", ".json"):
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif extension == ".parquet":
         parquet.write_table(pa.Table.from_pylist(rows), table)

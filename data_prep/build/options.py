@@ -15,7 +15,7 @@ class Reading:
     image_column: str = "image"
     """Column of image paths, of URLs, or (in Parquet) of the images themselves."""
     caption_column: str = "caption"
-    """Column of captions; in Parquet and JSONL it may contain lists."""
+    """Column of captions; in Parquet and JSONL it may contain lists. Fields of structs: `column.field`."""
     group_column: str = ""
     """Column that joins images of the same thing; all images of a group are in one split."""
     split_column: str = ""
@@ -23,13 +23,23 @@ class Reading:
     images: str = ""
     """Folder or URL that image paths are relative to and may not leave; by default the input's folder."""
     delimiter: str = ""
-    """Delimiter of a CSV; by default a comma, in .tsv files a tab."""
+    """Delimiter of a CSV; by default the one that its header shows: comma, tab, semicolon or |."""
     encoding: str = "utf-8-sig"
-    """Encoding of CSV and JSONL, as Python names it: utf-8, latin-1, utf-16."""
+    """Encoding of CSV, JSONL and .txt, as Python names it: utf-8, latin-1, utf-16."""
+    captions_per_txt: int = 0
+    """Lines of each .txt to take, as one caption each; 0 takes all, and stops at a file of more than 20."""
+    image_ext: str = ""
+    """Extension of the images in tars, such as seg.png; by default, what is an image."""
+    caption_ext: str = ""
+    """Extension of the captions in tars and beside images; by default txt, and json in tars."""
     context_length: int = 77
     """Tokens that the model can read; longer captions are counted in the report. 0 skips counting."""
     decisions: str = ""
     """CSV of `python -m data_prep review`: images to drop, captions to change."""
+
+    def __post_init__(self):
+        for name in ("image_ext", "caption_ext"):  # .CAP is cap
+            object.__setattr__(self, name, getattr(self, name).lower().removeprefix("."))
 
     @property
     def columns(self) -> Columns:
@@ -50,6 +60,8 @@ class Checking:
     """Reject images whose longer side is more than this many times the shorter one."""
     resize_px: int = 0
     """Resize larger images to a shorter side of this; 0 keeps their size."""
+    svg_px: int = Rules.svg_px
+    """Shorter side at which an SVG is rendered; SVG needs the package resvg-py."""
     encode: str = "png"
     """Format of changed images: png, jpeg (quality 95) or webp (lossless, smaller and faster than png)."""
     skip_decode: bool = False
@@ -69,6 +81,8 @@ class Checking:
             )
         if self.encode not in ("png", "jpeg", "webp"):
             raise UserError(f"--encode {self.encode}: must be png, jpeg or webp")
+        if self.svg_px < 1:
+            raise UserError(f"--svg-px {self.svg_px}: must be at least 1")
         return Rules(
             parse_color(self.background),
             self.max_pixels,
@@ -76,6 +90,7 @@ class Checking:
             self.max_aspect,
             self.resize_px,
             self.encode,
+            self.svg_px,
         )
 
 

@@ -40,6 +40,7 @@ from data_prep.build.split import SPLITS
 from data_prep.build.write import Changed, index_in_place, write_shards
 from data_prep.cli import Folder
 from data_prep.errors import UserError
+from data_prep.images import installed_version
 from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root
 from data_prep.inputs.storage import digest, expand, is_url
@@ -67,9 +68,9 @@ def build(
     were corrected, it keeps every checked image whose file and checks are the same.
 
     Args:
-        inputs: CSV, TSV, JSONL or Parquet files, tars, or folders of images with .txt files beside them;
-            local, or URLs such as hf://datasets/USER/NAME. One row per caption; rows with the same image are
-            captions of one image.
+        inputs: CSV, TSV, JSONL or Parquet files, tars, or folders of images with .txt files beside them, each
+            line of which is a caption; local, or URLs such as hf://datasets/USER/NAME. One row per caption;
+            rows with the same image are captions of one image.
         out: Folder to write; it appears under this name when it is complete.
         images_per_shard: Images per tar, approximately.
         min_shards: Minimum number of tars per split, for readers that need one per process.
@@ -169,7 +170,8 @@ def _run(
 
 def library_versions() -> dict[str, str]:
     """What images are decoded with; "" for an optional library that is not installed."""
-    return {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__}
+    optional = {name: installed_version(name) for name in ("resvg_py", "pillow_heif")}
+    return {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, **optional}
 
 
 def _check_images(

@@ -14,7 +14,7 @@ import numpy as np
 from data_prep.build.database import Record, insert, select, select_one
 from data_prep.build.groups import LEAK_DIFFERENCE, Link, PHashIndex, find_groups, links
 from data_prep.build.options import Splitting
-from data_prep.build.records import Part, Reject, StoredImage, StoredRow
+from data_prep.build.records import Ignored, Part, Reject, StoredImage, StoredRow
 from data_prep.build.scan import locate
 from data_prep.build.split import SPLITS, split_of
 from data_prep.errors import UserError
@@ -358,6 +358,10 @@ class Plan:
         """Near-identical images in different splits, the most similar first."""
         query = "FROM leaks ORDER BY difference, a, b LIMIT :limit"
         return list(select(self.db, Leak, query, limit=limit))
+
+    def ignored(self) -> Iterator[Ignored]:
+        """Files and members that are no rows, in the order of the inputs."""
+        return select(self.parts[0].db, Ignored, "FROM ignored ORDER BY rowid")
 
     def rejects(self) -> Iterator[Reject]:
         """Every row that is not included, in the order of the input."""

@@ -6,6 +6,7 @@ kill at any moment loses nothing that was committed.
                                earlier        the same, of an earlier command (see resume.py)
                                rejects        rows that cannot be used, each with its line and a named reason
                                long_captions  captions of more tokens than the model can read
+                               ignored        files that are neither images nor captions; in the first part
   part-00003-of-00008.bytes    images that cannot be read again from a file: fetched, compressed, or changed
 
 records + rejects = rows, in every part and so in the whole.
@@ -15,8 +16,10 @@ import html
 import json
 import os
 import sqlite3
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -48,9 +51,11 @@ CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, 
                       detail TEXT);
 CREATE TABLE long_captions (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, tokens INTEGER,
                             caption TEXT);
+CREATE TABLE ignored (input INTEGER, name TEXT, reason TEXT);
 CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 """
 SCHEMA_VERSION = 2
+INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # unicodedata's names of control, format and space characters
 SPOOLED = -1  # the container of images in the part's .bytes
 INSERT_ROWS = 10_000
 # After a commit in the middle, no later key has an image; after retry_rejected (resume.py), most have one.
@@ -184,6 +189,14 @@ class LongCaption(NamedTuple):
     caption: str
 
 
+class Ignored(NamedTuple):
+    """A row of the table `ignored`: a file of a folder, or a member of a tar, that is no row."""
+
+    input: int
+    name: str
+    reason: str
+
+
 class _State(NamedTuple):
     name: str
     value: str
@@ -298,20 +311,28 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[De
         return
     part.db.execute("BEGIN")
     part.truncate_spool()
+    part.db.execute("DELETE FROM ignored")
     bar = progress(desc="reading rows", unit="row", delay=2)
     names = [os.path.basename(source.rstrip("/")) for source in inputs]
     if len(set(names)) < len(names):
         names = [f"{number}/{name}" for number, name in enumerate(names)]
     loader = _Loader(part, reading, decisions)
     for number, source in enumerate(inputs):
-        for row in read(source, reading.columns, reading.delimiter, reading.encoding, names[number]):
+        options = (reading.columns, reading.delimiter, reading.encoding, names[number])
+        more = {"image_ext": reading.image_ext, "caption_ext": reading.caption_ext}
+        ignore = partial(loader.ignore, number)
+        for row in read(source, *options, reading.captions_per_txt, **more, ignore=ignore):
             loader.add(number, source, row)
             if loader.ordinal % INSERT_ROWS == 0:
                 bar.update(INSERT_ROWS)
                 loader.insert_pending()
     bar.close()
     if not loader.ordinal:
-        raise UserError(f"{', '.join(inputs)}: no rows; an input must have a header and one row per caption")
+        ignored = "".join(f"; ignored: {count} x {why}" for why, count in loader.ignored.items())
+        raise UserError(
+            f"{', '.join(inputs)}: no rows{ignored}; an input must have a header and one row per caption, or"
+            " images with captions"
+        )
     loader.add_captions()
     loader.insert_pending()
     part.db.execute("CREATE INDEX rows_by_key ON rows (key, ordinal)")
@@ -324,7 +345,7 @@ class _Loader:
 
     def __init__(self, part: Part, reading: Reading, decisions: Iterable[Decision]):
         self.part, self.decisions = part, AppliedDecisions(decisions)
-        self.ordinal = 0
+        self.ordinal, self.ignored = 0, Counter()
         self._names, self._token_limit = Names(reading.images), _TokenLimit(reading.context_length)
         self._pending: list[StoredRow] = []
         self._last_key, self._last_place = "", Place()
@@ -337,8 +358,9 @@ class _Loader:
         if not problem and row.data is None:
             name, problem = self._names.resolve(row.image)
         caption = " ".join(row.caption.split())
-        if not problem and not caption:
-            problem = Problem("empty caption")
+        if not problem and not is_visible(caption):
+            detail = f"only {', '.join(f'U+{ord(sign):04X}' for sign in caption[:5])}" if caption else ""
+            problem = Problem("empty caption", detail)
         split = SPLIT_NAMES.get(row.split.lower()) if row.split else ""
         if split is None and not problem:
             problem = Problem("unknown split", f"{row.split!r}; must be train, val or test")
@@ -371,6 +393,12 @@ class _Loader:
         else:
             self._store(stored)
 
+    def ignore(self, number: int, reason: str, name: str) -> None:
+        """Note a file or member that is no row; all parts read all inputs, and the first one keeps it."""
+        self.ignored[reason] += 1
+        if self.part.number == 0:
+            insert(self.part.db, "ignored", [Ignored(number, _encodable(name), reason)])
+
     def _place(self, number: int, source: str, row: Row, key: str) -> Place:
         if row.data is None:
             return Place()
@@ -396,6 +424,11 @@ class _Loader:
     def insert_pending(self) -> None:
         insert(self.part.db, "rows", self._pending)
         self._pending.clear()
+
+
+def is_visible(caption: str) -> bool:
+    """Whether a caption has more than spaces, control characters and zero-width signs."""
+    return any(sign.isalnum() or unicodedata.category(sign) not in INVISIBLE for sign in caption)
 
 
 def _encodable(text: str) -> str:

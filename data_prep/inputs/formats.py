@@ -2,9 +2,10 @@
 this folder and add a line to READERS.
 
     captions.csv, .tsv   --+
-    rows.jsonl             |
+    rows.jsonl, .json      |
     table.parquet          +--> Row(line, image or its bytes, caption or label, group, split, other columns)
-    folder of images, .txt |         or Row(line, ..., problem): a named reason why it cannot be used
+    folder of images with  |         or Row(line, ..., problem): a named reason why it cannot be used
+      .txt or metadata.*   |
     shard.tar            --+
 
 A reader yields one row at a time: nothing here grows with the input. Any file may be compressed, and local or
@@ -16,11 +17,19 @@ from collections.abc import Callable, Iterator
 
 from data_prep.errors import UserError
 from data_prep.inputs.folders import read_folder
+from data_prep.inputs.imagefolder import metadata_files, read_imagefolder
 from data_prep.inputs.parquet import read_parquet
 from data_prep.inputs.rows import Columns, Input, Row
-from data_prep.inputs.storage import COMPRESSED, is_url
-from data_prep.inputs.tables import read_csv, read_jsonl
+from data_prep.inputs.storage import COMPRESSED, IMAGE_EXTENSIONS, is_url
+from data_prep.inputs.tables import read_csv, read_json, read_jsonl
 from data_prep.inputs.tars import read_tar
+from data_prep.inputs.texts import check_encoding
+
+
+def _read_folder(folder: Input) -> Iterator[Row]:
+    tables = metadata_files(folder.source, folder.columns.image)
+    yield from read_imagefolder(folder, tables) if tables else read_folder(folder)
+
 
 FOLDER, CSV = "folder", ".csv"
 # By extension; other extensions are read as CSV.
@@ -29,32 +38,55 @@ READERS: dict[str, Callable[[Input], Iterator[Row]]] = {
     ".tsv": read_csv,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
+    ".json": read_json,
     ".parquet": read_parquet,
     ".tar": read_tar,
-    FOLDER: read_folder,
+    FOLDER: _read_folder,
+}
+SPREADSHEET = "is a spreadsheet; save it as CSV UTF-8 in your spreadsheet program"
+ARCHIVE = "is an archive; unpack it, and pass the folder of images or the table in it"
+DATABASE = "is not read; write its rows to a .jsonl or .parquet file"
+# By extension, why a file is not an input, and what to do.
+UNSUPPORTED = {
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods", ".numbers"), SPREADSHEET),
+    **dict.fromkeys((".zip", ".rar", ".7z"), ARCHIVE),
+    **dict.fromkeys((".tgz", ".tbz2", ".txz"), "is a compressed tar; name it .tar.gz, .tar.bz2 or .tar.xz"),
+    **dict.fromkeys(
+        (".pkl", ".pickle", ".npy", ".npz", ".h5", ".hdf5", ".mat", ".arrow", ".feather"), DATABASE
+    ),
+    **dict.fromkeys((".db", ".sqlite", ".mdb", ".lmdb", ".tfrecord", ".xml", ".html", ".pdf"), DATABASE),
+    **dict.fromkeys(IMAGE_EXTENSIONS, "is an image; pass a table of images and captions, or its folder"),
 }
 CONTAIN_IMAGES = {".parquet", ".tar"}  # formats that usually contain the images, so --images is not needed
 
 
 def read(
-    source: str, columns: Columns, delimiter: str = "", encoding: str = "utf-8-sig", name: str = ""
+    source: str,
+    columns: Columns,
+    delimiter: str = "",
+    encoding: str = "utf-8-sig",
+    name: str = "",
+    captions_per_txt: int = 0,
+    **options,
 ) -> Iterator[Row]:
     """The rows of one input, in its order; an image with several captions gives several rows of one line.
 
     Args:
-        delimiter, encoding, name: see Input.
+        delimiter, encoding, name, captions_per_txt, options: see Input.
 
     Raises:
         UserError: the input cannot be read or parsed, lacks a column, or is in another encoding.
     """
-    yield from READERS[format_of(source)](Input(source, columns, delimiter, encoding, name))
+    check_encoding(source, encoding)
+    table = Input(source, columns, delimiter, encoding, name, captions_per_txt, **options)
+    yield from READERS[format_of(source)](table)
 
 
 def format_of(source: str) -> str:
     """The key of READERS for a file, folder or URL.
 
     Raises:
-        UserError: no such file or folder.
+        UserError: no such file or folder, or a format that is not read.
     """
     if not is_url(source):
         if os.path.isdir(source):
@@ -67,6 +99,8 @@ def format_of(source: str) -> str:
     while name.endswith(COMPRESSED):
         name = name.rsplit(".", 1)[0]
     extension = os.path.splitext(name)[1].lower()
+    if extension in UNSUPPORTED:
+        raise UserError(f"{source}: {UNSUPPORTED[extension]}")
     return extension if extension in READERS else CSV
 
 

@@ -5,6 +5,11 @@ from data_prep.errors import UserError
 PREFIX = "hf://datasets/"
 
 
+def is_data_set(source: str) -> bool:
+    """Whether a URL is of a data set on the hub, and not of one file in it."""
+    return source.startswith(PREFIX) and not source.endswith(".parquet")
+
+
 def parquet_files(source: str) -> list[str]:
     """URLs of the Parquet files of a data set, with `@COMMIT`, so that a later build reads the same files.
 
@@ -34,7 +39,7 @@ def parquet_files(source: str) -> list[str]:
         ) from None
     if not paths:
         raise UserError(
-            f"{source}: has no Parquet file; the hub converts most data sets, on the branch"
-            " refs/convert/parquet"
+            f"{source}: has no Parquet file; the hub converts most data sets: pass {PREFIX}{path.repo_id}"
+            "@refs/convert/parquet, or download it (hf download --repo-type dataset) and pass the folder"
         )
     return [f"hf://{path}" for path in paths]

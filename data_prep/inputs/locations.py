@@ -1,7 +1,9 @@
 """Where the bytes of an image are, a file, a piece of a file, or a URL, and how they are read."""
 
+import contextlib
 import errno
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -12,10 +14,12 @@ from typing import NamedTuple
 
 from data_prep.errors import UserError
 from data_prep.images import BadImage
-from data_prep.inputs.names import OUTSIDE
-from data_prep.inputs.storage import is_url, remote
+from data_prep.inputs.names import OUTSIDE, missing_hint
+from data_prep.inputs.storage import is_http, is_url, remote
 
 MAX_BYTES = 1 << 30
+PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
+HUB_CACHE = re.compile("(.*/(?:datasets|models|spaces)--[^/]+)/snapshots/")
 CONNECTIONS, ATTEMPTS = 16, 3
 
 
@@ -38,7 +42,11 @@ class ImageLocation(NamedTuple):
 
     @property
     def url(self) -> str:
-        return self.root + self.name if self.root.endswith("/") else f"{self.root}/{self.name}"
+        """Of a remote image. A `#` is part of its name, and so is each `%` if one of them quotes nothing."""
+        name = self.name
+        if is_http(self.root):
+            name = (name.replace("%", "%25") if PERCENT.search(name) else name).replace("#", "%23")
+        return self.root + name if self.root.endswith("/") else f"{self.root}/{name}"
 
 
 def read_all(locations: list[ImageLocation]) -> Iterator[bytes | BadImage]:
@@ -61,12 +69,22 @@ def _fetch(urls: list[str]) -> dict[str, bytes | BadImage]:
                 if error is None:
                     fetched[url] = future.result()
                 elif isinstance(error, FileNotFoundError):
-                    fetched[url] = BadImage("missing file", url)
+                    fetched[url] = _fetch_quoted(files, url)
                 elif attempt == ATTEMPTS - 1:
                     fetched[url] = BadImage("unreadable file", f"{url}: {type(error).__name__}: {error}")
             if len(fetched) == len(urls):
                 break
     return fetched
+
+
+def _fetch_quoted(files, url: str) -> bytes | BadImage:
+    """The bytes of a file whose name has `%20` in it: its URL has `%2520`."""
+    scheme, _, rest = url.partition("://")
+    host, _, path = rest.partition("/")
+    if is_http(url) and "%" in path:
+        with contextlib.suppress(OSError):
+            return files.cat_file(f"{scheme}://{host}/{path.replace('%', '%25')}")
+    return BadImage("missing file", url)
 
 
 def read_local(location: ImageLocation) -> bytes | BadImage:
@@ -89,7 +107,7 @@ def read_local(location: ImageLocation) -> bytes | BadImage:
         finally:
             os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError):
-        return BadImage("missing file", f"no such file under {location.root}; see --images")
+        return BadImage("missing file", f"no such file under {location.root}; {missing_hint(location.name)}")
     except OSError as error:
         return BadImage("unreadable file", os.strerror(error.errno or 0))
 
@@ -105,7 +123,17 @@ def _open_below(root: str, name: str) -> int | None:
         if error.errno not in (errno.ELOOP, errno.EMLINK):
             raise
     path = os.path.realpath(real_folder + base)
-    return os.open(path, flags) if path.startswith(_real_folder(root, "")[0]) else None
+    return os.open(path, flags) if path.startswith(_roots_of_links(root)) else None
+
+
+@lru_cache(64)
+def _roots_of_links(root: str) -> tuple[str, ...]:
+    """Where links below `root` may lead, with a trailing slash: below it; and in huggingface_hub's cache,
+    from datasets--USER--NAME/snapshots/COMMIT to datasets--USER--NAME/blobs, the files of this data set only.
+    """
+    real = _real_folder(root, "")[0]
+    cache = HUB_CACHE.match(real)
+    return (real, f"{cache[1]}/blobs/") if cache else (real,)
 
 
 @lru_cache(4096)

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import re
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from data_prep.inputs.storage import is_url
+from data_prep.inputs.storage import is_http, is_url
 
 OUTSIDE = "outside of the images folder"
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 class Problem(NamedTuple):
@@ -20,6 +22,13 @@ class Problem(NamedTuple):
 def key_of(name: str) -> str:
     """16 hexadecimal digits from an image's name: safe in a tar, and the same in every build."""
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def missing_hint(name: str) -> str:
+    """What to do about a path that does not exist."""
+    if WINDOWS_PATH.match(name):
+        return "a path of Windows; make paths relative to --images, with / between folders"
+    return "a path of Windows; write / instead of \\" if "\\" in name else "see --images"
 
 
 class Names:
@@ -40,6 +49,8 @@ class Names:
         if not name or "\0" in name:
             return "", Problem("no image path")
         if is_url(name):
+            if is_http(name):
+                name = name.partition("#")[0]  # a fragment is for the reader's browser, not for the server
             if name.startswith("file://"):
                 name = name.removeprefix("file://")
             elif not self.is_url or not name.startswith(self.root):

@@ -2,14 +2,23 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
 from data_prep.errors import UserError
+from data_prep.inputs.cells import as_text, field_of, image_of, is_nan, kind_of, shortened
 from data_prep.inputs.names import Problem
 from data_prep.inputs.storage import COMPRESSED, is_url
+
+MAX_CHARACTERS = 131_072  # of a caption, group, label or path: the longest cell that csv reads by default
+# Usual names of columns, to propose one.
+USUAL_NAMES = {
+    "image": ("file_name", "filename", "filepath", "file_path", "image_path", "path", "file", "url"),
+    "caption": ("text", "title", "captions", "prompt", "description"),
+    "label": ("class", "class_name", "category", "target"),
+}
 
 
 class Row(NamedTuple):
@@ -59,15 +68,26 @@ class Columns:
         return frozenset({"", *self.by_use.values()})
 
 
+Ignore = Callable[[str, str], None]  # with the reason, and the path of a file or the name of a member
+
+
+def ignore_nothing(reason: str, name: str) -> None:
+    """For those who do not list what is ignored."""
+
+
 @dataclass(frozen=True)
 class Input:
     """One input, and how it is read.
 
     Attributes:
         source: a file, folder or URL.
-        delimiter: of a CSV; "" is a comma, or a tab in .tsv files.
-        encoding: of CSV and JSONL, as Python names it.
+        delimiter: of a CSV; "" for the one that its header shows.
+        encoding: of CSV, JSONL and .txt, as Python names it.
         name: prefix of the names of images that the input contains; by default its file name.
+        captions_per_txt: lines of a .txt to take as captions; 0 takes all, and refuses many.
+        image_ext: of the image of a sample in a tar, without a dot; "" for what is an image.
+        caption_ext: of the captions beside images and in tars, without a dot; "" for txt and json.
+        ignore: is called with the reason and name of each file that is neither an image nor belongs to one.
     """
 
     source: str
@@ -75,6 +95,10 @@ class Input:
     delimiter: str = ""
     encoding: str = "utf-8-sig"
     name: str = ""
+    captions_per_txt: int = 0
+    image_ext: str = ""
+    caption_ext: str = ""
+    ignore: Ignore = ignore_nothing
 
     @property
     def label(self) -> str:
@@ -85,34 +109,39 @@ def rows_of(table: Input, line: int, cells: dict) -> Iterator[Row]:
     """The rows of one line of a table: one per caption, as captions may be a list.
 
     Args:
-        cells: by name of the column. An image is a path, bytes, or {"bytes": ..., "path": ...} as in data
-            sets on the Hugging Face hub.
+        cells: by name of the column. For images see image_of().
     """
     columns = table.columns
-    image, data = cells.get(columns.image), None
-    if isinstance(image, dict):
-        image, data = image.get("path"), image.get("bytes")
-    elif isinstance(image, bytes):
-        image, data = None, image
-    if data is not None:
-        image = f"{table.label}#{line}"
     others = {
         name: value
         for name, value in cells.items()
-        if name not in columns.names and value not in (None, "") and not isinstance(value, (bytes, dict))
+        if name not in columns.names
+        and value not in (None, "")
+        and not isinstance(value, (bytes, dict))
+        and not is_nan(value)
     }
+    texts, problem = {}, None
+    for use in ("group", "split", "label"):
+        value = field_of(cells, columns.by_use[use]) if use in columns.by_use else None
+        texts[use] = as_text(value)
+        if value and isinstance(value, (dict, list)):
+            problem = Problem(f"{use} is not text", kind_of(value, use, columns.by_use[use]))
+    image = image_of(field_of(cells, columns.image))
     row = Row(
         line,
-        as_text(image),
-        group=as_text(cells.get(columns.group)) if columns.group else "",
-        split=as_text(cells.get(columns.split)) if columns.split else "",
-        label=as_text(cells.get(columns.label)) if columns.label else "",
+        image.path if image.data is None else f"{table.label}#{line}",
         columns=json.dumps(others, ensure_ascii=False, sort_keys=True, default=str) if others else "",
-        data=data,
+        data=image.data,
+        problem=image.problem or problem,
+        **texts,
     )
-    captions = cells.get(columns.caption) if columns.caption else None
-    for caption in captions if isinstance(captions, list) and captions else [captions]:
-        yield check_text(row._replace(caption=as_text(caption)))
+    captions = field_of(cells, columns.caption) if columns.caption else None
+    for caption in (captions or [None]) if isinstance(captions, list) else [captions]:
+        if caption is None or isinstance(caption, (str, bytes)):
+            yield check_text(row._replace(caption=as_text(caption)))
+        else:
+            detail = kind_of(caption, "caption", columns.caption)
+            yield row._replace(problem=row.problem or Problem("caption is not text", detail))
 
 
 def malformed(line: int, detail: str) -> Row:
@@ -120,30 +149,35 @@ def malformed(line: int, detail: str) -> Row:
     return Row(line, "", problem=Problem("malformed row", detail))
 
 
-def as_text(value) -> str:
-    """A cell as text; "" if it is empty or a list."""
-    return value if isinstance(value, str) else "" if value is None or isinstance(value, list) else str(value)
-
-
 def check_text(row: Row) -> Row:
-    """Bytes that are not UTF-8 were decoded as lone surrogates (PEP 383): give such rows a problem, so that
-    they never reach a shard.
+    """Give a row a problem if its text is too long, or has bytes that are not UTF-8, decoded as lone
+    surrogates (PEP 383), or a NUL, which databases refuse: none of these may reach a shard.
     """
-    for cell in (row.image, row.caption, row.group, row.label, row.columns):
-        if cell.isascii():
-            continue
-        try:
-            cell.encode()
-        except UnicodeEncodeError as error:
-            code = ord(cell[error.start])
-            what = (
-                f"byte {bytes([code - 0xDC00])!r}"
-                if 0xDC80 <= code <= 0xDCFF
-                else f"an unpaired surrogate, U+{code:04X},"
+    for use in ("image", "caption", "group", "split", "label", "columns"):
+        cell = getattr(row, use)
+        if len(cell) > MAX_CHARACTERS and use != "columns":
+            detail = f"its {use} has {len(cell):,} characters; at most {MAX_CHARACTERS:,}"
+            return row._replace(image=shortened(row.image), problem=Problem("text too long", detail))
+        if not cell.isascii() and (detail := _bad_utf8(cell)):
+            return row._replace(problem=Problem("bad UTF-8", detail))
+        if "\0" in cell and use != "image":  # an image path with a NUL is no path, see Names
+            before = cell[: cell.index("\0")][-20:]
+            return row._replace(
+                problem=Problem("NUL character", f"in its {use} after {before!r}; see --encoding")
             )
-            before = cell[max(0, error.start - 20) : error.start]
-            return row._replace(problem=Problem("bad UTF-8", f"{what} after {before!r}; see --encoding"))
     return row
+
+
+def _bad_utf8(cell: str) -> str:
+    """The first lone surrogate of a text, in words; "" if there is none."""
+    try:
+        cell.encode()
+    except UnicodeEncodeError as error:
+        code = ord(cell[error.start])
+        is_byte = 0xDC80 <= code <= 0xDCFF
+        what = f"byte {bytes([code - 0xDC00])!r}" if is_byte else f"an unpaired surrogate, U+{code:04X},"
+        return f"{what} after {cell[max(0, error.start - 20) : error.start]!r}; see --encoding"
+    return ""
 
 
 def is_in_place(source: str, row: Row) -> bool:
@@ -151,24 +185,58 @@ def is_in_place(source: str, row: Row) -> bool:
     return row.offset is not None and not is_url(source) and not source.endswith(COMPRESSED)
 
 
-def check_header(source: str, names: list[str], columns: Columns, encoding: str = "utf-8") -> None:
+def check_header(
+    source: str, names: list[str], columns: Columns, encoding: str = "utf-8", structs: Container[str] = ()
+) -> None:
     """Check a table's column names.
+
+    Args:
+        structs: see check_columns.
 
     Raises:
         UserError: a column is missing, or there twice; or the names are in another encoding.
     """
-    if any(not name.isprintable() or "\udc80" <= max(name, default="") <= "\udcff" for name in names):
+    printed = [name.replace("\t", " ") for name in names]  # a tab is printable: --delimiter may be wrong
+    if any(not name.isprintable() or "\udc80" <= max(name, default="") <= "\udcff" for name in printed):
         raise UserError(
             f"{source}:1: the header is not {encoding}; pass --encoding, for example utf-16 or latin-1"
         )
-    if missing := {use: name for use, name in columns.by_use.items() if name not in names}:
-        options = ", ".join(f"--{use}-column" for use in missing)
-        hint = " (and --delimiter if that looks like one column)" if len(names) == 1 else ""
-        raise UserError(
-            f"{source}: no column {', '.join(map(repr, missing.values()))}; it has"
-            f" {', '.join(map(repr, names)) or 'none'}; pass {options}{hint}"
-        )
+    check_columns(source, names, columns, structs)
     if repeated := [name for name in columns.by_use.values() if names.count(name) > 1]:
         raise UserError(
             f"{source}: the header has {', '.join(map(repr, repeated))} more than once; rename all but one"
         )
+
+
+def check_columns(source: str, names: list[str], columns: Columns, structs: Container[str] = ()) -> None:
+    """Check that a table has the columns that are used.
+
+    Args:
+        structs: names of columns that may hold structs, whose fields are columns `name.field`.
+
+    Raises:
+        UserError: a column is missing.
+    """
+    missing = {
+        use: name
+        for use, name in columns.by_use.items()
+        if name not in names and not ("." in name and name.partition(".")[0] in structs)
+    }
+    if not missing:
+        return
+    options = ", ".join(f"--{use}-column" for use in missing)
+    usual = [
+        f"--{use}-column {name}"
+        for use in missing
+        for name in [name for name in USUAL_NAMES.get(use, ()) if name in names][:1]
+    ]
+    hint = f", for example {' '.join(usual)}" if usual else ""
+    if len(names) == 1 and not usual:
+        hint = " (and --delimiter if that looks like one column)"
+    if any(len(name) > 64 for name in names):
+        hint += "; if its first line is data, put a line with the names of the columns before it"
+    shown = [repr(shortened(name)) for name in names[:20]] + ["..."] * (len(names) > 20)
+    raise UserError(
+        f"{source}: no column {', '.join(map(repr, missing.values()))}; it has {', '.join(shown) or 'none'};"
+        f" pass {options}{hint}"
+    )

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -11,12 +11,42 @@ import fsspec
 from data_prep.errors import UserError
 from data_prep.inputs import hub
 
-IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+# Names of images. Files without such a name are images if they begin like one, see data_prep.signatures.
+IMAGE_EXTENSIONS = {
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".svgz"),
+    *(".avif", ".heic", ".heif", ".ico", ".jp2", ".j2k"),
+}
+# Of files beside an image that describe it, and are no image whatever they contain.
+SIDE_EXTENSIONS = {
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".md",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".html",
+}
+SIDE_EXTENSIONS |= {".cls", ".npy", ".npz", ".pt", ".pth", ".safetensors"}
+# Of macOS, Windows and network drives; names that begin with a dot (._x, .DS_Store, .ipynb_checkpoints) are
+# hidden ones.
+SYSTEM_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
+SYSTEM_FILE = "hidden or system file"
+SMALL_BYTES = 1 << 20
+# Tables in folders of images, as the library `datasets` reads them; see imagefolder.py.
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def is_url(path: str) -> bool:
     return "://" in path
+
+
+def is_http(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
 
 
 def remote(url: str) -> fsspec.AbstractFileSystem:
@@ -31,11 +61,26 @@ def remote(url: str) -> fsspec.AbstractFileSystem:
         raise UserError(f"{url}: {error}") from None
 
 
-def walk(folder: str) -> Iterator[str]:
-    """Every file below a folder, in sorted order."""
+def is_system_file(name: str) -> bool:
+    """Whether a path has a part that file managers and editors make, not people."""
+    parts = name.replace("\\", "/").lower().split("/")
+    return any((part[:1] == "." and part not in (".", "..")) or part in SYSTEM_NAMES for part in parts)
+
+
+def walk(folder: str, ignore: Callable[[str], None] = lambda name: None) -> Iterator[str]:
+    """Every file below a folder, in sorted order.
+
+    Args:
+        ignore: is called with the relative path of each file that is left out, see is_system_file().
+    """
     for parent, folders, names in os.walk(folder):
         folders.sort()
-        yield from (os.path.join(parent, name) for name in sorted(names))
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            if is_system_file(relative := os.path.relpath(path, folder)):
+                ignore(relative)
+            else:
+                yield path
 
 
 def expand(sources: list[str]) -> list[str]:
@@ -62,8 +107,8 @@ def expand(sources: list[str]) -> list[str]:
 
 
 def digest(source: str) -> str:
-    """sha256 of a file; of a URL, the metadata that its server reports; of a folder, its listing and its .txt
-    files.
+    """sha256 of a file; of a URL, the metadata that its server reports; of a folder, its listing and the
+    small files that may be captions.
 
     Raises:
         UserError: it cannot be read.
@@ -75,8 +120,11 @@ def digest(source: str) -> str:
             sha.update(json.dumps({name: info[name] for name in sorted(info)}, default=str).encode())
         elif os.path.isdir(source):
             for path in walk(source):
-                sha.update(repr((os.path.relpath(path, source), os.stat(path).st_size)).encode())
-                if path.endswith(".txt"):
+                size = os.stat(path).st_size if os.path.exists(path) else None  # None: a dangling link
+                sha.update(repr((os.path.relpath(path, source), size)).encode())
+                is_image = os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
+                is_small = size is not None and size < SMALL_BYTES and not is_image
+                if (is_small or path.endswith(METADATA)) and os.path.isfile(path):
                     sha.update(Path(path).read_bytes())
         else:
             with open(source, "rb") as file:

@@ -6,11 +6,27 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from itertools import chain
 
 import fsspec
 
 from data_prep.errors import UserError
-from data_prep.inputs.rows import Input, Row, check_header, malformed, rows_of
+from data_prep.inputs.rows import Input, Row, check_columns, check_header, malformed, rows_of
+from data_prep.inputs.texts import decoding_errors
+
+MAX_FIELD_CHARACTERS = 1 << 26  # images in base64 are long; a quote that is never closed must not fill memory
+MAX_FIRST_LINE = 1 << 20
+DELIMITERS = (",", "\t", ";", "|")
+# How files begin that are no text, whatever their name.
+BINARY = {
+    "PK\x03\x04": "a zip or Excel file; save a spreadsheet as CSV UTF-8, and unpack a zip",
+    "PAR1": "a Parquet file; name it .parquet",
+    "\x1f": "a compressed file; name it .csv.gz, or .tar.gz for a tar",
+}
+JSON_DOCUMENT = (
+    "one JSON document; only JSON Lines are read, one object per line. To convert a list of objects: python"
+    " -c \"import pandas; pandas.read_json('a.json').to_json('a.jsonl', orient='records', lines=True)\""
+)
 
 
 def read_csv(table: Input) -> Iterator[Row]:
@@ -19,11 +35,15 @@ def read_csv(table: Input) -> Iterator[Row]:
     Raises:
         UserError: it cannot be read or parsed, lacks a column, or is in another encoding.
     """
-    source, delimiter = table.source, _delimiter(table)
+    source, delimiter = table.source, table.delimiter
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
     line, header = 1, None
     try:
         with _open_text(table) as text:
-            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            first = text.readline()
+            _check_is_text(source, first)
+            delimiter = {"\\t": "\t", "tab": "\t"}.get(delimiter, delimiter) or _delimiter(table, first)
+            reader = csv.reader(chain([first], text) if first else [], delimiter=delimiter, strict=True)
             for cells in reader:
                 start, line = line, reader.line_num + 1
                 if header is None:
@@ -54,44 +74,100 @@ def read_csv(table: Input) -> Iterator[Row]:
         raise UserError(f"{source}: the file is empty; it must have a header and one row per caption")
 
 
+def _check_is_text(source: str, first_line: str) -> None:
+    """Raise a UserError if a file of another format was named as a CSV."""
+    for start, what in BINARY.items():
+        if first_line.startswith(start):
+            raise UserError(f"{source}: is {what}")
+    if _object(first_line) is not None:
+        raise UserError(f"{source}: is JSON Lines; name it .jsonl")
+    if first_line.strip() in ("[", "{") or first_line.startswith(('[{"', '{"')):
+        raise UserError(f"{source}: is {JSON_DOCUMENT}")
+
+
+def _object(line: str) -> dict | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _delimiter(table: Input, header: str) -> str:
+    """The delimiter with which the header has all columns that are used; else the one that gives most."""
+    default = ["\t"] if ".tsv" in os.path.basename(table.source).lower() else []
+    names = {
+        delimiter: next(csv.reader([header], delimiter=delimiter), [])
+        for delimiter in dict.fromkeys((*default, *DELIMITERS))
+    }
+    used = set(table.columns.by_use.values())
+    fitting = [delimiter for delimiter in names if used <= set(names[delimiter])]
+    return fitting[0] if fitting else max(names, key=lambda delimiter: len(names[delimiter]))
+
+
+def table_columns(table: Input) -> list[str]:
+    """The names of the columns of a CSV, or of the first object of a JSONL; [] if it cannot be read."""
+    try:
+        with _open_text(table) as text:
+            first = text.readline(MAX_FIRST_LINE)
+        if (cells := _object(first)) is not None:
+            return list(cells)
+        delimiter = table.delimiter or _delimiter(table, first)
+        return next(csv.reader([first], delimiter=delimiter), [])
+    except (OSError, EOFError, UnicodeError, csv.Error, TypeError):
+        return []
+
+
 def read_jsonl(table: Input) -> Iterator[Row]:
     """The rows of a file with one JSON object per line.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or no line has one of the columns.
     """
-    with _open_text(table) as text:
-        for number, line in enumerate(text, 1):
-            if not line.strip():
-                continue
-            try:
-                cells = json.loads(line)
-            except ValueError as error:
-                yield malformed(number, f"not JSON: {error}")
-                continue
-            if isinstance(cells, dict):
-                yield from rows_of(table, number, cells)
-            else:
-                yield malformed(number, "each line must be a JSON object")
+    names: dict[str, None] = {}
+    try:
+        with _open_text(table) as text:
+            for number, line in enumerate(text, 1):
+                if not line.strip():
+                    continue
+                try:
+                    cells = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield malformed(number, f"not JSON: {error}")
+                    continue
+                if isinstance(cells, dict):
+                    names |= dict.fromkeys(cells)
+                    yield from rows_of(table, number, cells)
+                else:
+                    yield malformed(number, "each line must be a JSON object")
+    except (OSError, EOFError, UnicodeError) as error:
+        raise UserError(f"{table.source}: cannot be read ({error}); check --encoding") from None
+    if names:
+        check_columns(table.source, list(names), table.columns, structs=names)
 
 
-def _delimiter(table: Input) -> str:
-    default = "\t" if ".tsv" in os.path.basename(table.source).lower() else ","
-    return {"\\t": "\t", "tab": "\t", "": default}.get(table.delimiter, table.delimiter)
+def read_json(table: Input) -> Iterator[Row]:
+    """The rows of a .json that has one object per line, as many tools name their JSON Lines.
+
+    Raises:
+        UserError: it is one JSON document.
+    """
+    try:
+        with _open_text(table) as text:
+            first = text.readline(MAX_FIRST_LINE)
+    except (OSError, EOFError, UnicodeError) as error:
+        raise UserError(f"{table.source}: cannot be read ({error}); check --encoding") from None
+    if _object(first) is None:
+        raise UserError(f"{table.source}: is {JSON_DOCUMENT}")
+    yield from read_jsonl(table)
 
 
 def _open_text(table: Input) -> io.TextIOWrapper:
     try:
-        codec = codecs.lookup(table.encoding)
         file = fsspec.open(table.source, "rb", compression="infer").open()
-    except (OSError, LookupError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{table.source}: cannot be read ({error})") from None
-    # UTF-8 resynchronizes after a bad byte, so only that row is rejected. In other encodings one bad byte can
-    # shift all that follows.
-    lenient = codec.name in ("utf-8", "utf-8-sig")
-    return io.TextIOWrapper(
-        file, table.encoding, errors="surrogateescape" if lenient else "strict", newline=""
-    )
+    return io.TextIOWrapper(file, table.encoding, errors=decoding_errors(table.encoding), newline="")
 
 
 def _first_bad_byte(source: str, encoding: str) -> tuple[int, int]:

@@ -1,8 +1,10 @@
 """WebDataset tars of any origin, read sample by sample; nothing is extracted to disk."""
 
 import json
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,10 +13,17 @@ from typing import NamedTuple
 import fsspec
 
 from data_prep.errors import UserError
+from data_prep.inputs.cells import field_of
+from data_prep.inputs.cells import kind_of as kind_of_cell
+from data_prep.inputs.locations import MAX_BYTES
 from data_prep.inputs.names import Problem, key_of
-from data_prep.inputs.rows import Input, Row, check_text
-from data_prep.inputs.storage import IMAGE_EXTENSIONS
+from data_prep.inputs.rows import Ignore, Input, Row, check_text, ignore_nothing
+from data_prep.inputs.storage import IMAGE_EXTENSIONS, SIDE_EXTENSIONS, SYSTEM_FILE, is_system_file
+from data_prep.inputs.texts import rows_of_txt
+from data_prep.signatures import HEAD_BYTES, kind_of
 
+MAX_PENDING = 64  # samples of one name up to the first dot that are held in memory
+TEXTS = {"txt", "json", "cls"}  # extensions of what describes an image
 # Keys of KEY.json that our own tars store elsewhere, or that say nothing about the image.
 KNOWN = {"caption", "captions", "key", "image", "sha256", "width", "height", "group", "columns"}
 
@@ -23,14 +32,18 @@ def read_tar(tar: Input) -> Iterator[Row]:
     """The rows of a tar, one per caption; `line` is the number of the sample.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or not to its end.
     """
+    number, sample = 0, None
     try:
         with fsspec.open(tar.source, "rb", compression="infer") as file:
-            for number, sample in enumerate(tar_samples(file), 1):
+            for number, sample in enumerate(tar_samples(file, tar.image_ext, tar.caption_ext, tar.ignore), 1):
                 yield from _rows_of_sample(tar, number, sample)
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise UserError(f"{tar.source}: cannot be read ({str(error).strip()})") from None
+    except (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+        after = f", after {number} samples, the last of them {sample.key}" if sample else ""
+        raise UserError(
+            f"{tar.source}: cannot be read ({str(error).strip()}{after}); get or write it again, or omit it"
+        ) from None
 
 
 def _rows_of_sample(tar: Input, number: int, sample: "TarSample") -> Iterator[Row]:
@@ -53,8 +66,27 @@ def _rows_of_sample(tar: Input, number: int, sample: "TarSample") -> Iterator[Ro
         data=sample.image.data,
         offset=sample.image.offset,
     )
-    for caption in (sample.captions(tar.columns.caption) if tar.columns.caption else None) or [""]:
-        yield check_text(row._replace(caption=caption))
+    if tar.columns.caption:
+        yield from _captioned(tar, row, sample)
+    else:
+        yield check_text(row)
+
+
+def _captioned(tar: Input, row: Row, sample: "TarSample") -> Iterator[Row]:
+    """One row per caption: the lines of a text, or the texts in a .json."""
+    text, captions = sample.captions(tar.columns.caption, tar.caption_ext)
+    if text is not None:
+        yield from rows_of_txt(tar, row, f"{row.image}.{tar.caption_ext or 'txt'}", text)
+    elif not captions:
+        hint = "" if tar.caption_ext else "; see --caption-ext and --caption-column"
+        detail = f"the sample has {', '.join(sample.members)}{hint}"
+        yield check_text(row._replace(problem=Problem("empty caption", detail)))
+    for caption in captions:
+        if caption is None or isinstance(caption, str):
+            yield check_text(row._replace(caption=caption or ""))
+        else:
+            detail = kind_of_cell(caption, "caption", tar.columns.caption)
+            yield row._replace(problem=Problem("caption is not text", detail))
 
 
 class TarMember(NamedTuple):
@@ -64,7 +96,7 @@ class TarMember(NamedTuple):
 
 @dataclass
 class TarSample:
-    """Adjacent members that share a name up to the last dot.
+    """Adjacent members that share a name up to the last dot, or up to the first; see _merged().
 
     Attributes:
         key: that name.
@@ -77,22 +109,33 @@ class TarSample:
     problem: Problem | None = None
     image: TarMember | None = None
 
-    def captions(self, column: str) -> list[str]:
-        """The captions of data_prep's own .json; else the .txt; else the key `column` of the .json, as
-        img2dataset writes it.
+    def captions(self, column: str, extension: str = "") -> tuple[bytes | None, list]:
+        """A text whose lines are the captions; or a list of captions from a .json: the list `captions` of
+        data_prep's own, else `column`, which may be a text or a list, else the .json is the list.
+
+        A .txt comes before all but data_prep's list. If it repeats the caption of the .json, as img2dataset
+        writes it, it is one caption: line breaks in it separate none.
+
+        Args:
+            extension: of the member with the captions; "" for txt and json.
         """
-        if isinstance(self._json.get("captions"), list):
-            return [_if_text(caption) for caption in self._json["captions"]]
-        if "txt" in self.members:
-            return [self._text("txt")]
-        return [_if_text(self._json.get(column))]
+        values = _parsed(self.members.get(extension if extension.endswith("json") else "json"))
+        text = self.members.get(extension or "txt") if not extension.endswith("json") else None
+        captions = field_of(values, column) if isinstance(values, dict) else values
+        if isinstance(values, dict) and isinstance(values.get("captions"), list) and not extension:
+            return None, values["captions"]
+        if text and not (isinstance(captions, str) and captions.split() == _decoded(text).split() != []):
+            return text.data, []
+        if extension and not text and not extension.endswith("json"):
+            return None, []
+        return None, captions if isinstance(captions, list) else [captions] if captions else []
 
     def label(self, column: str) -> str:
         """The column that data_prep kept in the .json; else the key of that name; else the .cls."""
         for values in (self._json.get("columns"), self._json):
             if isinstance(values, dict) and isinstance(values.get(column), (str, int, float)):
                 return str(values[column])
-        return self._text("cls").strip() if "cls" in self.members else ""
+        return _decoded(self.members["cls"]).strip() if "cls" in self.members else ""
 
     def name_and_group(self) -> tuple[str, str]:
         """The image's name and group according to data_prep's own .json."""
@@ -112,60 +155,202 @@ class TarSample:
 
     @cached_property
     def _json(self) -> dict:
-        try:
-            values = json.loads(self.members["json"].data) if "json" in self.members else {}
-        except ValueError:
-            return {}
+        values = _parsed(self.members.get("json"))
         return values if isinstance(values, dict) else {}
 
-    def _text(self, extension: str) -> str:
-        return self.members[extension].data.decode("utf-8", "surrogateescape")
+    def is_whole(self, texts: set[str]) -> bool:
+        """Whether it has members of `texts`, extensions, and others."""
+        return bool(texts & self.members.keys()) and bool(self.members.keys() - texts)
+
+
+def _parsed(member: TarMember | None):
+    """The value of a JSON member; None if there is none."""
+    try:
+        return json.loads(member.data) if member else None
+    except ValueError:
+        return None
+
+
+def _decoded(member: TarMember) -> str:
+    return member.data.decode("utf-8-sig", "surrogateescape")
 
 
 def _if_text(value) -> str:
     return value if isinstance(value, str) else ""
 
 
-def tar_samples(file) -> Iterator[TarSample]:
-    """The samples of an open tar, in order; one that cannot be used has a problem."""
-    seen: set[str] = set()
-    sample = None
-    with tarfile.open(fileobj=file, mode="r|") as archive:
-        for member in archive:
-            if member.isdir():
-                continue
-            key, extension = os.path.splitext(member.name)
-            if sample and sample.key != key:
-                yield _complete(sample, seen)
-                sample = None
-            sample = sample or TarSample(key)
-            extension = extension[1:].lower()
-            if key.startswith("/") or ".." in key.replace("\\", "/").split("/"):
-                sample.problem = Problem("path outside of the tar", member.name)
-            elif not member.isfile():
-                sample.problem = Problem("not a regular file", f"{member.name} is a link or a device")
-            elif extension in sample.members:
-                sample.problem = Problem("repeated member", member.name)
-            else:
-                data = archive.extractfile(member).read()
-                sample.members[extension] = TarMember(data, member.offset_data)
-    if sample:
-        yield _complete(sample, seen)
+class _Header(tarfile.TarInfo):
+    """A header that must be whole: tarfile takes a damaged one, or none, for the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        offset = archive.fileobj.tell()
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # a block of zeros, see _check_end
+            raise
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
+            what = "it ends without the two blocks of zeros that end a tar" if offset else "not a tar"
+        except tarfile.HeaderError as error:
+            what = f"no header of a member, {error}" if offset else "not a tar"
+        raise tarfile.ReadError(f"byte {offset}: {what}")
 
 
-def _complete(sample: TarSample, seen: set[str]) -> TarSample:
-    """Set the sample's image, or its problem.
+def _check_end(archive: tarfile.TarFile) -> None:
+    """A tar ends in two blocks of zeros or more, and nothing else (POSIX pax, "ustar Interchange Format").
+
+    Raises:
+        tarfile.ReadError: it does not, so members may be lost.
+    """
+    stream = archive.fileobj  # after the first block of zeros
+    offset = stream.tell()
+    if len(block := stream.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"byte {offset}: it ends without the second of the two blocks of zeros")
+    while block:
+        if rest := block.lstrip(b"\0"):
+            raise tarfile.ReadError(
+                f"byte {offset + len(block) - len(rest)}: something follows the zeros that end a tar: members"
+                " overwritten by zeros, or another tar; join tars by: tar -A -f A.tar B.tar"
+            )
+        offset += len(block)
+        block = stream.read(1 << 20)
+
+
+def tar_samples(
+    file, image_ext: str = "", caption_ext: str = "", ignore: Ignore = ignore_nothing
+) -> Iterator[TarSample]:
+    """The samples of an open tar, in order; one that cannot be used has a problem.
 
     Args:
-        seen: keys of the samples before; this one is added.
+        image_ext, caption_ext, ignore: see Input.
+
+    Raises:
+        tarfile.TarError: the tar is damaged.
     """
-    images = [extension for extension in sample.members if f".{extension}" in IMAGE_EXTENSIONS]
-    if sample.key in seen:
+    seen: set[str] = set()
+    texts = TEXTS | ({caption_ext} - {""})
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as archive:
+        for sample in _grouped(archive, image_ext, texts, ignore):
+            if sample.problem or _choose_image(sample, image_ext, texts, sample.key in seen):
+                yield sample
+            else:
+                extension = next(iter(sample.members))
+                ignore("no image beside it", f"{sample.key}.{extension}" if extension else sample.key)
+            seen.add(sample.key)
+        _check_end(archive)
+
+
+def _grouped(
+    archive: tarfile.TarFile, image_ext: str, texts: set[str], ignore: Ignore
+) -> Iterator[TarSample]:
+    """Adjacent members as samples."""
+    extensions = sorted({*texts, image_ext} - {""}, key=len, reverse=True)
+    pending: list[TarSample] = []  # of one name up to the first dot
+    for member in archive:
+        if member.isdir():
+            continue
+        if is_system_file(member.name):
+            ignore(SYSTEM_FILE, member.name)
+            continue
+        key, extension = _split(member.name, extensions)
+        sample = next((sample for sample in pending if sample.key == key), None)
+        if sample is None:
+            shared = _first_dot(key)
+            is_other = pending and _first_dot(pending[0].key) != shared
+            # What is whole needs no other member, unless s.seg.png may belong to s.png.
+            are_whole = all(sample.is_whole(texts) and sample.key != shared for sample in pending)
+            if is_other or are_whole or len(pending) >= MAX_PENDING:
+                yield from _merged(pending, texts)
+                pending = []
+            sample = TarSample(key)
+            pending.append(sample)
+        _add(archive, sample, member, extension)
+    yield from _merged(pending, texts)
+
+
+def _split(name: str, extensions: list[str]) -> tuple[str, str]:
+    """Key and extension of a member: up to the last dot, or before one of `extensions`."""
+    for extension in extensions:
+        if name.lower().endswith(f".{extension}"):
+            return name[: -len(extension) - 1], extension
+    key, extension = os.path.splitext(name)
+    return key, extension[1:].lower()
+
+
+def _first_dot(key: str) -> str:
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def _add(archive: tarfile.TarFile, sample: TarSample, member: tarfile.TarInfo, extension: str) -> None:
+    """Read a member into its sample, or set the sample's problem."""
+    if member.name.startswith("/") or ".." in member.name.replace("\\", "/").split("/"):
+        sample.problem = Problem("path outside of the tar", member.name)
+    elif not member.isfile() or member.issparse():
+        sample.problem = Problem("not a regular file", f"{member.name} is a link, a device or a sparse file")
+    elif member.size > MAX_BYTES:
+        sample.problem = Problem("file too large", f"{member.name} has {member.size} bytes")
+    elif extension in sample.members:
+        sample.problem = Problem("repeated member", member.name)
+    else:
+        try:
+            data = archive.extractfile(member).read()
+        except tarfile.ReadError as error:
+            raise tarfile.ReadError(f"byte {member.offset}: {error} of {member.name}") from None
+        sample.members[extension] = TarMember(data, member.offset_data)
+
+
+def _merged(samples: list[TarSample], texts: set[str]) -> Iterator[TarSample]:
+    """The samples of one name up to the first dot.
+
+    What is not whole (s.seg.png) belongs to the sample of that name (s.jpg, s.txt), as in webdataset. Where
+    there is none, and of what is whole, the last dot counts: Cancel_20.5.png and Cancel_20.6.png, each with
+    its .txt, are two images.
+    """
+    base = next((sample for sample in samples if sample.key == _first_dot(sample.key)), None)
+    own = [
+        sample
+        for sample in samples
+        if base is None or sample is base or sample.is_whole(texts) or sample.problem
+    ]
+    for sample in samples:
+        if sample not in own:
+            for extension, member in sample.members.items():
+                base.members.setdefault(f"{sample.key[len(base.key) + 1 :]}.{extension}", member)
+    yield from own
+
+
+def _choose_image(sample: TarSample, image_ext: str, texts: set[str], is_seen: bool) -> bool:
+    """Set the image of a sample, or its problem.
+
+    Args:
+        is_seen: there was a sample of this key before.
+
+    Returns:
+        Whether it is a sample at all: a single member without an image, a README, is none.
+    """
+    if image_ext:
+        images = [image_ext] if image_ext in sample.members else []
+    else:
+        images = _images(sample.members, texts)
+    if is_seen:
         sample.problem = Problem("members not adjacent", "other members are between those of this key")
-    elif not sample.problem and len(images) != 1:
-        reason = "several images in a sample" if images else "no image in the sample"
-        sample.problem = Problem(reason, "it has " + ", ".join(sample.members))
-    elif images:
+    elif len(images) == 1:
         sample.image = sample.members[images[0]]
-    seen.add(sample.key)
-    return sample
+    elif images or len(sample.members) > 1:
+        reason = "several images in a sample" if images else "no image in the sample"
+        sample.problem = Problem(reason, f"it has {', '.join(sample.members)}; see --image-ext")
+    return bool(sample.problem or sample.image)
+
+
+def _images(members: dict[str, TarMember], texts: set[str]) -> list[str]:
+    """Extensions of the members that are images: by name; else by content; else what may be a damaged one."""
+    if named := [extension for extension in members if f".{extension}" in IMAGE_EXTENSIONS]:
+        return named
+    kinds = {
+        extension: kind_of(member.data[:HEAD_BYTES])
+        for extension, member in members.items()
+        if extension not in texts and f".{extension}" not in SIDE_EXTENSIONS
+    }
+    images = [extension for extension, kind in kinds.items() if kind and kind.is_image]
+    return images or (list(kinds) if len(members) > 1 else [])

@@ -24,7 +24,7 @@ from data_prep.build.records import LongCaption, Reject, StoredImage, StoredRow
 from data_prep.build.scan import in_order
 from data_prep.build.split import SPLITS
 from data_prep.html import write_page
-from data_prep.images import DAMAGE, FORMATS, BadImage, parse_color
+from data_prep.images import DAMAGE, BadImage, open_image, parse_color
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.report.warnings import counted
 
@@ -219,7 +219,7 @@ def _thumbnail(location: ImageLocation, background: tuple[int, int, int], max_pi
             return ""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = open_image(data)
         if image.width * image.height > max_pixels:
             return ""
         image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
@@ -232,14 +232,18 @@ def _thumbnail(location: ImageLocation, background: tuple[int, int, int], max_pi
             if buffer.tell() <= THUMBNAIL_BYTES:
                 break
         return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    except (Image.DecompressionBombError, *DAMAGE):
+    except (BadImage, *DAMAGE):
         return ""
 
 
 def _of_rejects(summary: dict) -> list[str]:
     """What the terminal lists reason by reason."""
     unusable = summary["rejects"] - summary["asked"]
-    return [f"{unusable:,} of {summary['rows']:,} rows were rejected."] if unusable else []
+    messages = [f"{unusable:,} of {summary['rows']:,} rows were rejected."] if unusable else []
+    return messages + [
+        f"Ignored: {counted(n, 'file')} ({reason}); see ignored.csv."
+        for reason, n in summary["ignored"].items()
+    ]
 
 
 def _leaks_note(settings: dict, shown: int) -> str:

@@ -16,7 +16,7 @@ from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
 from data_prep.report.warnings import ASKED, warnings
 
-UNUSED = "unused_decisions.csv"
+UNUSED, IGNORED = "unused_decisions.csv", "ignored.csv"
 SIDES_PX = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -53,6 +53,7 @@ def summarize(plan: Plan) -> dict:
         "rejects": rejects,
         "asked": sum(reasons[reason] for reason in ASKED),  # of the rejects
         "reasons": dict(reasons.most_common()),
+        "ignored": dict(Counter(ignored.reason for ignored in plan.ignored()).most_common()),
         "images": sum(images.values()),
         "groups": sum(groups.values()),
         "fixes": dict(fixes.most_common()),
@@ -94,12 +95,16 @@ def _decision_counts(plan: Plan) -> dict:
 
 
 def write_report(folder: Path, plan: Plan, summary: dict, settings: dict) -> None:
-    """Write report.json, rejects.csv, leaks.csv and report.html."""
+    """Write report.json, rejects.csv, ignored.csv, leaks.csv and report.html."""
     from data_prep.report.page import write_report_page  # imports jinja2, which no other step needs
 
     summary["warnings"] = warnings(summary, settings)
     write_json(folder / "report.json", summary)
-    write_rejects(folder / "rejects.csv", plan, list(settings["inputs"]))
+    inputs = list(settings["inputs"])
+    write_rejects(folder / "rejects.csv", plan, inputs)
+    if summary["ignored"]:
+        ignored = ([entry.name, entry.reason, inputs[entry.input]] for entry in plan.ignored())
+        _write_csv(folder / IGNORED, ["path", "reason", "input"], ignored)
     leaks = (
         [
             plan.row(leak.a)[1].image,
@@ -139,6 +144,8 @@ def print_report(out: Path, report: dict) -> None:
     print(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects{asked}")
     for reason, count in report["reasons"].items():
         print(f"  {'left out' if reason in ASKED else 'rejected'}: {count} x {reason}")
+    for reason, count in report["ignored"].items():
+        print(f"  ignored: {count} x {reason}; see {out / IGNORED}")
     for fix, count in report["fixes"].items():
         print(f"  fixed: {count} x {fix}")
     if any(report["decisions"].values()):

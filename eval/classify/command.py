@@ -7,12 +7,12 @@ import tyro
 
 from data_prep.cli import Model, OptionalFile, OptionalFolder
 from data_prep.errors import UserError
-from eval.options import INFERENCE, Inference, Split
+from eval.options import INFERENCE, TABLE, Inference, LabelledTable, Split
 
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL [MODEL ...]")]
 OneModel = Annotated[Model, tyro.conf.Positional]
-Labelled = Annotated[Path, tyro.conf.arg(metavar="DATA")]
-OptionalLabelled = Annotated[Path | None, tyro.conf.arg(metavar="DATA")]
+Labelled = Annotated[str, tyro.conf.arg(metavar="DATA")]
+OptionalLabelled = Annotated[str | None, tyro.conf.arg(metavar="DATA")]
 OptionalImage = Annotated[Path | None, tyro.conf.arg(metavar="IMAGE")]
 
 
@@ -20,9 +20,7 @@ def zeroshot(
     models: Models,
     data: OptionalLabelled = None,
     split: Split = "test",
-    images: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "",
-    image_column: str = "image",
-    label_column: str = "label",
+    table: LabelledTable = TABLE,
     names: str = "",
     templates: str = "simple",
     parents: OptionalFile = None,
@@ -42,12 +40,10 @@ def zeroshot(
 
     Args:
         models: One or several of: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder.
-        data: A folder per class, a CSV, a Parquet file or folder of Parquet files as on the hub, shards,
-            Stanford Cars or imagenette.
+        data: A folder per class, a table or tar as for data_prep build, a folder of Parquet files as on the
+            hub, hf://datasets/USER/NAME, shards, Stanford Cars or imagenette.
         split: Split of the data, where it has splits.
-        images: Folder that the image paths of a CSV are relative to; by default the folder of the CSV.
-        image_column: Column of a CSV or Parquet with the image paths, or with the images themselves.
-        label_column: Column of a CSV, Parquet or shards with the label.
+        table: How a table is read.
         names: Class names for the sentences: a text file with a name per line in the order of the classes, a
             JSON file {class: name}, or imagenet for its 1000 classes. By default the names in the data.
         templates: openai (80 templates), simple (7 of them), plain, icons, products, cars, or a text file
@@ -75,9 +71,7 @@ def zeroshot(
             text = caption_match.table(result)
         else:
             task = world.all_or_raise(
-                lambda: zeroshot.read_task(
-                    data, split, images, image_column, label_column, names, templates, parents
-                )
+                lambda: zeroshot.read_task(data, split, table, names, templates, parents)
             )
             result = {"models": zeroshot.evaluate_models(models, task, inference, world, out)}
             text = zeroshot_page.table(result["models"])
@@ -94,9 +88,7 @@ def linear_probe(
     val_split: Split = "",
     split: Split = "test",
     test_data: OptionalLabelled = None,
-    images: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "",
-    image_column: str = "image",
-    label_column: str = "label",
+    table: LabelledTable = TABLE,
     names: str = "",
     templates: str = "simple",
     cache: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs/features"),
@@ -120,9 +112,7 @@ def linear_probe(
             of each class; groups of shards are not divided.
         split: Split to test on, where the data has splits.
         test_data: Images with labels to test on; by default --data.
-        images: Folder that the image paths of a CSV are relative to; by default the folder of the CSV.
-        image_column: Column of a CSV or Parquet with the image paths, or with the images themselves.
-        label_column: Column of a CSV, Parquet or shards with the label.
+        table: How a table is read.
         names: Class names for the sentences; see zeroshot.
         templates: openai (80 templates), simple (7 of them), plain, icons, products, cars, or a text file
             with a template per line that contains {}.
@@ -139,14 +129,7 @@ def linear_probe(
     with joined_world() as world:
         task = world.all_or_raise(
             lambda: linear_probe.read_task(
-                data,
-                (train_split, val_split, split),
-                test_data or data,
-                images,
-                image_column,
-                label_column,
-                names,
-                templates,
+                data, (train_split, val_split, split), test_data or data, table, names, templates
             )
         )
         result, heads = linear_probe.evaluate_heads(model, task, inference, world, cache)

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset, default_collate
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.images import BadImage, Rules, check
+from data_prep.inputs.hub import is_data_set
+from data_prep.inputs.storage import is_url
 from data_prep.progress import progress
 from eval.classify.labelled import SPLITS, Labelled
 from eval.embed import batches
@@ -41,8 +43,11 @@ class LabelledImages(Dataset):
             return torch.zeros(3, *self.size, dtype=torch.uint8), False
 
 
-def split_of(data: Path, split: str) -> str:
+def split_of(data: str | Path, split: str) -> str:
     """`split` where the data has splits; "" for a file or a folder of classes, which are one split."""
+    if is_url(str(data)):
+        return split if is_data_set(str(data)) else ""
+    data = Path(data)
     if data.is_dir() and (
         any((data / name).is_dir() for name in SPLITS)
         or any((data / name).is_file() for name in ("manifest.json", "cars_meta.mat", "devkit/cars_meta.mat"))

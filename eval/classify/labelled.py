@@ -1,9 +1,11 @@
 """Images with labels, from any of these:
 
     FOLDER/[SPLIT/]CLASS/image.jpg          a folder per class; imagenette's folders get their class names
+    FOLDER/[SPLIT/]metadata.jsonl, ...      an imagefolder, see data_prep.inputs.imagefolder
     labels.csv, .tsv, .jsonl, .parquet,     columns image and label, or images in the file: every format that
       .tar                                  data_prep.inputs.formats reads
     FOLDER/[data/]SPLIT-....parquet         as image data sets on the Hugging Face hub are stored
+    hf://datasets/USER/NAME, https://...    the same on the hub; a table behind a URL
     SHARDS                                  made by data_prep; the label is an additional column of the input
     FOLDER/cars_train_annos.mat, ...        Stanford Cars (Krause et al. 2013), as published
 
@@ -18,19 +20,23 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.images import DAMAGE, BadImage
-from data_prep.inputs.formats import read
+from data_prep.inputs.cells import as_text
+from data_prep.inputs.folders import images_below
+from data_prep.inputs.formats import format_of, images_folder, read
+from data_prep.inputs.hub import is_data_set
+from data_prep.inputs.imagefolder import metadata_files
 from data_prep.inputs.locations import ImageLocation, check_root, read_all
 from data_prep.inputs.names import Names
-from data_prep.inputs.parquet import ParquetImages, read_label_column
+from data_prep.inputs.parquet import ParquetImages, read_label_column, schema_classes
 from data_prep.inputs.rows import Columns, Row, is_in_place
-from data_prep.inputs.storage import IMAGE_EXTENSIONS
+from data_prep.inputs.storage import expand, is_url
 from data_prep.progress import progress
 from data_prep.shards import Shards, read_manifest
 
@@ -120,7 +126,7 @@ def distinct(data: Labelled) -> Labelled:
 
 
 def read_labelled(
-    data: Path,
+    data: str | Path,
     split: str = "",
     image_column: str = "image",
     label_column: str = "label",
@@ -131,7 +137,7 @@ def read_labelled(
     """The images with labels at `data`, each once (see distinct()).
 
     Args:
-        data: a file or folder of one of the kinds above.
+        data: a file, folder or URL of one of the kinds above.
         split: which one, if there are several.
         image_column, label_column: of a table; of shards, label_column only.
         images: of a table, the folder or URL that image paths are relative to and may not leave; by default
@@ -142,20 +148,21 @@ def read_labelled(
         UserError: no such data, split or column; or nothing in it has a label.
     """
     columns = Columns(image_column, caption="", label=label_column)
-    return distinct(_read(data, split, columns, label_column, images, encoding, delimiter))
-
-
-def _read(
-    data: Path, split: str, columns: Columns, label_column: str, images: str, encoding: str, delimiter: str
-) -> Labelled:
     if images:
         check_root(images)
+    table = partial(_table, columns=columns, images=images, encoding=encoding, delimiter=delimiter)
+    if is_url(str(data)):
+        return distinct(_remote(str(data), split, table))
+    return distinct(_read(Path(data), split, columns, images, table))
+
+
+def _read(data: Path, split: str, columns: Columns, images: str, table: Callable) -> Labelled:
     if data.is_file():
         if split:
             raise UserError(f"{data}: a file is one split, but --split {split!r} was given; omit it")
         if data.suffix == ".parquet":
             return _parquet(str(data), [data], columns, images)
-        return _table(data, columns, images, encoding, delimiter)
+        return table(str(data), [str(data)])
     if not data.is_dir():
         raise UserError(
             f"{data}: no such file or folder; pass a folder with a folder per class, a table (CSV, JSONL,"
@@ -169,7 +176,7 @@ def _read(
         raise UserError(f"{data}: --images {images} is for tables, and this is a folder; omit it")
     if (data / "manifest.json").is_file():
         splits = [name for name, entry in read_manifest(data)["splits"].items() if entry["samples"]]
-        return _shards(data, _choose(data, split, splits), label_column)
+        return _shards(data, _choose(data, split, splits), columns.label)
     for folder in (data, data / "devkit"):
         if (folder / "cars_meta.mat").is_file():
             return _cars(data, folder, split)
@@ -179,10 +186,21 @@ def _read(
         raise UserError(
             f"{data}: has no splits, but --split {split!r} was given; omit it, or add a folder {split}"
         )
+    if metadata_files(str(data), columns.image):
+        return table(str(data), [str(data)])
     return _class_folders(data)
 
 
-def _choose(data: Path, split: str, splits: list[str]) -> str:
+def _remote(data: str, split: str, table: Callable) -> Labelled:
+    """A table behind a URL, or a data set on the hub; images in it are copied to a temporary file."""
+    sources = expand([data])
+    if not is_data_set(data):
+        return table(data, sources)
+    split = _choose(data, split, sorted({_split_of(source) for source in sources}))
+    return table(f"{data}, {split}", [source for source in sources if _split_of(source) == split])
+
+
+def _choose(data: str | Path, split: str, splits: list[str]) -> str:
     if split in splits:
         return split
     if not split and len(splits) == 1:
@@ -191,16 +209,18 @@ def _choose(data: Path, split: str, splits: list[str]) -> str:
     raise UserError(f"{data}: {found}; pass one of {', '.join(splits)} as its split")
 
 
-def _split_of(file: Path) -> str:
-    """train-00000-of-00002.parquet -> train."""
-    return file.name.split("-")[0].removesuffix(".parquet")
+def _split_of(file: str | Path) -> str:
+    """data/train-00000-of-00002.parquet -> train; so is CONFIG/train/0000.parquet of the hub's conversion."""
+    path = PurePosixPath(file)
+    name = path.name.split("-")[0].removesuffix(".parquet")
+    return path.parent.name if name.isdecimal() else name
 
 
 def _number_classes(labels: Sequence) -> tuple[list[str], list[int]]:
     """The classes of labels that are texts, in order (numerically, if all are numbers); and the number of
     each label, -1 for none.
     """
-    texts = ["" if label is None else str(label).strip() for label in labels]
+    texts = [as_text(label).strip() for label in labels]
     distinct = set(texts) - {""}
     classes = sorted(distinct, key=int if all(text.isdecimal() for text in distinct) else str)
     numbers = {text: number for number, text in enumerate(classes)}
@@ -262,17 +282,17 @@ class _TableImages(_Located):
     are copied to a temporary file, which is deleted with this object.
     """
 
-    def __init__(self, source: str, root: str):
+    def __init__(self, root: str):
         super().__init__([])
-        self._source, self._root, self._names = source, root, Names(root)
+        self._root, self._names = root, Names(root)
         self._copies: str | None = None
 
-    def add(self, row: Row) -> None:
+    def add(self, source: str, row: Row) -> None:
         if row.data is None:
             name, problem = self._names.resolve(row.image)
             location = BadImage(*problem) if problem else ImageLocation(self._root, name)
-        elif is_in_place(self._source, row):
-            location = ImageLocation(self._source, row.image, row.offset, len(row.data))
+        elif is_in_place(source, row):
+            location = ImageLocation(source, row.image, row.offset, len(row.data))
         else:
             location = self._copy(row)
         self.locations.append(location)
@@ -293,17 +313,24 @@ def _delete(path: str, process: int) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def _table(path: Path, columns: Columns, images: str, encoding: str, delimiter: str) -> Labelled:
-    """Any format of data_prep.inputs.formats."""
-    table_images = _TableImages(str(path), images or str(path.parent))
+def _table(
+    place: str, sources: list[str], columns: Columns, images: str, encoding: str, delimiter: str
+) -> Labelled:
+    """Inputs of any format of data_prep.inputs.formats."""
+    table_images = _TableImages(images or images_folder(sources))
     labels, names, problems = [], [], {}
-    for position, row in enumerate(read(str(path), columns, delimiter, encoding)):
-        names.append(row.image.strip() or (f"line {row.line}" if row.problem else ""))
-        labels.append("" if row.problem else row.label)
-        table_images.add(row)
-        if row.problem:
-            problems[position] = str(BadImage(*row.problem))
-    return _labelled(str(path), labels, names, table_images, problems=problems)
+    for source in sources:
+        for row in read(source, columns, delimiter, encoding):
+            if row.problem:
+                problems[len(labels)] = str(BadImage(*row.problem))
+            names.append(row.image.strip() or (f"line {row.line}" if row.problem else ""))
+            labels.append("" if row.problem else row.label)
+            table_images.add(source, row)
+    classes = schema_classes(sources[0], columns.label) if format_of(sources[0]) == ".parquet" else None
+    if classes:
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels = [numbers.get(label, -1) for label in labels]
+    return _labelled(place, labels, names, table_images, classes, problems=problems)
 
 
 def _parquet(place: str, files: list[Path], columns: Columns, images: str) -> Labelled:
@@ -376,9 +403,9 @@ def _class_folders(folder: Path) -> Labelled:
         raise UserError(f"{folder}: has no folders; it must have one folder of images per class")
     names, labels = [], []
     for label, name in enumerate(classes):
-        paths = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
-        names += [str(path.relative_to(folder)) for path in paths]
-        labels += [label] * len(paths)
+        images = sorted(f"{name}/{image}" for image in images_below(str(folder / name)))
+        names += images
+        labels += [label] * len(images)
     return _files(str(folder), folder, names, labels, [IMAGENETTE.get(name, name) for name in classes])
 
 

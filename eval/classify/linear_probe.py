@@ -20,7 +20,7 @@ from eval.classify.metrics import predict, summarize
 from eval.classify.templates import read_names, read_templates
 from eval.classify.zeroshot import text_features
 from eval.embed import load_for_eval
-from eval.options import Inference
+from eval.options import Inference, LabelledTable
 from eval.retrieval.ranking import TIE
 from train.model.clip import Clip
 from train.world import World
@@ -36,14 +36,7 @@ class Task(NamedTuple):
 
 
 def read_task(
-    data: Path,
-    splits: tuple[str, str, str],
-    test_data: Path,
-    images: str,
-    image_column: str,
-    label_column: str,
-    names: str,
-    templates: str,
+    data: str, splits: tuple[str, str, str], test_data: str, table: LabelledTable, names: str, templates: str
 ) -> Task:
     """The options of the command, read and checked; see eval.classify.command.linear_probe.
 
@@ -52,14 +45,14 @@ def read_task(
     """
     train_split, val_split, test_split = splits
 
-    def read(place: Path, split: str) -> Labelled:
-        return read_labelled(place, split_of(place, split), image_column, label_column, images)
+    def read(place: str, split: str) -> Labelled:
+        return read_labelled(place, split_of(place, split), **dataclasses.asdict(table))
 
     train = read(data, train_split)
     test = with_classes_of(train, read(test_data, test_split))
     val = None
     if val_split:
-        val = with_classes_of(train, read_labelled(data, val_split, image_column, label_column, images))
+        val = with_classes_of(train, read_labelled(data, val_split, **dataclasses.asdict(table)))
     patterns, class_names = read_templates(templates), read_names(names, train.classes)
     return Task(train, val, test, [[pattern(name) for pattern in patterns] for name in class_names])
 

@@ -8,6 +8,7 @@ Source: Radford et al. 2021 (arXiv:2103.00020), section 3.1.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from eval.classify.metrics import (
 from eval.classify.templates import read_names, read_templates
 from eval.classify.zeroshot_page import write_page
 from eval.embed import load_for_eval
-from eval.options import INFERENCE, Inference
+from eval.options import INFERENCE, Inference, LabelledTable
 from eval.retrieval.intervals import Difference, paired_difference
 from eval.retrieval.ranking import TIE, check_finite
 from eval.retrieval.score import write_json
@@ -58,17 +59,10 @@ class Task(NamedTuple):
 
 
 def read_task(
-    data: Path,
-    split: str,
-    images: str,
-    image_column: str,
-    label_column: str,
-    names: str,
-    templates: str,
-    parents: Path | None,
+    data: str, split: str, table: LabelledTable, names: str, templates: str, parents: Path | None
 ) -> Task:
     """The options of the command, read and checked; see eval.classify.command.zeroshot."""
-    labelled = read_labelled(data, split_of(data, split), image_column, label_column, images)
+    labelled = read_labelled(data, split_of(data, split), **asdict(table))
     return Task(
         labelled,
         read_names(names, labelled.classes),

