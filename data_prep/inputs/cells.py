@@ -18,10 +18,12 @@ URL_SAFE = str.maketrans("-_", "+/")
 
 def field_of(cells: dict | list | None, column: str):
     """The cell of a column; `text.en` is the field `en` of the struct `text`, or of each struct of a list."""
+    if isinstance(cells, dict) and column in cells:
+        return cells[column]
     if isinstance(cells, list):
         return [field_of(item, column) for item in cells]
-    if not isinstance(cells, dict) or column in cells:
-        return cells[column] if isinstance(cells, dict) else None
+    if not isinstance(cells, dict):
+        return None
     name, dot, rest = column.partition(".")
     return field_of(cells.get(name), rest) if dot else None
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from data_prep.errors import UserError
-from data_prep.inputs.cells import as_text, field_of, image_of, is_nan, kind_of, shortened
+from data_prep.inputs.cells import as_text, field_of, image_of, kind_of, shortened
 from data_prep.inputs.names import Problem
 from data_prep.inputs.storage import COMPRESSED, is_url
 
@@ -61,6 +61,11 @@ class Columns:
     def by_use(self) -> dict[str, str]:
         """Use ("image", "caption", ...) -> name of the column; used ones only."""
         return {field.name: name for field in fields(self) if (name := getattr(self, field.name))}
+
+    @cached_property
+    def extra(self) -> list[tuple[str, str]]:
+        """Uses besides image and caption, with their columns; used ones only."""
+        return [(use, name) for use, name in self.by_use.items() if use not in ("image", "caption")]
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -118,14 +123,14 @@ def rows_of(table: Input, line: int, cells: dict) -> Iterator[Row]:
         if name not in columns.names
         and value not in (None, "")
         and not isinstance(value, (bytes, dict))
-        and not is_nan(value)
+        and value == value  # no NaN
     }
     texts, problem = {}, None
-    for use in ("group", "split", "label"):
-        value = field_of(cells, columns.by_use[use]) if use in columns.by_use else None
+    for use, column in columns.extra:
+        value = field_of(cells, column)
         texts[use] = as_text(value)
         if value and isinstance(value, (dict, list)):
-            problem = Problem(f"{use} is not text", kind_of(value, use, columns.by_use[use]))
+            problem = Problem(f"{use} is not text", kind_of(value, use, column))
     image = image_of(field_of(cells, columns.image))
     row = Row(
         line,
@@ -153,6 +158,9 @@ def check_text(row: Row) -> Row:
     """Give a row a problem if its text is too long, or has bytes that are not UTF-8, decoded as lone
     surrogates (PEP 383), or a NUL, which databases refuse: none of these may reach a shard.
     """
+    text = row.image + row.caption + row.group + row.split + row.label
+    if len(text) <= MAX_CHARACTERS and text.isascii() and row.columns.isascii() and "\0" not in text:
+        return row  # nearly all rows
     for use in ("image", "caption", "group", "split", "label", "columns"):
         cell = getattr(row, use)
         if len(cell) > MAX_CHARACTERS and use != "columns":
@@ -224,15 +232,12 @@ def check_columns(source: str, names: list[str], columns: Columns, structs: Cont
     }
     if not missing:
         return
-    options = ", ".join(f"--{use}-column" for use in missing)
-    usual = [
-        f"--{use}-column {name}"
-        for use in missing
-        for name in [name for name in USUAL_NAMES.get(use, ()) if name in names][:1]
-    ]
-    hint = f", for example {' '.join(usual)}" if usual else ""
-    if len(names) == 1 and not usual:
-        hint = " (and --delimiter if that looks like one column)"
+    usual = {use: [name for name in USUAL_NAMES.get(use, ()) if name in names] for use in missing}
+    if any(usual.values()):
+        options = " ".join(f"--{use}-column {(found or ['NAME'])[0]}" for use, found in usual.items())
+    else:
+        options = ", ".join(f"--{use}-column" for use in missing)
+    hint = " (and --delimiter if that looks like one column)" if len(names) == 1 else ""
     if any(len(name) > 64 for name in names):
         hint += "; if its first line is data, put a line with the names of the columns before it"
     shown = [repr(shortened(name)) for name in names[:20]] + ["..."] * (len(names) > 20)

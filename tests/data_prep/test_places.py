@@ -70,7 +70,9 @@ def test_an_imagefolder_with_another_caption_column(tmp_path):
         build([str(tmp_path / "set")], tmp_path / "out", parallelism=ONE)
     build([str(tmp_path / "set")], tmp_path / "out", Reading(caption_column="words"), parallelism=ONE)
     assert images_of(tmp_path / "out") == expected
-    with pytest.raises(UserError, match=r"it has 'file_name'.*, for example --image-column file_name"):
+    with pytest.raises(
+        UserError, match=r"it has 'file_name'.*; pass --image-column file_name --caption-column NAME"
+    ):
         captions_of(str(tmp_path / "set" / "train" / "metadata.jsonl"))
     build(
         [str(tmp_path / "set" / "train" / "metadata.jsonl")],
