@@ -105,13 +105,16 @@ def _remedy(summary: dict) -> str:
     return f"{counted(summary['groups'], 'group')} only; it needs more data, or a --split-column"
 
 
-def transparent(reasons: Mapping[str, int], background: str) -> list[str]:
+def transparent(reasons: Mapping[str, int], background: str, is_built: bool = True) -> list[str]:
     """On images of which nothing is seen, and what shows them."""
+    again = (
+        "build again with another --background and --overwrite" if is_built else "pass another --background"
+    )
     messages = []
     if unseen := reasons.get(UNSEEN, 0):
         messages.append(
             f"{counted(unseen, 'image')} with transparency {'is' if unseen == 1 else 'are'} one color on the"
-            f" --background {background}: build again with another --background and --overwrite."
+            f" --background {background}: {again}."
         )
     if nothing := reasons.get(WHOLLY_TRANSPARENT, 0):
         messages.append(

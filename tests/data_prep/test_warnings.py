@@ -159,7 +159,7 @@ def test_transparent_images_and_the_background_that_shows_them(tmp_path, capsys)
     for words in (
         "2 x blank on the background",
         "1 x wholly transparent",
-        "2 images with transparency are one color on the --background white: build again with another",
+        "2 images with transparency are one color on the --background white: pass another --background.",
         "1 image is wholly transparent: no --background shows anything",
     ):
         assert words in result.stderr, result.stderr
