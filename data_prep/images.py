@@ -7,7 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
@@ -373,15 +373,20 @@ def open_image(data: bytes, format: str = "") -> Image.Image:
 
 
 def _open(data: bytes, format: str, rules: Rules) -> Image.Image:
+    if format == "ICO":
+        _check_icon(data, rules)
     image = open_image(data, format)
     _check_size(*image.size, rules)
-    if format == "ICO":  # its own sizes are of one byte, and a PNG inside need not have them
-        starts = (match.start() for match in re.finditer(re.escape(PNG_SIGNATURE), data))
-        for size in (
-            struct.unpack_from(">II", data, start + 16) for start in starts if start + 24 <= len(data)
-        ):
-            _check_size(*size, replace(rules, min_side_px=0, max_aspect=float("inf")))
     return image
+
+
+def _check_icon(data: bytes, rules: Rules) -> None:
+    """Check the sizes of the PNGs in an icon, which Pillow decodes when it opens the file."""
+    for match in re.finditer(re.escape(PNG_SIGNATURE), data):
+        if match.end() + 16 <= len(data):
+            width, height = struct.unpack_from(">II", data, match.end() + 8)
+            if width * height > rules.max_pixels:
+                raise BadImage("too many pixels", f"{width} x {height}; see --max-pixels")
 
 
 def _decode_with_pillow(data: bytes, format: str, rules: Rules, fixes: list[str]) -> _Decoded:
