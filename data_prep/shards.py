@@ -23,6 +23,7 @@ import numpy as np
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
+from data_prep.images import WHITE, hex_color
 from data_prep.progress import progress
 
 FORMAT = 2
@@ -186,6 +187,11 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    @property
+    def background(self) -> str:
+        """`#rrggbb`, on which transparent images were composited."""
+        return hex_color(self.manifest.get("check", {}).get("background", WHITE))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": {}}

@@ -14,6 +14,7 @@ from data_prep.shards import Shards
 from eval.options import Inference
 from eval.retrieval.ranking import check_finite
 from train.data.loader import EvalImages, loader
+from train.device import use_bf16
 from train.model.clip import Clip, load
 from train.world import World
 
@@ -21,7 +22,7 @@ from train.world import World
 def load_for_eval(name: str, inference: Inference, world: World) -> Clip:
     """A MODEL (see train.model.clip.load) on this rank's device, in evaluation mode."""
     clip = load(name)
-    clip.towers.bf16 = inference.precision == "bf16"
+    clip.towers.bf16 = use_bf16(inference.precision, world.device)
     clip.towers.to(world.device).eval()
     return clip
 

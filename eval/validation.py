@@ -1,12 +1,15 @@
-"""What training validates with: retrieval on the val split, as eval computes it, and on the retention set."""
+"""What training and export measure with: retrieval as eval computes it, on the val split and the retention
+set.
+"""
 
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards, read_manifest
-from eval.embed import embed
+from eval.embed import Captions, Embedded, embed
 from eval.options import Inference
 from eval.retrieval.robustness import center_crop_gain
 from eval.retrieval.score import evaluate_features, metric_names
@@ -65,3 +68,19 @@ def validator(recipe: Recipe, world: World) -> Validate:
 
 def has_split(data: str, split: str) -> bool:
     return bool(read_manifest(Path(data))["splits"].get(split, {}).get("samples"))
+
+
+def features_metrics(
+    images: torch.Tensor, texts: torch.Tensor, captions: list[str], groups: np.ndarray
+) -> dict[str, float]:
+    """evaluate()'s metrics for features that were computed elsewhere, as an export's are.
+
+    Args:
+        images: image_features [n, d], L2-normed.
+        texts: text_features of the distinct captions, in order of appearance.
+        captions, groups: of each image.
+    """
+    number_of = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    text_of = np.array([number_of[caption] for caption in captions])
+    numbered = Captions(list(number_of), text_of, text_of, groups, np.arange(len(images)))
+    return evaluate_features(Embedded(images, texts, numbered), groups, World())["metrics"]

@@ -136,7 +136,7 @@ def _positives(
 def fp32_products(precision: str, device: torch.device) -> Iterator[None]:
     """fp32 matrix products on a GPU: "high" uses TF32 (10 bits of mantissa), "highest" all 23 bits."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision if device.type == "cuda" else before)
+    torch.set_float32_matmul_precision(before if device.type == "cpu" else precision)
     try:
         yield
     finally:

@@ -12,11 +12,13 @@ from data_prep.shards import Shards
 from train.data.augment import Augmentation
 from train.data.loader import TrainPairs, train_loader
 from train.data.order import Order
+from train.device import use_bf16
 from train.loss import loss_of, train_logit_bias
 from train.model.activation_memory import apply_checkpointing, fit_micro_batch, should_compile
 from train.model.clip import Clip, load
 from train.model.lora import adapt
 from train.model.patch_dropout import PatchDropout
+from train.model.unused import freeze_unused
 from train.optim import build_optimizer
 from train.recipe import Recipe
 from train.retain.base import frozen_copy
@@ -42,8 +44,9 @@ def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
     pairs, clip = inputs.pairs, inputs.clip
     order = Order(pairs.shard_sizes, recipe.global_batch_size, recipe.seed)
     samples, end = run.samples if run else 0, recipe.epochs * order.samples_per_epoch
-    clip.towers.bf16 = recipe.precision == "bf16"
+    clip.towers.bf16 = use_bf16(recipe.precision, world.device)
     clip.towers.to(world.device)
+    freeze_unused(clip, world)  # before all that asks which parameters are trained
     # The copy of the initial weights comes before a checkpoint is restored and before blocks are compiled.
     # It, the EMA and replay come before the micro batch is fitted, which measures the memory that is left.
     base = frozen_copy(clip.towers, recipe, world.device)
@@ -108,6 +111,7 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     clip = load(recipe.model, weights=run is not None, seed=recipe.seed)
     if run and (recipe.replay or recipe.l2_sp):  # these need the same initial weights after a resume
         run.check_data(clip.fingerprint(), "model")
+    clip.config["preprocess_cfg"]["background"] = pairs.background
     if recipe.lora_rank:
         adapt(clip.towers, recipe.lora_rank, recipe.seed)
     clip.towers.lock(recipe.lock)  # after adapt(), so that adapters of a locked tower are locked too

@@ -1,4 +1,4 @@
-"""The processes that train together: one without torchrun, else one per GPU (NCCL) or per process (gloo)."""
+"""The processes that train together: one without torchrun, else one per GPU (NCCL, XCCL), or on CPUs (gloo)."""
 
 import os
 import re
@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import Fault, UserError
+from train.device import backend_of, own_device
 
 T = TypeVar("T")
 # Part of the error of a collective whose other end is gone.
-LOST = ("gloo", "NCCL", "Connection closed", "Timed out")
+LOST = ("gloo", "NCCL", "XCCL", "Connection closed", "Timed out")
 ROLL_CALL_TIMEOUT_S = 20
 
 
@@ -136,24 +137,24 @@ def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
     Raises:
         Fault: a rank was silent for `timeout_minutes`, or is gone.
     """
-    cuda = torch.cuda.is_available()
+    device = own_device()
     if "WORLD_SIZE" not in os.environ:
-        yield World(device=torch.device("cuda" if cuda else "cpu"))
+        yield World(device=device)
         return
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    accelerated = device.type != "cpu"
+    if accelerated:
+        torch.accelerator.set_device_index(device.index)
     timeout = timedelta(minutes=timeout_minutes)
     # gloo times out first, with an error that can be reported; NCCL's timeout ends the process.
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        timeout=timeout * (1 + cuda),
-        device_id=device if cuda else None,
+        backend_of(device),
+        timeout=timeout * (1 + accelerated),
+        device_id=device if accelerated else None,
         store=_store(),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
-    host_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if accelerated else None
     world = World(
         dist.get_rank(),
         dist.get_world_size(),

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from data_prep.errors import UserError
 from data_prep.inputs.folders import images_below
+from data_prep.inputs.locations import leads_out
 from data_prep.inputs.names import Problem
 from data_prep.inputs.parquet import column_names, read_parquet
 from data_prep.inputs.rows import USUAL_NAMES, Columns, Input, Row
@@ -29,7 +30,10 @@ def metadata_files(folder: str, image_column: str = FILE_NAME) -> list[str]:
     return [
         path
         for path in walk(folder)
-        if os.path.basename(path) in METADATA and {image_column, FILE_NAME} & set(_names(Input(path)))
+        if os.path.basename(path) in METADATA
+        and os.path.isfile(path)
+        and not leads_out(folder, path)
+        and {image_column, FILE_NAME} & set(_names(Input(path)))
     ]
 
 

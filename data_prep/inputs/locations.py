@@ -126,6 +126,11 @@ def _open_below(root: str, name: str) -> int | None:
     return os.open(path, flags) if path.startswith(_roots_of_links(root)) else None
 
 
+def leads_out(root: str, path: str) -> bool:
+    """Whether a path below the folder `root` is a link, or below one, that leads out of it."""
+    return not os.path.realpath(path).startswith(_roots_of_links(root))
+
+
 @lru_cache(64)
 def _roots_of_links(root: str) -> tuple[str, ...]:
     """Where links below `root` may lead, with a trailing slash: below it; and in huggingface_hub's cache,

@@ -56,8 +56,8 @@ def decoding_errors(encoding: str) -> str:
     return "surrogateescape" if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") else "strict"
 
 
-def check_encoding(source: str, encoding: str) -> None:
-    """Refuse an encoding that does not exist.
+def text_encoding(source: str, encoding: str) -> str:
+    """The encoding to read with: UTF-8 may begin with a byte order mark.
 
     Raises:
         UserError: there is no such encoding of text.
@@ -69,3 +69,4 @@ def check_encoding(source: str, encoding: str) -> None:
             f"{source}: cannot be read ({error}); --encoding must be one that Python knows: utf-8, latin-1,"
             " cp1252, utf-16"
         ) from None
+    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding

@@ -22,10 +22,11 @@ def match_captions(
         UserError: The image cannot be read, or there is no such model.
         NotFinite: A feature is not finite.
     """
-    pixels = open_image(read_file(image, "--image"), f"--image {image}")
+    data = read_file(image, "--image")
     results = []
     for name in models:
         clip = load_for_eval(name, inference, world)
+        pixels = open_image(data, f"--image {image}", clip.background)
         with torch.inference_mode():
             image_features = clip.towers.image_features(clip.eval_transform(pixels)[None].to(world.device))
             text_features = clip.towers.text_features(clip.tokenize(list(captions)).to(world.device))

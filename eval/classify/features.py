@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,10 +36,11 @@ class LabelledImages(Dataset):
 
     def __init__(self, data: Labelled, clip: Clip):
         self.read, self.transform, self.size = data.read, clip.eval_transform, clip.image_size
+        self.background = clip.background
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, bool]:
         try:
-            return self.transform(decode(checked(self.read(number)))), True
+            return self.transform(decode(checked(self.read(number), self.background))), True
         except BadImage:
             return torch.zeros(3, *self.size, dtype=torch.uint8), False
 
@@ -58,15 +60,18 @@ def split_of(data: str | Path, split: str) -> str:
     return ""
 
 
-def checked(data: bytes | BadImage) -> bytes:
-    """The bytes of an image, re-encoded where needed: transparency on white, EXIF orientation applied.
+def checked(data: bytes | BadImage, background: tuple[int, int, int] = RULES.background) -> bytes:
+    """The bytes of an image, re-encoded where needed: EXIF orientation applied, transparency composited.
+
+    Args:
+        background: RGB under transparent parts; a model's own is Clip.background.
 
     Raises:
         BadImage: It cannot be used.
     """
     if isinstance(data, BadImage):
         raise data
-    return check(data, RULES).data or data
+    return check(data, replace(RULES, background=background)).data or data
 
 
 def read_file(path: Path, option: str) -> bytes:
@@ -81,17 +86,18 @@ def read_file(path: Path, option: str) -> bytes:
         raise UserError(f"{option} {path}: cannot be read ({error.strerror}); pass an image file") from None
 
 
-def open_image(data: bytes, name: str) -> Image.Image:
+def open_image(data: bytes, name: str, background: tuple[int, int, int] = RULES.background) -> Image.Image:
     """An image from the user, in RGB.
 
     Args:
+        background: As in checked().
         name: What error messages call it.
 
     Raises:
         UserError: It cannot be used.
     """
     try:
-        return decode(checked(data))
+        return decode(checked(data, background))
     except BadImage as bad:
         raise UserError(f"{name}: {bad}; use another image") from None
 

@@ -27,6 +27,7 @@ from train.data.decode import decode
 from train.model.clip import Clip
 
 THUMBNAIL_PX = 192
+WHITE = (255, 255, 255)
 
 
 class ShardsCorpus:
@@ -49,7 +50,8 @@ class ShardsCorpus:
         part = int(np.searchsorted(self.ends, number, side="right"))
         return self.parts[part], number - int(self.ends[part]) + len(self.parts[part])
 
-    def read(self, number: int) -> tuple[Image.Image, dict]:
+    def read(self, number: int, background: tuple[int, int, int] = WHITE) -> tuple[Image.Image, dict]:
+        """An image that the build has composited on the shards' own background."""
         shards, position = self.locate(number)
         sample = shards.read(position)
         metadata = {
@@ -87,9 +89,9 @@ class FolderCorpus:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, number: int) -> tuple[Image.Image, dict]:
+    def read(self, number: int, background: tuple[int, int, int] = WHITE) -> tuple[Image.Image, dict]:
         name = self.names[number]
-        image = decode(checked(read_local(ImageLocation(self.folder, name))))
+        image = decode(checked(read_local(ImageLocation(self.folder, name)), background))
         text = read_local(ImageLocation(self.folder, f"{os.path.splitext(name)[0]}.txt"))
         lines = [] if isinstance(text, BadImage) else txt_captions(text)
         captions = [line.strip().encode("utf-8", "replace").decode() for line in lines]
@@ -109,11 +111,11 @@ class CorpusImages(Dataset):
     """(uint8 [3, H, W], thumbnail, metadata) by number; (None, reason, {"key", "path"}) if unreadable."""
 
     def __init__(self, corpus: Corpus, clip: Clip):
-        self.corpus, self.transform = corpus, clip.eval_transform
+        self.corpus, self.transform, self.background = corpus, clip.eval_transform, clip.background
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor | None, bytes | str, dict]:
         try:
-            image, metadata = self.corpus.read(number)
+            image, metadata = self.corpus.read(number, self.background)
         except BadImage as bad:
             return None, str(bad), {"key": self.corpus.key(number), "path": self.corpus.path(number)}
         return self.transform(image), thumbnail(image), metadata

@@ -29,6 +29,7 @@ from eval.options import Inference
 from eval.search.corpus import THUMBNAIL_PX, Corpus, CorpusImages, ShardsCorpus, collate, open_corpus
 from eval.search.index import FORMAT, OWN_COLUMNS
 from train.data.loader import loader
+from train.device import has_bf16
 from train.model.clip import Clip
 from train.world import World
 
@@ -49,7 +50,8 @@ def make_index(
     """Embed a corpus, or resume; see eval.search.command.embed."""
     if inference.precision == "auto":
         # bf16 costs no quality here: an index holds fp16 features. On CPUs it is slow.
-        precision = "bf16" if world.device.type == "cuda" else "fp32"
+        device = world.device
+        precision = "bf16" if device.type != "cpu" and has_bf16(device) else "fp32"
         inference = dataclasses.replace(inference, precision=precision)
     corpus, clip = world.all_or_raise(lambda: prepare(model, data, out, split, overwrite, inference, world))
     unfinished = out.with_name(f".{out.name}.unfinished")

@@ -79,7 +79,7 @@ def image_query(clip: Clip, data: bytes, name: str) -> torch.Tensor:
     Raises:
         UserError: The image is damaged, blank, or has too many pixels according to its header.
     """
-    pixels = clip.eval_transform(open_image(data, name))[None]
+    pixels = clip.eval_transform(open_image(data, name, clip.background))[None]
     with torch.inference_mode():
         return clip.towers.image_features(pixels.to(clip.towers.mean.device)).cpu()
 

@@ -235,6 +235,32 @@ def test_heic_avif_ico_and_jpeg_2000_are_read():
             assert reason(cut).split(" (")[0] in ("damaged image", "truncated image"), name
 
 
+@pytest.mark.parametrize("format", ["HEIF", "AVIF", "JPEG2000", "ICO", "SVG"])
+def test_a_mutated_file_is_an_image_or_a_reject(format):
+    image, rng = noise(48, 48), np.random.default_rng(0)
+    data = {"HEIF": heic, "SVG": lambda _: drawing(HALF)}.get(format, lambda image: encoded(image, format))(
+        image
+    )
+    rejected = 0
+    for _ in range(150):
+        mutated = bytearray(data)
+        for at in rng.integers(0, min(len(data), 400), 4):
+            mutated[at] = rng.integers(256)
+        try:
+            check(bytes(mutated))
+        except BadImage:
+            rejected += 1
+    assert rejected > 10
+
+
+def test_a_bomb_in_an_icon_is_refused_by_its_header():
+    bomb = png_of(header(12_000, 12_000), (b"IDAT", b""), (b"IEND", b""))
+    ico = encoded(noise(48, 48), "ICO")
+    start = ico.index(b"\x89PNG")
+    data = ico[: start - 8] + struct.pack("<II", len(bomb), start) + bomb
+    assert reason(data) == "too many pixels (12000 x 12000; see --max-pixels)"
+
+
 def test_a_heic_that_is_turned_is_upright():
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -134,6 +134,9 @@ def test_links_to_nothing_and_texts_that_lead_out(tmp_path):
     os.symlink(tmp_path / "nothing", folder / "1.txt")
     os.mkfifo(folder / "2.txt")
     (folder / "3.txt").write_text("three")
+    jsonl(tmp_path, {"file_name": "3.png", "text": "not of this folder"}, name="metadata.jsonl")
+    os.symlink(tmp_path / "metadata.jsonl", folder / "metadata.jsonl")
+    os.mkfifo(folder / "metadata.csv")
     reasons = captions_of(str(folder))
     assert reasons == [*["unreadable caption file"] * 3, "three"]
     report = build([str(folder)], tmp_path / "out", check=Checking(max_rejects=0.9), parallelism=ONE)

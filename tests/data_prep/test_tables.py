@@ -228,6 +228,15 @@ def test_another_format_under_the_name_of_a_csv_is_named(tmp_path):
             captions_of(str(tmp_path / "a.csv"))
 
 
+def test_a_byte_order_mark_is_no_part_of_utf8(tmp_path):
+    for name, text in (
+        ("a.csv", "image,caption\na,one\n"),
+        ("a.jsonl", '{"image": "a", "caption": "one"}\n'),
+    ):
+        path = write(tmp_path, text, "utf-8-sig", name)
+        assert [row.caption for row in read(path, Columns(), encoding="UTF8")] == ["one"]
+
+
 def test_text_that_is_too_long_is_a_reject(tmp_path):
     long = "x" * (MAX_CHARACTERS + 1)
     rows = [

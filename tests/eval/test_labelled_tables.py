@@ -1,14 +1,17 @@
 """Labelled evaluation reads what `data_prep build` reads, by the same options."""
 
+import base64
 import contextlib
 import io
 import json
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from conftest import assert_mistake, call_here
 from labelled_formats import CLASSES, as_csv, as_parquet, labelled_images
+from pyarrow import parquet
 from test_labelled import contents
 
 from data_prep.build.pipeline import Parallelism, Reading, build
@@ -78,7 +81,7 @@ def test_mistakes_name_options_that_the_command_has(images, tiny_model, tmp_path
     command = ("zeroshot", tiny_model, "--data", place)
     assert_mistake(
         call_here(main, *command),
-        "no column 'image', 'label'; it has 'path', 'kind'; pass --image-column, --label-column",
+        "no column 'image', 'label'; it has 'path', 'kind'; pass --image-column path --label-column NAME",
     )
     command += ("--image-column", "path", "--label-column", "kind")
     wrong = call_here(main, *command, "--encoding", "ascii")
@@ -103,6 +106,19 @@ def test_data_sets_of_the_hub_and_tables_behind_a_url(hub, served, images, tmp_p
     over_http = read_labelled(f"{url}/csv/labels.csv")
     assert contents(over_http) == contents(read_labelled(csv))
     assert over_http.sha256 == read_labelled(csv).sha256
+
+
+def test_images_in_base64_and_labels_in_structs(images, tmp_path):
+    rows = [
+        {"image": base64.b64encode(data).decode(), "meta": {"kind": CLASSES[label]}} for label, data in images
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=6)
+    for name in ("a.jsonl", "a.parquet"):
+        data = read_labelled(tmp_path / name, label_column="meta.kind")
+        assert contents(data) == [(CLASSES[label], content) for label, content in images]
+    with pytest.raises(UserError, match=r"'meta' has structs, .*--label-column with one of meta\.kind"):
+        read_labelled(tmp_path / "a.parquet", label_column="meta")
 
 
 def test_labels_that_are_missing_are_no_class(images, tmp_path):

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import noise_images
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from data_prep.errors import UserError
 from train.export.folder import export
@@ -21,6 +22,7 @@ from train.publish.card import (
     write_card,
 )
 from train.publish.card_tables import read_tables
+from train.publish.hub import to_upload
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,53 @@ def test_the_metadata_is_what_the_hub_reads(tuned_run, folder):
     assert values["text-to-image-retrieval", "R@1", "test"] == tuned["text_to_image/R@1"]
     assert values["image-to-text-retrieval", "median_rank", "test"] == tuned["image_to_text/median_rank"]
     assert len(values) == 2 * 3 * 6
+
+
+def test_results_on_a_data_set_of_the_hub_are_in_its_new_format_too(tuned_run, folder):
+    run, results = tuned_run
+    write_card(folder, "me/clip", run, (results,), dataset=("me/icons",))
+    (file,) = (folder / ".eval_results").iterdir()  # not of the retention set, which is other data
+    assert file.name.endswith("-test.yaml")
+    entries = parse_eval_result_entries(yaml.safe_load(file.read_text()))
+    tuned = json.loads(results.read_text())["models"][1]["metrics"]
+    values = {entry.task_id: entry.value for entry in entries}
+    assert len(values) == 3 * 6
+    assert values["text_to_image/R@1"] == tuned["text_to_image/R@1"]
+    for entry in entries:
+        assert (entry.dataset_id, entry.source_name) == ("me/icons", "Model card")
+        assert entry.source_url.endswith("/me/clip")
+        assert entry.notes.startswith("test split, ")
+    assert to_upload(folder)[f".eval_results/{file.name}"] == file
+    write_card(folder, "me/clip", run, (results,))  # the format names data by its id on the hub
+    assert not (folder / ".eval_results").exists()
+
+
+def test_the_tags_are_the_libraries_that_load_it(folder):
+    write_card(folder, "me/clip")
+    tags = ModelCard.load(folder / "README.md").data.tags
+    assert {"open_clip", "transformers", "sentence-transformers"} < {*tags}
+    assert "onnx" not in tags
+    record = json.loads((folder / "export.json").read_text())
+    record["files"] |= {"onnx/vision_model.onnx": {"format": "onnx", "bytes": 1, "sha256": ""}}
+    record["int8"] = {
+        "n_images": 500,
+        "fp32": {"text_to_image/R@1": 0.5},
+        "int8": {"text_to_image/R@1": 0.49},
+    }
+    (folder / "export.json").write_text(json.dumps(record))
+    text = write_card(folder, "me/clip")
+    assert {"onnx", "transformers.js"} < {*ModelCard.load(folder / "README.md").data.tags}
+    assert lines_of(text, "text to image, R@1") == [["text to image, R@1", "50.0 %", "49.0 %"]]
+    assert "```js\nimport { AutoProcessor" in text
+
+
+def test_the_background_is_in_the_card(folder):
+    record = json.loads((folder / "export.json").read_text())
+    assert 'Image.new("RGBA", image.size, "white")' in write_card(folder, "me/clip")
+    (folder / "export.json").write_text(json.dumps(record | {"background": "#102030"}))
+    text = write_card(folder, "me/clip")
+    assert 'Image.new("RGBA", image.size, "#102030")' in text
+    assert "transparent parts on `#102030`" in text
 
 
 def test_unknown_facts_are_left_out(folder):

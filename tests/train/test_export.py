@@ -13,7 +13,8 @@ from data_prep.shards import Shards
 from train.export import __main__ as command
 from train.export import folder as exporting
 from train.export import to_transformers
-from train.export.folder import export, snippets, table
+from train.export.folder import export, table
+from train.export.snippets import use
 from train.model.clip import load
 from train.recipe import Recipe, to_yaml
 
@@ -31,12 +32,11 @@ def test_open_clip_loads_it_bit_equal(quick):
     )
 
 
-def test_the_printed_snippets_run(quick):
+def test_snippets_name_the_folder_or_the_repository(quick):
     _, out, record = quick
-    names = {}
-    exec(snippets(record, str(out)), names)
-    assert names["processor"].tokenizer.model_max_length == 77
-    assert "hf-hub:me/mine" in snippets(record, "me/mine")
+    assert f"local-dir:{out}" in use(record, str(out))
+    assert '"hf-hub:me/mine"' in use(record, "me/mine")
+    assert 'SentenceTransformer("me/mine")' in use(record, "me/mine")
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -124,7 +124,7 @@ def test_a_timm_tower_is_exported_for_open_clip_only(tmp_path):
         " vision_cfg.timm_model_name = 'test_vit'"
     )
     assert note in table(record)
-    assert "CLIPModel" not in snippets(record, str(tmp_path / "out"))
+    assert "CLIPModel" not in use(record, str(tmp_path / "out"))
     assert record["differences"]["open_clip"]["image_features"] == 0
 
 
@@ -200,5 +200,6 @@ def test_mistakes_are_sentences(tiny_model, tmp_path, monkeypatch):
 
 
 def test_the_packages_are_those_of_the_requirements():
-    lines = [line.split("  #")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    assert {*exporting.TRANSFORMERS, *exporting.ONNX} <= set(lines)
+    files = [path.read_text().splitlines() for path in ROOT.glob("requirements*.txt")]
+    lines = {line.split("  #")[0] for file in files for line in file}
+    assert {*exporting.TRANSFORMERS, *exporting.SENTENCE_TRANSFORMERS, *exporting.ONNX} <= lines

@@ -21,6 +21,7 @@ import train.publish.__main__
 from data_prep.errors import UserError
 from data_prep.shards import sha256_of
 from train.export.folder import export
+from train.export.snippets import blocks
 from train.model.clip import load
 from train.publish.__main__ import main
 from train.publish.hub import listing, next_version, to_upload
@@ -78,7 +79,11 @@ def test_files_of_an_earlier_version_are_deleted_and_others_kept(hub, folder, tm
     manifest = json.loads((folder / "export.json").read_text())
     hub.put("me/clip", {**head(hub), "notes.txt": b"by hand"})
     (folder / "more.json").write_text("{}")
-    manifest["files"]["more.json"] = {"sha256": sha256_of(folder / "more.json"), "bytes": 2}
+    manifest["files"]["more.json"] = {
+        "format": "open_clip",
+        "sha256": sha256_of(folder / "more.json"),
+        "bytes": 2,
+    }
     (folder / "export.json").write_text(json.dumps(manifest))
     publish(folder, "me/clip")
     assert {"more.json", "notes.txt"} <= head(hub).keys()
@@ -267,22 +272,24 @@ def published(tuned_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def features(published) -> dict[str, list[torch.Tensor]]:
-    """Image and text features by library, from the card's snippets in a fresh process. The image has the
-    model's size, because the libraries' resize filters differ.
+    """Image and text features by library, from the card's snippets in a fresh process. The image is
+    transparent, and has the model's size, because the libraries' resize filters differ.
     """
     hub, folder, _ = published
-    Image.effect_noise((16, 16), 80).convert("RGB").save(folder / "image.png")
+    image = Image.effect_noise((16, 16), 80).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((16, 16)))
+    image.save(folder / "image.png")
     card = head(hub, "me/icons-clip")["README.md"].decode()
-    by_open_clip, by_transformers, by_pipeline = re.findall(
-        r"^```python\n(.*?)^```", card, flags=re.MULTILINE | re.DOTALL
-    )
+    by_open_clip, by_sentence_transformers, by_transformers, by_pipeline = blocks(card)
+    by_sentence_transformers += "torch.save([*map(torch.tensor, (image_features, text_features))],"
+    by_sentence_transformers += " 'sentence_transformers.pt')\n"
     by_open_clip += "torch.save([image_features, text_features], 'open_clip.pt')\n"
     by_transformers += "out = model(**inputs)\n"
     by_transformers += (
         "torch.save([out.image_embeds.detach(), out.text_embeds.detach()], 'transformers.pt')\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", by_open_clip + by_transformers + by_pipeline],
+        [sys.executable, "-c", by_open_clip + by_sentence_transformers + by_transformers + by_pipeline],
         cwd=folder,
         env=environment(**hub.environment(folder / "fresh")),
         capture_output=True,
@@ -291,7 +298,7 @@ def features(published) -> dict[str, list[torch.Tensor]]:
     )
     assert result.returncode == 0, result.stderr
     assert "tensor([[" in result.stdout
-    names = ("open_clip", "transformers")
+    names = ("open_clip", "transformers", "sentence_transformers")
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in names}
 
 
@@ -301,15 +308,19 @@ def test_a_published_run_gives_the_features_of_the_run(published, features, tune
     model, _, preprocess = open_clip.create_model_and_transforms(best)
     model.eval()
     with torch.no_grad():
-        pixels = preprocess(Image.open(folder / "image.png").convert("RGB"))[None]
+        image = Image.open(folder / "image.png")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        pixels = preprocess(white)[None]
         tokens = open_clip.get_tokenizer(best)(["a bell", "a house"])
         expected = model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
     assert torch.equal(features["open_clip"][0], expected[0])
     assert torch.equal(features["open_clip"][1], expected[1])
 
 
-def test_a_published_run_gives_the_same_features_in_transformers(features):
-    for ours, expected in zip(features["transformers"], features["open_clip"], strict=True):
+@pytest.mark.parametrize("library", ["transformers", "sentence_transformers"])
+def test_a_published_run_gives_the_same_features_in_other_libraries(features, library):
+    for ours, expected in zip(features[library], features["open_clip"], strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 

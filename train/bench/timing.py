@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from train.bench.peer import peak_memory_gb
+from train.device import device_name, own_device
 from train.recipe import Recipe
-from train.run.folder import device_name
 from train.setup import setup
 from train.step import TrainState, train_step
 from train.world import World
@@ -200,7 +200,7 @@ def best_matmul_flop_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return own_device()
 
 
 def _prefetched(recipe: Recipe) -> int:

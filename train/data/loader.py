@@ -18,6 +18,7 @@ from train.data.augment import N_UNIFORMS, Augmentation, crop
 from train.data.captions import caption
 from train.data.decode import decode
 from train.data.order import Order, random_bits
+from train.device import has_streams
 from train.recipe import Augment, Captions
 from train.world import World
 
@@ -160,7 +161,7 @@ def loader(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=world.device.type == "cuda",
+        pin_memory=has_streams(world.device),
         worker_init_fn=_quiet_worker,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
     )
@@ -174,7 +175,8 @@ def loader(
 
 
 def _quiet_worker(_: int) -> None:
-    # Stop requests are for the main process; forked workers inherit its handlers.
+    # Stop requests are for the main process, but torchrun, srun, timeout and terminals send them to the whole
+    # process group. A worker ends with the loader, or by itself when the main process is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

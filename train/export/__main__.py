@@ -1,9 +1,10 @@
-"""Export a model as one folder for open_clip and transformers, and compare what was written with the model.
+"""Export a model as one folder for open_clip, transformers and sentence-transformers, and compare it with the
+model.
 
   python -m train.export runs/icons --out exported
       the run's best checkpoint, compared on images of its own validation split
   python -m train.export ViT-B-32:laion2b_s34b_b79k --out exported --dtype fp16 --data SHARDS --onnx
-      any MODEL; half the bytes; also for onnxruntime
+      any MODEL; half the bytes; also for onnxruntime and transformers.js
 
 MODEL -> hidden folder beside FOLDER -> loaded back from its files -> compared with MODEL -> renamed to FOLDER
 """
@@ -28,16 +29,17 @@ def command(
     onnx: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Export a model as one folder for open_clip and transformers.
+    """Export a model as one folder for open_clip, transformers and sentence-transformers.
 
     Args:
         model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder (its best checkpoint).
         out: Folder to write.
         dtype: Data type of the weights in the files. fp16 and bf16 take half the bytes; the effect of
             rounding on features is printed.
-        data: Shards whose images and captions are compared. Default: the run's own if they still exist, else
-            synthetic images.
-        onnx: Also write image.onnx and text.onnx, for onnxruntime.
+        data: Shards whose images, captions and original files are compared. Default: the run's own if they
+            still exist, else synthetic images.
+        onnx: Also write onnx/, for onnxruntime and transformers.js, in fp32 and int8; what int8 costs is
+            printed.
         overwrite: Replace a folder that this command wrote before.
     """
     from data_prep.atomic import check_replaceable
@@ -47,11 +49,14 @@ def command(
     if data:
         read_manifest(data)  # fails early: opening the model takes longer
 
-    from train.export.folder import RECORD, export, shards_of, snippets, table
+    from eval.validation import features_metrics
+    from train.export.folder import RECORD, export, shards_of, table
+    from train.export.snippets import blocks, use
     from train.model.clip import load
 
-    record = export(load(model), out, dtype, onnx, data or shards_of(Path(model)))
-    print(f"{table(record)}\n\n{snippets(record, str(out))}\n\nwritten: {out}; details in {out / RECORD}")
+    record = export(load(model), out, dtype, onnx, data or shards_of(Path(model)), features_metrics)
+    code = "\n".join(blocks(use(record, str(out)))[:2])
+    print(f"{table(record)}\n\n{code}\nwritten: {out}; details in {out / RECORD}")
 
 
 def main() -> None:

@@ -1,9 +1,13 @@
-"""A model becomes one folder for open_clip and transformers; it is kept if it equals the model.
+"""A model becomes one folder for open_clip, transformers and others; it is kept if it equals the model.
 
 MODEL -> hidden folder beside FOLDER -> loaded back from its files -> compared with MODEL -> renamed to FOLDER
+
+Compared are features, of images and captions of the user's, and what the snippets of the model card answer
+for the user's own files, transparent and rotated ones among them.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,18 +19,23 @@ from PIL import Image
 
 from data_prep.atomic import atomic_folder
 from data_prep.errors import UserError
+from data_prep.images import WHITE
 from data_prep.shards import Shards, sha256_of
 from data_prep.tables import markdown_table
-from train.export import to_onnx, to_transformers
-from train.export.reference import Outputs, Samples, max_difference, outputs, samples
+from train.export import int8, snippets, to_onnx, to_sentence_transformers, to_transformers
+from train.export.int8 import Recall
+from train.export.reference import File, Outputs, Samples, max_difference, outputs, samples
 from train.model.clip import Clip
+from train.model.source import folder_options
 from train.recipe import flags_of, parse
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORD = "export.json"
 TRANSFORMERS = ("transformers>=5.17",)
+SENTENCE_TRANSFORMERS = ("sentence-transformers>=5.1",)
 ONNX = ("onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22")
-PACKAGES = ("torch", "open_clip_torch", "transformers", "onnx", "onnxruntime")
+PACKAGES = ("torch", "open_clip_torch", "transformers", "sentence-transformers", "onnx", "onnxruntime")
+FORMATS = ("open_clip", "transformers", "sentence_transformers", "onnx")
 FEATURES = ("image_features", "text_features")
 # In units of eps. Rounding changes each product by about eps / 2, and these errors accumulate with the root
 # of the depth: 0.1 to 0.3 were measured with random weights. The margin is for trained weights.
@@ -35,7 +44,7 @@ ROUNDING_BOUND = 8
 
 @dataclass
 class Comparison:
-    """What was written so far and how far it is from the model, by format: open_clip, transformers, onnx."""
+    """What was written so far and how far it is from the model, by format, and by "library, snippet"."""
 
     folder: Path
     files: dict[str, list[str]] = field(default_factory=dict)
@@ -45,9 +54,9 @@ class Comparison:
     def add_files(self, file_format: str) -> None:
         """Count the files that are new in the folder to `file_format`."""
         known = {name for names in self.files.values() for name in names}
-        self.files[file_format] = sorted(
-            path.name for path in self.folder.iterdir() if path.name not in known
-        )
+        files = (path for path in self.folder.rglob("*") if path.is_file())
+        names = (path.relative_to(self.folder).as_posix() for path in files)
+        self.files[file_format] = sorted(name for name in names if name not in known)
 
     def check(self, name: str) -> None:
         """Raise UserError if a difference is above its bound.
@@ -68,13 +77,21 @@ class Comparison:
             )
 
 
-def export(clip: Clip, out: Path, dtype: str = "fp32", onnx: bool = False, data: Path | None = None) -> dict:
+def export(
+    clip: Clip,
+    out: Path,
+    dtype: str = "fp32",
+    onnx: bool = False,
+    data: Path | None = None,
+    recall: Recall | None = None,
+) -> dict:
     """Write a model as one folder, load it back and compare.
 
     Args:
         clip: on the CPU, in fp32.
         out: a folder that does not exist, or that is replaced.
-        data: shards to take images and captions from; synthetic ones by default.
+        data: shards to take images, captions and files from; synthetic ones by default.
+        recall: measures what int8 costs on `data`, if `onnx`.
 
     Returns:
         The content of out/export.json: files with their sha256, and the largest measured differences.
@@ -87,7 +104,7 @@ def export(clip: Clip, out: Path, dtype: str = "fp32", onnx: bool = False, data:
     if onnx:
         require(*ONNX)
     clip.towers.eval()
-    inputs = samples(data)
+    inputs = samples(data, clip.background)
     print(f"export: compares {clip.name} on {inputs.source}", flush=True)
     pixels = torch.stack([clip.preprocess(image) for image in inputs.images])
     tokens = clip.tokenizer(inputs.captions)
@@ -95,9 +112,10 @@ def export(clip: Clip, out: Path, dtype: str = "fp32", onnx: bool = False, data:
         comparison = Comparison(folder)
         print("export: writes the open_clip files and loads them back", flush=True)
         model, expected = _write_open_clip(clip, comparison, dtype, inputs.images[0], pixels, tokens)
+        answers = _answers(clip, model, inputs.files)
         if onnx:
             print("export: writes the onnxruntime files and loads them back", flush=True)
-            _write_onnx(model, comparison, pixels, tokens, expected)
+            _write_onnx(clip, model, comparison, inputs.captions, pixels, tokens, expected)
         del model  # before transformers loads its own, so that memory holds two models and not three
         if not reason:
             print("export: writes the transformers files and loads them back", flush=True)
@@ -106,7 +124,9 @@ def export(clip: Clip, out: Path, dtype: str = "fp32", onnx: bool = False, data:
         record = {  # it is published, so it contains no paths
             "weights_sha256": clip.fingerprint(),
             "dtype": dtype,
+            "background": clip.config["preprocess_cfg"].get("background", WHITE),
             "compared_on": inputs.source,
+            "compared_files": dict(Counter(file.kind for file in inputs.files)),
             "differences": comparison.differences,
             "bounds": comparison.bounds,
             "open_clip_only": reason,
@@ -117,20 +137,33 @@ def export(clip: Clip, out: Path, dtype: str = "fp32", onnx: bool = False, data:
                 for name in names
             },
         }
+        print("export: runs the snippets of the model card on your files", flush=True)
+        _run_snippets(comparison, record, inputs.files, answers)
+        comparison.check(clip.name)
+        if onnx and data and recall:
+            print(f"export: measures what int8 costs, on up to {int8.N_IMAGES} images", flush=True)
+            record["int8"] = int8.compare(clip, folder, data, recall)
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 
 def require(*packages: str) -> None:
     """Raise UserError unless these packages, given as in requirements.txt, are installed."""
-    for requirement in map(Requirement, packages):
-        installed = _version(requirement.name)
-        if not installed or not requirement.specifier.contains(installed, prereleases=True):
+    for package in packages:
+        if not is_installed(package):
+            requirement = Requirement(package)
             quoted = " ".join(f'"{package}"' for package in packages)
             raise UserError(
-                f"this export needs {requirement}, {installed or 'none'} is installed (training does not need"
-                f" it): pip install {quoted}"
+                f"this export needs {requirement}, {_version(requirement.name) or 'none'} is installed"
+                f" (training does not need it): pip install {quoted}"
             )
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package, given as in requirements.txt, is installed."""
+    requirement = Requirement(package)
+    installed = _version(requirement.name)
+    return bool(installed) and requirement.specifier.contains(installed, prereleases=True)
 
 
 def shards_of(run: Path | None) -> Path | None:
@@ -147,12 +180,13 @@ def shards_of(run: Path | None) -> Path | None:
 def table(record: dict) -> str:
     """The files with their size, sha256 and largest difference, then notes on what was compared."""
     rows = []
-    for file_format in ("open_clip", "transformers", "onnx"):
+    for file_format in FORMATS:
         measured = record["differences"].get(file_format, {})
         largest = max((measured[name] for name in ("weights", *FEATURES) if name in measured), default=0)
         for name, file in record["files"].items():
             if file["format"] == file_format:
-                difference = f"{largest:.2g}" if name.endswith((".safetensors", ".onnx")) else ""
+                has_weights = name.endswith((".safetensors", ".onnx")) and to_onnx.QUANTIZED not in name
+                difference = f"{largest:.2g}" if has_weights else ""
                 rows.append([file_format, name, _size(file["bytes"]), file["sha256"][:12], difference])
     columns = ("format", "file", "size", "sha256", "largest difference of features")
     return "\n".join([markdown_table(columns, rows), *_notes(record)])
@@ -180,25 +214,17 @@ def _notes(record: dict) -> list[str]:
             )
     if record["open_clip_only"]:
         notes.append(f"for open_clip only: {record['open_clip_only']}")
+    elif "sentence_transformers" not in record["differences"]:
+        quoted = f'"{SENTENCE_TRANSFORMERS[0]}"'
+        notes.append(f"without files for sentence-transformers, which is not installed: pip install {quoted}")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in record["compared_files"].items())
+    notes.append(
+        f"the snippets of the model card answer for image files ({kinds}) what they answer for the images"
+        f" that training sees; transparent parts are on {record['background']}"
+    )
+    if "int8" in record:
+        notes.append(int8.sentence(record["int8"]))
     return notes
-
-
-def snippets(record: dict, place: str) -> str:
-    """Python that loads the model from `place`, a folder or USER/NAME on the hub, by each library."""
-    scheme = "local-dir" if Path(place).exists() else "hf-hub"
-    lines = [
-        "import open_clip",
-        f'model, _, preprocess = open_clip.create_model_and_transforms("{scheme}:{place}")',
-        f'tokenizer = open_clip.get_tokenizer("{scheme}:{place}")',
-    ]
-    if not record["open_clip_only"]:
-        lines += [
-            "",
-            "from transformers import CLIPModel, CLIPProcessor",
-            f'model = CLIPModel.from_pretrained("{place}")',
-            f'processor = CLIPProcessor.from_pretrained("{place}")',
-        ]
-    return "\n".join(lines)
 
 
 def _write_open_clip(
@@ -229,16 +255,35 @@ def _write_open_clip(
     return model, expected
 
 
+def _answers(clip: Clip, model: torch.nn.Module, files: list[File]) -> torch.Tensor:
+    """float [files, 2], the probabilities of the snippets' captions by a model, for the images that training
+    sees.
+    """
+    pixels = torch.stack([clip.preprocess(file.image) for file in files])
+    return outputs(model, pixels, clip.tokenizer(snippets.LABELS)).logits.softmax(dim=1)
+
+
+def _run_snippets(comparison: Comparison, record: dict, files: list[File], answers: torch.Tensor) -> None:
+    text = snippets.use(record, str(comparison.folder))
+    for library, differences in snippets.compare(text, files, answers).items():
+        bounded = ("files", "probabilities") if library == "open_clip" else ("files",)
+        comparison.differences[f"{library}, snippet"] = differences
+        comparison.bounds[f"{library}, snippet"] = dict.fromkeys(bounded, snippets.BOUND)
+
+
 def _write_onnx(
+    clip: Clip,
     model: torch.nn.Module,
     comparison: Comparison,
+    captions: list[str],
     pixels: torch.Tensor,
     tokens: torch.Tensor,
     expected: Outputs,
 ) -> None:
     to_onnx.write(model, comparison.folder, pixels, tokens)
     comparison.add_files("onnx")
-    comparison.differences["onnx"] = to_onnx.compare(comparison.folder, pixels, tokens, expected)
+    short = [clip.tokenize([caption]) for caption in captions]
+    comparison.differences["onnx"] = to_onnx.compare(comparison.folder, pixels, tokens, short, expected)
     comparison.bounds["onnx"] = dict.fromkeys(comparison.differences["onnx"], to_onnx.BOUND)
 
 
@@ -253,10 +298,21 @@ def _write_transformers(
 ) -> None:
     to_transformers.write(clip, comparison.folder, DTYPES[dtype])
     comparison.add_files("transformers")
-    comparison.differences["transformers"] = to_transformers.compare(
+    comparison.differences["transformers"], from_images = to_transformers.compare(
         comparison.folder, clip, inputs, pixels, tokens, expected
     )
     comparison.bounds["transformers"] = to_transformers.bounds(clip)
+    if is_installed(*SENTENCE_TRANSFORMERS):
+        print("export: writes the sentence-transformers files and loads them back", flush=True)
+        to_sentence_transformers.write(comparison.folder)
+        comparison.add_files("sentence_transformers")
+        captions = [clip.tokenizer.clean_fn(caption) for caption in inputs.captions]
+        measured = to_sentence_transformers.compare(
+            comparison.folder, inputs.images, captions, from_images, expected
+        )
+        comparison.differences["sentence_transformers"] = measured
+        bound = to_sentence_transformers.BOUND
+        comparison.bounds["sentence_transformers"] = dict.fromkeys(measured, bound)
 
 
 def _reason_for_open_clip_only(clip: Clip) -> str:
@@ -275,7 +331,8 @@ def _read_back(
     clip: Clip, folder: Path, dtype: str, image: Image.Image
 ) -> tuple[torch.nn.Module, dict[str, float]]:
     """open_clip's model of the written files, and how far its weights and pixels are from the original's."""
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name, **folder_options(name))
     loaded, original = model.eval().state_dict(), clip.weights(DTYPES[dtype])
     assert set(loaded) == set(original), set(loaded) ^ set(original)
     for name, tensor in original.items():

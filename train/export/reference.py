@@ -1,4 +1,4 @@
-"""Reference images, captions and outputs of a model: every format of an export is compared with them."""
+"""Images, captions, files and a model's outputs, with which every format of an export is compared."""
 
 import io
 import math
@@ -7,12 +7,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch import nn
 
-from data_prep.shards import Shards, read_manifest
+from data_prep.images import DAMAGE, EXIF_ORIENTATION, FORMATS, BadImage, Rules, check
+from data_prep.inputs.locations import ImageLocation, read_local
+from data_prep.inputs.storage import is_url
+from data_prep.shards import Sample, Shards, read_manifest
+from train.data.decode import decode
 
 N_IMAGES = 16  # few enough for ViT-L/14 on a CPU
+N_FILES = 4  # of the user's own; each runs through every snippet
+MOST_SEARCHED = 200  # samples whose original files are looked at, to find transparent ones
 # Always compared as well, because the captions of a data set may all be short and plain ASCII.
 FIXED_CAPTIONS = [
     "a red brick",
@@ -23,11 +29,27 @@ FIXED_CAPTIONS = [
 
 
 @dataclass(frozen=True)
+class File:
+    """An image file as people have it, and what training makes of it: RGB, upright, without transparency.
+
+    Attributes:
+        kind: "original", or "transparent" and "rotated" for files made of a sample.
+        fixes: what training had to change, see data_prep.images.CheckedImage.
+    """
+
+    kind: str
+    data: bytes
+    image: Image.Image
+    fixes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Samples:
-    """Images (RGB, of any size), captions, and where they are from."""
+    """Images (RGB, of any size), captions, files, and where they are from."""
 
     images: list[Image.Image]
     captions: list[str]
+    files: list[File]
     source: str
 
 
@@ -53,26 +75,114 @@ def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return difference if math.isfinite(difference) else math.inf
 
 
-def samples(data: Path | None) -> Samples:
-    """Images and captions of the first of val, test, train that `data` has; synthetic ones without data."""
+def samples(data: Path | None, background: tuple[int, int, int]) -> Samples:
+    """Images and captions of the first of val, test, train that `data` has; synthetic ones without data.
+
+    Args:
+        background: of transparent files.
+    """
     if data is None:
-        return Samples(
-            [_drawing(number) for number in range(N_IMAGES)],
-            list(FIXED_CAPTIONS),
-            f"{N_IMAGES} synthetic images and {len(FIXED_CAPTIONS)} fixed captions (no data was given)",
-        )
-    splits = read_manifest(data)["splits"]
-    split = next((name for name in ("val", "test", "train") if splits.get(name, {}).get("samples")), "val")
-    shards = Shards(data, split)
-    step = max(1, len(shards) // N_IMAGES)
-    read = [shards.read(number) for number in range(0, len(shards), step)][:N_IMAGES]
-    images = [Image.open(io.BytesIO(sample.image)).convert("RGB") for sample in read]
+        images = [_drawing(number) for number in range(N_IMAGES)]
+        source = f"{N_IMAGES} synthetic images and {len(FIXED_CAPTIONS)} fixed captions (no data was given)"
+        return Samples(images, list(FIXED_CAPTIONS), made_files(images, background), source)
+    shards = first_split(data)
+    read = [shards.read(number) for number in evenly(len(shards), N_IMAGES)]
+    images = [decode(sample.image) for sample in read]
     captions = [sample.captions[0] for sample in read] + FIXED_CAPTIONS
     source = (
-        f"{len(images)} images and captions of the {split} split of {data.resolve().name}"
+        f"{len(images)} images and captions of the {shards.split} split of {data.resolve().name}"
         f" ({shards.fingerprint[:12]})"
     )
-    return Samples(images, captions, f"{source} and {len(FIXED_CAPTIONS)} fixed captions")
+    files = original_files(shards) + made_files(images, background)
+    return Samples(images, captions, files, f"{source} and {len(FIXED_CAPTIONS)} fixed captions")
+
+
+def first_split(data: Path) -> Shards:
+    """The first of val, test and train that has samples."""
+    splits = read_manifest(data)["splits"]
+    names = (name for name in ("val", "test", "train") if splits.get(name, {}).get("samples"))
+    return Shards(data, next(names, "val"))
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """At most `most` of the numbers 0 to n, evenly spaced."""
+    return list(range(0, n, max(1, n // most)))[:most]
+
+
+def original_files(shards: Shards) -> list[File]:
+    """Up to N_FILES files that the shards were built from, if they are still there; transparent and rotated
+    ones first.
+
+    A file counts if it gives the very pixels that the shards have.
+    """
+    root = _root_of(shards)
+    if root is None:
+        return []
+    options = shards.manifest.get("check", {})
+    rules = Rules(ImageColor.getrgb(shards.background)[:3], options.get("max_pixels", Rules.max_pixels))
+    numbers = evenly(len(shards), MOST_SEARCHED)
+    found = filter(None, (_original(shards.read(number), root, rules) for number in numbers))
+    return sorted(found, key=lambda file: not {"transparency", "orientation"} & {*file.fixes})[:N_FILES]
+
+
+def _root_of(shards: Shards) -> str | None:
+    """The folder that the shards' images were in, if it is still there. Where its name is relative, it is
+    looked for in the working folder, and in the folders that the shards are in.
+    """
+    name = shards.manifest.get("read", {}).get("images", "")
+    if not name or is_url(name):
+        return None
+    folders = (folder / name for folder in (Path(), *shards.folder.resolve().parents))
+    return next((str(folder) for folder in folders if folder.is_dir()), None)
+
+
+def _original(sample: Sample, root: str, rules: Rules) -> File | None:
+    """The file of a sample; None if it is gone or has changed, or if Pillow does not open it (SVG)."""
+    data = read_local(ImageLocation(root, sample.meta.get("image", "")))
+    try:
+        checked = check(data, rules) if isinstance(data, bytes) else None
+    except BadImage:
+        return None
+    # SVG is rendered by the build, and 16-bit gray is scaled: Pillow alone gives another image.
+    if checked is None or not _opens(data) or "16 bit" in checked.fixes:
+        return None
+    image = decode(checked.data or data)
+    return File("original", data, image, checked.fixes) if _equal(image, decode(sample.image)) else None
+
+
+def _opens(data: bytes) -> bool:
+    """Whether Pillow opens a file."""
+    try:
+        Image.open(io.BytesIO(data), formats=FORMATS).close()
+    except DAMAGE:
+        return False
+    return True
+
+
+def made_files(images: list[Image.Image], background: tuple[int, int, int]) -> list[File]:
+    """A transparent and a rotated file, made of two images."""
+    made = []
+    for kind, image in zip(("transparent", "rotated"), (images[0], images[-1]), strict=True):
+        buffer, options = io.BytesIO(), {}
+        if kind == "transparent":  # from opaque at the top to transparent
+            image = image.copy()
+            image.putalpha(ImageOps.invert(Image.linear_gradient("L")).resize(image.size))
+        else:
+            exif = Image.Exif()
+            exif[EXIF_ORIENTATION] = 6
+            options["exif"] = exif.tobytes()
+        image.save(buffer, "PNG", **options)
+        data = buffer.getvalue()
+        try:
+            checked = check(data, Rules(background, min_side_px=1, max_aspect=math.inf))
+        except BadImage:  # what the transparency leaves has a single color
+            continue
+        made.append(File(kind, data, decode(checked.data or data), checked.fixes))
+    return made
+
+
+def _equal(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and one.tobytes() == other.tobytes()
 
 
 @torch.no_grad()

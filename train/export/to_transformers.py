@@ -181,7 +181,7 @@ def config_of(clip: Clip, dtype: torch.dtype):
 
 def compare(
     folder: Path, clip: Clip, samples: Samples, pixels: torch.Tensor, tokens: torch.Tensor, expected: Outputs
-) -> dict:
+) -> tuple[dict, torch.Tensor]:
     """Load what `write` wrote with transformers, in fp32, and compare it with the original.
 
     Args:
@@ -200,6 +200,7 @@ def compare(
             one crop in four of images that are not square is shifted by one pixel.
         captions_cleaned: captions that open_clip cleans (curly quotes, `&amp;`, full-width letters: ftfy) and
             transformers does not, so their tokens differ. Tokens of cleaned captions are equal.
+        And the image features of the original images with the default backend.
 
     Raises:
         UserError: the tokenizers differ on cleaned captions.
@@ -245,7 +246,7 @@ def compare(
         "from_images": max_difference(from_images, expected.image_features),
         "from_images_min_cosine": (from_images * expected.image_features).sum(dim=1).min().item(),
         "captions_cleaned": n_cleaned,
-    }
+    }, from_images
 
 
 def bounds(clip: Clip) -> dict[str, float]:

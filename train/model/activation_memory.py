@@ -20,10 +20,12 @@ from collections.abc import Iterator
 
 import psutil
 import torch
+from open_clip.hf_model import HFTextEncoder
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from data_prep.errors import UserError
+from train.device import can_compile, counts_memory
 from train.recipe import Recipe
 from train.world import World
 
@@ -46,20 +48,31 @@ def should_compile(recipe: Recipe, device: torch.device) -> bool:
     return (
         recipe.compile == "always"
         or recipe.activation_checkpointing == "selective"
-        or (recipe.compile == "auto" and device.type == "cuda")
+        or (recipe.compile == "auto" and device.type != "cpu" and can_compile(device))
     )
 
 
 def apply_checkpointing(model: nn.Module, mode: str, compiled: bool) -> None:
     """Make an open_clip model recompute what `mode` says; equal blocks are compiled once for all of them."""
     torch.compiler.reset()
-    model.set_grad_checkpointing(mode == "full")
+    set_grad_checkpointing(model, mode == "full")
     for block in blocks(model):
         kind = getattr(type(block), "kind_before", type(block))
         block.__class__ = _keeping_products(kind) if mode == "selective" else kind
         block._compiled_call_impl = None
         if compiled:
             block.compile()
+
+
+def set_grad_checkpointing(model: nn.Module, on: bool) -> None:
+    """open_clip's, which for Hugging Face's towers switches it on whatever it is told."""
+    text = getattr(model, "text", None)
+    if not isinstance(text, HFTextEncoder):
+        model.set_grad_checkpointing(on)
+        return
+    model.visual.set_grad_checkpointing(on)
+    if text.transformer.supports_gradient_checkpointing:
+        getattr(text.transformer, f"gradient_checkpointing_{'enable' if on else 'disable'}")()
 
 
 @functools.cache
@@ -144,14 +157,15 @@ def pairs_that_fit(towers: nn.Module, mode: str, recipe: Recipe, world: World, n
     batch = dummy_batch(towers, n, world.device)
     # Restored below, or a BatchNorm's statistics would contain the noise.
     buffers = {name: buffer.clone() for name, buffer in towers.named_buffers()}
-    if world.device.type == "cuda":
+    if counts_memory(world.device):
+        memory = torch.get_device_module(world.device)
         for _ in range(2):  # the first also allocates gradients and compiles
-            torch.cuda.reset_peak_memory_stats(world.device)
-            before = torch.cuda.memory_allocated(world.device)
+            memory.reset_peak_memory_stats(world.device)
+            before = memory.memory_allocated(world.device)
             dummy_loss(towers(*batch)).backward()
-        each = (torch.cuda.max_memory_allocated(world.device) - before) / n
+        each = (memory.max_memory_allocated(world.device) - before) / n
         towers.zero_grad()
-        torch.cuda.empty_cache()
+        memory.empty_cache()
     else:
         each = saved_bytes(towers, batch) / n
         if mode == "full":  # one block at a time is kept whole
@@ -189,18 +203,18 @@ def dummy_batch(towers: nn.Module, n: int, device: torch.device) -> tuple[torch.
     images = torch.randint(
         0, 256, (n, 3, *((size, size) if isinstance(size, int) else size)), dtype=torch.uint8, device=device
     )
-    length, words = towers.model.context_length, towers.model.vocab_size
-    return images, torch.randint(1, words, (n, length), device=device)
+    tokens = torch.randint(1, towers.vocab_size, (n, towers.context_length), device=device)
+    return images, tokens
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process may still allocate; on a CPU, its share of what is free on the machine."""
-    if device.type == "cuda":
-        return (
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-        )
+    """Memory that this process may still allocate; on a CPU, and where torch does not count the device's, its
+    share of what is free on the machine.
+    """
+    if counts_memory(device):
+        memory = torch.get_device_module(device)
+        unused = memory.memory_reserved(device) - memory.memory_allocated(device)
+        return memory.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

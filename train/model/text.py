@@ -63,7 +63,12 @@ def encode_text(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     length, tower = tokens.shape[1], causal_tower(model)
     if tower is None or length == len(tower.positional_embedding):
         return model.encode_text(tokens)
-    dtype = tower.transformer.get_cast_dtype()
+    return encode_causal(tower, tokens)
+
+
+def encode_causal(tower: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Features of a causal_tower() for int64 [n, L] of any length up to its context: [n, d], not normed."""
+    length, dtype = tokens.shape[1], tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
     x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
     kind, eos_id = _pool(tower)

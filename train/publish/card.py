@@ -15,20 +15,23 @@ from pathlib import Path
 import open_clip
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.constants import ENDPOINT
 from safetensors import safe_open
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.tables import markdown_table
-from train.export.folder import FEATURES, RECORD, shards_of
-from train.metrics import DIRECTIONS
+from train.export.folder import FEATURES, FORMATS, RECORD, shards_of
+from train.export.snippets import use
+from train.metrics import DIRECTIONS, title_of
 from train.model.clip import CONFIG_FILE, WEIGHTS_FILE, load, public_name
-from train.publish.card_tables import read_tables
+from train.publish.card_tables import Table, read_tables
 from train.recipe import RESUME_SAFE, leaves
 from train.retain.select import EMA, TRAINED
 
 TEMPLATE = Path(__file__).parent / "card.md"
 IMAGES, CURVE = "images", "validation.png"
+EVAL_RESULTS = ".eval_results"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".webp", ".gif")
 
 
@@ -55,6 +58,7 @@ def write_card(
     Raises:
         UserError: a result or an image cannot be read, or a result is of other weights.
     """
+    record = json.loads((folder / RECORD).read_text())
     recipe = recipe_of(run) if run else {}
     data = data_facts(run) if run else {}
     tables = read_tables(results, weights_of(folder)) if results else []
@@ -69,7 +73,7 @@ def write_card(
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
         datasets=datasets or None,
-        tags=["clip", "open_clip", "image-text-retrieval"],
+        tags=tags_of(record),
         model_name=repo.split("/")[1] if eval_results else None,
         eval_results=eval_results or None,
     )
@@ -86,13 +90,52 @@ def write_card(
         training=training_facts(run) if run else {},
         results=[table.markdown() for table in tables],
         has_retention=any(table.is_retention for table in tables),
+        curve=f"{IMAGES}/{CURVE}",
         images=[f"{IMAGES}/{name}" for name in gather_images(folder, run, images)],
-        in_transformers=(folder / "config.json").is_file(),
+        use=use(record, repo),
+        int8=int8_table(record),
     )
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+    write_eval_results(folder, repo, tables, datasets)
     with atomic_file(folder / "README.md") as partial:
         partial.write_text(text, encoding="utf-8")
     return text
+
+
+def tags_of(record: dict) -> list[str]:
+    """How the hub finds the model: what it is for, and the libraries that load it."""
+    formats = {file["format"] for file in record["files"].values()}
+    libraries = {
+        "transformers": ["transformers"],
+        "sentence_transformers": ["sentence-transformers", "sentence-similarity"],
+        "onnx": ["onnx", *(["transformers.js"] if "transformers" in formats else [])],
+    }
+    tags = ["clip", "open_clip", "image-text-retrieval"]
+    return tags + [tag for name, named in libraries.items() if name in formats for tag in named]
+
+
+def int8_table(record: dict) -> dict:
+    """`n_images` and `table`: R@k with fp32 and with int8 weights; {} if not measured."""
+    if not (measured := record.get("int8")):
+        return {}
+    rows = [
+        [title_of(name), *(f"{100 * measured[dtype][name]:.1f} %" for dtype in ("fp32", "int8"))]
+        for name in measured["fp32"]
+    ]
+    return {"n_images": f"{measured['n_images']:,}", "table": markdown_table(("", "fp32", "int8"), rows)}
+
+
+def write_eval_results(folder: Path, repo: str, tables: list[Table], datasets: list[str]) -> None:
+    """Replace FOLDER/.eval_results/: the hub's format beside `model-index`, for results on a data set of the
+    hub (https://huggingface.co/docs/hub/eval-results).
+    """
+    shutil.rmtree(folder / EVAL_RESULTS, ignore_errors=True)
+    for table in tables:
+        if entries := table.eval_entries(datasets, f"{ENDPOINT}/{repo}"):
+            (folder / EVAL_RESULTS).mkdir(exist_ok=True)
+            name = re.sub(r"[^\w.-]", "-", f"{table.folder}-{table.split}.yaml")
+            text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+            (folder / EVAL_RESULTS / name).write_text(text, encoding="utf-8")
 
 
 def recipe_of(run: Path) -> dict:
@@ -122,7 +165,7 @@ def recipe_table(recipe: dict) -> str:
     folders = {key: Path(recipe[key]).name for key in ("replay", "retention_set") if recipe.get(key)}
     values = leaves(recipe | folders | {"model": public_name(recipe["model"])})
     shown = [key for key in values if key not in RESUME_SAFE or (key == "replay" and values[key])]
-    rows = [[key, f"`{values[key]}`"] for key in shown]
+    rows = [[key, f"`{values[key]}`"] for key in shown if values[key] != ""]
     return markdown_table(("key", "value"), rows)
 
 
@@ -142,13 +185,16 @@ def model_facts(folder: Path) -> dict:
         parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     record = json.loads((folder / RECORD).read_text())
     differences = {}
-    for file_format, measured in record["differences"].items():
+    for file_format in FORMATS:
+        measured = record["differences"].get(file_format, {})
         if values := [measured[name] for name in FEATURES if name in measured]:
-            differences[file_format] = f"{max(values):.2g}"
+            name = "sentence-transformers" if file_format == "sentence_transformers" else file_format
+            differences[name] = f"{max(values):.2g}"
     min_cosine = record["differences"].get("transformers", {}).get("from_images_min_cosine")
     return {
         "from_images_min_cosine": f"{min_cosine:.4f}" if min_cosine else "",
         "dtype": record["dtype"],
+        "files": ", ".join(f"{count} {kind}" for kind, count in record.get("compared_files", {}).items()),
         "differences": differences,
         "parameters": f"{parameters / 1e6:.1f} million",
         "embed_dim": config["embed_dim"],

@@ -83,7 +83,8 @@ class Table:
 
     def __init__(self, facts: dict, weights: str):
         folder, _, split = facts["data"].rpartition(", ")
-        self.folder, self.split = Path(folder).name, split
+        name = Path(folder).parent.name if Path(folder).name == "shards" else ""  # data/icons/shards: icons
+        self.folder, self.split = name or Path(folder).name, split
         self.data = f"{self.folder}, {split}"
         self.n_images, self.n_texts = facts["n_images"], facts["n_texts"]
         self.is_retention: bool = facts["is_retention"]
@@ -130,14 +131,45 @@ class Table:
             EvalResult(
                 task_type=f"{direction.replace('_', '-')}-retrieval",
                 task_name=f"{direction.replace('_', ' ')} retrieval",
-                dataset_type=datasets[0] if len(datasets) == 1 and not self.is_retention else self.folder,
+                dataset_type=self._hub_dataset(datasets) or self.folder,
                 dataset_name=self.folder,
                 dataset_split=self.split,
                 metric_type=metric,
                 metric_name=METRICS[metric].title,
-                metric_value=self.published["metrics"][f"{direction}/{metric}"],
+                metric_value=value,
             )
+            for direction, metric, value in self._values()
+        ]
+
+    def eval_entries(self, datasets: list[str], source: str) -> list[dict]:
+        """The metrics as .eval_results/*.yaml has them; none where the data is on no hub: it needs an id.
+
+        Args:
+            source: URL of the model card.
+        """
+        if not (dataset := self._hub_dataset(datasets)):
+            return []
+        notes = f"{self.split} split, {self.n_images} images, {self.n_texts} distinct captions"
+        return [
+            {
+                "dataset": {"id": dataset, "task_id": f"{direction}/{metric}"},
+                "value": value,
+                "source": {"url": source, "name": "Model card"},
+                "notes": notes,
+            }
+            for direction, metric, value in self._values()
+        ]
+
+    def _hub_dataset(self, datasets: list[str]) -> str:
+        """The data set on the hub that this is a split of; "" if that is not known."""
+        return datasets[0] if len(datasets) == 1 and not self.is_retention else ""
+
+    def _values(self) -> list[tuple[str, str, float]]:
+        """(direction, metric, value) of the published model."""
+        metrics = self.published["metrics"]
+        return [
+            (direction, metric, metrics[f"{direction}/{metric}"])
             for direction in GROUP_DIRECTIONS
             for metric in metrics_in(CARD)
-            if f"{direction}/{metric}" in self.published["metrics"]
+            if f"{direction}/{metric}" in metrics
         ]

@@ -22,7 +22,7 @@ from data_prep.shards import sha256_of
 from data_prep.tables import markdown_table
 from train.export.folder import RECORD, export, shards_of
 from train.model.clip import Clip, load
-from train.publish.card import IMAGES, weights_of
+from train.publish.card import EVAL_RESULTS, IMAGES, weights_of
 
 TOKEN_ADVICE = (
     "run `hf auth login` with a token that has write access, or set HF_TOKEN; tokens are made at"
@@ -95,7 +95,10 @@ def exported(model: str, run: Path | None, out: Path | None) -> tuple[Path, Path
 
 
 def is_export_of(clip: Clip, folder: Path) -> bool:
-    return (folder / RECORD).is_file() and weights_of(folder) == clip.fingerprint()
+    """Whether a folder is an export of these weights, and has the same background."""
+    if not (folder / RECORD).is_file() or weights_of(folder) != clip.fingerprint():
+        return False
+    return load(f"local-dir:{folder}", weights=False).background == clip.background
 
 
 def check_export(folder: Path) -> None:
@@ -111,7 +114,8 @@ def check_export(folder: Path) -> None:
 def to_upload(folder: Path) -> dict[str, Path]:
     """Files of the export, the card and its images; other files in the folder are not uploaded."""
     names = [*json.loads((folder / RECORD).read_text())["files"], RECORD, "README.md"]
-    names += [f"{IMAGES}/{path.name}" for path in (folder / IMAGES).glob("*")]
+    for written in (IMAGES, EVAL_RESULTS):
+        names += [f"{written}/{path.name}" for path in (folder / written).glob("*")]
     return {name: folder / name for name in sorted(names)}
 
 
@@ -196,7 +200,9 @@ def outdated_files(
         record_file = api.hf_hub_download(repo, RECORD, revision=commit, cache_dir=cache)
         before = json.loads(Path(record_file).read_text()).get("files", {})
     return [
-        name for name in published if name not in files and (name in before or name.startswith(f"{IMAGES}/"))
+        name
+        for name in published
+        if name not in files and (name in before or name.startswith((f"{IMAGES}/", f"{EVAL_RESULTS}/")))
     ]
 
 

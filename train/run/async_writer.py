@@ -14,6 +14,8 @@ from concurrent import futures
 import torch
 from torch import nn
 
+from train.device import has_streams, on_stream
+
 
 class Snapshot:
     """Weights and moments at one moment, in CPU memory that is allocated once, before training.
@@ -31,7 +33,7 @@ class Snapshot:
         """
         self.buffers: dict[tuple, torch.Tensor] = {}
         device = next(model.parameters()).device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.get_device_module(device).Stream(device) if has_streams(device) else None
         for name, tensor in model.state_dict().items():
             self._buffer("weights", name, tensor)
         # Numbered as in the optimizer's state_dict, which is still empty before the first step.
@@ -50,10 +52,11 @@ class Snapshot:
         weights, state = model.state_dict(), optimizer.state_dict()
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in weights}
         weights |= {name: buffer.to("cpu", copy=True) for name, buffer in buffers.items()}
-        written = torch.cuda.current_stream(self.stream.device).record_event() if self.stream else None
+        device = self.stream.device if self.stream else None
+        written = torch.get_device_module(device).current_stream(device).record_event() if device else None
 
         def copy() -> tuple[dict, dict]:
-            with torch.cuda.stream(self.stream):
+            with on_stream(self.stream):
                 if self.stream:
                     self.stream.wait_event(written)
                 copied_weights = self._copied("weights", weights)

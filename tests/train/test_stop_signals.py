@@ -1,0 +1,57 @@
+"""SIGTERM and SIGINT end a run with a checkpoint, wherever they arrive: the process, its group, torchrun."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command, environment
+from runs import flags, metrics, newest, recipe, state_of, status_of
+
+
+def started(arguments: list[str], run: Path, ranks: int) -> subprocess.Popen:
+    """The command in a process group of its own, once it has logged a step."""
+    process = subprocess.Popen(
+        command(*arguments, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").is_file() and any("train/loss" in line for line in metrics(run))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("ranks", "whom", "number"),
+    [
+        (0, "process", signal.SIGTERM),
+        (0, "group", signal.SIGTERM),
+        (0, "group", signal.SIGINT),
+        (2, "process", signal.SIGTERM),
+        pytest.param(2, "group", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_a_signal_saves_a_checkpoint(tiny_model, icon_shards, tmp_path, ranks, whom, number):
+    run = tmp_path / "run"
+    plan = recipe(tiny_model, icon_shards, run, workers=2, epochs=400, save_every_minutes=60)
+    process = started(flags(plan, tmp_path / "recipe.yaml"), run, ranks)
+    (os.kill if whom == "process" else os.killpg)(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    status = status_of(run)
+    assert status["state"] == "stopped", output
+    assert state_of(newest(run))["samples"] == status["samples"] > 0
+    assert "stopped after" in output
+    assert "killed" not in output
+    if ranks == 0:
+        assert process.returncode == 0, output
+        assert "Traceback" not in output
