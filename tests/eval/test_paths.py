@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import expect, opened
@@ -159,6 +160,25 @@ def test_a_folder_of_images_is_named_by_paths(photos, tiny_model, tmp_path):
     (photos / "bad.png").unlink()
     assert set(Index(tmp_path / "index").paths) == files_of(photos)
     assert [row["path"] for row in rows_of(tmp_path / "index" / "unreadable.csv")] == ["bad.png"]
+
+
+def test_files_in_a_table_keep_the_paths_that_they_had(photos, tiny_model, tmp_path, capsys):
+    """As data sets on the Hugging Face hub: the row is the image's path, and its file's name is a column."""
+    names = ["0.png", "deep/near.png", f"{photos}/deep/ten é.png"]
+    cells = [{"bytes": (photos / name).read_bytes(), "path": name} for name in names]
+    rows = pa.table({"image": cells, "caption": ["a", "b", "c"]})
+    pq.write_table(rows, tmp_path / "table.parquet")
+    split = Splitting(0, 0)
+    build([str(tmp_path / "table.parquet")], tmp_path / "shards", split=split, parallelism=Parallelism(1))
+    embed(tiny_model, tmp_path / "shards", tmp_path / "index", inference=HERE)
+    found = Index(tmp_path / "index").rows(range(3))
+    assert {row["path"]: row["columns"]["image.path"] for row in found} == {
+        "table.parquet#1": "0.png",
+        "table.parquet#2": "deep/near.png",
+        "table.parquet#3": "ten é.png",  # an absolute path would name the builder's home
+    }
+    search(tmp_path / "index", text="b", filter=("image.path=deep/near.png",))
+    assert "table.parquet#2" in capsys.readouterr().out
 
 
 def test_old_shards_and_indexes_without_paths_open(index, tiny_model, tmp_path, capsys):
