@@ -12,11 +12,11 @@ PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 env: .venv/installed
 
-.venv/installed: requirements.txt
+.venv/installed: pyproject.toml $(wildcard requirements*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or newer, this is %s: make PYTHON=python3.12" % sys.version.split()[0])'
 	@$(PYTHON) -m venv .venv || { echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "installing: about 5 GB, most of it CUDA libraries that come with torch; one to five minutes"
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[all,test]'
 	@touch $@
 
 $(DATA)/icons.csv: | .venv/installed

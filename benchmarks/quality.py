@@ -27,6 +27,7 @@ from benchmarks.quality_table import SHOWN, page
 from data_prep.build.options import cores
 from data_prep.cli import CONFIG
 from data_prep.errors import Fault, UserError, exit_on_user_error
+from data_prep.rooms import environment
 from data_prep.shards import Shards
 from eval.compare.wise_ft import mix
 from eval.embed import Embedded, embed, embed_images, embed_texts, load_for_eval
@@ -42,7 +43,7 @@ from eval.retrieval.score import (
     queries_file,
     write_json,
 )
-from train.bench.peer import ENVIRONMENT, their_words
+from train.bench.peer import their_words
 from train.data.order import Order
 from train.model.clip import Clip, load
 from train.recipe import Recipe, parse
@@ -243,7 +244,7 @@ def theirs(recipe: Recipe, warmup: float, folder: Path) -> None:
     words += [str(word) for flag, value in more.items() for word in (f"--{flag}", value)]
     shutil.rmtree(folder / "theirs", ignore_errors=True)  # it does not write where it wrote before
     done = subprocess.run(
-        words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode:
         raise Fault(f"{' '.join(words)}\nended with {done.returncode}:\n{done.stdout[-2000:]}")

@@ -50,6 +50,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_output(option: str, path: Path, is_folder: bool = False) -> None:
+    """Refuse a place that cannot be written to, before the work that would be lost.
+
+    Args:
+        option: that was passed, for the message: "--json".
+        is_folder: the path is of a folder to write files to.
+
+    Raises:
+        UserError: what is there is of another kind, or no file can be made there.
+    """
+    wanted, exists = ("a folder", path.is_dir()) if is_folder else ("a file", path.is_file())
+    if path.exists() and not exists:  # a device would be replaced by a file
+        found = "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or pipe"
+        raise UserError(f"{option} {path}: is {found}; pass the path of {wanted}")
+    parent = path if is_folder and exists else next(each for each in path.absolute().parents if each.exists())
+    if not parent.is_dir():
+        raise UserError(f"{option} {path}: {parent} is a file, not a folder; pass another path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: no permission to write in {parent}; pass another path")
+
+
 def check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
     """Refuse to replace an existing `path`, unless `overwrite` is set and `path` contains the file `mark`.
 

@@ -9,18 +9,29 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import tyro
 
+from data_prep.atomic import check_output
 from data_prep.errors import UserError
+from data_prep.rooms import importable
 
 # Switches are switches (--overwrite), and no flag carries the name of the dataclass that it belongs to.
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 # A parameter without a flag: what follows `--` on the command line, for another command.
 Rest = tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Marks a parameter that a command writes to: run_command checks the place before the command starts."""
+
+    is_folder: bool = False
+
 
 # What help calls the things that commands take.
 Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
@@ -33,6 +44,10 @@ File = Annotated[Path, tyro.conf.arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 OptionalFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
+OutputFile = Annotated[Path, tyro.conf.arg(metavar="FILE"), Output()]
+OptionalOutputFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE"), Output()]
+OutputFolder = Annotated[Path, tyro.conf.arg(metavar="FOLDER"), Output(is_folder=True)]
+OptionalOutputFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER"), Output(is_folder=True)]
 OptionalShards = Annotated[Path | None, tyro.conf.arg(metavar="SHARDS")]
 
 
@@ -47,7 +62,42 @@ def run_command(
         guide: text above the options in --help; the docstring of `command` by default.
     """
     arguments = with_quoted_options(sys.argv[1:] if arguments is None else arguments)
-    return tyro.cli(command, prog=prog, args=arguments, description=guide, config=CONFIG)
+    return tyro.cli(
+        with_checked_outputs(command), prog=prog, args=arguments, description=guide, config=CONFIG
+    )
+
+
+def with_checked_outputs(command: Callable) -> Callable:
+    """`command`, refusing what it could not write to at the end.
+
+    Raises:
+        UserError: a place cannot be written to, or two outputs are one file.
+    """
+    function = command.func if isinstance(command, functools.partial) else command
+    outputs = {
+        name: mark
+        for name, hint in get_type_hints(function, include_extras=True).items()
+        for mark in getattr(hint, "__metadata__", ())
+        if isinstance(mark, Output)
+    }
+    if not outputs:
+        return command
+
+    @functools.wraps(command)
+    def checked(**options):
+        files: dict[Path, str] = {}
+        for name, mark in outputs.items():
+            if (path := options.get(name)) is None:
+                continue
+            option = f"--{name.replace('_', '-')}"
+            check_output(option, path, mark.is_folder)
+            if other := files.get(path.absolute()):
+                raise UserError(f"{other} and {option}: both are {path}; pass two files")
+            if not mark.is_folder:
+                files[path.absolute()] = option
+        return command(**options)
+
+    return checked
 
 
 def with_quoted_options(arguments: list[str]) -> list[str]:
@@ -86,12 +136,17 @@ def run_commands(prog: str, guide: str, commands: dict[str, str], rest: str = ""
     known = name.replace("_", "-")
     if known not in commands:
         raise UserError(f"{prog} {name}: no such command; it can be {', '.join(commands)}")
-    module, _, function = commands[known].partition(":")
-    command = getattr(importlib.import_module(module), function)
+    run_place(commands[known], f"{prog} {known}", arguments, rest)
+
+
+def run_place(place: str, prog: str, arguments: list[str], rest: str = "") -> None:
+    """Run the function at "module:function"; the rest is as in run_commands."""
+    module, _, function = place.partition(":")
+    command = getattr(importlib.import_module(importable(module)), function)
     if rest and "--" in arguments:
         if rest not in inspect.signature(command).parameters:
-            raise UserError(f"{prog} {known}: takes nothing after --")
+            raise UserError(f"{prog}: takes nothing after --")
         end = arguments.index("--")
         command = functools.partial(command, **{rest: tuple(arguments[end + 1 :])})
         arguments = arguments[:end]
-    run_command(command, f"{prog} {known}", arguments)
+    run_command(command, prog, arguments)

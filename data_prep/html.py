@@ -14,6 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from data_prep.atomic import atomic_file
+from data_prep.tables import MAX_UNBROKEN
 
 TEMPLATES = Path(__file__).parent / "templates"  # page.html, the frame of all pages, and macros.html
 
@@ -29,7 +30,13 @@ def render(template: Path, **values: object) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["has_long_word"] = has_long_word
     return environment.get_template(template.name).render(**values)
+
+
+def has_long_word(text: str) -> bool:
+    """Whether a table's cell must break within a word to fit a phone; others break between words only."""
+    return max(map(len, text.split()), default=0) > MAX_UNBROKEN
 
 
 def write_page(path: Path, template: Path, **values: object) -> None:

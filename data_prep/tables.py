@@ -1,6 +1,52 @@
-"""One way to print a table: Markdown with padded columns, readable in a terminal and in a document."""
+"""One way to print a table: Markdown with padded columns, readable in a terminal and in a document.
+
+A result of several tables and sentences is a list of parts: text_of() joins them for a terminal, the macro
+`parts` of templates/macros.html shows them on a page.
+"""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+PHONE_CHARACTERS, MAX_UNBROKEN = 56, 16  # of a table on a window of 390 px; longer words break there
+
+
+class Table(NamedTuple):
+    """A table; as text it is Markdown.
+
+    Attributes:
+        columns: titles; the first one names the table.
+        rows: cells as text, as many in each row as there are titles.
+        left: number of columns that are aligned left.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+    def __str__(self) -> str:
+        return markdown_table(*self)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it does not fit a phone, although cells break before intervals, and long ones at spaces."""
+        _, *columns = zip(self.columns, *self.rows, strict=True)
+        widths = [max(map(_unbroken, column)) for column in columns]
+        return MAX_UNBROKEN + sum(2 + width for width in widths) > PHONE_CHARACTERS
+
+
+def _unbroken(cell: str) -> int:
+    """Characters of the longest part of a cell that stays on one line."""
+    parts = [
+        word
+        for part in cell.partition(" [")[::2]
+        for word in ([part] if len(part) <= MAX_UNBROKEN else part.split())
+    ]
+    return min(max(map(len, parts)), MAX_UNBROKEN)
+
+
+def text_of(parts: Iterable[str | Table]) -> str:
+    """Tables and sentences, a blank line between them."""
+    return "\n\n".join(text for part in parts if (text := str(part)))
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

@@ -14,6 +14,7 @@ import tyro
 
 from data_prep.cli import File, Folder, RecipeFile, Rest, Run, Shards
 from data_prep.errors import UserError
+from data_prep.rooms import ROOMS, importable
 from slurm.queue import record_job
 from slurm.script import LOGS, Resources, assign, assign_list, render_script, sbatch, write_script
 from slurm.site import SITE, Site, read_site
@@ -33,7 +34,7 @@ def job(
     dry_run: bool = False,
     flags: Rest = (),
 ) -> str:
-    """Submit any other command of the project. It follows `--`, without `python -m`.
+    """Submit any other command of the project. It follows `--`, as after `cliptune` or after `python -m`.
 
     With GPUs, torchrun starts one process for each; without, it is one Python process.
 
@@ -171,7 +172,7 @@ def submit_command(
     resumes: bool = False,
     dry_run: bool = False,
 ) -> str:
-    """Submit one command of the project, without `python -m`; see `job`.
+    """Submit one command of the project, as typed after `cliptune` or `python -m`; see `job`.
 
     Returns:
         The job's number.
@@ -179,7 +180,7 @@ def submit_command(
     settings = [
         assign("RESUMES", "yes" if resumes else "no"),
         assign("TORCHRUN", "yes" if resources.gpus else "no"),
-        assign_list("COMMAND", list(words)),
+        assign_list("COMMAND", module_and_arguments(words)),
     ]
     path = folder / LOGS / f"{name}.sbatch"
     write_script(render_script("job.sbatch", name, folder / LOGS, resources, site, settings, array), path)
@@ -187,3 +188,11 @@ def submit_command(
     if not dry_run:
         record_job(folder, number, name)
     return number
+
+
+def module_and_arguments(words: Sequence[object]) -> list:
+    """What follows `python -m` in a job: a module of a room as it is typed, else a command of `cliptune`."""
+    name = str(words[0])
+    if name in ROOMS or "." in name:
+        return [importable(name), *words[1:]]
+    return [*([] if name == "cliptune" else ["cliptune"]), *words]

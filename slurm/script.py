@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
+from data_prep.rooms import CLONE
 from slurm.site import Site
 
 HERE = Path(__file__).parent
@@ -65,7 +66,7 @@ def render_script(
         UserError: an option contains a line break.
     """
     variables = [
-        f"cd {shlex.quote(str(HERE.parent))}",
+        f"cd {shlex.quote(str(CLONE or Path.cwd()))}",  # where `python -m` finds the rooms
         *(f"export {assign(key, value)}" for key, value in site.environment.items()),
         *site.setup,
         assign("PYTHON", site.interpreter),

@@ -12,10 +12,11 @@ import tyro
 
 from data_prep.cli import File, RecipeFile, Rest, Run, Runs, Shards
 from data_prep.errors import UserError
+from data_prep.rooms import importable
 from slurm.queue import active_jobs, record_job
 from slurm.script import LOGS, Resources, assign, assign_list, render_script, sbatch, write_script
 from slurm.site import SITE, read_site
-from train.recipe import Recipe, parse
+from train.recipe import Recipe, parse, recipe_file
 from train.tune.grid import expand_grid
 
 JobNumbers = Annotated[tuple[str, ...], tyro.conf.arg(metavar="JOB [JOB ...]")]
@@ -46,7 +47,7 @@ def submit(
           --time 12:00:00 -- --optim.lr 1e-5 --micro-batch-size 32
 
     Args:
-        recipe: YAML recipe; the job reads a copy of it.
+        recipe: YAML recipe, or the name of one of the project; the job reads a copy of it.
         run: Run folder; scripts and logs are in RUN/slurm.
         data: Folder of shards; with --after it may be created by an earlier job.
         after: Numbers of jobs that must succeed first.
@@ -208,17 +209,17 @@ def common_settings(data: Path, stage: str, module: str, requeue: bool) -> list[
     return [
         assign("DATA", data),
         f'STAGE="{stage}"',  # in double quotes, so that $TMPDIR is expanded on the node
-        assign("MODULE", module),
+        assign("MODULE", importable(module)),
         assign("REQUEUE", "yes" if requeue else "no"),
     ]
 
 
 def copy_recipe(recipe: Path, run: Path) -> Path:
     """Copy the recipe into the run folder: a later edit of the original must not change a waiting job."""
-    copy = run / LOGS / "recipe.yaml"
+    original, copy = recipe_file(recipe), run / LOGS / "recipe.yaml"
     copy.parent.mkdir(parents=True, exist_ok=True)
-    if recipe.absolute() != copy:
-        shutil.copyfile(recipe, copy)
+    if original.absolute() != copy:
+        shutil.copyfile(original, copy)
     return copy
 
 

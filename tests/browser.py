@@ -88,6 +88,58 @@ def overflow_px(page: Page) -> int:
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
+def sideways_scrollers(page: Page) -> list[str]:
+    """Elements within the page that scroll sideways."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll("body *")]
+          .filter((element) => /auto|scroll/.test(getComputedStyle(element).overflowX))
+          .filter((element) => element.scrollWidth > element.clientWidth)
+          .map((element) => element.outerHTML.slice(0, 100))"""
+    )
+
+
+LOW_CONTRAST = """(least) => {
+  const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const parse = (color) => {  // [r, g, b, alpha], each in [0, 1]
+    context.clearRect(0, 0, 1, 1);
+    context.fillStyle = color;
+    context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data].map((value) => value / 255);
+  };
+  const over = ([r, g, b, alpha], below) =>
+    [r, g, b].map((value, n) => value * alpha + below[n] * (1 - alpha));
+  const linear = (value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const contrast = (one, two) => {
+    const [dark, light] = [luminance(one), luminance(two)].sort((a, b) => a - b);
+    return (light + 0.05) / (dark + 0.05);
+  };
+  const probe = document.body.appendChild(document.createElement("i"));
+  probe.style.background = "Canvas";
+  const canvas = parse(getComputedStyle(probe).backgroundColor).slice(0, 3);
+  probe.remove();
+  const backgroundOf = (element) => element
+    ? over(parse(getComputedStyle(element).backgroundColor), backgroundOf(element.parentElement)) : canvas;
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  for (let node; node = walker.nextNode();) {
+    const element = node.parentElement;
+    if (!node.data.trim() || element.closest("svg, script, style, :disabled")) continue;
+    if (!element.checkVisibility({ visibilityProperty: true })) continue;
+    const background = backgroundOf(element), [r, g, b, alpha] = parse(getComputedStyle(element).color);
+    let opacity = alpha;
+    for (let up = element; up; up = up.parentElement) opacity *= getComputedStyle(up).opacity;
+    const reached = contrast(over([r, g, b, opacity], background), background);
+    if (reached < least) found.push(`${reached.toFixed(2)}: ${node.data.trim().slice(0, 60)}`);
+  }
+  return found;
+}"""
+
+
+def low_contrast(page: Page, least: float = 4.5) -> list[str]:
+    """Visible texts with less contrast to their background than WCAG 2 asks for, outside of plots."""
+    return page.evaluate(LOW_CONTRAST, least)
+
+
 def screenshot(page: Page, path: Path) -> None:
     """A PNG of what the window shows, in 256 colors to keep it small."""
     page.wait_for_load_state("networkidle")

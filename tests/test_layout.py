@@ -1,5 +1,6 @@
-"""The rooms: data_prep <- train <- eval <- slurm. Imports point left, leaves are imported by commands alone,
-and one module of training takes optimizer steps.
+"""The rooms: data_prep <- train <- eval <- slurm, and cliptune, which offers them as one command and one
+package. Imports point left, leaves are imported by commands alone, and one module of training takes optimizer
+steps.
 """
 
 import ast
@@ -11,9 +12,10 @@ import open_clip
 import pytest
 from conftest import ROOT
 
+import data_prep.rooms
 import train.model.source
 
-ROOMS = ["data_prep", "train", "eval", "slurm"]
+ROOMS = ["data_prep", "train", "eval", "slurm", "cliptune"]
 MODULES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 SUB_ROOMS = sorted({path.parent for path in MODULES})
 # The commands with an import from the right.
@@ -77,6 +79,15 @@ def test_imports_point_left(path):
     assert rooms <= {*allowed, *(["eval"] if path in COMPOSE else [])}
 
 
+def test_an_example_imports_what_its_user_has():
+    for path in (ROOT / "examples").glob("*.py"):
+        assert {name.split(".")[0] for name in imported(path.read_text())} & set(ROOMS) == {"cliptune"}
+
+
+def test_the_rooms_know_their_names():
+    assert [room for room in ROOMS if room not in data_prep.rooms.ROOMS] == ["cliptune"]
+
+
 @pytest.mark.parametrize("path", COMPOSE, ids=str)
 def test_two_commands_of_training_import_one_module_of_eval(path):
     assert imported_modules((ROOT / path).read_text(), "eval") == {"eval.validation"}
@@ -120,6 +131,8 @@ def test_the_rules_see_what_they_forbid():
 def test_a_sub_room_says_in_one_line_what_its_subject_is(path):
     tree = ast.parse((ROOT / path / "__init__.py").read_text())
     assert len(ast.get_docstring(tree).splitlines()) == 1
+    if str(path) == "cliptune":
+        return  # the API
     code = 1 if str(path) == "data_prep" else 0  # what must be imported first
     assert len(tree.body) == 1 + code, "a package holds its docstring and nothing else"
 

@@ -43,6 +43,7 @@ def main() -> None:
 def summary(run: "Run") -> str:
     """What to know and do at the end of a run, or when it was stopped."""
     from train.retain.select import TRAINED, prefix
+    from train.run.trackers import SHOW
 
     recipe_file = run.folder / "recipe.yaml"
     status = json.loads((run.folder / "status.json").read_text())
@@ -65,7 +66,8 @@ def summary(run: "Run") -> str:
                 f" {best['samples']} pairs{name})"
             )
     words.append(f"evaluate: python -m eval retrieval {run.folder} --data {run.recipe.data} --split test")
-    words.append(f"curves:   tensorboard --logdir {run.folder}")
+    shown = [SHOW[name].format(run=run.folder) for name in run.recipe.log if name in SHOW]
+    words += [f"curves:   {' or '.join(shown)}"] if shown else []
     return "\n".join(words)
 
 

@@ -114,3 +114,8 @@ def show_difference(name: str, difference: list[float] | None, p_value: bool = T
     value, low, high = (scale * number for number in difference[:3])
     p = f", p = {difference[3]:.2g}" if p_value else ""
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]{p}"
+
+
+def difference_cells(name: str, difference: list[float] | None) -> list[str]:
+    """A paired difference as the cells of two columns: the difference with its interval, and p."""
+    return [show_difference(name, difference, p_value=False), f"{difference[3]:.2g}" if difference else ""]

@@ -143,6 +143,8 @@ class Recipe:
     workers: int = 4
     """Processes per rank that read and crop images; 0 reads in the training process."""
     log_every_steps: int = 10
+    log: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ("tensorboard",)
+    """What shows the curves: TensorBoard, Trackio, Weights & Biases. RUN/metrics.jsonl is always written."""
     save_every_minutes: float = 15.0
     """A checkpoint is written after each epoch, and when the last one is older than this."""
     keep_checkpoints: int = 2
@@ -162,6 +164,7 @@ RESUME_SAFE = (
     "replay",
     "workers",
     "log_every_steps",
+    "log",
     "save_every_minutes",
     "keep_checkpoints",
 )
@@ -173,7 +176,7 @@ Options = TypeVar("Options")
 
 
 def parse(arguments: list[str], prog: str = "python -m train RECIPE", guide: str | None = None) -> Recipe:
-    """Parse a command line, `[RECIPE.yaml] [--flag value ...]`; tyro prints help and mistakes, and exits.
+    """Parse a command line, `[RECIPE] [--flag value ...]`; tyro prints help and mistakes, and exits.
 
     Args:
         prog: start of the usage line.
@@ -213,8 +216,15 @@ def _as_flags(arguments: list[str]) -> list[str]:
     if {"-h", "--help"} & set(arguments):
         return ["--help"]  # with any recipe, or with the word RECIPE as the usage line has it
     if arguments and not arguments[0].startswith("-"):
-        return [*flags_of(Path(arguments[0])), *arguments[1:]]
+        return [*flags_of(recipe_file(arguments[0])), *arguments[1:]]
     return arguments
+
+
+def recipe_file(recipe: str | Path) -> Path:
+    """The file of a recipe that is typed as a path, or as the name of one of the project: "icons"."""
+    named = RECIPES / f"{recipe}.yaml"
+    by_name = len(Path(recipe).parts) == 1 and named.is_file() and not Path(recipe).is_file()
+    return named if by_name else Path(recipe)
 
 
 def flags_of(path: Path) -> list[str]:
@@ -222,8 +232,8 @@ def flags_of(path: Path) -> list[str]:
     try:
         values = yaml.safe_load(path.read_text())
     except (FileNotFoundError, IsADirectoryError):
-        shipped = ", ".join(f"train/recipes/{recipe.name}" for recipe in sorted(RECIPES.glob("*.yaml")))
-        raise UserError(f"{path}: no such recipe file; the project has {shipped}") from None
+        names = ", ".join(recipe.stem for recipe in sorted(RECIPES.glob("*.yaml")))
+        raise UserError(f"{path}: no such recipe file; pass a file, or one of these names: {names}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):

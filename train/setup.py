@@ -27,6 +27,7 @@ from train.retain.replay import Replay, check_replay
 from train.retain.select import WeightSelector
 from train.run.folder import Run
 from train.run.nonfinite import NonFiniteGuard
+from train.run.trackers import check_installed
 from train.step import TrainState
 from train.world import World
 
@@ -104,6 +105,7 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     if replay_pairs:
         check_replay(recipe, len(replay_pairs), world)
     if run:
+        check_installed(recipe.log)
         run.check_data(pairs.fingerprint)
         run.check_data(replay_pairs and replay_pairs.fingerprint, "replay")
         for shards in filter(None, (pairs, replay_pairs)):

@@ -1,4 +1,4 @@
-"""The processes that train together: one without torchrun, else one per GPU (NCCL, XCCL), or on CPUs (gloo)."""
+"""Processes that train together: one without torchrun, else one per GPU (NCCL, XCCL), or on CPUs (gloo)."""
 
 import os
 import re

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.cli import Model, OptionalFile, OptionalFolder
+from data_prep.cli import Model, OptionalFile, OptionalOutputFile, OptionalOutputFolder, OutputFolder
 from data_prep.errors import UserError
 from eval.options import INFERENCE, TABLE, Inference, LabelledTable, Split
 
@@ -26,8 +26,8 @@ def zeroshot(
     parents: OptionalFile = None,
     image: OptionalImage = None,
     captions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CAPTION [CAPTION ...]")] = (),
-    json: OptionalFile = None,
-    out: OptionalFolder = None,
+    json: OptionalOutputFile = None,
+    out: OptionalOutputFolder = None,
     inference: Inference = INFERENCE,
 ) -> None:
     """Classify images with the text features of their class names; or compare one image with captions.
@@ -61,6 +61,7 @@ def zeroshot(
         raise UserError("no MODEL given; pass NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder")
     if (data is None) == (image is None) or bool(captions) != bool(image):
         raise UserError("pass either --data DATA, or --image IMAGE with --captions")
+    from data_prep.tables import text_of
     from eval.classify import caption_match, zeroshot, zeroshot_page
     from eval.retrieval.score import write_json
     from train.world import joined_world
@@ -74,7 +75,7 @@ def zeroshot(
                 lambda: zeroshot.read_task(data, split, table, names, templates, parents)
             )
             result = {"models": zeroshot.evaluate_models(models, task, inference, world, out)}
-            text = zeroshot_page.table(result["models"])
+            text = text_of(zeroshot_page.result_parts(result["models"]))
         if world.is_first:
             print(text)
             if json:
@@ -91,10 +92,10 @@ def linear_probe(
     table: LabelledTable = TABLE,
     names: str = "",
     templates: str = "simple",
-    cache: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs/features"),
-    out: OptionalFolder = None,
-    json: OptionalFile = None,
-    page: OptionalFile = None,
+    cache: OutputFolder = Path("runs/features"),
+    out: OptionalOutputFolder = None,
+    json: OptionalOutputFile = None,
+    page: OptionalOutputFile = None,
     inference: Inference = INFERENCE,
 ) -> None:
     """Train a linear probe and a small MLP on the frozen features of a model; compare both with zero-shot.
@@ -122,6 +123,7 @@ def linear_probe(
         page: HTML file to write: the table and validation curves; a PNG of the curves is written beside it.
         inference: How the model is run.
     """
+    from data_prep.tables import text_of
     from eval.classify import linear_probe, linear_probe_page
     from eval.retrieval.score import write_json
     from train.world import joined_world
@@ -135,7 +137,7 @@ def linear_probe(
         result, heads = linear_probe.evaluate_heads(model, task, inference, world, cache)
         if not world.is_first:
             return
-        print(linear_probe_page.table(result))
+        print(text_of(linear_probe_page.result_parts(result)))
         if out:
             for head in heads:
                 head.save(out)

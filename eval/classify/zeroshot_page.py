@@ -6,23 +6,24 @@ import numpy as np
 
 from data_prep.html import data_uri
 from data_prep.html import write_page as write_html
-from data_prep.tables import markdown_table, percent
+from data_prep.tables import Table, percent
 from eval.classify.features import checked
 from eval.classify.labelled import Labelled
 from eval.classify.metrics import NAMES, TOP, Mistake
+from eval.report.names import with_display_names
 from eval.report.plots import matrix, svg, write_png
 from train.data.decode import decode
 from train.metrics import METRICS, show, show_difference, show_of
 
 TEMPLATE = Path(__file__).with_name("zeroshot.html")
-SIDE_PX, MOST_LISTED = 96, 5
+SIDE_PX, MOST_LISTED = 128, 5
 
 
 def write_page(
     path: Path, result: dict, confusion: np.ndarray, mistakes: list[Mistake], data: Labelled
 ) -> None:
     """Write the page of one model's result, and its confusion matrix, float [C, C], as a PNG beside it."""
-    figure = matrix(confusion, data.classes)
+    (shown,), figure = with_display_names([result]), matrix(confusion, data.classes)
     examples = [
         {
             "image": data_uri(decode(checked(data.read(mistake.number))), SIDE_PX),
@@ -35,16 +36,16 @@ def write_page(
     write_html(
         path,
         TEMPLATE,
-        title=f"Zero-shot classification by {result['model']}",
+        title=f"Zero-shot classification by {shown['model']}",
         drawing=svg(figure),
-        table=table([result]),
+        parts=result_parts([shown]),
         mistakes=examples,
-        classes=class_rows(result, confusion, data.classes),
+        classes=class_table(result, confusion, data.classes),
     )
     write_png(path.with_suffix(".png"), figure)
 
 
-def class_rows(result: dict, confusion: np.ndarray, classes: list[str]) -> list[list[str]]:
+def class_table(result: dict, confusion: np.ndarray, classes: list[str]) -> Table:
     """Class, images, recall, F1, most frequent wrong prediction; lowest recall first, empty classes last."""
     rows = []
     for name, values in sorted(
@@ -54,29 +55,28 @@ def class_rows(result: dict, confusion: np.ndarray, classes: list[str]) -> list[
         wrong[classes.index(name)] = 0
         most = f"{classes[wrong.argmax()]} ({wrong.max():.4g})" if wrong.max() else ""
         rows.append([name, str(values["n"]), percent(values["recall"]), percent(values["f1"]), most])
-    return rows
+    return Table(["class", "images", "recall, %", "F1, %", "most frequent wrong prediction"], rows)
 
 
-def table(results: list[dict]) -> str:
-    """Results on the same data for the terminal, side by side; the first model is the baseline."""
+def result_parts(results: list[dict]) -> list[str | Table]:
+    """Results on the same data, side by side; the first model is the baseline."""
     first = results[0]
-    lines = [
+    data = (
         f"{first['n_images']} images, {first['n_classes']} classes ({first['data']});"
-        f" templates: {first['templates']}",
-        *skipped_images(first, "scored"),
-        "",
-    ]
+        f" templates: {first['templates']}"
+    )
+    parts: list[str | Table] = ["\n".join([data, *skipped_images(first, "scored")])]
     for level in ("", "parent", "child"):
         at_level = [result[level] if level else result for result in results if not level or level in result]
         if not at_level:
             continue
         if level:
-            lines.append(
-                f"{level} level, {at_level[0]['n_images']} images, {at_level[0]['n_classes']} classes\n"
+            parts.append(
+                f"{level} level, {at_level[0]['n_images']} images, {at_level[0]['n_classes']} classes"
             )
         columns = [result["model"] for result in results]
-        lines += [metric_table(dict(zip(columns, at_level, strict=True))), ""]
-    lines += notes(first["n_classes"], first["metrics"])
+        parts.append(metric_table(dict(zip(columns, at_level, strict=True))))
+    lines = notes(first["n_classes"], first["metrics"])
     if any(result["metrics"]["tie_rate"] for result in results):
         rates = ", ".join(f"{result['metrics']['tie_rate']:.1%}" for result in results)
         lines.append(f"tied for the first place, counted in expectation: {rates}")
@@ -84,10 +84,10 @@ def table(results: list[dict]) -> str:
         difference = show_difference("top1", result["difference"])
         lines.append(f"{result['model']}: top-1 minus that of {first['model']}, in points: {difference}")
     weights = ", ".join(result["weights_sha256"][:12] for result in results)
-    return "\n".join([*lines, f"weights: {weights}  data: {first['data_sha256'][:12]}"])
+    return [*parts, "\n".join([*lines, f"weights: {weights}  data: {first['data_sha256'][:12]}"])]
 
 
-def metric_table(results: dict[str, dict]) -> str:
+def metric_table(results: dict[str, dict]) -> Table:
     """Metrics with 95 % intervals, a column for each of the results; "chance" is that of the first.
 
     Args:
@@ -103,7 +103,7 @@ def metric_table(results: dict[str, dict]) -> str:
         for name in NAMES
         if name in first
     ]
-    return markdown_table(["metric [95 % interval]", "chance", *results], rows)
+    return Table(["metric [95 % interval]", "chance", *results], rows)
 
 
 def skipped_images(result: dict, use: str) -> list[str]:

@@ -4,19 +4,19 @@ from typing import Annotated, Literal
 
 import tyro
 
-from data_prep.cli import File, Index, OptionalFile
+from data_prep.cli import Index, OptionalOutputFile, OutputFile
 from data_prep.errors import UserError
 
 
 def cluster(
     index: Annotated[Index, tyro.conf.Positional],
-    page: File,
+    page: OutputFile,
     k: int | Literal["auto"] = "auto",
     label_column: str = "",
     threshold: float = 0.97,
-    csv: OptionalFile = None,
-    pairs: OptionalFile = None,
-    json: OptionalFile = None,
+    csv: OptionalOutputFile = None,
+    pairs: OptionalOutputFile = None,
+    json: OptionalOutputFile = None,
 ) -> None:
     """Cluster the images of an index: named clusters, a map and near duplicates on one page.
 

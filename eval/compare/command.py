@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.cli import Folder, OptionalFile, OptionalShards, Shards
+from data_prep.cli import OptionalOutputFile, OptionalShards, OutputFolder, Shards
 from data_prep.errors import UserError
 from eval.options import INFERENCE, TABLE, Inference, LabelledTable, Split
 
@@ -19,7 +19,7 @@ def compare(
     models: Models,
     data: Shards,
     split: Split = "test",
-    out: Folder = Path("comparison"),
+    out: OutputFolder = Path("comparison"),
     retention_set: OptionalShards = None,
     retention_split: Split = "test",
     labelled: OptionalData = None,
@@ -93,8 +93,8 @@ def confusion(
     k: int = 9,
     columns: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN [COLUMN ...]")] = ("caption",),
     seed: int = 0,
-    json: OptionalFile = None,
-    page: OptionalFile = None,
+    json: OptionalOutputFile = None,
+    page: OptionalOutputFile = None,
     inference: Inference = INFERENCE,
 ) -> None:
     """Accuracy of each image's caption against k random captions of other groups, and hub captions.
@@ -115,8 +115,9 @@ def confusion(
             first for.
         inference: How models are run.
     """
+    from data_prep.tables import text_of
     from eval.compare.confusion import Questions, ask, questions, read_columns, result_of
-    from eval.compare.confusion_page import confusion_text, write_confusion_page
+    from eval.compare.confusion_page import confusion_parts, write_confusion_page
     from eval.embed import open_shards
     from eval.retrieval.score import write_json
     from train.world import joined_world
@@ -132,7 +133,7 @@ def confusion(
         answers = [ask(model, asked, inference, world) for model in models]
         result = result_of(answers, asked, f"{data}, {split}", k, seed)
         if world.is_first:
-            print(confusion_text(result))
+            print(text_of(confusion_parts(result)))
             if json:
                 write_json(json, result)
             if page:

@@ -252,17 +252,21 @@ def largest_changes(first: Evaluated, second: Evaluated) -> tuple[list[Change], 
     before, after = (model.queries.values.get(name) for model in (first, second))
     if before is None or after is None:
         return [], []
-    captions, embedded = first.embedded.captions, second.embedded
+    captions = first.embedded.captions
     relevant_image = captions.first_image()
     gain = np.log(before) - np.log(after)
     order = np.argsort(-gain, kind="stable")
+
+    def first_image(embedded: Embedded, text: int) -> int:
+        return int((embedded.image_features @ embedded.text_features[text]).argmax())
 
     def changes(texts: np.ndarray) -> list[Change]:
         return [
             Change(
                 captions.texts[text],
                 int(relevant_image[text]),
-                int((embedded.image_features @ embedded.text_features[text]).argmax()),
+                first_image(first.embedded, text),
+                first_image(second.embedded, text),
                 float(before[text]),
                 float(after[text]),
             )

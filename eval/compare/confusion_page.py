@@ -1,22 +1,21 @@
-"""Caption confusion as text and as a page: accuracy, heatmaps of several models, hub captions."""
+"""Caption confusion as tables and as a page: accuracy, heatmaps of several models, hub captions."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.html import write_page
 from data_prep.shards import Shards
-from data_prep.tables import markdown_table
+from data_prep.tables import Table
 from eval.report.images import Thumbnail, thumbnail
+from eval.report.names import with_display_names
 from eval.report.plots import heatmaps as heatmap_plot
 from eval.report.plots import write_png
 
 MAX_LISTED = 5
 
 
-def confusion_text(result: dict) -> str:
-    """The result as text: chance and the models in rows, accuracy and its expectation for each column of
-    texts.
-    """
+def confusion_parts(result: dict) -> list[str | Table]:
+    """Chance and the models in rows, accuracy and its expectation for each column of texts; and hubs."""
     k = result["k"]
     lines = [
         f"{result['n_images']} images ({result['data']}), the text of each against {k} of other groups, seed"
@@ -46,7 +45,7 @@ def confusion_text(result: dict) -> str:
     for model in result["models"]:
         names = [f"{hub['caption']!r} {hub['wrong_firsts']:.4g}" for hub in model["hubs"][:3]]
         hubs.append(f"  {model['model']}: {', '.join(names) or 'none'}")
-    return "\n\n".join(["\n".join(lines), markdown_table(titles, rows), "\n".join(hubs)])
+    return ["\n".join(lines), Table(titles, rows), "\n".join(hubs)]
 
 
 def _percent_interval(score: dict[str, float]) -> str:
@@ -87,6 +86,7 @@ def heatmap_values(result: dict, shards: Shards) -> dict:
 
 def write_confusion_page(path: Path, result: dict, shards: Shards) -> None:
     """Write the page of a result of eval.compare.confusion, and its heatmaps as a PNG beside it."""
+    result = {**result, "models": with_display_names(result["models"])}
     hubs = [
         [
             Hub(hub["caption"], hub["wrong_firsts"], [thumbnail(shards, number) for number in hub["images"]])
@@ -98,7 +98,7 @@ def write_confusion_page(path: Path, result: dict, shards: Shards) -> None:
         path,
         Path(__file__).with_name("confusion.html"),
         title="Caption confusion",
-        text=confusion_text(result),
+        parts=confusion_parts(result),
         heatmaps=heatmap_values(result, shards),
         hubs=list(zip([model["model"] for model in result["models"]], hubs, strict=True)),
     )

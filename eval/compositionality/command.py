@@ -4,7 +4,7 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.cli import Model, OptionalFile, OptionalShards
+from data_prep.cli import Model, OptionalOutputFile, OptionalShards
 from data_prep.errors import UserError
 from eval.options import INFERENCE, Inference, Split
 
@@ -15,8 +15,8 @@ def compositionality(
     split: Split = "test",
     n: int = 10,
     seed: int = 0,
-    json: OptionalFile = None,
-    page: OptionalFile = None,
+    json: OptionalOutputFile = None,
+    page: OptionalOutputFile = None,
     inference: Inference = INFERENCE,
 ) -> None:
     """Counting, color-shape binding and relations on drawings, and swapped words in your own captions.
@@ -34,7 +34,8 @@ def compositionality(
         page: HTML file to write: the tables, and examples of the drawings.
         inference: How models are run.
     """
-    from eval.compositionality.page import result_text, write_compositionality_page
+    from data_prep.tables import text_of
+    from eval.compositionality.page import result_parts, write_compositionality_page
     from eval.compositionality.score import draw, evaluate_drawings, evaluate_swaps
     from eval.compositionality.swaps import swaps_of
     from eval.embed import load_for_eval, open_shards
@@ -57,7 +58,7 @@ def compositionality(
             result |= {"data": f"{data}, {split}", "data_sha256": shards.fingerprint}
             result["swaps"] = evaluate_swaps(clip, shards, swaps, world, inference)
         if world.is_first:
-            print(result_text(result))
+            print(text_of(result_parts(result)))
             if json:
                 write_json(json, result)
             if page:

@@ -1,4 +1,4 @@
-"""The result of compositionality as text, chance beside each figure, and as a page with examples of the
+"""The result of compositionality as tables, chance beside each figure, and as a page with examples of the
 drawings.
 """
 
@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep.html import data_uri, write_page
-from data_prep.tables import markdown_table
+from data_prep.tables import Table
 from eval.compositionality.drawings import render
 from eval.compositionality.score import Drawings
 from eval.compositionality.swaps import Swap
+from eval.report.names import with_display_names
 
 PAIR_CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "text_accuracy": 1 / 2, "image_accuracy": 1 / 2}
 COUNT_CHANCE = {"accuracy": 1 / 10, "mean_absolute_error": 3.3}  # of random predictions
@@ -21,17 +22,15 @@ NOTES = (
 )
 
 
-def result_text(result: dict) -> str:
+def result_parts(result: dict) -> list[str | Table]:
     """All tables."""
     captions = f"; captions of {result['data']}" if "data" in result else ""
-    return "\n\n".join(
-        [
-            f"{result['model']}, drawings of seed {result['seed']}{captions}",
-            markdown_table(["", "value", "95 % interval", "chance"], _rows(result)),
-            *_count_tables(result),
-            NOTES,
-        ]
-    )
+    return [
+        f"{result['model']}, drawings of seed {result['seed']}{captions}",
+        Table(["", "value", "95 % interval", "chance"], list(_rows(result))),
+        *_count_tables(result),
+        NOTES,
+    ]
 
 
 def _rows(result: dict) -> Iterable[list[str]]:
@@ -59,35 +58,35 @@ def _row(title: str, score: dict[str, float], chance: float, scale: int = 100, u
     return [title, f"{value}{unit}", f"{low} to {high}{unit}", f"{chance}{unit}"]
 
 
-def _count_tables(result: dict) -> Iterable[str]:
+def _count_tables(result: dict) -> Iterable[Table]:
     for constant, scores in result["counting"].items():
         columns = [f"counting, {constant} constant: drawn \\ predicted, %", *map(str, range(1, 11))]
         rows = [
             [str(n), *(f"{100 * share:.0f}" for share in row)] for n, row in enumerate(scores["confusion"], 1)
         ]
-        yield markdown_table(columns, rows)
+        yield Table(columns, rows)
 
 
 def write_compositionality_page(path: Path, result: dict, drawings: Drawings, swaps: list[Swap]) -> None:
     """The tables, the first drawings of each kind, and the first swaps."""
-    examples = []
+    (shown,), examples = with_display_names([result]), []
     for constant in result["counting"]:
         counts = [count for count in drawings.counts if count.constant == constant][:MAX_COUNTS]
-        shown = [(count.scene, count.captions[count.n - 1]) for count in counts]
-        examples.append((f"Counting, {constant} constant", shown))
+        drawn = [(count.scene, count.captions[count.n - 1]) for count in counts]
+        examples.append((f"Counting, {constant} constant", drawn))
     for name, pairs in drawings.pairs.items():
-        shown = [
+        drawn = [
             example for pair in pairs[:MAX_PAIRS] for example in zip(pair.scenes, pair.captions, strict=True)
         ]
-        examples.append((name.capitalize(), shown))
+        examples.append((name.capitalize(), drawn))
     write_page(
         path,
         Path(__file__).with_name("compositionality.html"),
-        title="Compositionality",
-        text=result_text(result),
+        title=f"Compositionality of {shown['model']}",
+        parts=result_parts(shown),
         examples=[
-            (title, [(data_uri(render(scene), 112), caption) for scene, caption in shown])
-            for title, shown in examples
+            (title, [(data_uri(render(scene), 112), caption) for scene, caption in drawn])
+            for title, drawn in examples
         ],
         swaps=swaps[:MAX_SWAPS],
     )

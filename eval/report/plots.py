@@ -1,4 +1,8 @@
-"""Plots by matplotlib: as SVG within a page, and as PNG beside it."""
+"""Plots by matplotlib: as SVG within a page, and as PNG beside it.
+
+A page shows one SVG for each panel, so that a phone shows them below each other at their full size. SVGs are
+transparent and black on white: page.html inverts them in the dark.
+"""
 
 import io
 import warnings
@@ -42,7 +46,10 @@ def _save(figure: Figure, file: IO, format: str, metadata: dict | None) -> None:
     with rc_context(STYLE), warnings.catch_warnings():
         # A caption may be in any script; a glyph that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        figure.savefig(file, format=format, dpi=150, bbox_inches="tight", metadata=metadata)
+        transparent = format == "svg"
+        figure.savefig(
+            file, format=format, dpi=150, bbox_inches="tight", metadata=metadata, transparent=transparent
+        )
 
 
 def _axes(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:
@@ -60,6 +67,11 @@ def short(name: str, max_length: int = 28) -> str:
     return name.replace("$", r"\$")  # no mathematics
 
 
+def directions_of(models: list[dict], directions: Iterable[str]) -> list[str]:
+    """Those of the directions that all models have."""
+    return [name for name in directions if all(f"{name}/R@1" in model["intervals"] for model in models)]
+
+
 def recall(models: list[dict], directions: Iterable[str]) -> Figure:
     """R@1, R@5 and R@10 of each direction: a bar per model with its 95 % interval, and a dotted line at
     chance.
@@ -68,8 +80,10 @@ def recall(models: list[dict], directions: Iterable[str]) -> Figure:
         models: results of eval.retrieval.score.evaluate_full with their "model".
     """
     metrics = [f"R@{k}" for k in KS]
-    directions = [name for name in directions if all(f"{name}/R@1" in model["intervals"] for model in models)]
-    figure, axes = _axes(1, len(directions), 3.2 * len(directions), 3, sharey=True)
+    directions = directions_of(models, directions)
+    legend_columns = 3 if len(directions) > 1 else 1
+    height = 2.6 + 0.18 * np.ceil((1 + len(models)) / legend_columns)
+    figure, axes = _axes(1, len(directions), 3.2 * len(directions) + 0.4, height, sharey=True)
     for axis, direction in zip(axes[0], directions, strict=True):
         names = [f"{direction}/{metric}" for metric in metrics]
         for number, model in enumerate(models):
@@ -86,7 +100,8 @@ def recall(models: list[dict], directions: Iterable[str]) -> Figure:
         axis.set_xticks(range(len(metrics)), metrics)
         axis.set_ylim(0, 100)
     axes[0, 0].set_ylabel("%, by group; 95 % intervals")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    legend = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=legend_columns, frameon=False)
     return figure
 
 
@@ -112,16 +127,17 @@ def robustness(curves: dict[str, list[dict]], undegraded: float) -> Figure:
     Args:
         undegraded: image_to_text/R@1 of the undegraded images; they find themselves, so image_to_image is 1.
     """
-    figure, axes = _axes(1, len(curves), 2.6 * len(curves), 2.4, sharey=True)
+    figure, axes = _axes(1, len(curves), 2.6 * len(curves), 2.6, sharey=True)
     for axis, (degradation, points) in zip(axes[0], curves.items(), strict=True):
         for name, start in (("image_to_text/R@1", undegraded), ("image_to_image/R@1", 1.0)):
             values = [100 * start, *(100 * point[name] for point in points)]
-            axis.plot(values, marker="o", label=name.replace("_", " "))
+            axis.plot(values, marker="o", label=name.removesuffix("/R@1").replace("_", " "))
         axis.set_xticks(range(len(points) + 1), ["none", *(f"{point['level']:g}" for point in points)])
         axis.set_title(degradation, fontsize=10)
         axis.set_ylim(0, 100)
     axes[0, 0].set_ylabel("R@1, %")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    legend, n_columns = axes[0, 0].get_legend_handles_labels(), 2 if len(curves) > 1 else 1
+    figure.legend(*legend, loc="outside lower center", ncols=n_columns, frameon=False)
     return figure
 
 
@@ -175,7 +191,7 @@ def wise_ft(points: list[dict]) -> Figure:
     ys = [100 * point["mean/R@1"] for point in points]
     axes[0, 0].plot(xs, ys, marker="o")
     for x, y, point in zip(xs, ys, points, strict=True):
-        axes[0, 0].annotate(f" {point['alpha']:g}", (x, y))
+        axes[0, 0].annotate(f"{point['alpha']:g}", (x, y), (5, -9), textcoords="offset points")
     axes[0, 0].set(
         xlabel="R@1 on the retention set, %" if has_retention else "alpha, the weight of the last model",
         ylabel="R@1 on the data, %",
@@ -183,17 +199,26 @@ def wise_ft(points: list[dict]) -> Figure:
     return figure
 
 
-def histories(linear: list[dict], mlp: list[dict]) -> Figure:
-    """Validation accuracy of the linear probe by its regularization, and of the MLP by epoch; see
-    eval.classify.heads.
+def histories(history: dict[str, list[dict]], heads: Iterable[str]) -> Figure:
+    """Validation accuracy of heads, on one scale; see eval.classify.heads.
+
+    Args:
+        history: of each head: linear, by its regularization, and mlp, by epoch.
+        heads: those to draw.
     """
-    figure, axes = _axes(1, 2, 7, 2.6, sharey=True)
-    axes[0, 0].semilogx(
-        [row["C"] for row in linear], [100 * row["val_accuracy"] for row in linear], marker="o"
-    )
-    axes[0, 0].set(
-        title="linear", xlabel="C, the inverse of the regularization", ylabel="validation accuracy, %"
-    )
-    axes[0, 1].plot([row["epoch"] for row in mlp], [100 * row["val_accuracy"] for row in mlp], marker="o")
-    axes[0, 1].set(title="MLP", xlabel="epoch")
+    heads = list(heads)
+    figure, axes = _axes(1, len(heads), 3.5 * len(heads), 2.6, sharey=True)
+    accuracies = [100 * row["val_accuracy"] for rows in history.values() for row in rows]
+    margin = max(1, (max(accuracies) - min(accuracies)) / 20)
+    for axis, head in zip(axes[0], heads, strict=True):
+        by, label = ("C", "C, the inverse of the regularization") if head == "linear" else ("epoch", "epoch")
+        rows = history[head]
+        axis.plot([row[by] for row in rows], [100 * row["val_accuracy"] for row in rows], marker="o")
+        axis.set(
+            title="MLP" if head == "mlp" else head,
+            xlabel=label,
+            xscale="log" if by == "C" else "linear",
+            ylim=(min(accuracies) - margin, max(accuracies) + margin),
+        )
+    axes[0, 0].set_ylabel("validation accuracy, %")
     return figure

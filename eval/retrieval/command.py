@@ -4,7 +4,7 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.cli import File, Model, OptionalFile, Shards
+from data_prep.cli import Model, OptionalFile, OptionalOutputFile, OutputFile, Shards
 from eval.options import INFERENCE, Inference, Split
 
 
@@ -12,9 +12,9 @@ def retrieval(
     model: Annotated[Model, tyro.conf.Positional],
     data: Shards,
     split: Split = "test",
-    json: OptionalFile = None,
+    json: OptionalOutputFile = None,
     against: OptionalFile = None,
-    page: OptionalFile = None,
+    page: OptionalOutputFile = None,
     queries: OptionalFile = None,
     slice: str = "",
     robustness: bool = False,
@@ -66,17 +66,16 @@ def retrieval(
         if robustness:
             result["robustness"] = curves(clip, shards, embedded, world, inference)
         if world.is_first:
-            text = report(result, scores, against, baseline, json)
+            report(result, scores, against, baseline, json)
             if page:
-                models = [baseline, result] if baseline else [result]
-                write_retrieval_page(page, embedded, shards, models, text)
+                write_retrieval_page(page, embedded, shards, result, baseline)
                 print(f"\npage: {page}; plot: {page.with_suffix('.png')}")
 
 
 def leaks(
     model: Annotated[Model, tyro.conf.Positional],
     data: Shards,
-    csv: File,
+    csv: OutputFile,
     threshold: float = 0.97,
     inference: Inference = INFERENCE,
 ) -> None:

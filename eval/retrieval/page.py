@@ -9,10 +9,13 @@ from data_prep.html import write_page
 from data_prep.shards import Shards
 from eval.embed import Embedded
 from eval.report.images import Thumbnail, thumbnail
-from eval.report.plots import recall, robustness, svg, write_png
+from eval.report.names import with_display_names
+from eval.report.plots import directions_of, recall, robustness, svg, write_png
+from eval.retrieval.table import result_parts
 from train.metrics import ALL_DIRECTIONS
 
-QUERIES, MAX_RESULTS, THUMBNAIL_PX = 24, 8, 96
+TEMPLATE = Path(__file__).with_name("retrieval.html")
+QUERIES, MAX_RESULTS, THUMBNAIL_PX = 24, 8, 128
 
 
 class Result(NamedTuple):
@@ -23,40 +26,46 @@ class Result(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A caption, the rank of its first relevant image, and the images that score highest."""
+    """A caption and what it finds.
+
+    Attributes:
+        rank: of the first relevant image.
+        relevant: this image.
+        results: the images that score highest.
+    """
 
     caption: str
     rank: int
+    relevant: Thumbnail
     results: list[Result]
 
 
 def write_retrieval_page(
-    path: Path, embedded: Embedded, shards: Shards, models: list[dict], text: str
+    path: Path, embedded: Embedded, shards: Shards, result: dict, baseline: dict | None
 ) -> None:
     """Write the page, and its plot of R@k as a PNG beside it.
 
     Args:
-        models: results of eval.retrieval.score.evaluate_full with their "model"; the queries are of the last.
-        text: the tables.
+        result: of eval.retrieval.score.evaluate_full, with its "model"; the queries are of this model.
+        baseline: another result on the same data.
     """
-    result = models[-1]
-    curves = None
-    if "robustness" in result:
-        curves = svg(robustness(result["robustness"], result["metrics"]["image_to_text/R@1"]))
-    plot = recall(models, ALL_DIRECTIONS)
+    models = with_display_names([baseline, result] if baseline else [result])
+    result, baseline = models[-1], models[0] if baseline else None
+    degraded = result.get("robustness", {})
+    undegraded = result["metrics"]["image_to_text/R@1"]
     write_page(
         path,
-        Path(__file__).with_name("retrieval.html"),
+        TEMPLATE,
         title=f"Retrieval by {result['model']}",
-        text=text,
-        plot=svg(plot),
-        robustness=curves,
+        parts=result_parts(result, baseline),
+        plots=[svg(recall(models, [direction])) for direction in directions_of(models, ALL_DIRECTIONS)],
+        robustness=[svg(robustness({name: curve}, undegraded)) for name, curve in degraded.items()],
         queries=random_queries(embedded, shards),
         n_texts=len(embedded.captions.texts),
         n_images=len(shards),
         n_shown=min(MAX_RESULTS, len(shards)),
     )
-    write_png(path.with_suffix(".png"), plot)
+    write_png(path.with_suffix(".png"), recall(models, ALL_DIRECTIONS))
 
 
 def random_queries(embedded: Embedded, shards: Shards) -> list[Query]:
@@ -72,5 +81,7 @@ def random_queries(embedded: Embedded, shards: Shards) -> list[Query]:
             Result(thumbnail(shards, number, THUMBNAIL_PX), hit)
             for number, hit in zip(order[:MAX_RESULTS], hits, strict=False)
         ]
-        queries.append(Query(captions.texts[text], 1 + hits.index(True), results))
+        first = hits.index(True)
+        relevant = thumbnail(shards, order[first], THUMBNAIL_PX)
+        queries.append(Query(captions.texts[text], 1 + first, relevant, results))
     return queries

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
+from data_prep.tables import text_of
 from eval.embed import Embedded, embed_texts
 from eval.options import Inference
 from eval.retrieval.queries import QueryFile, slices
@@ -16,7 +17,7 @@ from eval.retrieval.score import (
     read_json,
     write_json,
 )
-from eval.retrieval.table import result_text
+from eval.retrieval.table import result_parts
 from train.model.clip import Clip
 from train.world import World
 
@@ -60,13 +61,11 @@ def evaluate_split(
 
 def report(
     result: dict, scores: QueryScores, against: Path | None, baseline: dict | None, json: Path | None
-) -> str:
-    """Add the paired differences, print the tables, and write the JSON; the tables as text."""
+) -> None:
+    """Add the paired differences to the result, print the tables, and write the JSON."""
     if against and queries_file(against).is_file():
         result["differences"] = differences(QueryScores.load(queries_file(against)), scores)
-    text = result_text(result, baseline)
-    print(text)
+    print(text_of(result_parts(result, baseline)))
     if json:
         write_json(json, result)
         scores.save(queries_file(json))
-    return text

@@ -1,6 +1,6 @@
-"""A result of `python -m eval retrieval` as text: tables for a terminal, and for Markdown."""
+"""A result of `python -m eval retrieval` as tables and sentences, for a terminal and for a page."""
 
-from data_prep.tables import markdown_table
+from data_prep.tables import Table
 from eval.retrieval.intervals import Difference, cautions
 from eval.retrieval.metrics import KS
 from train.metrics import (
@@ -12,9 +12,9 @@ from train.metrics import (
     INSTANCE,
     METRICS,
     RETRIEVAL,
+    difference_cells,
     metrics_in,
     show,
-    show_difference,
     show_of,
     title_of,
 )
@@ -22,7 +22,7 @@ from train.metrics import (
 MAX_LISTED = 5
 
 
-def result_text(result: dict, baseline: dict | None = None) -> str:
+def result_parts(result: dict, baseline: dict | None = None) -> list[str | Table]:
     """All tables of a result; beside each figure chance, and another result on the same data if given."""
     parts = [
         f"{result['n_images']} images, {result['n_texts']} distinct captions ({result['data']})."
@@ -37,14 +37,14 @@ def result_text(result: dict, baseline: dict | None = None) -> str:
     if "differences" in result:
         name = baseline["model"] if baseline else "the other model"
         rows = [
-            [title_of(metric), show_difference(metric, difference)]
+            [title_of(metric), *difference_cells(metric, difference)]
             for metric, difference in result["differences"].items()
         ]
-        parts.append(markdown_table(["paired by query", f"difference from {name}"], rows))
-    return "\n\n".join(part for part in parts if part)
+        parts.append(Table(["paired by query", f"difference from {name}", "p"], rows))
+    return parts
 
 
-def _direction_tables(result: dict, models: list[dict]) -> list[str]:
+def _direction_tables(result: dict, models: list[dict]) -> list[Table]:
     """A table of each direction by group, and one of all directions by instance."""
     galleries = {
         "image_to_text": (result["n_texts"], "captions"),
@@ -67,13 +67,12 @@ def _direction_tables(result: dict, models: list[dict]) -> list[str]:
                 for name in names
             ]
             first = f"{title}, by group, among {size} {items}{limited}"
-            tables.append(markdown_table([first, "chance", *(model["model"] for model in models)], rows))
-    tables.append(_instance_table(result, models))
-    return tables
+            tables.append(Table([first, "chance", *(model["model"] for model in models)], rows))
+    return tables + _instance_table(result, models)
 
 
-def _instance_table(result: dict, models: list[dict]) -> str:
-    """Figures as model cards have them, in both definitions and directions; nothing where there are none."""
+def _instance_table(result: dict, models: list[dict]) -> list[Table]:
+    """Figures as model cards have them, in both definitions and directions; none where there are none."""
     names = [
         f"{prefix}{direction}/{metric}"
         for direction in DIRECTIONS
@@ -86,7 +85,7 @@ def _instance_table(result: dict, models: list[dict]) -> str:
         for name in names
         if name in result["metrics"]
     ]
-    return markdown_table(["as on model cards", *(model["model"] for model in models)], rows) if rows else ""
+    return [Table(["as on model cards", *(model["model"] for model in models)], rows)] if rows else []
 
 
 def _notes(result: dict) -> list[str]:
@@ -124,16 +123,16 @@ def _notes(result: dict) -> list[str]:
     return notes
 
 
-def _slices_table(slices: dict[str, dict[str, float]]) -> str:
+def _slices_table(slices: dict[str, dict[str, float]]) -> Table:
     names = [f"{direction}/R@1" for direction in DIRECTIONS]
     rows = [
         [value, str(found["n_images"]), *(show(name, found.get(name)) for name in names)]
         for value, found in slices.items()
     ]
-    return markdown_table(["slice", "images", *map(title_of, names)], rows)
+    return Table(["slice", "images", *map(title_of, names)], rows)
 
 
-def robustness_table(curves: dict[str, list[dict]], undegraded: float) -> str:
+def robustness_table(curves: dict[str, list[dict]], undegraded: float) -> Table:
     """R@1 of degraded query images, a row per level.
 
     Args:
@@ -147,4 +146,4 @@ def robustness_table(curves: dict[str, list[dict]], undegraded: float) -> str:
         for degradation, points in curves.items()
         for point in points
     ]
-    return markdown_table(["degraded query images", *map(title_of, names)], rows)
+    return Table(["degraded query images", *map(title_of, names)], rows)

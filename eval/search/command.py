@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from data_prep.cli import File, Index, Model, OptionalFile
+from data_prep.cli import Index, Model, OptionalFile, OptionalOutputFile, OutputFile
 from data_prep.errors import UserError
 from eval.options import Inference, Split
 
@@ -63,11 +63,11 @@ def search(
     text: str = "",
     image: Annotated[Path | None, tyro.conf.arg(metavar="IMAGE")] = None,
     queries_csv: OptionalFile = None,
-    out: OptionalFile = None,
+    out: OptionalOutputFile = None,
     k: int = 10,
     filter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN=VALUE")] = (),
     all_variants: bool = False,
-    json: OptionalFile = None,
+    json: OptionalOutputFile = None,
     approximate: bool = False,
     model: Model = "",
 ) -> None:
@@ -153,7 +153,7 @@ def serve(
     web.serve(app(open_columns(indexes, model, approximate), host), host, port, "search page")
 
 
-def export(index: OneIndex, out: File, table: str = "images") -> None:
+def export(index: OneIndex, out: OutputFile, table: str = "images") -> None:
     """Export an index for other programs; the file extension of --out selects the format.
 
     .sql is for `psql -f`: a table (key, path, split, group_number, captions, columns, image_features

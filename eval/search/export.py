@@ -30,6 +30,7 @@ def export_index(folder: Path, out: Path, table: str) -> None:
     if out.suffix not in writers:
         raise UserError(f"--out {out}: the extension must be one of {', '.join(writers)}")
     index = open_index(folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as unfinished:
         writers[out.suffix](unfinished, index)
     if out.suffix == ".npy":

@@ -155,6 +155,7 @@ def write_results(searcher: Searcher, queries: Sequence[TextOrImage], root: Path
         A summary for the terminal.
     """
     failed = 0
+    out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
         writer.writeheader()

@@ -31,7 +31,7 @@ from train.model.clip import Clip, public_name
 
 PAGE = Path(__file__).with_name("serve.html")
 MAX_K, MAX_TEXT, MAX_FILTERS, MAX_JSON_BYTES = 100, 2000, 20, 1 << 20
-TEXTS_KEPT, SEARCHES_AT_ONCE, EXAMPLES = 4096, 32, 4
+TEXTS_KEPT, SEARCHES_AT_ONCE, EXAMPLES, SAMPLES = 4096, 32, 4, 32
 NO_IMAGES = "This index holds no images."
 
 
@@ -230,18 +230,26 @@ def results_of(columns: Sequence[Column], search: Search) -> dict:
 
 
 def about(columns: Sequence[Column]) -> dict:
-    """What the page shows before the first search: models, filters, example captions and limits."""
+    """What the page shows before the first search: models, filters, example captions and images, limits."""
     first = columns[0].index
-    rows = first.rows(np.linspace(0, len(first) - 1, min(len(first), EXAMPLES)).astype(int).tolist())
+    examples, samples = (
+        first.rows(np.linspace(0, len(first) - 1, min(len(first), n)).astype(int).tolist())
+        for n in (EXAMPLES, SAMPLES)
+    )
+    names = [public_name(column.index.manifest["model"]) for column in columns]
     return {
         "n": len(first),
         "message": "" if len(first) else NO_IMAGES,
         "indexes": [
-            {"name": column.index.name, "model": public_name(column.index.manifest["model"])}
-            for column in columns
+            {
+                "name": column.index.name,
+                "model": name if names.count(name) == 1 else f"{name} ({column.index.name})",
+            }
+            for column, name in zip(columns, names, strict=True)
         ],
         "filters": first.choices(),
-        "examples": list(dict.fromkeys(row["captions"][0] for row in rows if row["captions"])),
+        "examples": list(dict.fromkeys(row["captions"][0] for row in examples if row["captions"])),
+        "samples": samples,
         "version": hashlib.sha256(json.dumps(first.manifest, sort_keys=True).encode()).hexdigest()[:16],
         "limits": {"k": MAX_K, "text": MAX_TEXT, "bytes": web.MAX_BODY_BYTES},
     }

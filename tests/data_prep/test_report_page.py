@@ -161,7 +161,7 @@ def test_counts_are_those_of_the_report(nasty):
         cells = re.findall(r"<th scope=row>([^<]+)<td>([\d,]+)", page.section(title))
         assert {label: int(count) for label, count in cells} == found
     splits = re.findall(
-        r"<th scope=row>(\w+)<td>(\d+).*?<td>(\d+) captions, (\d+) groups",
+        r"<th scope=row>(\w+)<td>(\d+).*?<td class=note>(\d+) captions, (\d+) groups",
         page.section("Images of each split"),
     )
     expected = [

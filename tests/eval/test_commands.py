@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, call_here, environment
+from conftest import ROOT, assert_mistake, call_here, environment
 
 from eval.__main__ import COMMANDS, __doc__, main
 
@@ -52,3 +52,48 @@ def test_an_unknown_command_is_a_mistake():
 @pytest.mark.parametrize("name", ["probe", "probes"])
 def test_no_alias_is_kept(name):
     assert "no such command" in call_here(main, name).stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("retrieval", ["--json", "--page"]),
+        ("confusion", ["--json", "--page"]),
+        ("compositionality", ["--json", "--page"]),
+        ("compare", ["--out"]),
+        ("zeroshot", ["--json", "--out"]),
+        ("linear-probe", ["--json", "--page", "--out", "--cache"]),
+        ("leaks", ["--csv"]),
+        ("search", ["--json", "--out"]),
+        ("export", ["--out"]),
+        ("cluster", ["--page", "--csv", "--pairs", "--json"]),
+    ],
+)
+def test_outputs_are_checked_before_anything_is_read(name, options, tmp_path):
+    """There is no such MODEL, SHARDS or INDEX: the place of the output is what is refused."""
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    needed = {"leaks": ["--csv", "a.csv"], "export": ["--out", "a.sql"], "cluster": ["--page", "a.html"]}
+    data = [] if name in ("search", "export", "cluster") else ["--data", "nowhere"]
+    for option in options:
+        is_folder = option in ("--cache",) or (option == "--out" and name not in ("search", "export"))
+        others = needed.get(name, []) if option not in needed.get(name, []) else []
+        for place, words in (
+            ("file" if is_folder else "folder", f"is a {'file' if is_folder else 'folder'}; pass the path"),
+            ("file/new/a.json", "file is a file, not a folder"),
+        ):
+            result = call_here(main, name, "nowhere", *data, *others, option, tmp_path / place)
+            assert_mistake(result, f"{option} {tmp_path / place}: ", words)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_two_outputs_are_two_files_and_a_device_is_kept(tmp_path):
+    same = ["--json", tmp_path / "a", "--page", f"{tmp_path}/./a"]
+    assert_mistake(
+        call_here(main, "retrieval", "nowhere", "--data", "nowhere", *same), "--json and --page: both"
+    )
+    mistake = call_here(main, "retrieval", "nowhere", "--data", "nowhere", "--json", "/dev/null")
+    assert_mistake(mistake, "--json /dev/null: is a device or pipe; pass the path of a file")
+    good = ["--json", tmp_path / "new" / "a.json", "--page", tmp_path / "a.html"]
+    assert_mistake(call_here(main, "retrieval", "nowhere", "--data", "nowhere", *good), "nowhere: ")
+    assert not list(tmp_path.iterdir())

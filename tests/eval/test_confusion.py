@@ -15,9 +15,10 @@ import train.model.clip
 from data_prep.build.pipeline import Parallelism, Reading, Splitting, build
 from data_prep.errors import NotFinite, UserError
 from data_prep.shards import Shards
+from data_prep.tables import text_of
 from eval.compare.command import confusion
 from eval.compare.confusion import answer, count, heatmap, questions, read_columns, result_of
-from eval.compare.confusion_page import confusion_text, write_confusion_page
+from eval.compare.confusion_page import confusion_parts, write_confusion_page
 from eval.compare.draws import column_of, draw, drawn_accuracy, expected_accuracy
 from eval.options import Inference
 from train.world import World
@@ -235,7 +236,7 @@ def test_the_page_escapes_what_it_shows(with_short_captions, tmp_path):
     assert "<i>" not in page
     assert "&lt;b&gt;" in page
     assert "&lt;i&gt;&amp;" in page
-    assert "chance" in confusion_text(result_of(answers, asked, "here", 3, 0))
+    assert "chance" in text_of(confusion_parts(result_of(answers, asked, "here", 3, 0)))
 
 
 def test_mistakes_are_sentences(tiny_model, icon_folder, icon_shards, tmp_path):

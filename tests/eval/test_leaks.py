@@ -49,15 +49,15 @@ def test_twins_across_splits_are_listed(tiny_model, tmp_path, ranks, capsys):
     for split in SPLITS:
         shards = Shards(tmp_path / "out", split)
         places |= {shards.read(number).meta["image"]: split for number in range(len(shards))}
-    arguments = ["--data", tmp_path / "out", "--csv", tmp_path / "leaks.csv", "--threshold", 0.99999]
+    arguments = ["--data", tmp_path / "out", "--csv", tmp_path / "new" / "leaks.csv", "--threshold", 0.99999]
     if ranks:
         printed = call("eval", "leaks", tiny_model, *arguments, "--workers", 0, ranks=ranks).stdout
     else:
         options = {"threshold": 0.99999, "inference": Inference(workers=0)}
-        leaks(tiny_model, tmp_path / "out", tmp_path / "leaks.csv", **options)
+        leaks(tiny_model, tmp_path / "out", tmp_path / "new" / "leaks.csv", **options)
         printed = capsys.readouterr().out
     assert "images of val" in printed
-    with open(tmp_path / "leaks.csv") as file:
+    with open(tmp_path / "new" / "leaks.csv") as file:
         rows = list(csv.DictReader(file))
     found = {(row["image"], row["train_image"]) for row in rows}
     expected = set()

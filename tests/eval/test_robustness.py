@@ -72,6 +72,6 @@ def test_the_command_prints_the_curve(tiny_model, icon_shards, tmp_path, capsys,
         inference=Inference(workers=0),
     )
     assert "| blur 0.05 " in capsys.readouterr().out
-    assert (tmp_path / "a.html").read_text().count("<svg") == 2
+    assert (tmp_path / "a.html").read_text().count("<svg") == 4  # three directions and blur
     assert min(Image.open(tmp_path / "a.png").size) > 300
     assert json.loads((tmp_path / "a.json").read_text())["robustness"]["blur"][0]["level"] == 0.05

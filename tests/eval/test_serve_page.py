@@ -18,7 +18,9 @@ from test_serve import ask, running
 from data_prep.build.pipeline import Parallelism, Reading, Splitting, build
 from eval.options import Inference
 from eval.search.command import embed
+from eval.search.index import Index
 from eval.search.serve import app, open_columns
+from train.model.clip import public_name
 
 EVIL = '<img src=x onerror="document.title=1"><script>document.title=2</script> & "quoted"'
 
@@ -97,13 +99,15 @@ def show(page: Page, how: str, data: bytes, name: str = "drawn.png") -> None:
     )
 
 
-def test_a_sentence_shows_what_each_model_finds_and_back_works(browser, both):
+def test_a_sentence_shows_what_each_model_finds_and_back_works(browser, both, icon_index, narrow_index):
     with opened(browser, both) as page:
         expect(page.locator("#examples button").first).to_be_visible()
         for text in ("bell outline", "arrow"):
             search(page, text)
             assert [numbers(page, 0), numbers(page, 1)] == answered(both, {"text": text})
-        assert [page.locator("h2").nth(at).inner_text() for at in (0, 1)] == ["icons", "narrow"]
+        names = [public_name(Index(folder).manifest["model"]) for folder in (icon_index, narrow_index)]
+        expect(page.locator("section h2")).to_have_text(names)
+        expect(page.locator("section > p")).to_have_text(["index icons", "index narrow"])
         # decode() waits for an image, and fails if it cannot be loaded.
         page.locator(".card img").evaluate_all("all => Promise.all(all.map((image) => image.decode()))")
         shared = page.url
@@ -112,6 +116,35 @@ def test_a_sentence_shows_what_each_model_finds_and_back_works(browser, both):
         assert numbers(page) == answered(both, {"text": "bell outline"})[0]
     with opened(browser, shared) as page:
         assert [numbers(page, 0), numbers(page, 1)] == answered(both, {"text": "arrow"})
+
+
+def test_models_are_named_by_their_runs(browser, tuned_run, icon_shards, tmp_path):
+    run, few = tuned_run[0], Inference(workers=0)
+    for name, model in (("a", run), ("b", f"local-dir:{run}/checkpoints/best")):
+        embed(str(model), icon_shards, tmp_path / name, "val", inference=few)
+    for folders, names in ((["a"], ["run"]), (["a", "b"], ["run (a)", "run (b)"])):
+        columns = open_columns([tmp_path / folder for folder in folders])
+        with running(app(columns)) as url, opened(browser, f"{url}/#text=bell") as page:
+            expect(page.locator("section h2")).to_have_text(names)
+
+
+def test_the_empty_page_offers_captions_and_images(browser, both):
+    about = ask(both, "/api/about")[2]
+    numbers_of = [sample["number"] for sample in about["samples"]]
+    assert (len(numbers_of), len(set(numbers_of))) == (32, 32)
+    with opened(browser, both, viewport={"width": 1200, "height": 800}) as page:
+        cards = page.locator("#columns .card")
+        expect(cards).to_have_count(32)
+        expect(page.locator("#text")).to_be_focused()
+        for key, place in (("ArrowDown", "0"), ("ArrowRight", "1"), ("ArrowRight", "2"), ("ArrowLeft", "1")):
+            page.keyboard.press(key)
+            assert focused(page) == ["samples", place]
+        page.keyboard.press("Enter")
+        assert numbers(page) == answered(both, {"like": numbers_of[1]})[0]
+        page.go_back()
+        expect(cards).to_have_count(32)
+        page.locator("#examples button").first.click()
+        assert numbers(page) == answered(both, {"text": about["examples"][0]})[0]
 
 
 def test_filters_variants_and_more(browser, both):

@@ -251,7 +251,9 @@ def test_the_command(tiny_model, cars, tmp_path, capsys):
         wrong = sum(COUNTS) * (1 - result["metrics"]["top1"])
         assert page.count("<figure>") == round(wrong)
         assert not re.search(r"(src|href)=\"(?!data:|#)|url\((?!#)|@import|<script", page)
-        assert all(f"<td>{name}</td>" in page for name in CLASSES)
+        assert all(
+            re.search(rf'<th scope="row"[^>]*><span[^>]*>{name}</span></th>', page) for name in CLASSES
+        )
     first, second = (result["metrics"]["top1"] for result in results)
     assert results[1]["difference"][0] == pytest.approx(second - first)
     assert f"in points: {100 * (second - first):+.1f} [" in printed

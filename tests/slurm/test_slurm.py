@@ -188,6 +188,9 @@ def test_what_follows_the_dashes_is_passed_on(tmp_path, shards, monkeypatch, cap
     assert "\nFLAGS=(--optim.lr 1e-5 --epochs 3)\n" in scripts_in(tmp_path)["train.sbatch"]
     run("job", "x", "--folder", tmp_path, "--dry_run", "--", "eval", "search", "--text", "a b")
     assert "\nCOMMAND=(eval search --text 'a b')\n" in scripts_in(tmp_path)["x.sbatch"]
+    for words in (["search", "--text", "b"], ["cliptune", "search", "--text", "b"]):
+        run("job", "x", "--folder", tmp_path, "--dry_run", "--", *words)
+        assert "\nCOMMAND=(cliptune search --text b)\n" in scripts_in(tmp_path)["x.sbatch"]
 
 
 @pytest.mark.parametrize("command", ["submit", "sweep", "pipeline", "job", "status"])

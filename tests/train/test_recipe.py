@@ -66,8 +66,18 @@ def test_a_mistake_in_a_recipe_file_is_reported(tmp_path, text, message):
 
 
 def test_a_missing_recipe_file_lists_those_of_the_project():
-    with pytest.raises(UserError, match=r"recipes/nodemo\.yaml: no such recipe file; .*demo\.yaml"):
+    with pytest.raises(UserError, match=r"recipes/nodemo\.yaml: no such recipe file; .*: cars, demo, "):
         parse(["recipes/nodemo.yaml"])
+
+
+def test_a_recipe_of_the_project_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder is no recipe
+    assert parse(["demo", *REQUIRED]) == parse([str(RECIPES / "demo.yaml"), *REQUIRED])
+    (tmp_path / "icons").write_text("model: mine:none")
+    assert parse(["icons", *REQUIRED]).model == "mine:none"  # a file is
+    with pytest.raises(UserError, match="no such recipe file"):
+        parse(["../recipes/demo", *REQUIRED])
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ import torch
 from open_clip.transform import AugmentationCfg
 
 from data_prep.errors import Fault, UserError, exit_on_user_error
+from data_prep.rooms import environment, importable
 from data_prep.shards import Shards
 from train.loop import fit
 from train.model.clip import load
@@ -44,10 +45,6 @@ THEIR_LINE = re.compile(
 )
 PEAK = re.compile(r"^peak memory ([\d.]+) GB$", re.MULTILINE)
 OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory")
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-}
 
 
 class Line(NamedTuple):
@@ -127,7 +124,7 @@ def check_peer(recipe: Recipe) -> None:
 def our_command(recipe: Recipe, folder: Path) -> Command:
     recipe = dataclasses.replace(recipe, run=str(folder / "run"), epochs=1_000_000)
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
-    words = [sys.executable, "-m", "train.bench.peer", "ours", str(folder / "recipe.yaml")]
+    words = [sys.executable, "-m", importable("train.bench.peer"), "ours", str(folder / "recipe.yaml")]
     return Command("ours", "", words, folder / "run" / "metrics.jsonl", _our_line, folder / "run" / "stop")
 
 
@@ -169,7 +166,7 @@ def their_words(recipe: Recipe, steps: int, device: torch.device) -> list[str]:
         "logs": "none",  # writes its log, and no checkpoint
         "name": "bench",
     }
-    words = [sys.executable, "-m", "train.bench.peer", "theirs"]
+    words = [sys.executable, "-m", importable("train.bench.peer"), "theirs"]
     words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     known = AugmentationCfg.__dataclass_fields__  # ours are more, and switched off unless a recipe says so
     augment = {name: value for name, value in dataclasses.asdict(augment).items() if name in known}
@@ -187,7 +184,7 @@ def run(command: Command, folder: Path) -> dict:
     printed, size = folder / "printed.txt", 0
     with open(printed, "w") as output:  # open_clip_train writes its log into the current folder
         process = subprocess.Popen(
-            command.words, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
+            command.words, cwd=folder, env=environment(), stdout=output, stderr=subprocess.STDOUT
         )
     try:
         ended = False

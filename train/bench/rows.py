@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from data_prep.rooms import importable
 from train.bench.peer import OUT_OF_MEMORY
 from train.bench.timing import device, measure_step
 from train.model.activation_memory import MODES, should_compile
@@ -28,7 +29,7 @@ def in_fresh_process(measure: Callable[..., T], *arguments) -> T:
     """
     # imports once; its forks have no memory of earlier rows
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.bench.timing"])
+    context.set_forkserver_preload([importable("train.bench.timing")])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(measure, *arguments).result()

@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, NotFinite, UserError
+from data_prep.rooms import CLONE
 from train.device import device_name
 from train.recipe import Recipe, differences, flags_of, parse, to_yaml
 from train.retain.select import NO_SCORE, Score, Selection, WeightSelector
@@ -376,15 +377,15 @@ def _may_precede(path: Path) -> bool:
 
 def _describe_environment(world: World) -> dict:
     commit = None
-    if shutil.which("git"):
-        here = Path(__file__).parent
+    if CLONE and shutil.which("git"):  # an installed package may be in a repository of the user
         git = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+            ["git", "rev-parse", "HEAD"], cwd=CLONE, capture_output=True, text=True, check=False
         )
         commit = git.stdout.strip() or None
     return {
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
+        "cliptune": None if CLONE else version("cliptune"),
         "git_commit": commit,
         "world_size": world.world_size,
         "device": device_name(),

@@ -1,4 +1,4 @@
-"""What a run logs: metrics.jsonl for programs, TensorBoard for curves, a progress bar with an ETA.
+"""What a run logs: metrics.jsonl for programs, trackers for curves, a progress bar with an ETA.
 
 Names under time/ depend on the machine; all others are functions of the recipe and the data.
 """
@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
-
 from data_prep.atomic import atomic_file
 from data_prep.progress import progress
 from train.data.loader import Batch
@@ -22,6 +20,7 @@ from train.model.activation_memory import should_compile
 from train.model.towers import batch_dependent_layers
 from train.run.folder import Run
 from train.run.nonfinite import NonFiniteStep
+from train.run.trackers import open_trackers
 
 if TYPE_CHECKING:
     from train.step import TrainState, Values  # which needs train.run at run time
@@ -36,6 +35,9 @@ class Logger:
     def __init__(self, run: Run, state: "TrainState"):
         """Open the log at `state.samples`: later lines belong to steps that will be repeated, and are
         removed.
+
+        Raises:
+            UserError: a tracker is not installed, or cannot be reached; on all ranks.
         """
         self.run, self.state = run, state
         self.first = state.world.is_first
@@ -50,13 +52,15 @@ class Logger:
             desc="training",
             disable=not self.first,
         )
+        self.trackers = state.world.all_or_raise(
+            lambda: open_trackers(run.folder, run.recipe, state.samples) if self.first else {}
+        )
         if not self.first:
             return
+        self.tracked = {_kind(line) for line in _lines(run.folder / "metrics.jsonl")}
         self.metrics_file = reopened(run.folder / "metrics.jsonl", state.samples)
         # A line there has the samples before its step: the step at state.samples is repeated, too.
         self.nonfinite_file = reopened(run.folder / "nonfinite_steps.jsonl", state.samples - 1)
-        purge_step = state.samples + 1 if state.samples else None
-        self.tensorboard = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge_step)
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; the time that each took to arrive is logged as the data wait of its step."""
@@ -135,7 +139,7 @@ class Logger:
                 self.say(crop_hint(values[f"val/{CROP_GAIN}"], self.run.recipe.augment.scale))
 
     def write(self, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to TensorBoard."""
+        """One line of metrics.jsonl, and the same to the trackers."""
         if not self.first:
             return
         self.run.lock.check()
@@ -144,15 +148,18 @@ class Logger:
         with self._reported("metrics.jsonl"):
             self.metrics_file.write(json.dumps({"samples": samples, **finite}) + "\n")
             self.metrics_file.flush()
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, samples)
+            repeated = _kind({"samples": samples, **values}) in self.tracked
+            for name, tracker in self.trackers.items():
+                if name == "tensorboard" or not repeated:
+                    tracker.log(values, samples)
 
     def sync(self) -> None:
         """Put all lines on disk; called before the checkpoint after which they stay valid."""
         if self.first:
             with self._reported("metrics.jsonl"):
                 os.fsync(self.metrics_file.fileno())
-                self.tensorboard.flush()
+                for tracker in self.trackers.values():
+                    tracker.flush()
 
     @contextlib.contextmanager
     def _reported(self, name: str) -> Iterator[None]:
@@ -188,16 +195,26 @@ class Logger:
             with contextlib.suppress(OSError):  # a full disk, which was reported
                 self.metrics_file.close()
                 self.nonfinite_file.close()
-                self.tensorboard.close()
+                for tracker in self.trackers.values():
+                    tracker.close()
+
+
+def _lines(path: Path) -> list[dict]:
+    """The whole lines of a JSON lines file; a kill may have cut the last one."""
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _kind(line: dict) -> tuple[int, bool]:
+    """What identifies a line of metrics.jsonl: its samples, and whether it is of a step or a validation."""
+    return line["samples"], "train/loss" in line
 
 
 def reopened(path: Path, samples: int) -> TextIO:
     """A file of JSON lines, opened for appending; lines after `samples`, or cut by a kill, are removed."""
-    lines = path.read_text().splitlines(keepends=True) if samples and path.is_file() else []
+    lines = [line for line in _lines(path) if line["samples"] <= samples] if samples else []
     with atomic_file(path) as partial:
-        partial.write_text(
-            "".join(line for line in lines if line.endswith("\n") and json.loads(line)["samples"] <= samples)
-        )
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return open(path, "a")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, UserError
+from data_prep.rooms import environment, importable
 from data_prep.shards import Shards
 from train.recipe import Recipe, to_yaml
 from train.run.folder import Run
@@ -20,10 +21,6 @@ from train.tune.grid import expand_grid
 from train.tune.table import markdown, recipes_in, results, write
 from train.world import World
 
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-}
 POLL_S = 0.5  # between two checks for a stop request
 
 
@@ -149,7 +146,8 @@ def train_one(file: Path, recipe: Recipe, nproc: int, stop: Stop) -> int:
         else ["-m"]
     )
     run_stop = Path(recipe.run) / "stop"
-    with subprocess.Popen([sys.executable, *launcher, "train", str(file)], env=ENVIRONMENT) as process:
+    words = [sys.executable, *launcher, importable("train"), str(file)]
+    with subprocess.Popen(words, env=environment()) as process:
         while process.poll() is None:
             if stop.requested() and not run_stop.exists():
                 run_stop.parent.mkdir(exist_ok=True)
