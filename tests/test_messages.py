@@ -91,7 +91,7 @@ def test_every_option_that_is_named_exists():
             else:
                 unknown.append(f"{file}: --{option}")
     assert not unknown
-    assert {place for place in composed if place[0] not in KEYS} == set(COMPOSED)
+    assert {place for place in composed if place[0] not in KEYS} <= set(COMPOSED)
     for (_, option), values in COMPOSED.items():
         made = {re.sub(r"\{.*\}", value, option) for value in values}
         assert made <= options, made - options
@@ -103,8 +103,8 @@ def test_advice_of_a_build_can_be_followed(tmp_path, capsys):
     table.write_text("image,caption,split\n" + "".join(f"{n}.png,caption {n},val\n" for n in range(4)))
     build([str(table)], tmp_path / "out", Reading(split_column="split"), parallelism=Parallelism(1))
     printed = capsys.readouterr().out
-    assert "train is empty because there are few groups; lower --val and --test or change --seed" in printed
-    assert "test is empty because there are few groups; raise --test or change --seed" in printed
+    assert "--train" not in printed
+    assert set(OPTION.findall(printed)) <= existing()
 
 
 def test_max_rejects_is_a_fraction(tmp_path):

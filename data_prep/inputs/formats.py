@@ -23,7 +23,7 @@ from data_prep.inputs.rows import Columns, Input, Row
 from data_prep.inputs.storage import COMPRESSED, IMAGE_EXTENSIONS, is_url
 from data_prep.inputs.tables import read_csv, read_json, read_jsonl
 from data_prep.inputs.tars import read_tar
-from data_prep.inputs.texts import text_encoding
+from data_prep.inputs.texts import check_encoding
 
 
 def _read_folder(folder: Input) -> Iterator[Row]:
@@ -77,7 +77,7 @@ def read(
     Raises:
         UserError: the input cannot be read or parsed, lacks a column, or is in another encoding.
     """
-    encoding = text_encoding(source, encoding)
+    check_encoding(source, encoding)
     table = Input(source, columns, delimiter, encoding, name, captions_per_txt, **options)
     yield from READERS[format_of(source)](table)
 

@@ -12,7 +12,7 @@ import fsspec
 
 from data_prep.errors import UserError
 from data_prep.inputs.rows import Input, Row, check_columns, check_header, malformed, rows_of
-from data_prep.inputs.texts import decoding_errors
+from data_prep.inputs.texts import codec_of
 
 MAX_FIELD_CHARACTERS = 1 << 26  # images in base64 are long; a quote that is never closed must not fill memory
 MAX_FIRST_LINE = 1 << 20
@@ -167,7 +167,8 @@ def _open_text(table: Input) -> io.TextIOWrapper:
         file = fsspec.open(table.source, "rb", compression="infer").open()
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{table.source}: cannot be read ({error})") from None
-    return io.TextIOWrapper(file, table.encoding, errors=decoding_errors(table.encoding), newline="")
+    encoding, errors = codec_of(table.encoding)
+    return io.TextIOWrapper(file, encoding, errors=errors, newline="")
 
 
 def _first_bad_byte(source: str, encoding: str) -> tuple[int, int]:

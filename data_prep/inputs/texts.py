@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 from data_prep.errors import UserError
+from data_prep.inputs.cells import shortened
 from data_prep.inputs.names import Problem
 from data_prep.inputs.rows import Input, Row, check_text
 
@@ -29,9 +30,9 @@ def rows_of_txt(table: Input, row: Row, name: str, data: bytes) -> Iterator[Row]
         return
     if len(captions) > MAX_TXT_CAPTIONS and not table.captions_per_txt:
         raise UserError(
-            f"{name}: {len(captions)} lines, and each line of a .txt is a caption of the image beside it;"
-            " pass --captions-per-txt 1 for the first line of each .txt, or --captions-per-txt"
-            f" {len(captions)} for all of these"
+            f"{name}: {len(captions)} lines (the second: {shortened(captions[1])!r}), and each line of a .txt"
+            " is a caption of the image beside it; pass --captions-per-txt 1 for the first line of each .txt,"
+            f" or --captions-per-txt {len(captions)} for all of these"
         )
     for caption in captions[: table.captions_per_txt or None] or [""]:
         yield check_text(row._replace(caption=caption))
@@ -43,21 +44,22 @@ def txt_captions(data: bytes, encoding: str = "utf-8-sig") -> list[str]:
     Raises:
         UnicodeError: it is not in this encoding. Bad bytes of UTF-8 become lone surrogates, see check_text().
     """
-    text = data.decode(encoding, decoding_errors(encoding))
+    text = data.decode(*codec_of(encoding))
     return [line for line in LINE_BREAK.split(text) if line.strip()]
 
 
-def decoding_errors(encoding: str) -> str:
-    """What decoding does with bad bytes.
+def codec_of(encoding: str) -> tuple[str, str]:
+    """The encoding to decode with, and what it does with bad bytes.
 
-    UTF-8 resynchronizes after one, so only that row is rejected. In other encodings one bad byte can shift
-    all that follows.
+    UTF-8 may begin with a byte order mark. It resynchronizes after a bad byte, so only that row is rejected;
+    in other encodings one bad byte can shift all that follows.
     """
-    return "surrogateescape" if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") else "strict"
+    is_utf8 = codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
+    return ("utf-8-sig", "surrogateescape") if is_utf8 else (encoding, "strict")
 
 
-def text_encoding(source: str, encoding: str) -> str:
-    """The encoding to read with: UTF-8 may begin with a byte order mark.
+def check_encoding(source: str, encoding: str) -> None:
+    """Refuse an encoding that does not exist.
 
     Raises:
         UserError: there is no such encoding of text.
@@ -69,4 +71,3 @@ def text_encoding(source: str, encoding: str) -> str:
             f"{source}: cannot be read ({error}); --encoding must be one that Python knows: utf-8, latin-1,"
             " cp1252, utf-16"
         ) from None
-    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding

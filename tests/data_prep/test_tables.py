@@ -325,7 +325,10 @@ def test_many_lines_of_a_txt_are_asked_about(tmp_path, capsys):
     for number in range(3):
         lines = [f"caption {number} in language {language}" for language in range(70)]
         (folder / f"{number}.txt").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"0\.txt: 70 lines, .*--captions-per-txt 1 .* --captions-per-txt 70"):
+    with pytest.raises(
+        UserError,
+        match=r"0\.txt: 70 lines \(the second: 'caption 0 in .*--captions-per-txt 1 .* --captions-per-txt 70",
+    ):
         build([str(folder)], tmp_path / "out", parallelism=ONE)
     report = build([str(folder)], tmp_path / "out", Reading(captions_per_txt=1), parallelism=ONE)
     assert (report["records"], report["images"]) == (3, 3)
