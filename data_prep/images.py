@@ -45,6 +45,7 @@ WHOLLY_TRANSPARENT, UNSEEN = "wholly transparent", "blank on the background"
 OPAQUE_ALPHA = "alpha without transparency"
 MAX_PNG_TEXT = 1 << 20  # characters; Pillow refuses a PNG with more of them in a chunk
 NEARLY_BLACK = 4095  # the largest value of 12 bits; of 16 bits it is 6 % gray
+LARGE_TEXT = "large text left out"
 TIFF_BITS, TIFF_MAX_VALUE = 258, (281, 341)  # BitsPerSample; MaxSampleValue, SMaxSampleValue
 WHITE = "#ffffff"
 
@@ -204,7 +205,7 @@ def _decode(data: bytes, rules: Rules) -> _Decoded:
         decoded = _decode_with_pillow(data, "PNG", rules, fixes)
         return decoded._replace(fixes=[fix for fix in decoded.fixes if fix != OPAQUE_ALPHA])
     if kind.name == "PNG" and (shorter := _without_large_text(data)):
-        data, fixes = shorter, ["large text left out"]
+        data, fixes = shorter, [LARGE_TEXT]
     plain = {"PNG": _plain_png, "JPEG": _plain_jpeg}.get(kind.name)
     pixels = plain(data, rules) if plain else None
     if pixels is not None:

@@ -80,8 +80,8 @@ class Recipe:
     """Everything that decides a run. The defaults are those of train/recipes/spectrum_icons.yaml."""
 
     model: Model
-    """NAME:PRETRAINED (ViT-L-14:laion2b_s32b_b82k; ViT-B-32:none for random weights), hf-hub:ID,
-    local-dir:PATH, or a run folder."""
+    """NAME:PRETRAINED (ViT-L-14:laion2b_s32b_b82k; ViT-B-32:none for random weights), NAME:FILE (weights of
+    that architecture), hf-hub:ID, local-dir:PATH, or a run folder."""
     data: Shards
     """Folder of shards, made by: python -m data_prep build."""
     run: Run

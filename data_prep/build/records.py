@@ -69,6 +69,7 @@ SPLIT_NAMES = {
     "valid": "val",
     "dev": "val",
 }
+SHOWN_PROBLEMS = 20  # of inputs
 
 
 class Place(NamedTuple):
@@ -316,17 +317,25 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[De
     names = [os.path.basename(source.rstrip("/")) for source in inputs]
     if len(set(names)) < len(names):
         names = [f"{number}/{name}" for number, name in enumerate(names)]
-    loader = _Loader(part, reading, decisions)
+    loader, problems = _Loader(part, reading, decisions), []
     for number, source in enumerate(inputs):
         options = (reading.columns, reading.delimiter, reading.encoding, names[number])
         more = {"image_ext": reading.image_ext, "caption_ext": reading.caption_ext}
         ignore = partial(loader.ignore, number)
-        for row in read(source, *options, reading.captions_per_txt, **more, ignore=ignore):
-            loader.add(number, source, row)
-            if loader.ordinal % INSERT_ROWS == 0:
-                bar.update(INSERT_ROWS)
-                loader.insert_pending()
+        try:
+            for row in read(source, *options, reading.captions_per_txt, **more, ignore=ignore):
+                loader.add(number, source, row)
+                if loader.ordinal % INSERT_ROWS == 0:
+                    bar.update(INSERT_ROWS)
+                    loader.insert_pending()
+        except (
+            UserError
+        ) as error:  # the other inputs are read all the same: all damaged ones are named at once
+            problems.append(str(error))
     bar.close()
+    if problems:
+        more_problems = [f"and {len(problems) - SHOWN_PROBLEMS} more"] * (len(problems) > SHOWN_PROBLEMS)
+        raise UserError("\n".join(problems[:SHOWN_PROBLEMS] + more_problems))
     if not loader.ordinal:
         ignored = "".join(f"; ignored: {count} x {why}" for why, count in loader.ignored.items())
         raise UserError(

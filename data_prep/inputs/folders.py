@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.inputs.names import Problem
 from data_prep.inputs.rows import Ignore, Input, Row, ignore_nothing
-from data_prep.inputs.storage import IMAGE_EXTENSIONS, SIDE_EXTENSIONS, SYSTEM_FILE, walk
+from data_prep.inputs.storage import IMAGE_EXTENSIONS, SIDE_EXTENSIONS, walk
 from data_prep.inputs.texts import rows_of_txt
 from data_prep.signatures import HEAD_BYTES, kind_of
 
@@ -44,7 +44,7 @@ def images_below(folder: str, caption_ext: str = "txt", ignore: Ignore = ignore_
         ignore: is called with the reason and path of every other file.
     """
     parent, names = None, []
-    for path in walk(folder, lambda name: ignore(SYSTEM_FILE, name)):
+    for path in walk(folder, ignore):
         if os.path.dirname(path) != parent:
             yield from _images_in(folder, names, caption_ext, ignore)
             parent, names = os.path.dirname(path), []

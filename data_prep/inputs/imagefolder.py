@@ -60,7 +60,11 @@ def read_imagefolder(folder: Input, tables: list[str]) -> Iterator[Row]:
             named.add(row.image)
             yield row
     detail = f"no row of {os.path.basename(tables[0])} has this {FILE_NAME}"
-    unnamed = (image for image in images_below(folder.source, ignore=folder.ignore) if image not in named)
+    names = {os.path.relpath(path, folder.source) for path in tables}
+    images = images_below(
+        folder.source, ignore=lambda reason, name: name in names or folder.ignore(reason, name)
+    )
+    unnamed = (image for image in images if image not in named)
     for number, image in enumerate(unnamed, 1):
         yield Row(number, image, problem=Problem("not in the metadata", detail))
 

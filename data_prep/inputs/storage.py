@@ -34,7 +34,7 @@ SIDE_EXTENSIONS |= {".cls", ".npy", ".npz", ".pt", ".pth", ".safetensors"}
 # Of macOS, Windows and network drives; names that begin with a dot (._x, .DS_Store, .ipynb_checkpoints) are
 # hidden ones.
 SYSTEM_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
-SYSTEM_FILE = "hidden or system file"
+SYSTEM_FILE, FOLDER_LINK = "hidden or system file", "link to a folder, not followed"
 SMALL_BYTES = 1 << 20
 # Tables in folders of images, as the library `datasets` reads them; see imagefolder.py.
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -67,20 +67,31 @@ def is_system_file(name: str) -> bool:
     return any((part[:1] == "." and part not in (".", "..")) or part in SYSTEM_NAMES for part in parts)
 
 
-def walk(folder: str, ignore: Callable[[str], None] = lambda name: None) -> Iterator[str]:
+def walk(folder: str, ignore: Callable[[str, str], None] = lambda reason, name: None) -> Iterator[str]:
     """Every file below a folder, in sorted order.
 
     Args:
-        ignore: is called with the relative path of each file that is left out, see is_system_file().
+        ignore: is called with the reason and relative path of what is left out: hidden and system files, see
+            is_system_file(), and links to folders, which may lead anywhere.
+
+    Raises:
+        UserError: a folder cannot be read.
     """
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise):
         folders.sort()
+        for name in folders:
+            if os.path.islink(path := os.path.join(parent, name)):
+                ignore(FOLDER_LINK, os.path.relpath(path, folder))
         for name in sorted(names):
             path = os.path.join(parent, name)
             if is_system_file(relative := os.path.relpath(path, folder)):
-                ignore(relative)
+                ignore(SYSTEM_FILE, relative)
             else:
                 yield path
+
+
+def _raise(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
 def expand(sources: list[str]) -> list[str]:

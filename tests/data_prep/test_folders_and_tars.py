@@ -119,6 +119,24 @@ def test_a_folder_of_nothing_that_is_read_says_what_it_has(tmp_path):
         built(folder, tmp_path / "out")
 
 
+def test_links_to_folders_are_listed_and_not_followed(tmp_path):
+    filled(tmp_path / "elsewhere", {"b.png": png(noise(seed=1)), "b.txt": b"another"})
+    folder = filled(tmp_path / "set", {"a.png": png(noise()), "a.txt": b"one"})
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    assert built(folder, tmp_path / "out")["images"] == 1
+    assert ignored(tmp_path / "out") == {"more": "link to a folder, not followed"}
+
+
+def test_the_table_of_an_imagefolder_is_not_listed(tmp_path):
+    files = {"train/metadata.jsonl": b'{"file_name": "a.png", "text": "one"}\n', "train/a.png": png(noise())}
+    folder = filled(tmp_path / "set", files | {"README.md": b"", "train/metadata.txt": b""})
+    assert built(folder, tmp_path / "out")["images"] == 1
+    assert ignored(tmp_path / "out") == {
+        "README.md": "not an image",
+        "train/metadata.txt": "caption without an image",
+    }
+
+
 def test_other_captions_beside_images(tmp_path):
     folder = filled(tmp_path / "set", {"a.png": png(noise()), "a.Caption": b"", "a.caption": b"one\ntwo\n"})
     assert rows(folder)[0][1] == "no caption file: a.txt does not exist; see --caption-ext"
@@ -306,6 +324,17 @@ def test_a_damaged_tar_ends_build_and_index_and_its_correction_starts(tmp_path):
             command([path], out, parallelism=Parallelism(1))
         (tmp_path / "a.tar").write_bytes(good)
         assert command([path], out, parallelism=Parallelism(1))["images"] == 8
+
+
+def test_all_damaged_tars_are_named_at_once(tmp_path):
+    paths = [tar_of(tmp_path / f"{number}.tar", members(4)) for number in range(4)]
+    for path in paths[1::2]:
+        Path(path).write_bytes(Path(path).read_bytes()[:3000])
+    with pytest.raises(UserError) as caught:
+        build(paths, tmp_path / "out", parallelism=Parallelism(1))
+    said = str(caught.value).splitlines()
+    assert [line.partition(": cannot be read")[0] for line in said] == paths[1::2]
+    assert not (tmp_path / "out").exists()
 
 
 def test_tars_of_other_writers_are_whole(tmp_path):

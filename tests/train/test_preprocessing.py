@@ -10,6 +10,7 @@ import torch
 from conftest import save_tiny
 
 from data_prep.errors import UserError
+from data_prep.images import WHITE
 from train.model.clip import load
 from train.model.preprocessing import DEFAULTS, preprocessing_of
 
@@ -36,12 +37,8 @@ def write_config(folder, **changes) -> None:
 def test_the_config_beside_the_file_is_used_and_printed(demo, capsys):
     write_config(demo.parent)
     clip = load(f"demo-vit:{demo}")
-    assert clip.config["preprocess_cfg"] == {
-        "mean": HALVES,
-        "std": HALVES,
-        "interpolation": "bilinear",
-        "resize_mode": "squash",
-    }
+    expected = {"mean": HALVES, "std": HALVES, "interpolation": "bilinear", "resize_mode": "squash"}
+    assert clip.config["preprocess_cfg"] == {**expected, "background": WHITE}
     assert clip.towers.mean.flatten().tolist() == HALVES
     printed = capsys.readouterr().err
     assert "mean 0.5, 0.5, 0.5; std 0.5, 0.5, 0.5; bilinear; squash" in printed
@@ -57,6 +54,15 @@ def test_one_checkpoint_has_the_same_features_by_both_names(tiny_model, monkeypa
     by_file, by_folder = load(f"tiny:{folder}/open_clip_model.safetensors"), load(tiny_model)
     assert by_file.config == by_folder.config
     assert by_file.fingerprint() == by_folder.fingerprint()
+
+
+def test_the_background_beside_the_file_is_used(demo, capsys):
+    write_config(demo.parent)
+    config = json.loads((demo.parent / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["background"] = "#102030"
+    (demo.parent / "open_clip_config.json").write_text(json.dumps(config))
+    assert load(f"demo-vit:{demo}").background == (16, 32, 48)
+    assert "squash; background #102030" in capsys.readouterr().err
 
 
 def test_another_activation_beside_the_file_is_an_error(demo):
@@ -89,7 +95,7 @@ def test_an_unknown_preprocessing_is_asked_for(tmp_path, demo, capsys):
     assert "of openai" in capsys.readouterr().err
     (tmp_path / "own.json").write_text('{"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}')
     preprocess = load(f"demo-vit:{demo}@{tmp_path / 'own.json'}").config["preprocess_cfg"]
-    assert preprocess == {**DEFAULTS, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}
+    assert preprocess == {**DEFAULTS, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "background": WHITE}
     tag = preprocessing_of("ViT-L-14", demo, "laion2b_s32b_b82k")
     assert tag.config["mean"] == tuple(HALVES)
     with pytest.raises(UserError, match=r"openai has another activation; use ViT-L-14-quickgelu:"):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch import nn
 
-from data_prep.images import EXIF_ORIENTATION, BadImage, Rules, check
+from data_prep.images import EXIF_ORIENTATION, LARGE_TEXT, BadImage, Rules, check
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.inputs.storage import is_url
 from data_prep.shards import Sample, Shards, read_manifest
@@ -19,6 +19,7 @@ from train.data.decode import decode
 
 N_IMAGES = 16  # few enough for ViT-L/14 on a CPU
 N_FILES = 4  # of the user's own; each runs through every snippet
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # that Pillow opens as the build does
 MOST_SEARCHED = 200  # samples whose original files are looked at, to find transparent ones
 # Always compared as well, because the captions of a data set may all be short and plain ASCII.
 FIXED_CAPTIONS = [
@@ -145,7 +146,7 @@ def _original(sample: Sample, root: str, rules: Rules) -> File | None:
     except BadImage:
         return None
     # SVG is rendered by the build, and 16-bit gray is scaled: Pillow alone gives another image.
-    if checked is None or not _opens(data) or "16 bit" in checked.fixes:
+    if checked is None or not _opens(data) or {"16 bit", LARGE_TEXT} & {*checked.fixes}:
         return None
     image = decode(checked.data or data)
     return File("original", data, image, checked.fixes) if _equal(image, decode(sample.image)) else None

@@ -9,7 +9,6 @@ transformers is imported inside functions, because training does not need it.
 
 import dataclasses
 import math
-import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from data_prep.errors import UserError
 from train.export.reference import Outputs, Samples, max_difference
 from train.model.clip import Clip
+from train.model.transformers_clip import SPECIAL, TRANSPOSED, name_in_transformers
 
 # Settings that CLIPModel supports at any value; every other one must have open_clip's default. patch_dropout
 # acts in training only, pad_id and eos_id matter only under settings that are not supported, and a norm
@@ -44,24 +44,6 @@ SUPPORTED = {
         "final_ln_after_pool",
     },
 }
-RENAMES = [
-    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
-    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    (r"\.attn\.", ".self_attn."),
-    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
-    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # transformers' spelling
-    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-    (r"^visual\.proj$", "visual_projection.weight"),
-    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^ln_final\.", "text_model.final_layer_norm."),
-    (r"^text_projection$", "text_projection.weight"),
-]
 # The libraries sum in different orders, which costs a few fp32 units in the last place (6e-8). A wrong
 # activation or a swapped projection differs by 1e-2 and more, so the bound need not be tight.
 FEATURES_BOUND = 1e-5
@@ -83,6 +65,9 @@ def unsupported_settings(clip: Clip) -> list[str]:
         names = {name for name in default if name not in SUPPORTED[tower] and settings[name] != default[name]}
         # Lists here mean a ResNet, or patches that are not square.
         names |= {name for name in ("layers", "patch_size") if not isinstance(settings.get(name, 1), int)}
+        for name in ("hf_model_name", "hf_tokenizer_name"):  # may be folders, and what this says is published
+            if settings.get(name):
+                settings[name] = Path(settings[name]).name
         unsupported += [f"{tower}.{name} = {settings[name]!r}" for name in default if name in names]
     if len(set(clip.image_size)) > 1:
         unsupported.append(f"image_size = {list(clip.image_size)}")
@@ -126,16 +111,12 @@ def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """open_clip's state dict under CLIPModel's names; no two tensors share memory."""
     result = {}
     for name, tensor in weights.items():
-        new = _new_name(name)
+        new = name_in_transformers(name)
         if (in_proj := new.rpartition("in_proj_"))[1]:
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 result[f"{in_proj[0]}{part}_proj.{in_proj[2]}"] = piece.clone()
         else:
-            result[new] = (
-                tensor.T.contiguous()
-                if new in ("visual_projection.weight", "text_projection.weight")
-                else tensor
-            )
+            result[new] = tensor.T.contiguous() if new in TRANSPOSED else tensor
     return result
 
 
@@ -260,12 +241,6 @@ def bounds(clip: Clip) -> dict[str, float]:
     }
 
 
-def _new_name(name: str) -> str:
-    for old, new in RENAMES:
-        name = re.sub(old, new, name)
-    return name
-
-
 def _until_end(tokens: torch.Tensor, model) -> list[list[int]]:
     """Each row up to its end token. Padding follows (0 in open_clip, the end token in transformers), which a
     causal tower does not see.
@@ -298,7 +273,7 @@ def _tokenizer(clip: Clip):
     """
     from transformers import CLIPTokenizer
 
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    names = {ours: theirs for theirs, ours in SPECIAL.items()}
     vocab = {names.get(token, token): number for token, number in clip.tokenizer.encoder.items()}
     merges = sorted(clip.tokenizer.bpe_ranks, key=clip.tokenizer.bpe_ranks.get)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=clip.tokenizer.context_length)

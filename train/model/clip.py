@@ -170,6 +170,7 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
                 part = "its tokenizer"
                 tokenizer = open_clip.get_tokenizer(source.identifier)
                 model_cfg = model_cfg_of(source.identifier)
+            background = _background_of(source)
             if source.file and weights:
                 load_weights(model, source.identifier, source.file)
         except (OSError, RuntimeError, ValueError, KeyError, HfHubHTTPError) as error:
@@ -181,7 +182,7 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
     preprocess = model.visual.preprocess_cfg
     config = {
         "model_cfg": model_cfg,
-        "preprocess_cfg": {key: preprocess[key] for key in KEYS} | {"background": _background_of(source)},
+        "preprocess_cfg": {key: preprocess[key] for key in KEYS} | {"background": background},
     }
     towers = Towers(model, preprocess["mean"], preprocess["std"], tokenizer.context_length)
     return Clip(name, towers, tokenizer, config)
@@ -219,7 +220,9 @@ def _portable(model_cfg: dict) -> dict:
 
 def _background_of(source: Source) -> str:
     """`#rrggbb` of an open_clip_config.json; white where it has none, as models of others."""
-    if source.folder or ":" not in source.identifier:
+    if source.folder:
         return WHITE
-    background = (config_of(source.identifier).get("preprocess_cfg") or {}).get("background")
+    by_config = ":" in source.identifier
+    preprocess = config_of(source.identifier).get("preprocess_cfg") if by_config else source.preprocess
+    background = (preprocess or {}).get("background")
     return background if re.fullmatch("#[0-9a-fA-F]{6}", str(background)) else WHITE

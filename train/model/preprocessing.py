@@ -32,14 +32,15 @@ NEUTRAL = ("hf_tokenizer_name", "hf_model_name", "hf_model_pretrained", "timm_mo
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """mean, std, interpolation and resize_mode, and a sentence that says where they are from."""
+    """mean, std, interpolation, resize_mode, background where it is known; and where they are from."""
 
     config: dict
     source: str
 
     def __str__(self) -> str:
         mean, std = (", ".join(f"{value:.4g}" for value in self.config[key]) for key in ("mean", "std"))
-        return f"mean {mean}; std {std}; {self.config['interpolation']}; {self.config['resize_mode']}"
+        words = f"mean {mean}; std {std}; {self.config['interpolation']}; {self.config['resize_mode']}"
+        return f"{words}; background {self.config['background']}" if "background" in self.config else words
 
 
 def split_name(pretrained: str) -> tuple[Path, str] | None:
@@ -130,7 +131,7 @@ def _read(path: Path) -> dict:
             f'{path}: holds no preprocessing; it must be JSON such as {{"mean": [0.5, 0.5, 0.5], "std": [0.5,'
             ' 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "shortest"}'
         ) from None
-    return read
+    return read | ({"background": config["background"]} if "background" in config else {})
 
 
 def _of_config(architecture: str, file: Path, beside: Path) -> Preprocessing:

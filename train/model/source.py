@@ -147,7 +147,8 @@ def on_disk(source: Source) -> Source:
     try:
         config = hf_hub_download(model_id, CONFIG_FILE, revision=revision or None)
         text = _read_config(Path(config))["model_cfg"]["text_cfg"]
-        if not revision and text.get("hf_model_name") not in (HERE, model_id):
+        own = {text.get(key) for key in ("hf_model_name", "hf_tokenizer_name")} & {HERE, model_id}
+        if not revision and not own:
             return source
     except LocalEntryNotFoundError:  # no network; it is an EntryNotFoundError too
         raise

@@ -38,10 +38,10 @@ def check_installed(names: Sequence[str]) -> None:
         UserError: one is missing.
     """
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        others = " ".join(name for name in names if name not in missing)
+        others = " ".join(name for name in names if name not in missing) or "and no name"
         raise UserError(
             f"--log {' '.join(names)}: {' and '.join(missing)} not installed; pip install"
-            f" {' '.join(missing)}, or pass --log {others or 'tensorboard'}"
+            f" {' '.join(missing)}, or pass --log {others}"
         )
 
 
