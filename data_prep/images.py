@@ -40,6 +40,8 @@ DAMAGE = (
     zlib.error,
 )
 PHASH_PX = 16
+# Reasons: nothing of the image is seen; and nothing of it is seen on this background.
+WHOLLY_TRANSPARENT, UNSEEN = "wholly transparent", "blank on the background"
 OPAQUE_ALPHA = "alpha without transparency"
 MAX_PNG_TEXT = 1 << 20  # characters; Pillow refuses a PNG with more of them in a chunk
 NEARLY_BLACK = 4095  # the largest value of 12 bits; of 16 bits it is 6 % gray
@@ -152,7 +154,10 @@ def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:
         fixes.append("resized")
     phash = _phash(pixels)
     if phash is None:
-        raise BadImage("blank image", "one color, {}".format("#{:02x}{:02x}{:02x}".format(*pixels[0, 0])))
+        color = "one color, #{:02x}{:02x}{:02x}".format(*pixels[0, 0])
+        if any("transparency" in fix and fix != OPAQUE_ALPHA for fix in fixes):
+            raise BadImage(UNSEEN, f"{color}; see --background")
+        raise BadImage("blank image", color)
     height, width = pixels.shape[:2]
     stored = data
     if fixes:
@@ -497,6 +502,8 @@ def _composite(image: Image.Image, background: tuple[int, int, int]) -> tuple[Im
         fix = "transparency"
     else:
         fix = OPAQUE_ALPHA
+    if rgba.getextrema()[3][1] == 0:
+        raise BadImage(WHOLLY_TRANSPARENT, "nothing is seen on any background")
     canvas = Image.new("RGBA", image.size, (*background, 255))
     canvas.alpha_composite(rgba)
     return canvas, fix

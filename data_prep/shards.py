@@ -49,6 +49,11 @@ class Sample:
     captions: list[str]
     meta: dict  # KEY.json
 
+    @property
+    def path(self) -> str:
+        """The image's path in its source, relative to the folder or URL of images; "" if it is not known."""
+        return self.meta.get("image", "")
+
 
 class Member(NamedTuple):
     """A sample to write."""

@@ -224,7 +224,8 @@ class Index:
             all_variants: return all images of a group, not only the best one.
 
         Returns:
-            {"rank" (from 1), "score", "key", "captions", "split", "group", "variants", "columns", ...} each.
+            {"rank" (from 1), "score", "path" (relative to the folder or URL of images), "key", "captions",
+            "split", "group", "variants", "columns", ...} each.
 
         Raises:
             UserError: no such column or value; the query cannot be encoded.

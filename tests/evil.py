@@ -137,8 +137,8 @@ BAD_FILES = {
     "thin.png": (encoded(noise(800, 9)), "extreme aspect"),
     "white.png": (encoded(Image.new("RGB", (32, 32), "white")), "blank image"),
     "white.jpg": (encoded(Image.new("RGB", (32, 32), "white"), "JPEG"), "blank image"),
-    "nothing.png": (encoded(Image.new("RGBA", (32, 32))), "blank image"),
-    "white_on_nothing.png": (encoded(drawn((0, 0, 0, 0), (255, 255, 255, 255))), "blank image"),
+    "nothing.png": (encoded(Image.new("RGBA", (32, 32))), "wholly transparent"),
+    "white_on_nothing.png": (encoded(drawn((0, 0, 0, 0), (255, 255, 255, 255))), "blank on the background"),
 }
 
 # name -> bytes, and its fix (None: the bytes stay unchanged)

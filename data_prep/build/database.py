@@ -7,6 +7,10 @@ from typing import NamedTuple, TypeVar
 Record = TypeVar("Record", bound=NamedTuple)
 
 
+class Count(NamedTuple):
+    n: int
+
+
 def insert(db: sqlite3.Connection, table: str, records: Iterable[NamedTuple]) -> None:
     """Insert records of one type, whose fields are columns of the table."""
     records = iter(records)

@@ -67,7 +67,7 @@ class Checking:
     skip_decode: bool = False
     """Do not decode images that were checked before: PNG, JPEG and WebP only; equal files share a group."""
     max_rejects: float = 0.01
-    """Stop the build if more than this fraction of rows is rejected."""
+    """Stop the build if more than this fraction of rows is rejected. Rows left out as asked do not count."""
 
     def rules(self) -> Rules:
         """The rules of data_prep.images.check.

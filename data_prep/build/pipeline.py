@@ -1,6 +1,6 @@
 """The commands build, index and merge: inputs become shards, in steps that survive a kill.
 
-OUT.partial/settings.json    what this build is of: inputs by hash, options, versions
+OUT.partial/settings.json    what this build is of: inputs by hash, options, versions (resume.py)
 OUT.partial/part-*.sqlite    rows and checked images (records.py, scan.py), one per task
 OUT.partial/plan.sqlite      groups, splits and leaks over all parts (plan.py)
 OUT.partial/train/*.tar      shards, each complete or absent (write.py)
@@ -8,8 +8,10 @@ OUT/                         the same folder at the end, with manifest.json and 
 """
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +21,23 @@ import simplejpeg
 import tyro
 
 from data_prep.atomic import check_replaceable, sync, write_json
-from data_prep.build.decisions import DROPPED, REMOVED, read_decisions
+from data_prep.build.decisions import Decision, read_decisions
 from data_prep.build.options import Checking, Parallelism, Reading, Splitting, cores
 from data_prep.build.plan import Plan, check_parts
 from data_prep.build.records import Part, load
+from data_prep.build.resume import (
+    LOCK,
+    SETTINGS,
+    adopt,
+    check_ours,
+    locked,
+    restart,
+    retry_rejected,
+    start_or_resume,
+)
 from data_prep.build.scan import Checks, scan
-from data_prep.build.write import index_in_place, write_shards
+from data_prep.build.split import SPLITS
+from data_prep.build.write import Changed, index_in_place, write_shards
 from data_prep.cli import Folder
 from data_prep.errors import UserError
 from data_prep.images import installed_version
@@ -32,9 +45,8 @@ from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root
 from data_prep.inputs.storage import digest, expand, is_url
 from data_prep.report.summary import print_report, summarize, write_rejects, write_report
+from data_prep.report.warnings import ASKED, transparent
 from data_prep.shards import FORMAT, read_manifest
-
-SETTINGS = "settings.json"  # of an unfinished build; the manifest begins with the same keys
 
 
 def build(
@@ -52,7 +64,8 @@ def build(
 ) -> dict | None:
     """Check every image of the inputs and write train, val and test shards, with a manifest and a report.
 
-    A build that was killed resumes when the same command is run again.
+    A build that was killed resumes when the same command is run again. With other options, or inputs that
+    were corrected, it keeps every checked image whose file and checks are the same.
 
     Args:
         inputs: CSV, TSV, JSONL or Parquet files, tars, or folders of images with .txt files beside them, each
@@ -61,7 +74,7 @@ def build(
         out: Folder to write; it appears under this name when it is complete.
         images_per_shard: Images per tar, approximately.
         min_shards: Minimum number of tars per split, for readers that need one per process.
-        overwrite: Replace OUT and drop an unfinished build, if this command made them.
+        overwrite: Replace OUT, if this command made it.
 
     Returns:
         The content of report.json; None if other tasks have to finish first.
@@ -94,7 +107,7 @@ def index(
         tars: Tars of img2dataset, webdataset, open_clip or others: an image is followed by a .txt or .json of
             the same name.
         out: Folder for the index and the report; it appears under this name when it is complete.
-        overwrite: Replace OUT and drop an unfinished index, if this command made them.
+        overwrite: Replace OUT, if this command made it.
 
     Returns:
         The content of report.json; None if other tasks have to finish first.
@@ -139,83 +152,53 @@ def _run(
         "split": asdict(split),
         "write": writing,
         "num_tasks": parallelism.num_tasks,
-        "versions": {
-            "pillow": PIL.__version__,
-            "simplejpeg": simplejpeg.__version__,
-            **{name: installed_version(name) for name in ("resvg_py", "pillow_heif")},
-        },
+        "versions": library_versions(),
     }
-    _start_or_resume(folder, settings, overwrite)
-    if not (folder / "manifest.json").exists():
-        part = Part(folder, parallelism.task, parallelism.num_tasks)
-        try:
-            try:
-                load(part, inputs, read, decisions.values())
-            except UserError:
-                if part.parts == 1:  # nothing is in it, and the corrected command has other options
-                    shutil.rmtree(folder)
-                raise
-            scan(part, inputs, read.images, checks, parallelism.processes)
-        finally:
-            part.close()
-    if parallelism.num_tasks > 1:
-        print(
-            f"task {parallelism.task} of {parallelism.num_tasks} has finished; after all tasks, run:"
-            f" python -m data_prep merge {out}"
-        )
-        return None
-    return merge(out, check.max_rejects, parallelism.processes, overwrite)
-
-
-def _start_or_resume(folder: Path, settings: dict, overwrite: bool) -> None:
-    """Create the folder of an unfinished build, or resume in it.
-
-    Raises:
-        UserError: it was started with other settings, or is not ours.
-    """
-    file = folder / SETTINGS
-    # A build that was killed after its last step but one has a manifest already.
-    if existing := next((path for path in (file, folder / "manifest.json") if path.is_file()), None):
-        before = json.loads(existing.read_text(encoding="utf-8"))
-        changes = [
-            _describe_change(name, before.get(name), value)
-            for name, value in settings.items()
-            if before.get(name) != value
-        ]
-        if not changes:
-            print(f"resuming {folder}")
-            write_json(file, settings)
-            return
-        change = f"{folder}: started with another {'; '.join(changes)}"
-        if settings["num_tasks"] > 1:
-            raise UserError(f"{change}. All tasks need the same command; delete the folder to start again")
-        if not overwrite:
-            raise UserError(f"{change}. Pass the same options to resume, or --overwrite to start again")
-        print(f"{change}; starting again")
-        shutil.rmtree(folder)
-    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        # Hidden files are allowed: another task may be writing its settings at this moment.
-        raise UserError(
-            f"{folder}: has no {SETTINGS}, so it was not made by this command, and is not written to; move it"
-            " away"
-        )
+    check_ours(folder)
+    if parallelism.num_tasks == 1:
+        with locked(folder):
+            _check_images(folder, settings, read, decisions.values(), checks, parallelism)
+            return _merge(out, check.max_rejects, parallelism.processes)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, settings)
-
-
-def _describe_change(name: str, before, now) -> str:
-    if name == "inputs":
-        changed = [source for source in before if source in now and before[source] != now[source]]
-        if changed:
-            return f"content of {', '.join(changed)}"
-        return f"input ({', '.join(before)}, now {', '.join(now)})"
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return f"{name} ({before}, now {now})"
-    return ", ".join(
-        f"{key} ({before.get(key)}, now {now.get(key)})"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
+    _check_images(folder, settings, read, decisions.values(), checks, parallelism)
+    print(
+        f"task {parallelism.task} of {parallelism.num_tasks} has finished; after all tasks, run:"
+        f" python -m data_prep merge {out}"
     )
+    return None
+
+
+def library_versions() -> dict[str, str]:
+    """What images are decoded with; "" for an optional library that is not installed."""
+    optional = {name: installed_version(name) for name in ("resvg_py", "pillow_heif")}
+    return {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, **optional}
+
+
+def _check_images(
+    folder: Path,
+    settings: dict,
+    read: Reading,
+    decisions: Iterable[Decision],
+    checks: Checks,
+    parallelism: Parallelism,
+) -> None:
+    """Read the inputs, and check the images of this task's part that are not checked yet."""
+    start_or_resume(folder, settings)
+    if (folder / "manifest.json").exists():
+        return
+    inputs = list(settings["inputs"])
+    part = Part(folder, parallelism.task, parallelism.num_tasks)
+    try:
+        adopt(part, settings)
+        load(part, inputs, read, decisions)
+        if not (folder / SPLITS[0]).exists():  # shards are of the images that were accepted before
+            retry_rejected(part)
+        scan(part, inputs, read.images, checks, parallelism.processes)
+    finally:
+        is_empty = part.is_empty()
+        part.close()
+        if is_empty and part.parts == 1:  # an input cannot be read: nothing half-made is left
+            shutil.rmtree(folder)
 
 
 def merge(
@@ -242,14 +225,22 @@ def merge(
             " --num-tasks N --task I"
         )
     check_replaceable(out, "manifest.json", overwrite)
+    Checking(max_rejects=max_rejects).rules()  # raises for an invalid one
+    with locked(folder):
+        return _merge(out, max_rejects, processes or cores())
+
+
+def _merge(out: Path, max_rejects: float, processes: int) -> dict:
+    folder = partial_of(out)
     if not (folder / "manifest.json").exists():  # else it was killed after the last step but one
-        _write_all(folder, out, max_rejects, processes or cores())
+        _write_all(folder, out, max_rejects, processes)
     for file in [
         *folder.glob("part-*"),
         *folder.glob("plan.sqlite*"),
         *folder.rglob(".*.partial"),
         folder / "phash.bin",
         folder / SETTINGS,
+        folder / LOCK,
     ]:
         file.unlink(missing_ok=True)
     if out.exists():
@@ -257,7 +248,7 @@ def merge(
     os.replace(folder, out)
     sync(out.parent)
     summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    print_report(out, summary, json.loads((out / "manifest.json").read_text(encoding="utf-8"))["split"])
+    print_report(out, summary)
     return summary
 
 
@@ -270,15 +261,24 @@ def _write_all(folder: Path, out: Path, max_rejects: float, processes: int) -> N
     """Write everything from the checked parts; the manifest comes last, as the mark of a complete folder."""
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     inputs, n_parts = list(settings["inputs"]), settings["num_tasks"]
-    check_parts(folder, n_parts)
+    check_parts(folder, n_parts, settings)
     parts = [Part(folder, number, n_parts, read_only=True) for number in range(n_parts)]
     plan = Plan(folder, parts, Splitting(**settings["split"]), inputs, settings["read"]["images"])
-    summary = summarize(plan)
-    _check_rejects(folder, inputs, plan, summary, max_rejects)
+    summary, changed = summarize(plan), ""
+    _check_rejects(folder, settings, plan, summary, max_rejects)
     if settings["command"] == "index":
         splits = index_in_place(folder, out, plan, settings)
     else:
-        splits = write_shards(folder, plan, settings, processes)
+        try:
+            splits = write_shards(folder, plan, settings, processes)
+        except Changed as error:
+            changed = str(error)  # the error itself would keep the parts' tables open
+        if changed:
+            for opened in (plan, *parts):
+                opened.close()
+            _start_over(folder, n_parts)
+            again = "the same command" if n_parts == 1 else "all tasks, then merge,"
+            raise UserError(f"{changed}; run {again} again, to check what has changed")
     write_report(folder, plan, summary, settings)
     write_json(folder / "manifest.json", {**settings, "splits": splits})
     plan.close()
@@ -286,22 +286,39 @@ def _write_all(folder: Path, out: Path, max_rejects: float, processes: int) -> N
         part.close()
 
 
-def _check_rejects(folder: Path, inputs: list[str], plan: Plan, summary: dict, max_rejects: float) -> None:
-    """Raise a UserError if too many rows are rejected, or all. Rows that decisions drop do not count."""
-    intended = sum(summary["reasons"].get(reason, 0) for reason in (DROPPED, REMOVED))
-    if summary["rejects"] - intended <= max_rejects * summary["rows"] and summary["records"]:
+def _start_over(folder: Path, n_parts: int) -> None:
+    """Let the next command look for changed images; shards may hold other images than it finds."""
+    for split in SPLITS:
+        shutil.rmtree(folder / split, ignore_errors=True)
+    for number in range(n_parts):
+        part = Part(folder, number, n_parts)
+        restart(part, json.loads(part.get("settings")), keep=True)
+        part.close()
+
+
+def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_rejects: float) -> None:
+    """Raise a UserError if too many rows are rejected, or all. What the user asked to drop does not count."""
+    rows, unusable = summary["rows"], summary["rejects"] - summary["asked"]
+    if unusable <= max_rejects * rows and summary["records"]:
         return
-    write_rejects(folder / "rejects.csv", plan, inputs)
-    share = summary["rejects"] / summary["rows"]
-    reasons = "".join(f"\n  {count:8} x {reason}" for reason, count in summary["reasons"].items())
-    first = next(plan.rejects())
+    write_rejects(folder / "rejects.csv", plan, list(settings["inputs"]))
+    counts = {reason: n for reason, n in summary["reasons"].items() if reason not in ASKED or not unusable}
+    reasons = "".join(f"\n  {n:8} x {reason}" for reason, n in counts.items())
+    first = next(reject for reject in plan.rejects() if reject.reason in counts)
     why = ", ".join(filter(None, (first.reason, first.detail)))
-    fix = "Fix the input" + (", or raise --max-rejects to leave them out" if summary["records"] else "")
-    count = f"{summary['rejects']} of {summary['rows']} rows cannot be used ({share:.1%}), more than"
-    count += f" --max-rejects {max_rejects:g} allows"
-    if not summary["records"]:
-        count = f"none of the {summary['rows']} rows can be used"
+    head = f"{unusable} of {rows} rows cannot be used ({unusable / rows:.1%}), more than"
+    head += f" --max-rejects {max_rejects:g} allows"
+    fix = "Fix the input"
+    if summary["records"]:
+        enough = math.ceil(100 * unusable / rows) / 100
+        fix += f", or pass --max-rejects {enough:g} to leave them out"
+    elif unusable:
+        head = f"none of the {rows} rows can be used"
+    else:
+        head, fix = f"no image is left: all of {rows} rows are left out as asked", "Leave out less"
+    hints = transparent(summary["reasons"], settings["check"]["background"], is_built=False)
+    hints = "".join(f"\n{hint}" for hint in hints)
     raise UserError(
-        f"{count}:{reasons}\nthe first is line {first.line}, {first.image!r}:"
-        f" {why}; all are in {folder / 'rejects.csv'}. {fix}"
+        f"{head}:{reasons}\nthe first is line {first.line}, {first.image!r}:"
+        f" {why}; all are in {folder / 'rejects.csv'}. {fix}{hints}"
     )

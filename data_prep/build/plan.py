@@ -33,6 +33,10 @@ CREATE TABLE leaks (a INTEGER, b INTEGER, difference REAL);
 """
 
 
+NEAR_HELD_OUT = "near-identical to held-out"
+SEEDS, MANY_GROUPS = 1000, 10_000  # seeds that are tried to fill all splits; of more groups, none is empty
+
+
 class PlannedImage(NamedTuple):
     """An image that is included.
 
@@ -256,7 +260,7 @@ class Plan:
         self.db.execute("COMMIT")
         self._thumbnail_cached.cache_clear()
         if self.splitting.drop_leaks:
-            problem = Problem("near-identical to held-out", "to an image of a later split; see leaks.csv")
+            problem = Problem(NEAR_HELD_OUT, "to an image of a later split; see leaks.csv")
             for leak in list(select(self.db, _Leaking, "FROM (SELECT DISTINCT a FROM leaks)")):
                 self._reject(leak.a, problem)
 
@@ -324,6 +328,32 @@ class Plan:
         """uint8 [rows + 1], by the first row of a group: 1 + the number of its split in SPLITS."""
         return np.frombuffer(self._codes, np.uint8)
 
+    def group_name(self, first: int) -> str:
+        """The name of a group.
+
+        Args:
+            first: its first row.
+        """
+        part, row = self.row(first)
+        image = select_one(part.db, _Named, "FROM images WHERE key = :key", key=row.key)
+        return _group_name(image.image, image.groups)
+
+    def seed_that_fills_splits(self, firsts: list[int]) -> int:
+        """A --seed that gives every split of some fraction a group; 0 if none is found.
+
+        Args:
+            firsts: first rows of all groups.
+        """
+        splitting = self.splitting
+        wanted = {split for split in SPLITS if getattr(splitting, split, 1)}
+        if not len(wanted) <= len(firsts) <= MANY_GROUPS:
+            return 0
+        names = [self.group_name(first) for first in firsts]
+        for seed in range(1, SEEDS):
+            if {split_of(name, splitting.val, splitting.test, seed) for name in names} >= wanted:
+                return seed
+        return 0
+
     def leaks(self, limit: int = -1) -> list[Leak]:
         """Near-identical images in different splits, the most similar first."""
         query = "FROM leaks ORDER BY difference, a, b LIMIT :limit"
@@ -343,8 +373,8 @@ def _group_name(image: str, groups: str) -> str:
     return json.loads(groups)[0] if groups else f"image:{image}"
 
 
-def check_parts(folder: Path, parts: int) -> None:
-    """Refuse to continue before every part is checked.
+def check_parts(folder: Path, parts: int, settings: dict) -> None:
+    """Refuse to continue before every part is checked, with these settings.
 
     Raises:
         UserError: names the tasks whose parts are missing or unfinished.
@@ -353,13 +383,13 @@ def check_parts(folder: Path, parts: int) -> None:
     for number in range(parts):
         exists = Part.path_of(folder, number, parts).exists()
         part = Part(folder, number, parts, read_only=True) if exists else None
-        if part is None or not part.get("scanned"):
+        if part is None or not part.get("scanned") or json.loads(part.get("settings") or "{}") != settings:
             missing.append(number)
         if part:
             part.close()
     if missing:
         names = ", ".join(map(str, missing[:20])) + (" and more" if len(missing) > 20 else "")
         raise UserError(
-            f"{folder}: {len(missing)} of {parts} tasks have not finished: {names}; run them again with"
-            " --task, then merge"
+            f"{folder}: {len(missing)} of {parts} tasks have not finished, or had other options: {names}; run"
+            " them again with --task, then merge"
         )

@@ -3,6 +3,7 @@ kill at any moment loses nothing that was committed.
 
   part-00003-of-00008.sqlite   rows           what was read, for images whose key falls into this part
                                images         what the checks made of each image, in the order of keys
+                               earlier        the same, of an earlier command (see resume.py)
                                rejects        rows that cannot be used, each with its line and a named reason
                                long_captions  captions of more tokens than the model can read
                                ignored        files that are neither images nor captions; in the first part
@@ -24,7 +25,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.build.database import insert, select, select_one
+from data_prep.build.database import Count, insert, select, select_one
 from data_prep.build.decisions import AppliedDecisions, Decision
 from data_prep.build.options import Reading
 from data_prep.errors import UserError
@@ -40,7 +41,11 @@ CREATE TABLE rows (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, key
 CREATE TABLE images (key TEXT PRIMARY KEY, ordinal INTEGER, image TEXT, captions TEXT, groups TEXT,
                      split TEXT, columns TEXT, extension TEXT, width INTEGER, height INTEGER,
                      content BLOB, pixels BLOB,
-                     phash BLOB, fixes TEXT, container INTEGER, offset INTEGER, length INTEGER) WITHOUT ROWID;
+                     phash BLOB, fixes TEXT, container INTEGER, offset INTEGER, length INTEGER,
+                     source BLOB) WITHOUT ROWID;
+CREATE TABLE earlier (key TEXT PRIMARY KEY, source BLOB, extension TEXT, width INTEGER, height INTEGER,
+                      content BLOB, pixels BLOB, phash BLOB, fixes TEXT, container INTEGER, offset INTEGER,
+                      length INTEGER) WITHOUT ROWID;
 CREATE INDEX images_by_container ON images (container, key) WHERE container >= 0;
 CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, image TEXT, reason TEXT,
                       detail TEXT);
@@ -49,9 +54,12 @@ CREATE TABLE long_captions (ordinal INTEGER PRIMARY KEY, input INTEGER, line INT
 CREATE TABLE ignored (input INTEGER, name TEXT, reason TEXT);
 CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 """
+SCHEMA_VERSION = 2
 INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # unicodedata's names of control, format and space characters
 SPOOLED = -1  # the container of images in the part's .bytes
 INSERT_ROWS = 10_000
+# After a commit in the middle, no later key has an image; after retry_rejected (resume.py), most have one.
+UNCHECKED = "key > :last_key AND NOT EXISTS (SELECT 1 FROM images WHERE images.key = rows.key)"
 SPLIT_NAMES = {
     "train": "train",
     "val": "val",
@@ -116,6 +124,7 @@ class StoredImage(NamedTuple):
         extension, width, height, content, pixels, phash: see data_prep.images.CheckedImage.
         fixes: one per line.
         container, offset, length: see Place.
+        source: xxh3 of the file that was checked; None if it is `content`.
     """
 
     key: str
@@ -125,6 +134,29 @@ class StoredImage(NamedTuple):
     groups: str
     split: str
     columns: str
+    extension: str
+    width: int
+    height: int
+    content: bytes
+    pixels: bytes
+    phash: bytes
+    fixes: str
+    container: int | None
+    offset: int | None
+    length: int | None
+    source: bytes | None
+
+
+class EarlierImage(NamedTuple):
+    """A row of the table `earlier`: what a check found, by an earlier command.
+
+    Attributes:
+        source: xxh3 of the file that was checked.
+        container, offset, length: of an image that the check has spooled, else None; see Place.
+    """
+
+    key: str
+    source: bytes
     extension: str
     width: int
     height: int
@@ -206,8 +238,13 @@ class Part:
             raise UserError(
                 f"{self.path}: in use by another process ({error}); wait until it ends, or stop it"
             ) from None
-        if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
-            self.db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+        if self.db.execute("PRAGMA user_version").fetchone() != (SCHEMA_VERSION,):
+            tables = self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            dropped = "".join(
+                f"DROP TABLE {name};" for (name,) in tables
+            )  # of another version of this program
+            version = f"PRAGMA user_version = {SCHEMA_VERSION};"
+            self.db.executescript(f"BEGIN; {dropped} {SCHEMA} {version} COMMIT;")
 
     @staticmethod
     def path_of(folder: Path, number: int, parts: int) -> Path:
@@ -235,6 +272,16 @@ class Part:
         self._spool_file.write(data)
         return Place(SPOOLED, offset, len(data))
 
+    def truncate_spool(self) -> None:
+        """Remove from .bytes what no table refers to: what was written after the last commit."""
+        query = " UNION ALL ".join(
+            f"SELECT max(offset + length) AS size FROM {table} WHERE container = :spooled"
+            for table in ("images", "rows", "earlier")
+        )
+        query = f"FROM (SELECT coalesce(max(size), 0) AS n FROM ({query}))"
+        if self.spool_path.exists():
+            os.truncate(self.spool_path, select_one(self.db, Count, query, spooled=SPOOLED).n)
+
     def commit(self) -> None:
         """Make everything since BEGIN durable; .bytes first, because the tables refer to it."""
         if "_spool_file" in self.__dict__:
@@ -244,6 +291,10 @@ class Part:
 
     def reject(self, *rejects: Reject) -> None:
         insert(self.db, "rejects", rejects)
+
+    def is_empty(self) -> bool:
+        """Whether nothing was read, and nothing is kept of an earlier command."""
+        return not (self.get("loaded") or self.db.execute("SELECT 1 FROM earlier LIMIT 1").fetchone())
 
     def close(self) -> None:
         if "_spool_file" in self.__dict__:
@@ -259,8 +310,8 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[De
     """
     if part.get("loaded"):
         return
-    part.spool_path.unlink(missing_ok=True)
     part.db.execute("BEGIN")
+    part.truncate_spool()
     part.db.execute("DELETE FROM ignored")
     bar = progress(desc="reading rows", unit="row", delay=2)
     names = [os.path.basename(source.rstrip("/")) for source in inputs]
@@ -417,7 +468,7 @@ class _TokenLimit:
 
 def unchecked_images(part: Part) -> Iterator[ImageRows]:
     """The images of a part that are not checked yet, in the order of their keys."""
-    query = "FROM rows WHERE key > :last_key ORDER BY key, ordinal"
+    query = f"FROM rows WHERE {UNCHECKED} ORDER BY key, ordinal"
     rows = select(part.db, StoredRow, query, last_key=part.get("last_key"))
     for _, group in groupby(rows, attrgetter("key")):
         of_image = list(group)

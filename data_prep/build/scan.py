@@ -18,8 +18,20 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
-from data_prep.build.database import insert, select_one
-from data_prep.build.records import SPOOLED, ImageRows, Part, Place, StoredImage, join_rows, unchecked_images
+import xxhash
+
+from data_prep.build.database import Count, insert, select_one
+from data_prep.build.records import (
+    SPOOLED,
+    UNCHECKED,
+    EarlierImage,
+    ImageRows,
+    Part,
+    Place,
+    StoredImage,
+    join_rows,
+    unchecked_images,
+)
 from data_prep.images import BadImage, CheckedImage, Rules, check, check_signature
 from data_prep.inputs.locations import ImageLocation, read_all
 from data_prep.inputs.names import Problem
@@ -27,6 +39,35 @@ from data_prep.progress import progress
 
 CHUNK = 64
 COMMIT_EVERY_S = 2.0
+FOUND = ("extension", "width", "height", "content", "pixels", "phash", "fixes", "source")  # by a check
+
+
+class Unchecked(NamedTuple):
+    """An image to check.
+
+    Attributes:
+        source: xxh3 of the file that an earlier command has checked in the same way; b"" for none.
+    """
+
+    location: ImageLocation
+    source: bytes
+
+    @property
+    def is_trusted(self) -> bool:
+        """A remote file is not fetched again to see whether it has changed, as on any resume."""
+        return bool(self.source) and self.location.is_remote
+
+
+class Checked(NamedTuple):
+    """What a check found.
+
+    Attributes:
+        result: None for what the earlier command found.
+        source: xxh3 of the file, if the image was changed.
+    """
+
+    result: CheckedImage | BadImage | None
+    source: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -42,18 +83,22 @@ class Checks:
     skip_decode: bool = False
     in_place: bool = False
 
-    def __call__(self, locations: list[ImageLocation]) -> list[CheckedImage | BadImage]:
-        results = []
-        for location, data in zip(locations, read_all(locations), strict=True):
-            try:
-                results.append(self._check(location, data))
-            except BadImage as bad:
-                results.append(bad)
-        return results
+    def __call__(self, images: list[Unchecked]) -> list[Checked]:
+        read = iter(read_all([image.location for image in images if not image.is_trusted]))
+        return [Checked(None) if image.is_trusted else self._checked(image, next(read)) for image in images]
 
-    def _check(self, location: ImageLocation, data: bytes | BadImage) -> CheckedImage:
+    def _checked(self, image: Unchecked, data: bytes | BadImage) -> Checked:
         if isinstance(data, BadImage):
-            raise data
+            return Checked(data)
+        if image.source and xxhash.xxh3_128_digest(data) == image.source:
+            return Checked(None)
+        try:
+            result = self._check(image.location, data)
+        except BadImage as bad:
+            return Checked(bad)
+        return Checked(result, None if result.data is None else xxhash.xxh3_128_digest(data))
+
+    def _check(self, location: ImageLocation, data: bytes) -> CheckedImage:
         checked = check_signature(data) if self.skip_decode else check(data, self.rules)
         if self.in_place and checked.data is not None:
             raise BadImage(
@@ -63,14 +108,6 @@ class Checks:
         if location.is_remote:  # keep the bytes, so that the writer does not fetch them again
             return replace(checked, data=checked.data or data)
         return checked
-
-
-class _Count(NamedTuple):
-    n: int
-
-
-class _Size(NamedTuple):
-    size: int
 
 
 def scan(part: Part, inputs: list[str], root: str, checks: Checks, processes: int) -> None:
@@ -84,22 +121,19 @@ def scan(part: Part, inputs: list[str], root: str, checks: Checks, processes: in
     """
     if part.get("scanned"):
         return
-    query = "FROM (SELECT count(DISTINCT key) AS n FROM rows WHERE key > :last_key)"
-    total = select_one(part.db, _Count, query, last_key=part.get("last_key")).n
+    query = f"FROM (SELECT count(DISTINCT key) AS n FROM rows WHERE {UNCHECKED})"
+    total = select_one(part.db, Count, query, last_key=part.get("last_key")).n
     committed_at = time.monotonic()
     part.db.execute("BEGIN")
-    _truncate_spool(part)
+    part.truncate_spool()
     bar = progress(total=total, desc="checking images", unit="image")
-    jobs = (
-        (chunk, [locate(part, inputs, root, image) for image in chunk])
-        for chunk in _chunks(unchecked_images(part), CHUNK)
-    )
-    for chunk, results in in_order(checks, jobs, processes, BadImage("the decoder crashed on it")):
-        for image, result in zip(chunk, results, strict=True):
-            _store(part, image, result)
+    crashed = Checked(BadImage("the decoder crashed on it"))
+    for chunk, results in in_order(checks, _jobs(part, inputs, root), processes, crashed):
+        for (image, earlier), checked in zip(chunk, results, strict=True):
+            _store(part, image, earlier, checked)
         bar.update(len(chunk))
         if time.monotonic() - committed_at > COMMIT_EVERY_S:
-            part.set(last_key=chunk[-1].key)
+            part.set(last_key=chunk[-1][0].key)
             part.commit()
             part.db.execute("BEGIN")
             committed_at = time.monotonic()
@@ -108,16 +142,24 @@ def scan(part: Part, inputs: list[str], root: str, checks: Checks, processes: in
     part.commit()
 
 
-def _truncate_spool(part: Part) -> None:
-    """Remove from .bytes what was written after the last commit."""
-    query = (
-        "FROM (SELECT coalesce(max(offset + length), 0) AS size FROM"
-        " (SELECT offset, length FROM images WHERE container = :spooled"
-        " UNION ALL SELECT offset, length FROM rows WHERE container = :spooled))"
-    )
-    size = select_one(part.db, _Size, query, spooled=SPOOLED).size
-    if part.spool_path.exists():
-        os.truncate(part.spool_path, size)
+def _jobs(part: Part, inputs: list[str], root: str) -> Iterator[tuple]:
+    """([(image, what an earlier command found, or None)], [what a worker gets]) of each chunk."""
+    has_earlier = part.db.execute("SELECT 1 FROM earlier LIMIT 1").fetchone()
+    for images in _chunks(unchecked_images(part), CHUNK):
+        found = [
+            select_one(part.db, EarlierImage, "FROM earlier WHERE key = :key", key=image.key)
+            if has_earlier
+            else None
+            for image in images
+        ]
+        chunk = list(zip(images, found, strict=True))
+        yield (
+            chunk,
+            [
+                Unchecked(locate(part, inputs, root, image), earlier.source if earlier else b"")
+                for image, earlier in chunk
+            ],
+        )
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -138,15 +180,22 @@ def locate(part: Part, inputs: list[str], root: str, image) -> ImageLocation:
     return ImageLocation(file, image.image, image.offset, image.length)
 
 
-def _store(part: Part, image: ImageRows, result: CheckedImage | BadImage) -> None:
+def _store(part: Part, image: ImageRows, earlier: EarlierImage | None, checked: Checked) -> None:
+    result = checked.result
     if isinstance(result, BadImage):
         problem = Problem(result.reason, result.detail)
         part.reject(*(row.reject(problem) for row in image.rows))
         return
     joined = join_rows(part, image)
     place = Place(image.container, image.offset, image.length)
-    if result.data is not None:
-        place = part.spool(result.data)
+    if result is None:
+        if earlier.container is not None:
+            place = Place(earlier.container, earlier.offset, earlier.length)
+        found = earlier._asdict()
+    else:
+        if result.data is not None:
+            place = part.spool(result.data)
+        found = {**vars(result), "fixes": "\n".join(result.fixes), "source": checked.source}
     stored = StoredImage(
         image.key,
         image.rows[0].ordinal,
@@ -155,13 +204,7 @@ def _store(part: Part, image: ImageRows, result: CheckedImage | BadImage) -> Non
         groups=json.dumps(joined.groups, ensure_ascii=False) if joined.groups else "",
         split=joined.split,
         columns=image.rows[0].columns,
-        extension=result.extension,
-        width=result.width,
-        height=result.height,
-        content=result.content,
-        pixels=result.pixels,
-        phash=result.phash,
-        fixes="\n".join(result.fixes),
+        **{name: found[name] for name in FOUND},
         **place._asdict(),
     )
     insert(part.db, "images", [stored])

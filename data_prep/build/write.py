@@ -19,6 +19,10 @@ from data_prep.progress import progress
 from data_prep.shards import Member, as_json, sha256_of, shard_entry, write_index, write_shard
 
 
+class Changed(UserError):
+    """An image is not the one that was checked."""
+
+
 def write_shards(folder: Path, plan: Plan, settings: dict, processes: int) -> dict:
     """Write every shard that does not exist yet.
 
@@ -112,10 +116,7 @@ def _complete(location: ImageLocation, content: bytes, member: Member) -> Member
     data = read_local(location)
     if isinstance(data, BadImage) or xxhash.xxh3_128_digest(data) != content:
         change = data.reason if isinstance(data, BadImage) else "its bytes differ"
-        raise UserError(
-            f"{location.root}: {location.name} changed after it was checked ({change}); start again with"
-            " --overwrite"
-        )
+        raise Changed(f"{location.root}: {location.name} changed after it was checked ({change})")
     member.meta["sha256"] = hashlib.sha256(data).hexdigest()
     return member._replace(image=data)
 

@@ -45,6 +45,7 @@ class ImageCell(NamedTuple):
     """A cell of an image column: a path or URL; or the bytes of an image; or neither.
 
     Attributes:
+        path: of an image in bytes, the path that its file had, if it is known.
         problem: why it is neither; `path` is then the beginning of the text.
     """
 
@@ -58,6 +59,8 @@ def image_of(cell) -> ImageCell:
     data sets on the Hugging Face hub.
     """
     if isinstance(cell, dict):
+        if isinstance(cell.get("bytes"), bytes):
+            return ImageCell(as_text(cell.get("path")), cell["bytes"])
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if isinstance(cell, bytes):
         return ImageCell(data=cell)

@@ -132,6 +132,11 @@ def rows_of(table: Input, line: int, cells: dict) -> Iterator[Row]:
         if value and isinstance(value, (dict, list)):
             problem = Problem(f"{use} is not text", kind_of(value, use, column))
     image = image_of(field_of(cells, columns.image))
+    if (
+        image.data is not None and image.path
+    ):  # of the file that the image was; its folder may be a private one
+        is_private = os.path.isabs(image.path)
+        others[f"{columns.image}.path"] = os.path.basename(image.path) if is_private else image.path
     row = Row(
         line,
         image.path if image.data is None else f"{table.label}#{line}",

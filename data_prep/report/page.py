@@ -19,7 +19,6 @@ from typing import NamedTuple
 from PIL import Image, ImageOps
 
 from data_prep.build.database import select, select_one
-from data_prep.build.groups import MAX_SHARERS
 from data_prep.build.plan import Plan, PlannedImage
 from data_prep.build.records import LongCaption, Reject, StoredImage, StoredRow
 from data_prep.build.scan import in_order
@@ -27,6 +26,7 @@ from data_prep.build.split import SPLITS
 from data_prep.html import write_page
 from data_prep.images import DAMAGE, BadImage, open_image, parse_color
 from data_prep.inputs.locations import ImageLocation, read_local
+from data_prep.report.warnings import counted
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SAMPLES, EXAMPLES, LONG_CAPTIONS, PAIRS = 24, 3, 5, 30  # with 20 reasons, about 200 thumbnails
@@ -75,7 +75,7 @@ def write_report_page(path: Path, plan: Plan, summary: dict, settings: dict) -> 
         path,
         TEMPLATE,
         title=f"Report on {', '.join(inputs[:3])}{more}",
-        warnings=_warnings(summary, settings, groups),
+        warnings=[*_of_rejects(summary), *summary["warnings"]],
         counts=[
             ("rows", summary["rows"]),
             ("= records", summary["records"]),
@@ -88,13 +88,13 @@ def write_report_page(path: Path, plan: Plan, summary: dict, settings: dict) -> 
             (reason, summary["reasons"][reason], [figures.of_reject(reject, inputs) for reject in examples])
             for reason, examples in rejects.items()
         ],
-        n_long_captions=_count(summary["captions_truncated"], "caption"),
+        n_long_captions=counted(summary["captions_truncated"], "caption"),
         long_captions=_long_captions(plan) if summary["captions_truncated"] else [],
         groups=[
             (group.images[0].group_name, group.size, group.images[0].split, figures.of_images(group.images))
             for group in groups
         ],
-        n_leaks=_count(summary["leaks"], "pair"),
+        n_leaks=counted(summary["leaks"], "pair"),
         leaks_note=_leaks_note(settings, len(leaks)),
         leaks=[
             {
@@ -106,7 +106,7 @@ def write_report_page(path: Path, plan: Plan, summary: dict, settings: dict) -> 
         samples=[
             (
                 split,
-                f"{len(images)} of {_count(plan.n_images[split], 'image')}, evenly spaced",
+                f"{len(images)} of {counted(plan.n_images[split], 'image')}, evenly spaced",
                 figures.of_images(images),
             )
             for split, images in samples.items()
@@ -236,58 +236,14 @@ def _thumbnail(location: ImageLocation, background: tuple[int, int, int], max_pi
         return ""
 
 
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _warnings(summary: dict, settings: dict, groups: list[Group]) -> list[str]:
-    """What deserves attention."""
-    messages, images, splitting = [], summary["images"], settings["split"]
-    if settings["check"]["skip_decode"]:
-        messages.append(
-            "Images were not decoded (--skip-decode): damaged and near-identical images, and sizes, are not"
-            " known."
-        )
-    if summary["rejects"]:
-        messages.append("{rejects:,} of {rows:,} rows were rejected.".format(**summary))
-    for reason, count in summary["ignored"].items():
-        messages.append(f"Ignored: {_count(count, 'file')} ({reason}); see ignored.csv.")
-    for split, counts in summary["splits"].items():
-        expected, share = splitting.get(split, 0), counts["images"] / images
-        is_by_hash = not settings["read"]["split_column"] and expected
-        if not counts["images"]:
-            messages.append(f"{split} is empty.")
-        elif images >= 200 and is_by_hash and not expected / 2 <= share <= 2 * expected:
-            messages.append(
-                f"{split} has {share:.1%} of the images, not {expected:.1%}: there are few groups, or very"
-                " large ones."
-            )
-    if unused := summary["decisions"]["unused"]:
-        messages.append(
-            f"{_count(unused, 'decision')} match no image or caption of the inputs, and were not applied; see"
-            " unused_decisions.csv."
-        )
-    if summary["captions_truncated"]:
-        truncated = _count(summary["captions_truncated"], "caption")
-        messages.append(f"{truncated} will be truncated: longer than the context length.")
-    if summary["leaks"] and not splitting["drop_leaks"]:
-        messages.append(
-            f"{_count(summary['leaks'], 'near-identical pair')} across splits, which makes metrics too good;"
-            " see --drop-leaks."
-        )
-    for group in groups[:1]:
-        if group.size >= 20 and group.size >= min(images / 20, 1000):
-            messages.append(
-                f"The group “{_shorten(group.images[0].group_name)}” has {group.size:,} images"
-                f" ({group.size / images:.1%}); check the group column."
-            )
-    for what, count in summary["too_common"].items():
-        if count:
-            messages.append(
-                f"{_count(count, what[:-1])} of more than {MAX_SHARERS} images each: too general to group"
-                " images by."
-            )
-    return messages
+def _of_rejects(summary: dict) -> list[str]:
+    """What the terminal lists reason by reason."""
+    unusable = summary["rejects"] - summary["asked"]
+    messages = [f"{unusable:,} of {summary['rows']:,} rows were rejected."] if unusable else []
+    return messages + [
+        f"Ignored: {counted(n, 'file')} ({reason}); see ignored.csv."
+        for reason, n in summary["ignored"].items()
+    ]
 
 
 def _leaks_note(settings: dict, shown: int) -> str:
@@ -297,10 +253,6 @@ def _leaks_note(settings: dict, shown: int) -> str:
         return "None."
     dropped = "The first image of each pair was dropped; " if settings["split"]["drop_leaks"] else ""
     return f"{dropped}{shown} are shown, the most similar first."
-
-
-def _shorten(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def _bars(rows: Iterable[tuple]) -> list[Bar]:
@@ -325,7 +277,7 @@ def _charts(summary: dict, context_length: int) -> dict[str, object]:
         "lengths": _lengths(summary["caption_characters"], context_length),
         "sides": _bars((f"from {side} px", count) for side, count in summary["shorter_side_px"].items()),
         "group_sizes": _bars(
-            (f"{'from ' * (size > 1)}{_count(size, 'image')}", count)
+            (f"{'from ' * (size > 1)}{counted(size, 'image')}", count)
             for size, count in sorted(by_power.items())
         ),
     }

@@ -14,6 +14,7 @@ from data_prep.build.database import select
 from data_prep.build.decisions import ACTIONS, Decision, write_decisions
 from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
+from data_prep.report.warnings import ASKED, warnings
 
 UNUSED, IGNORED = "unused_decisions.csv", "ignored.csv"
 SIDES_PX = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -39,14 +40,18 @@ def summarize(plan: Plan) -> dict:
         for caption in image.captions:
             lengths[10 * (len(caption) // 10)] += 1
         fixes.update(image.fixes)
+    firsts = np.flatnonzero(members)
+    largest = int(members.argmax())
     groups_by_code = np.bincount(plan.codes[members > 0], minlength=1 + len(SPLITS))
     groups = {split: int(groups_by_code[code]) for code, split in enumerate(SPLITS, 1)}
     records, rejects = sum(captions.values()), sum(reasons.values())
     assert records + rejects == plan.rows, (records, rejects, plan.rows)
+    is_short = any(not images[split] and getattr(plan.splitting, split, 1) for split in SPLITS)
     return {
         "rows": plan.rows,
         "records": records,
         "rejects": rejects,
+        "asked": sum(reasons[reason] for reason in ASKED),  # of the rejects
         "reasons": dict(reasons.most_common()),
         "ignored": dict(Counter(ignored.reason for ignored in plan.ignored()).most_common()),
         "images": sum(images.values()),
@@ -56,6 +61,12 @@ def summarize(plan: Plan) -> dict:
             split: {"images": images[split], "captions": captions[split], "groups": groups[split]}
             for split in SPLITS
         },
+        "largest_group": {
+            "name": plan.group_name(largest) if largest else "",
+            "images": int(members[largest]),
+            "split": plan.split_of(largest) if largest else "",
+        },
+        "seed_that_fills_splits": plan.seed_that_fills_splits(firsts.tolist()) if is_short else 0,
         "captions_truncated": _count_long_captions(plan),
         "too_common": plan.too_common,
         "leaks": len(plan.leaks()),
@@ -87,6 +98,7 @@ def write_report(folder: Path, plan: Plan, summary: dict, settings: dict) -> Non
     """Write report.json, rejects.csv, ignored.csv, leaks.csv and report.html."""
     from data_prep.report.page import write_report_page  # imports jinja2, which no other step needs
 
+    summary["warnings"] = warnings(summary, settings)
     write_json(folder / "report.json", summary)
     inputs = list(settings["inputs"])
     write_rejects(folder / "rejects.csv", plan, inputs)
@@ -126,50 +138,25 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> N
         writer.writerows(rows)
 
 
-def print_report(out: Path, report: dict, splitting: dict) -> None:
-    """Print the report in a few lines, and which file to open next.
-
-    Args:
-        splitting: the options of Splitting, as in the manifest.
-    """
-    print(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects")
+def print_report(out: Path, report: dict) -> None:
+    """Print the report in a few lines, what deserves attention, and which file to open next."""
+    asked = f", {report['asked']} of them as asked" if report["asked"] else ""
+    print(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects{asked}")
     for reason, count in report["reasons"].items():
-        print(f"  rejected: {count} x {reason}")
+        print(f"  {'left out' if reason in ASKED else 'rejected'}: {count} x {reason}")
     for reason, count in report["ignored"].items():
         print(f"  ignored: {count} x {reason}; see {out / IGNORED}")
     for fix, count in report["fixes"].items():
         print(f"  fixed: {count} x {fix}")
     if any(report["decisions"].values()):
-        print(
-            "  decisions applied: "
-            + ", ".join(f"{report['decisions'][action]} {action}" for action in ACTIONS)
-        )
-    if unused := report["decisions"]["unused"]:
-        print(
-            f"  {unused} decisions match no image or caption of the inputs, and were not applied; see"
-            f" {out / UNUSED}"
-        )
-    if report["captions_truncated"]:
-        print(
-            f"  {report['captions_truncated']} captions are longer than the context length, and will be"
-            " truncated"
-        )
+        applied = ", ".join(f"{report['decisions'][action]} {action}" for action in ACTIONS)
+        print(f"  decisions applied: {applied}")
     for split, counts in report["splits"].items():
         print(
             f"  {split:5} {counts['images']} images, {counts['captions']} captions, {counts['groups']} groups"
         )
-        if not counts["images"] and splitting.get(split, 1):
-            fix = "lower --val and --test" if split == SPLITS[0] else f"raise --{split}"
-            print(f"        {split} is empty because there are few groups; {fix} or change --seed")
-    if report["leaks"]:
-        action = (
-            "the image of the earlier split was dropped"
-            if splitting["drop_leaks"]
-            else "pass --drop-leaks to drop the image of the earlier split"
-        )
-        print(
-            f"  {report['leaks']} pairs of near-identical images are in different splits, listed in"
-            f" {out / 'leaks.csv'}; {action}"
-        )
-    rejects = f"; all rejects are in {out / 'rejects.csv'}" if report["rejects"] else ""
-    print(f"open {out / 'report.html'}{rejects}")
+    for warning in report["warnings"]:
+        print(f"warning: {warning}")
+    lists = {"rejects.csv": report["rejects"], "leaks.csv": report["leaks"]}
+    listed = "".join(f"; {name} lists {count}" for name, count in lists.items() if count)
+    print(f"open {out / 'report.html'}{listed}")

@@ -19,7 +19,7 @@ from eval.search.index import Index
 SEED, INITS = 0, 3
 SILHOUETTE_ROWS, FIT_ROWS, CHUNK_ROWS = 5_000, 32_768, 8_192
 MAX_AUTO_K, STEPS_PER_DOUBLING = 64, 4
-TOLERANCE = 0.03  # silhouettes that differ by less do not distinguish two values of k
+TOLERANCE = 0.05  # of the best silhouette; a smaller difference does not distinguish two values of k
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,6 @@ def silhouettes(features: np.ndarray) -> dict[int, float]:
 
 
 def best_k(silhouettes: dict[int, float]) -> int:
-    """The largest k within TOLERANCE of the best silhouette (more say more); 1 if none was scored."""
+    """The largest k whose silhouette is near the best (more clusters say more); 1 if none was scored."""
     best = max(silhouettes.values(), default=0)
-    return max((k for k, score in silhouettes.items() if score >= best - TOLERANCE), default=1)
+    return max((k for k, score in silhouettes.items() if score >= best - TOLERANCE * abs(best)), default=1)

@@ -29,10 +29,11 @@ def cluster(
     Args:
         index: Folder that `python -m eval embed` made.
         page: HTML file to write; it loads nothing from elsewhere.
-        k: Number of clusters. auto tries 2 to 64 and takes the largest whose silhouette is close to the best.
+        k: Number of clusters. auto tries 2 to 64 and takes the largest whose silhouette is within 5 % of the
+            best.
         label_column: Column of the data to compare the clusters with (NMI and ARI).
         threshold: Smallest cosine of near duplicates; a good value depends on the model.
-        csv: File to write each image's key, cluster and cluster name to.
+        csv: File to write each image's key, path, cluster and cluster name to.
         pairs: CSV to write the near duplicates to, most similar first.
         json: File to write all figures to.
     """
@@ -40,6 +41,7 @@ def cluster(
         raise UserError(f"--k {k}: must be at least 1, or auto")
     if not -1 <= threshold <= 1:
         raise UserError(f"--threshold {threshold}: must be a cosine, at most 1, such as 0.97")
+    from eval.cluster.near_duplicates import PAIR_COLUMNS
     from eval.cluster.summary import analyze, report, write_csv
     from eval.retrieval.score import write_json
 
@@ -47,9 +49,9 @@ def cluster(
     result = analysis.write_page(page)
     print(report(result))
     if csv:
-        write_csv(csv, ["key", "cluster", "name"], analysis.cluster_rows())
+        write_csv(csv, ["key", "path", "cluster", "name"], analysis.cluster_rows())
     if pairs:
-        write_csv(pairs, ["key", "other_key", "cosine", "same_group"], analysis.pairs.rows(analysis.index))
+        write_csv(pairs, PAIR_COLUMNS, analysis.pairs.rows(analysis.index))
     if json:
         write_json(json, result)
     print(f"page: {page}")

@@ -10,6 +10,7 @@ from data_prep.progress import progress
 from eval.search.index import Index
 
 TILE_ROWS, MAX_PAIRS = 2048, 2_000_000
+PAIR_COLUMNS = ["path", "other_path", "cosine", "same_group", "key", "other_key"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ class Pairs:
     count: int
 
     def rows(self, index: Index) -> Iterator[list]:
-        """Both keys, the cosine, and whether the two are in one group (yes or no), of each pair."""
-        keys = index.keys
+        """The PAIR_COLUMNS of each pair; same_group is yes or no."""
+        keys, paths = index.keys, index.paths
         for (first, second), cosine, same in zip(
             self.numbers.tolist(), self.cosines.tolist(), self.same_group.tolist(), strict=True
         ):
-            yield [keys[first], keys[second], f"{cosine:.4f}", "yes" if same else "no"]
+            group = "yes" if same else "no"
+            yield [paths[first], paths[second], f"{cosine:.4f}", group, keys[first], keys[second]]
 
     def summary(self) -> dict:
         """Counts, and a "message" for people."""

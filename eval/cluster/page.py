@@ -62,11 +62,12 @@ def write_page(path: Path, index: Index, clusters: Clusters, near: Pairs, result
 
 
 def images_of(index: Index, numbers: list[int]) -> list[dict]:
-    """{"key", "caption", "src"} of each image."""
+    """{"key", "path", "caption", "src"} of each image."""
     rows = progress(index.rows(numbers), desc="images", unit="image", delay=1)
     return [
         {
             "key": row["key"],
+            "path": row["path"],
             "caption": "; ".join(row["captions"])[:CAPTION_CHARACTERS],
             "src": small_uri(index.thumbnail(row["number"])),
         }

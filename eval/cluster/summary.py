@@ -39,9 +39,10 @@ class Analysis:
         return {**result, "map": drawn}
 
     def cluster_rows(self) -> Iterator[list]:
-        """Key, cluster from 1, and name of the cluster, of each image."""
-        for key, number in zip(self.index.keys, self.clusters.cluster_of.tolist(), strict=True):
-            yield [key, number + 1, self.clusters.names[number]]
+        """Key, path, cluster from 1, and name of the cluster, of each image."""
+        index, cluster_of = self.index, self.clusters.cluster_of.tolist()
+        for key, path, number in zip(index.keys, index.paths, cluster_of, strict=True):
+            yield [key, path, number + 1, self.clusters.names[number]]
 
     def summary(self) -> dict:
         """All figures. "k" is below "requested_k" if fewer images are distinct."""
@@ -55,6 +56,7 @@ class Analysis:
             "k": len(sizes),
             "chosen_k": best_k(silhouettes) if silhouettes else self.requested_k,
             "silhouettes": {str(k): round(score, 4) for k, score in silhouettes.items()},
+            "silhouette_tolerance": TOLERANCE,
             "silhouette_images": min(n, SILHOUETTE_ROWS) if silhouettes else 0,
             "fitted_images": min(n, FIT_ROWS),
             "clusters": [
@@ -130,7 +132,7 @@ def report(result: dict) -> str:
     how = ""
     if tried:
         how = (
-            f", the largest of {len(tried)} tried within {TOLERANCE:g} of the best silhouette,"
+            f", the largest of {len(tried)} tried whose silhouette is within {TOLERANCE:.0%} of the best,"
             f" {max(tried.values()):.3f}"
         )
     rows = [

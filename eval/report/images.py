@@ -12,7 +12,7 @@ from train.data.decode import decode
 class Thumbnail(NamedTuple):
     """Attributes:
     source: the value of <img src>.
-    title: the first caption, or the key.
+    title: the first caption, or the key; and the image's path.
     """
 
     source: Markup
@@ -22,4 +22,6 @@ class Thumbnail(NamedTuple):
 def thumbnail(shards: Shards, number: int, side_px: int = 64) -> Thumbnail:
     """A sample's image, no larger than side_px."""
     sample = shards.read(number)
-    return Thumbnail(data_uri(decode(sample.image), side_px), (*sample.captions, sample.key)[0])
+    title = (*sample.captions, sample.key)[0]
+    title += f" ({sample.path})" if sample.path else ""
+    return Thumbnail(data_uri(decode(sample.image), side_px), title)

@@ -43,8 +43,9 @@ def leaks(
     for number in cosines.argsort(descending=True, stable=True).tolist():
         if cosines[number] < threshold:
             return
-        train_image = train.read(int(numbers[number])).meta["image"]
-        yield [shards.read(number).meta["image"], shards.split, train_image, f"{cosines[number]:.4f}"]
+        image, train_image = shards.read(number), train.read(int(numbers[number]))
+        paths = image.path or image.key, train_image.path or train_image.key
+        yield [paths[0], shards.split, paths[1], f"{cosines[number]:.4f}"]
 
 
 def write_leaks(path: Path, rows: list[list]) -> None:

@@ -48,7 +48,7 @@ def embed(
         data: Folder of shards, or of images (captions may be in a .txt beside each image).
         out: Folder to write; it appears when it is complete.
         split: Of shards: train, val or test; by default all splits.
-        overwrite: Replace an index at --out, and discard an unfinished one.
+        overwrite: Replace an index at --out.
         inference: How the model is run.
     """
     from eval.search.indexing import make_index
@@ -156,9 +156,10 @@ def serve(
 def export(index: OneIndex, out: OutputFile, table: str = "images") -> None:
     """Export an index for other programs; the file extension of --out selects the format.
 
-    .sql is for `psql -f`: a table (key, split, group_number, captions, columns, image_features halfvec) for
-    pgvector 0.7 or newer, with an HNSW index by cosine. .parquet holds the metadata, and image_features as
-    lists of float32. .npy holds image_features alone as fp16, with a .csv of keys and captions beside it.
+    .sql is for `psql -f`: a table (key, path, split, group_number, captions, columns, image_features
+    halfvec) for pgvector 0.7 or newer, with an HNSW index by cosine. .parquet holds the metadata, and
+    image_features as lists of float32. .npy holds image_features alone as fp16, with a .csv of keys, paths
+    and captions beside it.
 
       python -m eval export indexes/icons --out icons.sql --table icons
       python -m eval export indexes/icons --out icons.parquet

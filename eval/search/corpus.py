@@ -1,7 +1,8 @@
 """The images of a corpus by number, with their metadata: of a folder of shards, or of any folder of images.
 
 Both kinds have `place`, a description for people, and a `sha256` that identifies them. read() returns an
-image in RGB and {"key", "split", "group", "captions", "columns"}, or raises BadImage.
+image in RGB and {"key", "path", "split", "group", "captions", "columns"}, or raises BadImage; "path" is the
+image's path in its source, relative to the folder or URL of images.
 """
 
 import hashlib
@@ -55,6 +56,7 @@ class ShardsCorpus:
         sample = shards.read(position)
         metadata = {
             "key": sample.key,
+            "path": sample.path,
             "split": shards.split,
             "group": int(shards.groups[position]),
             "captions": sample.captions,
@@ -65,6 +67,10 @@ class ShardsCorpus:
     def key(self, number: int) -> str:
         shards, position = self.locate(number)
         return shards.key(position)
+
+    def path(self, number: int) -> str:
+        shards, position = self.locate(number)
+        return shards.meta(position).get("image", "")
 
 
 class FolderCorpus:
@@ -89,17 +95,20 @@ class FolderCorpus:
         text = read_local(ImageLocation(self.folder, f"{os.path.splitext(name)[0]}.txt"))
         lines = [] if isinstance(text, BadImage) else txt_captions(text)
         captions = [line.strip().encode("utf-8", "replace").decode() for line in lines]
-        return image, {"key": name, "split": "", "group": number, "captions": captions, "columns": {}}
+        metadata = {"key": name, "path": name, "split": "", "group": number}
+        return image, {**metadata, "captions": captions, "columns": {}}
 
     def key(self, number: int) -> str:
         return self.names[number]
+
+    path = key
 
 
 Corpus = ShardsCorpus | FolderCorpus
 
 
 class CorpusImages(Dataset):
-    """(uint8 [3, H, W], thumbnail, metadata) by number; (None, reason, {"key"}) for an unreadable image."""
+    """(uint8 [3, H, W], thumbnail, metadata) by number; (None, reason, {"key", "path"}) if unreadable."""
 
     def __init__(self, corpus: Corpus, clip: Clip):
         self.corpus, self.transform, self.background = corpus, clip.eval_transform, clip.background
@@ -108,7 +117,7 @@ class CorpusImages(Dataset):
         try:
             image, metadata = self.corpus.read(number, self.background)
         except BadImage as bad:
-            return None, str(bad), {"key": self.corpus.key(number)}
+            return None, str(bad), {"key": self.corpus.key(number), "path": self.corpus.path(number)}
         return self.transform(image), thumbnail(image), metadata
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.progress import progress
-from eval.search.index import Index, open_index
+from eval.search.index import OWN_COLUMNS, Index, open_index
 
 ROWS_AT_ONCE = 4096
 NUL = "\0", "\ufffd"  # PostgreSQL's text and jsonb cannot hold the first
@@ -57,8 +57,8 @@ def write_sql(path: Path, index: Index, table: str) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         file.write("CREATE EXTENSION IF NOT EXISTS vector;\n")
         file.write(
-            f"CREATE TABLE {name} (number bigint PRIMARY KEY, key text NOT NULL, split text NOT NULL,"
-            " group_number bigint NOT NULL,\n"
+            f"CREATE TABLE {name} (number bigint PRIMARY KEY, key text NOT NULL, path text NOT NULL,"
+            " split text NOT NULL, group_number bigint NOT NULL,\n"
         )
         file.write(
             f"  captions text[] NOT NULL, columns jsonb NOT NULL, image_features halfvec({d}) NOT NULL);\n"
@@ -72,7 +72,7 @@ def write_sql(path: Path, index: Index, table: str) -> None:
         if d <= MAX_HNSW_DIMENSIONS:
             file.write(f"CREATE INDEX ON {name} USING hnsw (image_features halfvec_cosine_ops);\n")
         file.write(
-            f"-- nearest: SELECT key, 1 - (image_features <=> $1) AS cosine FROM {name} ORDER BY"
+            f"-- nearest: SELECT path, 1 - (image_features <=> $1) AS cosine FROM {name} ORDER BY"
             " image_features <=> $1 LIMIT 10;\n"
         )
 
@@ -86,7 +86,7 @@ def _cells(row: dict, features: list[float]) -> list:
     captions = ",".join(
         '"' + caption.replace("\\", "\\\\").replace('"', '\\"') + '"' for caption in row["captions"]
     )
-    values = [row[name] for name in ("number", "key", "split", "group")]
+    values = [row[name] for name in ("number", "key", "path", "split", "group")]
     return [*values, f"{{{captions}}}", json.dumps(columns, ensure_ascii=False), json.dumps(features)]
 
 
@@ -98,10 +98,7 @@ def _escaped(cell: object) -> str:
 def write_parquet(path: Path, index: Index) -> None:
     d, writer = index.manifest["d"], None
     for rows, features in parts(index):
-        flat = [
-            {**{name: row[name] for name in ("key", "split", "group", "captions")}, **row["columns"]}
-            for row in rows
-        ]
+        flat = [{**{name: row[name] for name in OWN_COLUMNS}, **row["columns"]} for row in rows]
         lists = pa.FixedSizeListArray.from_arrays(pa.array(features.astype(np.float32).ravel()), d)
         table = pa.Table.from_pylist(flat, index.schema).append_column("image_features", lists)
         writer = writer or pq.ParquetWriter(path, table.schema)
@@ -117,6 +114,8 @@ def write_npy(path: Path, index: Index) -> None:
 def write_keys(path: Path, index: Index) -> None:
     with atomic_file(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["number", "key", "caption"])
+        writer.writerow(["number", "key", "path", "caption"])
         for rows, _ in parts(index):
-            writer.writerows((row["number"], row["key"], (row["captions"] or [""])[0]) for row in rows)
+            writer.writerows(
+                (row["number"], row["key"], row["path"], (row["captions"] or [""])[0]) for row in rows
+            )

@@ -2,7 +2,8 @@
 
     INDEX/manifest.json       the model, by name and by the sha256 of its weights; the data; n
     INDEX/features.npy        fp16 [n, d], L2-normed; memory-mapped by readers
-    INDEX/metadata.parquet    a row per image: key, split, group, captions, and the columns of the data
+    INDEX/metadata.parquet    a row per image: key, path in the source, split, group, captions, and the
+                              columns of the data
     INDEX/thumbnails.bin      a WebP of each image, concatenated
     INDEX/thumbnails.npy      int64 [n + 1], the start of each, and the end
     INDEX/unreadable.csv      images that could not be read, with the reasons
@@ -25,8 +26,9 @@ from eval.options import INFERENCE
 from train.model.clip import Clip
 from train.world import World
 
-FORMAT = 1
-OWN_COLUMNS = ("key", "split", "group", "captions")
+FORMAT = 2
+FORMATS = (1, FORMAT)  # format 1 has no paths: there, a column "path" is one of the data
+OWN_COLUMNS = ("key", "path", "split", "group", "captions")
 MAKE = "python -m eval embed MODEL --data SHARDS --out INDEX"
 
 
@@ -76,6 +78,15 @@ class Index:
     def group_of(self) -> np.ndarray:
         return self._table["group"].to_numpy()
 
+    @cached_property
+    def _own_columns(self) -> tuple[str, ...]:
+        return OWN_COLUMNS if self.has_paths else tuple(name for name in OWN_COLUMNS if name != "path")
+
+    @property
+    def has_paths(self) -> bool:
+        """Whether the index knows the images' paths; those of earlier versions do not."""
+        return self.manifest["index_format"] > 1
+
     @property
     def schema(self) -> pa.Schema:
         return self._table.schema
@@ -83,18 +94,26 @@ class Index:
     @cached_property
     def columns(self) -> list[str]:
         splits = ["split"] if len(self._table["split"].unique()) > 1 else []
-        return splits + [name for name in self._table.column_names if name not in OWN_COLUMNS]
+        return splits + [name for name in self._table.column_names if name not in self._own_columns]
 
     @cached_property
     def keys(self) -> list[str]:
         return self._table["key"].to_pylist()
 
+    @cached_property
+    def paths(self) -> list[str]:
+        """The path of each image in its source; "" where it is not known."""
+        return self._table["path"].to_pylist() if self.has_paths else [""] * len(self)
+
     def rows(self, numbers: Sequence[int]) -> list[dict]:
-        """{"number", "key", "split", "group" (int), "captions" (list), "columns" (name -> text or None)}."""
+        """Each image as {"number", "key", "path" (text, "" where it is not known), "split", "group" (int),
+        "captions" (list), "columns" (name -> text or None)}.
+        """
         rows = self._table.take(pa.array(numbers, pa.int64())).to_pylist()
+        own = [{"path": "", **{name: row.pop(name) for name in self._own_columns}} for row in rows]
         return [
-            {"number": int(number), **{name: row.pop(name) for name in OWN_COLUMNS}, "columns": row}
-            for number, row in zip(numbers, rows, strict=True)
+            {"number": int(number), **{name: known[name] for name in OWN_COLUMNS}, "columns": row}
+            for number, known, row in zip(numbers, own, rows, strict=True)
         ]
 
     def values(self, column: str) -> pa.ChunkedArray:
@@ -103,8 +122,9 @@ class Index:
         Raises:
             UserError: No such column.
         """
-        if column not in (*self.columns, "split", "key"):
-            columns = ", ".join(dict.fromkeys((*self.columns, "split", "key")))
+        known = dict.fromkeys((*self.columns, "split", "key", *(["path"] if self.has_paths else [])))
+        if column not in known:
+            columns = ", ".join(known)
             raise UserError(f"{self.name}: no column {column!r}; it can be {columns}")
         return self._table[column]
 
@@ -172,9 +192,10 @@ def read_manifest(folder: Path) -> dict:
             f"{folder}: holds {content}, not an index; make one: python -m eval embed MODEL --data {folder}"
             " --out INDEX"
         )
-    if manifest.get("index_format") != FORMAT:
+    if manifest.get("index_format") not in FORMATS:
+        formats = ", ".join(map(str, FORMATS))
         raise UserError(
-            f"{folder}: index format {manifest.get('index_format')}, but this version reads {FORMAT}; make"
+            f"{folder}: index format {manifest.get('index_format')}, but this version reads {formats}; make"
             f" the index again: {MAKE}"
         )
     return manifest

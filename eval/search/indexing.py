@@ -34,7 +34,14 @@ from train.model.clip import Clip
 from train.world import World
 
 BLOCK_IMAGES = 2048  # about: whole batches
-SCHEMA = {"key": pa.string(), "split": pa.string(), "group": pa.int64(), "captions": pa.list_(pa.string())}
+SCHEMA = {
+    "key": pa.string(),
+    "path": pa.string(),
+    "split": pa.string(),
+    "group": pa.int64(),
+    "captions": pa.list_(pa.string()),
+}
+UNREADABLE = ("key", "path", "reason")  # the columns of unreadable.csv
 
 
 def make_index(
@@ -49,7 +56,7 @@ def make_index(
     corpus, clip = world.all_or_raise(lambda: prepare(model, data, out, split, overwrite, inference, world))
     unfinished = out.with_name(f".{out.name}.unfinished")
     started = describe(model, corpus, clip, inference)
-    world.all_or_raise(lambda: start(unfinished, started, overwrite) if world.is_first else None)
+    world.all_or_raise(lambda: start(unfinished, started) if world.is_first else None)
     blocks = block_files(unfinished, corpus, inference)
     missing = [block for block, file in enumerate(blocks) if not file.is_file()]
     world.barrier()  # all ranks have listed the missing blocks before any rank writes one
@@ -96,28 +103,22 @@ def describe(model: str, corpus: Corpus, clip: Clip, inference: Inference) -> di
     }
 
 
-def start(unfinished: Path, started: dict, overwrite: bool) -> None:
-    """Make the folder of an unfinished index, or resume the one that is there.
+def start(unfinished: Path, started: dict) -> None:
+    """Make the folder of an unfinished index, or resume the one that is there if it is of the same.
 
     Raises:
-        UserError: It is of another model or data, or was not made by this command.
+        UserError: It was not made by this command.
     """
     file = unfinished / "started.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [
-            f"{name} ({before.get(name)}, now {value})"
-            for name, value in started.items()
-            if before.get(name) != value
-        ]
+        changed = [name for name, value in started.items() if before.get(name) != value]
         if not changed:
             print(f"resuming {unfinished}")
             return
-        if not overwrite:
-            raise UserError(
-                f"{unfinished}: was started with another {'; '.join(changed)}. Repeat the earlier command to"
-                " resume it, or pass --overwrite to start again"
-            )
+        if n_blocks := len(list(unfinished.glob("block-*.npz"))):
+            what = ", ".join(changes(before, started, changed))
+            print(f"{unfinished}: of another {what}; starting again, without its {n_blocks} blocks of images")
         shutil.rmtree(unfinished)
     elif unfinished.exists():
         raise UserError(
@@ -126,6 +127,17 @@ def start(unfinished: Path, started: dict, overwrite: bool) -> None:
         )
     unfinished.mkdir(parents=True)
     write_json(file, started)
+
+
+def changes(before: dict, started: dict, changed: Sequence[str]) -> list[str]:
+    """What differs, in words; a hash tells a person nothing, so only what it is of is named."""
+    texts = []
+    for name in changed:
+        if not name.endswith("_sha256"):
+            texts.append(f"{name} ({before.get(name)}, now {started[name]})")
+        elif (what := name.removesuffix("_sha256")) not in changed:
+            texts.append(f"content of {started[what]}")
+    return texts
 
 
 def block_size(inference: Inference) -> int:
@@ -185,10 +197,10 @@ def write_block(
         NotFinite: A feature is not finite; the first such image is named.
     """
     rows = torch.cat(features).cpu() if features else torch.zeros(0, 0, dtype=torch.float16)
-    keys = [of_image["key"] for of_image in metadata if "reason" not in of_image]
+    names = [of_image["path"] or of_image["key"] for of_image in metadata if "reason" not in of_image]
     if len(bad := (~rows.isfinite().all(1)).nonzero()):
         error = NotFinite(
-            f"image_features of {len(bad)} images are not finite, the first of {keys[bad[0]]}; try"
+            f"image_features of {len(bad)} images are not finite, the first of {names[bad[0]]}; try"
             " --precision fp32"
         )
         error.shared = False  # only this rank has seen it
@@ -223,17 +235,19 @@ def join(blocks: Sequence[Path], out: Path, started: dict) -> tuple[int, int]:
     names, unreadable, n, d = set(), [], 0, 0
     for metadata, arrays in read_blocks(blocks):
         names |= {name for of_image in metadata for name in of_image.get("columns", {})}
-        unreadable += [(of_image["key"], of_image["reason"]) for of_image in metadata if "reason" in of_image]
+        unreadable += [
+            [of_image[name] for name in UNREADABLE] for of_image in metadata if "reason" in of_image
+        ]
         n, d = n + len(arrays["features"]), max(d, arrays["features"].shape[1])
     if not n:
         raise UserError(
-            f"{started['data']}: none of {len(unreadable)} images can be read; the first: {unreadable[0][1]}"
+            f"{started['data']}: none of {len(unreadable)} images can be read; the first: {unreadable[0][-1]}"
         )
     columns = {f"{name} of the data" if name in OWN_COLUMNS else name: name for name in sorted(names)}
     with atomic_folder(out) as folder:
         write_arrays(folder, blocks, columns, n, d)
         with open(folder / "unreadable.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("key", "reason"), *unreadable])
+            csv.writer(file).writerows([UNREADABLE, *unreadable])
         write_json(folder / "manifest.json", {**started, "n": n, "d": d, "unreadable": len(unreadable)})
     return n, len(unreadable)
 

@@ -22,7 +22,7 @@ from eval.search.nearest import Hit, Nearest
 from train.model.clip import Clip
 from train.world import World
 
-CSV_COLUMNS = ["query", "rank", "score", "number", "key", "caption", "variants", "problem"]
+CSV_COLUMNS = ["query", "rank", "score", "number", "key", "path", "caption", "variants", "problem"]
 QUERIES_AT_ONCE, SHOWN_CHARACTERS, SHOWN_VALUES = 256, 90, 12
 
 
@@ -121,7 +121,8 @@ def table(results: list[dict]) -> str:
     for result in results:
         captions = "; ".join(result["captions"])[:SHOWN_CHARACTERS]
         score, variants = f"{result['score']:.4f}", str(result["variants"])
-        rows.append([str(result["rank"]), result["key"], captions, score, variants])
+        image = result["path"] or result["key"]
+        rows.append([str(result["rank"]), image, captions, score, variants])
     return markdown_table(["rank", "image", "captions", "cosine", "variants"], rows, left=3)
 
 

@@ -85,10 +85,9 @@ def test_decisions_give_the_shards_of_a_csv_that_was_edited_by_hand(pairs, tmp_p
     )
     assert tars(tmp_path / "ours") == tars(tmp_path / "theirs")
     assert (tmp_path / "ours" / "leaks.csv").read_text() == (tmp_path / "theirs" / "leaks.csv").read_text()
-    assert {**ours, **{name: 0 for name in ("rows", "rejects", "reasons", "decisions")}} == {
-        **theirs,
-        **{name: 0 for name in ("rows", "rejects", "reasons", "decisions")},
-    }
+    counts = ("rows", "rejects", "asked", "reasons", "decisions", "warnings")
+    assert {**ours, **dict.fromkeys(counts)} == {**theirs, **dict.fromkeys(counts)}
+    assert ours["asked"] == ours["rejects"] == sum(ours["reasons"].values())
     assert ours["captions_truncated"] == 1
     # 43 rows of the CSV and 3 captions that were added; of the rejects more than --max-rejects allows were
     # decided on
@@ -119,13 +118,15 @@ def test_parts_by_tasks_decide_alike(pairs, tmp_path):
         assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
-def test_other_decisions_are_another_build(pairs, tmp_path):
+def test_all_tasks_need_the_same_decisions(pairs, tmp_path, capsys):
     path, decisions = pairs
     read = Reading(**READ, decisions=decisions)
     build([str(path)], tmp_path / "out", read, parallelism=Parallelism(1, 2, 0))
     decisions_file(tmp_path / "decisions.csv", DECIDED)
-    with pytest.raises(UserError, match=r"started with another decisions \([0-9a-f]{64}, now [0-9a-f]{64}\)"):
-        build([str(path)], tmp_path / "out", read, parallelism=Parallelism(1, 2, 1))
+    build([str(path)], tmp_path / "out", read, parallelism=Parallelism(1, 2, 1))
+    assert "another content of --decisions; run tasks" in capsys.readouterr().out
+    with pytest.raises(UserError, match="1 of 2 tasks have not finished, or had other options: 0;"):
+        merge(tmp_path / "out", processes=1)
     decisions_file(tmp_path / "decisions.csv", [*DECIDED, *UNUSED])
     build([str(path)], tmp_path / "out", read, parallelism=Parallelism(1, 2, 1))
     assert merge(tmp_path / "out", processes=1)["decisions"]["drop"] == 1

@@ -175,7 +175,7 @@ def test_leaks_are_listed_or_dropped(tmp_path):
         out = tmp_path / str(drop)
         split = Splitting(val=0.3, test=0.2, drop_leaks=drop)
         report = build(
-            [str(tmp_path / "a.csv")], out, Reading(), Checking(max_rejects=1), split, Parallelism(1)
+            [str(tmp_path / "a.csv")], out, Reading(), Checking(max_rejects=0), split, Parallelism(1)
         )
         found = {}
         for name in SPLITS:

@@ -200,7 +200,7 @@ def test_warnings_come_first(nasty):
     for words in (
         "rows were rejected",
         "val is empty",
-        "1 caption will be truncated",
+        "1 caption (2.2%) will be truncated",
         "1 near-identical pair across splits",
         "giant”",
     ):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_blocks_ranks_and_stops_change_no_byte(icon_shards, tiny_model, tmp_path
             load_for_eval(tiny_model, small, World()),
         )
         unfinished = out.with_name(f".{out.name}.unfinished")
-        indexing.start(unfinished, indexing.describe(tiny_model, corpus, clip, small), False)
+        indexing.start(unfinished, indexing.describe(tiny_model, corpus, clip, small))
         blocks = indexing.block_files(unfinished, corpus, small)
         assert len(blocks) == -(-len(corpus) // 32)
         mine = range(len(blocks))[1::world_size]
@@ -132,7 +133,7 @@ def test_a_feature_that_is_not_finite_is_named(tiny_model, icon_shards, tmp_path
     clip = load_for_eval(tiny_model, HERE, World())
     clip.towers.model.visual.proj.data[0, 0] = torch.inf
     clip.save(save_tiny(tmp_path))
-    with pytest.raises(NotFinite, match=r"not finite, the first of [0-9a-f]{16}"):
+    with pytest.raises(NotFinite, match=r"not finite, the first of \S+\.png"):
         embed(f"local-dir:{tmp_path}", icon_shards, tmp_path / "index", inference=HERE)
     assert not (tmp_path / "index").exists()
 
@@ -156,12 +157,33 @@ def test_mistakes_get_messages(icon_index, icon_shards, tiny_model, tmp_path):
         "none of 1 images can be read",
     )
     assert_mistake(
-        mistake(tiny_model, "--data", icon_shards, *out), "started with another", "data_sha256", "--overwrite"
-    )
-    assert_mistake(
         mistake(tmp_path / "none", "--text", "bell", of="search"), "no index there", "python -m eval embed"
     )
     assert_mistake(mistake(icon_shards, "--text", "bell", of="search"), "holds shards, not an index")
+
+
+def test_a_wrong_model_or_folder_does_not_block_the_right_one(
+    icon_shards, narrow_index, tiny_model, tmp_path, monkeypatch, capsys
+):
+    """An unfinished index of another model, then of other data, with one block each; no hash is printed."""
+    monkeypatch.setattr(indexing, "BLOCK_IMAGES", 32)
+    small, out = Inference(batch_size=16, workers=0), tmp_path / "index"
+    embed(tiny_model, icon_shards, tmp_path / "fresh", inference=small)
+    other = json.loads((narrow_index / "manifest.json").read_text())["model"]
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    for model, data in ((other, icon_shards), (tiny_model, noise_images(tmp_path, 40).parent)):
+        corpus, clip = indexing.open_corpus(data, ""), load_for_eval(model, small, World())
+        indexing.start(unfinished, indexing.describe(model, corpus, clip, small))
+        blocks = indexing.block_files(unfinished, corpus, small)
+        indexing.write_blocks(blocks, [0], corpus, clip, small, World())
+    corpus = ShardsCorpus(icon_shards, "")
+    clip = load_for_eval(tiny_model, small, World())
+    capsys.readouterr()
+    embed(tiny_model, icon_shards, out, inference=small)
+    printed = capsys.readouterr().out
+    assert f"of another data ({tmp_path}, now {icon_shards}); starting again, without its 1 blocks" in printed
+    assert not re.search("[0-9a-f]{32}", printed)
+    assert files(out) == files(tmp_path / "fresh")
 
 
 def test_a_damaged_index_is_not_used(icon_index, tmp_path):

@@ -110,7 +110,7 @@ def test_search_by_a_sentence_and_by_an_image(index, clip, icon_index, icon_shar
     found = json.loads((tmp_path / "found.json").read_text())["results"]
     assert [(one["number"], one["variants"]) for one in found] == brute(index, direct[0], 4)
     printed = capsys.readouterr().out
-    assert all(one["key"] in printed for one in found)
+    assert all(one["path"] in printed for one in found)
     shards = Shards(icon_shards, "test")
     (tmp_path / "one.png").write_bytes(shards.read(5).image)
     search(icon_index, image=tmp_path / "one.png", k=3, all_variants=True, json=tmp_path / "found.json")
@@ -119,7 +119,7 @@ def test_search_by_a_sentence_and_by_an_image(index, clip, icon_index, icon_shar
     same = index.features[index.keys.index(shards.key(5))]
     assert np.array_equal(index.features[first["number"]], same)
     printed = capsys.readouterr().out
-    assert first["key"] in printed
+    assert first["path"] in printed
     search(icon_index, text="bell", k=3, filter=("split=test",), json=tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())["results"]
     assert {one["split"] for one in found} == {"test"}
@@ -170,7 +170,8 @@ def test_npy_and_parquet_hold_the_same(index, icon_index, tmp_path):
         np.array([row.pop("image_features") for row in table], np.float32), index.features.astype(np.float32)
     )
     for row, known in zip(table, index.rows(range(len(index))), strict=True):
-        assert row == {name: known[name] for name in ("key", "split", "group", "captions")} | known["columns"]
+        own = {name: known[name] for name in ("key", "path", "split", "group", "captions")}
+        assert row == own | known["columns"]
 
 
 def test_a_real_postgresql_with_pgvector_finds_the_same(index, icon_index, clip, tmp_path):
@@ -206,6 +207,7 @@ def test_a_real_postgresql_with_pgvector_finds_the_same(index, icon_index, clip,
         readable = [[caption.replace("\0", "\ufffd") for caption in of_image] for of_image in captions]
         assert [row["captions"] for row in rows] == readable
         assert [row["key"] for row in rows] == index.keys
+        assert [row["path"] for row in rows] == index.paths
         assert [row["group_number"] for row in rows] == index.group_of.tolist()
         assert [row["columns"] for row in rows] == [row["columns"] for row in index.rows(range(len(index)))]
         stored = np.array([json.loads(row["features"]) for row in rows], np.float16)

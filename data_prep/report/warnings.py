@@ -1,0 +1,124 @@
+"""What in a report deserves attention: the same sentences on the terminal and at the top of report.html."""
+
+from collections.abc import Mapping
+
+from data_prep.build.decisions import DROPPED, REMOVED
+from data_prep.build.groups import MAX_SHARERS
+from data_prep.build.plan import NEAR_HELD_OUT
+from data_prep.images import UNSEEN, WHOLLY_TRANSPARENT
+
+ASKED = (DROPPED, REMOVED, NEAR_HELD_OUT)  # reasons of rows that are left out because the user asked for it
+LARGE_GROUP, LARGE_SHARE, MANY_IMAGES = 20, 1 / 20, 1000
+MIN_IMAGES_FOR_SHARES = 200  # of fewer, a split's share is a matter of chance
+SHOWN_CHARACTERS = 160
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def shorten(text: str, limit: int = SHOWN_CHARACTERS) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def warnings(summary: dict, settings: dict) -> list[str]:
+    """What deserves attention, the gravest first.
+
+    Args:
+        summary: the content of report.json.
+        settings: see data_prep.build.pipeline.
+    """
+    messages = []
+    if settings["check"]["skip_decode"]:
+        messages.append(
+            "Images were not decoded (--skip-decode): damaged and near-identical images, and sizes, are not"
+            " known."
+        )
+    messages += _of_groups(summary, settings)
+    messages += _of_splits(summary, settings)
+    if summary["leaks"] and not settings["split"]["drop_leaks"]:
+        messages.append(
+            f"{counted(summary['leaks'], 'near-identical pair')} across splits (leaks.csv), which makes"
+            " metrics too good: build again with --drop-leaks --overwrite, which leaves one of each pair out."
+        )
+    messages += transparent(summary["reasons"], settings["check"]["background"])
+    if cut := summary["captions_truncated"]:
+        length = settings["read"]["context_length"]
+        messages.append(
+            f"{counted(cut, 'caption')} ({cut / summary['records']:.1%}) will be truncated: longer than the"
+            f" --context-length of {length} tokens."
+        )
+    if unused := summary["decisions"]["unused"]:
+        messages.append(
+            f"{counted(unused, 'decision')} match no image or caption of the inputs, and were not applied;"
+            " see unused_decisions.csv."
+        )
+    for what, number in summary["too_common"].items():
+        if number:
+            messages.append(
+                f"{counted(number, what[:-1])} of more than {MAX_SHARERS} images each: too general to group"
+                " images by."
+            )
+    return messages
+
+
+def _of_groups(summary: dict, settings: dict) -> list[str]:
+    """A group that holds much of the data."""
+    group, images = summary["largest_group"], summary["images"]
+    if group["images"] < max(LARGE_GROUP, min(images * LARGE_SHARE, MANY_IMAGES)):
+        return []
+    column = settings["read"]["group_column"]
+    joined = f"the cells of --group-column {column}, " if column else ""
+    joined += "equal captions or equal pixels"
+    joined += ", or names (--group-by-name)" if settings["split"]["group_by_name"] else ""
+    return [
+        f"The group “{shorten(group['name'])}” has {group['images']:,} of {images:,} images"
+        f" ({group['images'] / images:.1%}), all in {group['split']}: check what joins them, {joined}."
+    ]
+
+
+def _of_splits(summary: dict, settings: dict) -> list[str]:
+    """Splits that are empty, or far from their share."""
+    messages, images, splitting = [], summary["images"], settings["split"]
+    is_by_hash = not settings["read"]["split_column"]
+    for split, counts in summary["splits"].items():
+        expected, share = splitting.get(split, 0), counts["images"] / images
+        if not counts["images"]:
+            if not is_by_hash:
+                messages.append(f"{split} is empty: the split column gives it no image.")
+            elif splitting.get(split, 1):
+                messages.append(f"{split} is empty: {_remedy(summary)}.")
+        elif not is_by_hash or not expected or images < MIN_IMAGES_FOR_SHARES:
+            continue
+        elif not expected / 2 <= share <= 2 * expected:
+            messages.append(
+                f"{split} has {share:.1%} of the images, not {expected:.1%}: there are few groups"
+                f" ({summary['groups']:,}), or very large ones."
+            )
+    return messages
+
+
+def _remedy(summary: dict) -> str:
+    """What fills a split that no group was assigned to by its hash."""
+    if seed := summary["seed_that_fills_splits"]:
+        return f"{counted(summary['groups'], 'group')} only; build again with --seed {seed} --overwrite"
+    return f"{counted(summary['groups'], 'group')} only; it needs more data, or a --split-column"
+
+
+def transparent(reasons: Mapping[str, int], background: str, is_built: bool = True) -> list[str]:
+    """On images of which nothing is seen, and what shows them."""
+    again = (
+        "build again with another --background and --overwrite" if is_built else "pass another --background"
+    )
+    messages = []
+    if unseen := reasons.get(UNSEEN, 0):
+        messages.append(
+            f"{counted(unseen, 'image')} with transparency {'is' if unseen == 1 else 'are'} one color on the"
+            f" --background {background}: {again}."
+        )
+    if nothing := reasons.get(WHOLLY_TRANSPARENT, 0):
+        messages.append(
+            f"{counted(nothing, 'image')} {'is' if nothing == 1 else 'are'} wholly transparent: no"
+            " --background shows anything."
+        )
+    return messages
