@@ -11,7 +11,7 @@ import open_clip
 import pytest
 from conftest import ROOT
 
-import train.model.clip
+import train.model.source
 
 ROOMS = ["data_prep", "train", "eval", "slurm"]
 MODULES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
@@ -138,5 +138,5 @@ def test_no_test_of_training_imports_another():
 
 
 def test_our_architectures_are_known_to_open_clip():
-    for path in train.model.clip.MODELS.glob("*.json"):
+    for path in train.model.source.MODELS.glob("*.json"):
         assert open_clip.get_model_config(path.stem) == json.loads(path.read_text())

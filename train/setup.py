@@ -17,6 +17,7 @@ from train.model.activation_memory import apply_checkpointing, fit_micro_batch, 
 from train.model.clip import Clip, load
 from train.model.lora import adapt
 from train.model.patch_dropout import PatchDropout
+from train.model.unused import freeze_unused
 from train.optim import build_optimizer
 from train.recipe import Recipe
 from train.retain.base import frozen_copy
@@ -44,6 +45,7 @@ def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
     samples, end = run.samples if run else 0, recipe.epochs * order.samples_per_epoch
     clip.towers.bf16 = recipe.precision == "bf16"
     clip.towers.to(world.device)
+    freeze_unused(clip, world)  # before all that asks which parameters are trained
     # The copy of the initial weights comes before a checkpoint is restored and before blocks are compiled.
     # It, the EMA and replay come before the micro batch is fitted, which measures the memory that is left.
     base = frozen_copy(clip.towers, recipe, world.device)

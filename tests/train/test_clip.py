@@ -14,7 +14,8 @@ from ranks_script import BASIC, train_state
 from data_prep.errors import UserError
 from train.data.augment import N_UNIFORMS
 from train.data.loader import Batch
-from train.model.clip import _parse_name, load
+from train.model.clip import load
+from train.model.source import source_of
 from train.recipe import Augment
 from train.step import train_step
 
@@ -67,23 +68,12 @@ def test_random_weights_depend_on_the_seed_and_not_on_the_generator():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_weights_can_be_a_file(tmp_path):
-    """NAME:FILE, as in open_clip."""
-    model = open_clip.create_model("demo-vit")
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
-    clip = load(f"demo-vit:{tmp_path / 'weights.pt'}")
-    assert torch.equal(clip.towers.model.visual.proj, model.visual.proj)
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("ViT-B-33:none", "did you mean 'ViT-B-32'"),
         ("nonsense", "a MODEL is NAME:PRETRAINED"),
-        (
-            "ViT-B-32",
-            "names no weights; use ViT-B-32:none for random ones, or ViT-B-32:TAG, with TAG one of openai",
-        ),
+        ("ViT-B-32", "ViT-B-32:none for random ones, ViT-B-32:FILE, or ViT-B-32:TAG, with TAG one of openai"),
         ("ViT-B-32:laion", "has no weights 'laion'; it has openai"),
         ("ViT-B-32:openai", "another activation; use ViT-B-32-quickgelu:openai"),
         ("ViT-B-32-quickgelu:laion2b_s34b_b79k", "has no weights|another activation; use ViT-B-32:"),
@@ -160,7 +150,5 @@ def test_vit_l_14_takes_a_step_with_checkpointing():
 
 
 def test_a_tags_preprocessing_is_used():
-    _, _, options = _parse_name("ViT-L-14:laion2b_s32b_b82k")
-    assert (
-        options["force_preprocess_cfg"]["mean"] == options["force_preprocess_cfg"]["std"] == (0.5, 0.5, 0.5)
-    )
+    preprocess = source_of("ViT-L-14:laion2b_s32b_b82k").preprocess
+    assert preprocess["mean"] == preprocess["std"] == (0.5, 0.5, 0.5)

@@ -26,6 +26,7 @@ from train.export import int8, snippets, to_onnx, to_sentence_transformers, to_t
 from train.export.int8 import Recall
 from train.export.reference import File, Outputs, Samples, max_difference, outputs, samples
 from train.model.clip import Clip
+from train.model.source import folder_options
 from train.recipe import flags_of, parse
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -330,7 +331,8 @@ def _read_back(
     clip: Clip, folder: Path, dtype: str, image: Image.Image
 ) -> tuple[torch.nn.Module, dict[str, float]]:
     """open_clip's model of the written files, and how far its weights and pixels are from the original's."""
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name, **folder_options(name))
     loaded, original = model.eval().state_dict(), clip.weights(DTYPES[dtype])
     assert set(loaded) == set(original), set(loaded) ^ set(original)
     for name, tensor in original.items():

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 import psutil
 import torch
+from open_clip.hf_model import HFTextEncoder
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -53,13 +54,24 @@ def should_compile(recipe: Recipe, device: torch.device) -> bool:
 def apply_checkpointing(model: nn.Module, mode: str, compiled: bool) -> None:
     """Make an open_clip model recompute what `mode` says; equal blocks are compiled once for all of them."""
     torch.compiler.reset()
-    model.set_grad_checkpointing(mode == "full")
+    set_grad_checkpointing(model, mode == "full")
     for block in blocks(model):
         kind = getattr(type(block), "kind_before", type(block))
         block.__class__ = _keeping_products(kind) if mode == "selective" else kind
         block._compiled_call_impl = None
         if compiled:
             block.compile()
+
+
+def set_grad_checkpointing(model: nn.Module, on: bool) -> None:
+    """open_clip's, which for Hugging Face's towers switches it on whatever it is told."""
+    text = getattr(model, "text", None)
+    if not isinstance(text, HFTextEncoder):
+        model.set_grad_checkpointing(on)
+        return
+    model.visual.set_grad_checkpointing(on)
+    if text.transformer.supports_gradient_checkpointing:
+        getattr(text.transformer, f"gradient_checkpointing_{'enable' if on else 'disable'}")()
 
 
 @functools.cache
@@ -189,8 +201,8 @@ def dummy_batch(towers: nn.Module, n: int, device: torch.device) -> tuple[torch.
     images = torch.randint(
         0, 256, (n, 3, *((size, size) if isinstance(size, int) else size)), dtype=torch.uint8, device=device
     )
-    length, words = towers.model.context_length, towers.model.vocab_size
-    return images, torch.randint(1, words, (n, length), device=device)
+    tokens = torch.randint(1, towers.vocab_size, (n, towers.context_length), device=device)
+    return images, tokens
 
 
 def free_bytes(device: torch.device) -> int:

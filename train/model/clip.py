@@ -3,39 +3,48 @@
 All that knows open_clip's insides is here.
 """
 
-import difflib
 import hashlib
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import open_clip
 import torch
-from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
+from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import ImageColor
 from safetensors.torch import save_file
+from torch import nn
 from torchvision.transforms import Compose, Normalize, PILToTensor
 
 from data_prep.errors import UserError
 from data_prep.images import WHITE
+from train.model.hub import wants_network, without_retries
+from train.model.preprocessing import CONFIG_FILE, KEYS
+from train.model.source import (
+    HERE,
+    TEXT_CONFIG_FILE,
+    WEIGHTS_FILE,
+    advice,
+    asks_hub,
+    background_of,
+    folder_options,
+    model_cfg_of,
+    not_in_the_cache,
+    on_disk,
+    source_of,
+)
 from train.model.text import trimmer
 from train.model.towers import Towers
+from train.model.transformers_clip import load_tokenizer, load_transformers, open_clip_config
+from train.model.weights import load_weights
 
-MODELS = Path(__file__).parent / "configs"  # architectures of ours, in open_clip's format
-# What open_clip reads for local-dir: and hf-hub:.
-CONFIG_FILE, WEIGHTS_FILE = ("open_clip_config.json", "open_clip_model.safetensors")
-NOTATION = (
-    "a MODEL is NAME:PRETRAINED (ViT-L-14:laion2b_s32b_b82k; ViT-B-32:none for random weights), hf-hub:ID,"
-    " local-dir:PATH or a run folder"
-)
-
-open_clip.add_model_config(MODELS)
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass
@@ -114,76 +123,73 @@ class Clip:
         self, folder: Path, dtype: torch.dtype = torch.float32, state: dict[str, torch.Tensor] | None = None
     ) -> None:
         """Write a folder that open_clip loads as `local-dir:FOLDER`; `state` as in weights()."""
-        (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
+        config = {**self.config, "model_cfg": _portable(self.config["model_cfg"])}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         save_file(self.weights(dtype, state), folder / WEIGHTS_FILE)
         # safetensors makes files that only their owner can read
         shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
         if hasattr(self.tokenizer, "save_pretrained"):  # a Hugging Face tokenizer
             self.tokenizer.save_pretrained(folder)
+        text = getattr(self.towers.model, "text", None)
+        if isinstance(text, HFTextEncoder):
+            text.config.to_json_file(folder / TEXT_CONFIG_FILE)
 
 
 def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
     """Load a MODEL, in fp32 on the CPU.
 
     Args:
-        name: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH, or a run folder (its best checkpoint).
+        name: NAME:PRETRAINED, NAME:FILE, hf-hub:ID, local-dir:PATH, or a run folder (its best checkpoint).
         weights: False gives the architecture and preprocessing with random weights, and downloads nothing.
         seed: of random weights.
 
     Raises:
         UserError: no such model, tag or folder; no network for a download; weights of another architecture or
-            activation.
+            activation; a file whose preprocessing is not known.
     """
-    if (Path(name) / "recipe.yaml").is_file():
-        name = f"local-dir:{_checkpoint_of_run(Path(name))}"
-    if name.startswith(("hf-hub:", "local-dir:")):
-        identifier, pretrained, options = name, None, {}
-        model_cfg = None
-    else:
-        identifier, pretrained, options = _parse_name(name)
-        model_cfg = open_clip.get_model_config(identifier)
-        if not weights:
-            pretrained = None
-    wants_weights = weights and not name.endswith(":none")
-    with torch.random.fork_rng(devices=[]):
+    source = source_of(name)
+    offline = constants.HF_HUB_OFFLINE
+    with torch.random.fork_rng(devices=[]), without_retries(asks_hub(source, weights)):
         torch.manual_seed(seed)
-        # open_clip warns of random weights even where they were asked for.
-        logging.disable(logging.NOTSET if wants_weights else logging.WARNING)
+        part = ""
         try:
-            if name.startswith("hf-hub:") and "@" in name:
-                identifier = _at_revision(name)
-            model = open_clip.create_model(
-                identifier,
-                pretrained,
-                load_weights=weights,
-                require_pretrained=wants_weights,
-                pretrained_text=False,
-                **options,
-            )
-            tokenizer = open_clip.get_tokenizer(identifier)
+            source = on_disk(source)
+            if source.folder:
+                model, tokenizer, model_cfg = _of_transformers(source.folder, weights)
+            else:
+                model = open_clip.create_model(
+                    source.identifier,
+                    source.tag if weights else None,
+                    load_weights=weights,
+                    require_pretrained=weights and source.has_weights and not source.file,
+                    pretrained_text=False,
+                    force_preprocess_cfg=source.preprocess,
+                    **folder_options(source.identifier),
+                )
+                part = "its tokenizer"
+                tokenizer = open_clip.get_tokenizer(source.identifier)
+                model_cfg = model_cfg_of(source.identifier)
+            if source.file and weights:
+                load_weights(model, source.identifier, source.file)
         except (OSError, RuntimeError, ValueError, KeyError, HfHubHTTPError) as error:
-            if _wants_network(error):
-                raise UserError(
-                    f"{name}: not in the cache ({constants.HF_HUB_CACHE}), and the hub cannot be reached"
-                    f"{' with HF_HUB_OFFLINE=1' if constants.HF_HUB_OFFLINE else ''}; where there is a"
-                    f" network, fill the cache with: python -m train.fetch {name}"
-                ) from None
+            if wants_network(error):
+                raise not_in_the_cache(name, source, part, offline) from None
             raise UserError(
-                f"{name}: cannot be loaded: {' '.join(str(error).split())[:600]}; {_advice(name)}"
+                f"{name}: cannot be loaded: {' '.join(str(error).split())[:600]}; {advice(name)}"
             ) from None
-        finally:
-            logging.disable(logging.NOTSET)
-    background = WHITE
-    if model_cfg is None:
-        published = _config_of(identifier)
-        model_cfg, background = published["model_cfg"], _background_of(published)
     preprocess = model.visual.preprocess_cfg
-    config = {
-        "model_cfg": model_cfg,
-        "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-        | {"background": background},
-    }
-    return Clip(name, Towers(model, preprocess["mean"], preprocess["std"]), tokenizer, config)
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {key: preprocess[key] for key in KEYS}}
+    config["preprocess_cfg"]["background"] = background_of(source)
+    towers = Towers(model, preprocess["mean"], preprocess["std"], tokenizer.context_length)
+    return Clip(name, towers, tokenizer, config)
+
+
+def _of_transformers(folder: Path, weights: bool) -> tuple[nn.Module, Callable, dict]:
+    model_cfg, preprocessing = open_clip_config(folder)
+    model = load_transformers(folder, model_cfg) if weights else open_clip.CLIP(**model_cfg)
+    size = {"size": model.visual.image_size}
+    open_clip.model.set_model_preprocess_cfg(model, asdict(PreprocessCfg()) | size | preprocessing.config)
+    return model, load_tokenizer(folder, model_cfg), model_cfg
 
 
 def public_name(model: str) -> str:
@@ -199,92 +205,10 @@ def public_name(model: str) -> str:
     return f"{scheme}:{path.name}" if colon and scheme != "local-dir" else path.name
 
 
-def _parse_name(name: str) -> tuple[str, str | None, dict]:
-    """NAME:PRETRAINED -> architecture, tag or file, options that give the tag's preprocessing."""
-    architecture, colon, pretrained = name.partition(":")
-    known = open_clip.list_models()
-    if architecture not in known:
-        near = difflib.get_close_matches(architecture, known, n=1)
-        raise UserError(
-            f"{name}: no model {architecture!r}; "
-            + (f"did you mean {near[0]!r}? " if near else "")
-            + NOTATION
-        )
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if not colon or not pretrained:
-        choice = ", ".join(tags) or "none"
-        raise UserError(
-            f"{name}: names no weights; use {architecture}:none for random ones, or {architecture}:TAG, with"
-            f" TAG one of {choice}"
-        )
-    if pretrained == "none":
-        return architecture, None, {}
-    if Path(pretrained).is_file():
-        return architecture, pretrained, {}
-    if pretrained not in tags:
-        raise UserError(
-            f"{name}: {architecture} has no weights {pretrained!r}; it has {', '.join(tags) or 'none'}"
-        )
-    tag = open_clip.get_pretrained_cfg(architecture, pretrained)
-    quick = bool(open_clip.get_model_config(architecture).get("quick_gelu"))
-    if bool(tag.get("quick_gelu")) != quick:
-        # open_clip only warns, and the features are wrong (open_clip#771).
-        other = architecture.removesuffix("-quickgelu") if quick else f"{architecture}-quickgelu"
-        raise UserError(
-            f"{name}: these weights were trained with another activation; use {other}:{pretrained}"
-        )
-    return (
-        architecture,
-        pretrained,
-        {
-            "force_preprocess_cfg": {
-                key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag
-            }
-        },
-    )
-
-
-def _advice(name: str) -> str:
-    if name.startswith("local-dir:"):
-        return f"it must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
-    return "check the name and the network" + (
-        f"; with HF_HUB_OFFLINE=1, run python -m train.fetch {name} before"
-        if constants.HF_HUB_OFFLINE
-        else ""
-    )
-
-
-def _wants_network(error: BaseException | None) -> bool:
-    """Whether the hub could not be reached; open_clip wraps the error that says so."""
-    while error and not isinstance(error, LocalEntryNotFoundError):
-        error = error.__context__
-    return error is not None
-
-
-def _checkpoint_of_run(run: Path) -> Path:
-    best = run / "checkpoints" / "best"
-    if not best.is_dir():
-        raise UserError(
-            f"{run}: the run has no checkpoint yet; resume it with: python -m train {run / 'recipe.yaml'}"
-        )
-    return best
-
-
-def _at_revision(name: str) -> str:
-    """hf-hub:ID@REVISION as the local-dir: of its download; open_clip loads only the newest revision."""
-    model_id, _, revision = name.removeprefix("hf-hub:").partition("@")
-    patterns = ["*.json", "*.txt", "*.model", WEIGHTS_FILE]
-    return f"local-dir:{snapshot_download(model_id, revision=revision, allow_patterns=patterns)}"
-
-
-def _config_of(identifier: str) -> dict:
-    """open_clip_config.json of a local-dir: or hf-hub: model that was just loaded, so it is in the cache."""
-    scheme, _, place = identifier.partition(":")
-    file = hf_hub_download(place, CONFIG_FILE) if scheme == "hf-hub" else Path(place) / CONFIG_FILE
-    return json.loads(Path(file).read_text())
-
-
-def _background_of(config: dict) -> str:
-    """`#rrggbb` of an open_clip_config.json; white where it has none, as models of others."""
-    background = (config.get("preprocess_cfg") or {}).get("background")
-    return background if re.fullmatch("#[0-9a-fA-F]{6}", str(background)) else WHITE
+def _portable(model_cfg: dict) -> dict:
+    """model_cfg without paths of this machine: a text tower and tokenizer that are in the folder itself."""
+    text = dict(model_cfg["text_cfg"])
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        if key in text and not HUB_ID.fullmatch(text[key]):
+            text[key] = HERE
+    return {**model_cfg, "text_cfg": text}

@@ -6,7 +6,8 @@ from huggingface_hub import constants
 
 from data_prep.atomic import atomic_folder
 from data_prep.errors import UserError
-from train.model.clip import NOTATION, load
+from train.model.clip import load
+from train.model.source import NOTATION
 
 
 def fetch(model: str, out: Path | None = None) -> None:

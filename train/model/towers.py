@@ -19,11 +19,20 @@ class Towers(nn.Module):
     Args:
         model: any open_clip model with encode_image, encode_text and logit_scale.
         mean, std: per channel, of the model's preprocessing.
+        context_length: tokens of a caption, as the tokenizer makes them; that of the model by default, which
+            for Hugging Face's towers is the number of positions.
     """
 
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        context_length: int | None = None,
+    ):
         super().__init__()
         self.model = model
+        self.context_length = context_length or model.context_length
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.bf16 = False
@@ -65,6 +74,10 @@ class Towers(nn.Module):
         """The one that PatchDropout.install() put into the image tower."""
         module = getattr(self.model.visual, "patch_dropout", None)
         return module if isinstance(module, PatchDropout) else None
+
+    @property
+    def vocab_size(self) -> int:
+        return getattr(self.model, "vocab_size", None) or self.model.text.vocab_size  # CoCa's is the tower's
 
     @property
     def logit_bias(self) -> nn.Parameter | None:

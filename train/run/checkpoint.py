@@ -12,6 +12,9 @@ from pathlib import Path
 from data_prep.atomic import atomic_folder
 from data_prep.shards import sha256_of
 
+# What a checkpoint holds beside the exported model.
+TRAINING = ("training.safetensors", "ema.safetensors", "optimizer.pt", "state.json")
+
 
 def write(path: Path, fill: Callable[[Path], None], state: dict, check: Callable[[], None]) -> None:
     """Write a checkpoint: the files that `fill` puts into a folder, and state.json with their sha256.
@@ -50,6 +53,20 @@ def link_best(folder: Path, name: str) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(name)
     os.replace(link, folder / "best")
+
+
+def link_model(run: Path) -> None:
+    """Point names in the run's folder to the files of the best model: open_clip then loads local-dir:RUN.
+
+    They go through checkpoints/best, so each changes with it, and at the same moment.
+    """
+    for file in (run / "checkpoints" / "best").iterdir():
+        link, target = run / file.name, Path("checkpoints", "best", file.name)
+        if file.name not in TRAINING and not link.is_symlink():
+            partial = run / f".{file.name}.partial"
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(target)
+            os.replace(partial, link)
 
 
 def prune(folder: Path, n: int, best: str) -> None:

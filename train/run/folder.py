@@ -4,12 +4,13 @@ RUN/recipe.yaml            the merged recipe; itself a recipe
 RUN/environment.json       versions, git commit, machine, sha256 of the data, what "auto" chose
 RUN/status.json            running, stopped or finished; samples, speed, ETA, last checkpoint, time of writing
 RUN/metrics.jsonl          a line per logged step and validation; RUN/tensorboard holds the same
-RUN/nonfinite_steps.jsonl  skipped steps, whose loss or gradient was not finite, with the keys of their
-samples RUN/checkpoints/samples-000123456/
+RUN/nonfinite_steps.jsonl  skipped steps, whose loss or gradient was not finite, and the samples in them
+RUN/checkpoints/samples-000123456/
     open_clip_config.json, open_clip_model.safetensors    the exported weights (open_clip's local-dir:)
     training.safetensors, ema.safetensors                 what to resume from (train.retain.select)
     optimizer.pt, state.json                              moments; samples, scores and the sha256 of each file
 RUN/checkpoints/best       link to the best one by validation
+RUN/open_clip_*            links to its model, so that open_clip loads local-dir:RUN
 RUN/stop                   make this file, and the run ends at the next step, which removes it
 RUN/lock, RUN/attempt      who may write here (train.run.lock)
 """
@@ -35,7 +36,7 @@ from data_prep.errors import Fault, NotFinite, UserError
 from train.recipe import Recipe, differences, flags_of, parse, to_yaml
 from train.retain.select import NO_SCORE, Score, Selection, WeightSelector
 from train.run.async_writer import AsyncWriter
-from train.run.checkpoint import clear, link_best, newest, prune, write
+from train.run.checkpoint import clear, link_best, link_model, newest, prune, write
 from train.run.lock import RunLock
 from train.world import World
 
@@ -158,6 +159,7 @@ class Run:
             if self.samples:
                 # A kill may have come between the checkpoint and its link.
                 link_best(self.folder / "checkpoints", self.best_checkpoint)
+                link_model(self.folder)
             else:
                 with atomic_file(self.folder / "recipe.yaml") as partial:
                     partial.write_text(to_yaml(self.recipe))
@@ -270,6 +272,7 @@ class Run:
             write(path, fill, values, self.lock.check)
             self.checkpoint = path  # only a whole one is named in status.json
             link_best(path.parent, values["best_checkpoint"])
+            link_model(self.folder)
             # After the link: a kill in between leaves one checkpoint too many, and never a link to none.
             prune(path.parent, self.recipe.keep_checkpoints, values["best_checkpoint"])
         except (OSError, SafetensorError, RuntimeError) as error:
