@@ -121,7 +121,7 @@ def test_a_missing_rotation_is_noticed(quick, tmp_path, monkeypatch):
 def test_the_note_says_which_files(quick):
     _, _, record = quick
     assert record["compared_files"] == {"transparent": 1, "rotated": 1}
-    assert "for image files (1 transparent and 1 rotated)" in table(record)
+    assert "for image files (1 transparent, 1 rotated)" in table(record)
     assert record["background"] == "#ffffff"
 
 

@@ -11,6 +11,7 @@ const place = basename(folder);
 const { captions, images } = JSON.parse(readFileSync(job));
 const tokenizer = await AutoTokenizer.from_pretrained(place);
 const processor = await AutoProcessor.from_pretrained(place);
+processor.image_processor.resample = "lanczos"; // as the model card does
 const result = {};
 for (const dtype of ["fp32", "q8"]) {
   const textModel = await CLIPTextModelWithProjection.from_pretrained(place, { dtype });

@@ -83,6 +83,9 @@ def unsupported_settings(clip: Clip) -> list[str]:
         names = {name for name in default if name not in SUPPORTED[tower] and settings[name] != default[name]}
         # Lists here mean a ResNet, or patches that are not square.
         names |= {name for name in ("layers", "patch_size") if not isinstance(settings.get(name, 1), int)}
+        for name in ("hf_model_name", "hf_tokenizer_name"):  # may be folders, and what this says is published
+            if settings.get(name):
+                settings[name] = Path(settings[name]).name
         unsupported += [f"{tower}.{name} = {settings[name]!r}" for name in default if name in names]
     if len(set(clip.image_size)) > 1:
         unsupported.append(f"image_size = {list(clip.image_size)}")
