@@ -30,10 +30,9 @@ from train.model.source import (
     HERE,
     TEXT_CONFIG_FILE,
     WEIGHTS_FILE,
-    Source,
     advice,
     asks_hub,
-    config_of,
+    background_of,
     folder_options,
     model_cfg_of,
     not_in_the_cache,
@@ -170,7 +169,7 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
                 part = "its tokenizer"
                 tokenizer = open_clip.get_tokenizer(source.identifier)
                 model_cfg = model_cfg_of(source.identifier)
-            background = _background_of(source)
+            background = background_of(source)
             if source.file and weights:
                 load_weights(model, source.identifier, source.file)
         except (OSError, RuntimeError, ValueError, KeyError, HfHubHTTPError) as error:
@@ -216,13 +215,3 @@ def _portable(model_cfg: dict) -> dict:
         if key in text and not HUB_ID.fullmatch(text[key]):
             text[key] = HERE
     return {**model_cfg, "text_cfg": text}
-
-
-def _background_of(source: Source) -> str:
-    """`#rrggbb` of an open_clip_config.json; white where it has none, as models of others."""
-    if source.folder:
-        return WHITE
-    by_config = ":" in source.identifier
-    preprocess = config_of(source.identifier).get("preprocess_cfg") if by_config else source.preprocess
-    background = (preprocess or {}).get("background")
-    return background if re.fullmatch("#[0-9a-fA-F]{6}", str(background)) else WHITE

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from data_prep.errors import UserError
+from data_prep.images import WHITE
 from train.model.preprocessing import CONFIG_FILE, KEYS, other_activation, preprocessing_of, split_name
 from train.model.transformers_clip import FILES as TRANSFORMERS_FILES
 from train.model.transformers_clip import is_transformers
@@ -213,6 +215,15 @@ def folder_options(identifier: str) -> dict:
 
 def model_cfg_of(identifier: str) -> dict:
     return config_of(identifier)["model_cfg"] if ":" in identifier else open_clip.get_model_config(identifier)
+
+
+def background_of(source: Source) -> str:
+    """`#rrggbb` on which a model was trained to see transparent images; white where nothing says so."""
+    preprocess = source.preprocess
+    if ":" in source.identifier and not source.folder:
+        preprocess = config_of(source.identifier).get("preprocess_cfg")
+    background = str((preprocess or {}).get("background"))
+    return background if re.fullmatch("#[0-9a-fA-F]{6}", background) else WHITE
 
 
 def config_of(identifier: str) -> dict:
