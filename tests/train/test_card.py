@@ -135,7 +135,7 @@ def test_the_tags_are_the_libraries_that_load_it(folder):
     text = write_card(folder, "me/clip")
     assert {"onnx", "transformers.js"} < {*ModelCard.load(folder / "README.md").data.tags}
     assert lines_of(text, "text to image, R@1") == [["text to image, R@1", "50.0 %", "49.0 %"]]
-    assert "```js\nimport { AutoProcessor" in text
+    assert "```js\nimport {\n  AutoProcessor" in text
 
 
 def test_the_background_is_in_the_card(folder):
