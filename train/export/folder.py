@@ -26,7 +26,8 @@ from train.export import int8, snippets, to_onnx, to_sentence_transformers, to_t
 from train.export.int8 import Recall
 from train.export.reference import File, Outputs, Samples, max_difference, outputs, samples
 from train.model.clip import Clip
-from train.model.source import folder_options
+from train.model.preprocessing import CONFIG_FILE
+from train.model.source import HERE, folder_options
 from train.recipe import flags_of, parse
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -130,6 +131,7 @@ def export(
             "differences": comparison.differences,
             "bounds": comparison.bounds,
             "open_clip_only": reason,
+            "in_folder": _in_folder(folder),
             "packages": {package: _version(package) for package in PACKAGES},
             "files": {
                 name: _entry(folder / name, file_format)
@@ -345,6 +347,12 @@ def _read_back(
         "weights": max(max_difference(loaded[name], tensor) for name, tensor in original.items()),
         "pixels": max_difference(preprocess(image), clip.preprocess(image)),
     }
+
+
+def _in_folder(folder: Path) -> list[str]:
+    """The keys of text_cfg that name the folder itself: its text tower or tokenizer is of Hugging Face's."""
+    text = json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]["text_cfg"]
+    return [key for key in ("hf_model_name", "hf_tokenizer_name") if text.get(key) == HERE]
 
 
 def _entry(path: Path, file_format: str) -> dict:

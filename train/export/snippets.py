@@ -17,6 +17,8 @@ from PIL import ImageColor
 
 from data_prep.images import WHITE
 from train.export.reference import File, max_difference
+from train.model.preprocessing import CONFIG_FILE
+from train.model.source import folder_options
 
 TEMPLATE = Path(__file__).with_name("use.md")
 FILE = '"image.png"'
@@ -36,9 +38,12 @@ def use(record: dict, place: str) -> str:
     environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     scheme = "local-dir" if Path(place).exists() else "hf-hub"
+    model = f"{scheme}:{place}"
     text = template.render(
         place=place,
-        open_clip=f"{scheme}:{place}",
+        open_clip=model,
+        text_tower=bool(folder_options(model)),
+        config=str(Path(place) / CONFIG_FILE),
         background="white" if background == WHITE else background,
         rgb=list(ImageColor.getrgb(background)),
         formats={file["format"] for file in record["files"].values()},

@@ -66,6 +66,7 @@ def publish(
     api = None if dry_run else hub.connected()
     folder, run = hub.exported(model, run, out)
     hub.check_export(folder)
+    hub.name_text_tower(folder, repo)
     card = write_card(folder, repo, run, results, images, dataset, license)
     files = hub.to_upload(folder)
     if api is None:

@@ -17,11 +17,12 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
+from data_prep.atomic import write_json
 from data_prep.errors import UserError
 from data_prep.shards import sha256_of
 from data_prep.tables import markdown_table
 from train.export.folder import RECORD, export, shards_of
-from train.model.clip import Clip, load
+from train.model.clip import CONFIG_FILE, Clip, load
 from train.publish.card import EVAL_RESULTS, IMAGES, weights_of
 
 TOKEN_ADVICE = (
@@ -99,6 +100,24 @@ def is_export_of(clip: Clip, folder: Path) -> bool:
     if not (folder / RECORD).is_file() or weights_of(folder) != clip.fingerprint():
         return False
     return load(f"local-dir:{folder}", weights=False).background == clip.background
+
+
+def name_text_tower(folder: Path, repo: str) -> None:
+    """Where the model's own folder holds its Hugging Face text tower or tokenizer, name the repository as its
+    place: on the hub open_clip takes hf_model_name and hf_tokenizer_name for names of repositories.
+    """
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    record = json.loads((folder / RECORD).read_text())
+    text, in_folder = config["model_cfg"]["text_cfg"], record.get("in_folder", [])
+    if all(text[key] == repo for key in in_folder):
+        return
+    text |= dict.fromkeys(in_folder, repo)
+    write_json(folder / CONFIG_FILE, config)
+    record["files"][CONFIG_FILE] |= {
+        "bytes": (folder / CONFIG_FILE).stat().st_size,
+        "sha256": sha256_of(folder / CONFIG_FILE),
+    }
+    write_json(folder / RECORD, record)
 
 
 def check_export(folder: Path) -> None:
