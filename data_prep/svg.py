@@ -44,7 +44,7 @@ LENGTH = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-zA-Z]
 _REQUEST, _REPLY = struct.Struct(">IQQ"), struct.Struct(">BQ")
 _PNG, _PNG_WITHOUT_REFERENCES, _TOO_LARGE, _BAD = range(4)
 # The child imports what this process imports, from the same places, whatever is in the working folder.
-_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from data_prep.svg import _serve; _serve()"
+_CHILD = f"import sys; sys.path[:] = sys.argv[1:]; import {__name__} as svg; svg._serve()"
 
 
 class SvgError(Exception):
