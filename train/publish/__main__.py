@@ -41,8 +41,8 @@ def publish(
         model: Run folder, a folder written by train.export, or another MODEL (NAME:PRETRAINED, hf-hub:ID,
             local-dir:PATH).
         repo: Repository on the hub, USER/NAME or ORGANISATION/NAME; created if it does not exist.
-        results: JSON files of python -m eval retrieval --json or of python -m eval compare, for the card. Other models in
-            them are shown beside this one if they were evaluated on the same data.
+        results: JSON files of python -m eval retrieval --json or of python -m eval compare, for the card.
+            Other models in them are shown beside this one if they were evaluated on the same data.
         images: PNG, JPEG, WebP, GIF or SVG files to show in the card.
         dataset: Data sets on the hub that the model was trained on.
         license: License of the model by its hub identifier: mit, apache-2.0, cc-by-4.0, other, ...
