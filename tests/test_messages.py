@@ -32,6 +32,7 @@ OTHERS = {
     "open_clip_train": {"aug-cfg", "grad-checkpointing", "torchcompile"},
     "tensorboard": {"logdir"},
     "hf": {"repo-type"},
+    "trackio": {"project"},
     "recipe.py, of any key": {"flag", "key", "no-key", "augment.key", "augment.no-key"},
 }
 # Options that are put together, by the file and the expression: all that they can be.
@@ -39,10 +40,11 @@ COMPOSED = {
     ("data_prep/inputs/cells.py", "{use}-column"): ["group", "split", "label", "caption"],
     ("data_prep/inputs/parquet.py", "{use}-column"): [field.name for field in fields(Columns)],
     ("data_prep/inputs/rows.py", "{use}-column"): [field.name for field in fields(Columns)],
-    ("data_prep/report/summary.py", "{split}"): SPLITS[1:],
 }
-# Composed of keys of a recipe, or of options of another program.
+# Composed of keys of a recipe, of parameters of commands, or of options of another program.
 KEYS = {
+    "data_prep/cli.py",
+    "data_prep/build/resume.py",
     "train/recipe.py",
     "train/run/folder.py",
     "train/tune/grid.py",

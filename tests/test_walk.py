@@ -63,8 +63,8 @@ def draw(folder: Path) -> None:
 
 
 def test_pairs(shards: Path, originals: Path) -> tuple[list[Image.Image], list[str]]:
-    """The test split as webdataset reads it; a PNG as a person opens the original, by the card's two lines.
-    No library renders SVG: there it is the PNG that the build made.
+    """The test split as webdataset reads it; a PNG as a person opens the original, by the card's lines. No
+    library renders SVG: there it is the PNG that the build made.
     """
     images, texts = [], []
     tars = sorted(str(path) for path in (shards / "test").glob("*.tar"))
@@ -150,7 +150,8 @@ def test_one_recall_in_every_library(installed, hub, tmp_path):
     installed.run("cliptune", "train", "demo", "--data", "walk", "--run", "runs/walk", *schedule)
     installed.run("cliptune", "retrieval", "runs/walk", "--data", "walk", "--json", "walk.json")
     there = hub.environment(tmp_path / "hf")
-    publish = ["runs/walk", "--repo", REPO, "--results", "walk.json", "--license", "mit", "--yes"]
+    installed.run("cliptune", "export", "runs/walk", "--out", "exported", "--data", "walk", "--onnx")
+    publish = ["exported", "--repo", REPO, "--results", "walk.json", "--license", "mit", "--yes"]
     said = installed.run("cliptune", "publish", *publish, **there)
     assert f"{REPO} v1 (commit" in said
 
