@@ -8,7 +8,6 @@ import pytest
 from conftest import ROOT, noise_images
 
 from data_prep.build.pipeline import Checking, Parallelism, Reading, build
-from data_prep.build.split import SPLITS
 from data_prep.errors import UserError
 from data_prep.inputs.rows import Columns
 
