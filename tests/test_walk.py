@@ -162,7 +162,8 @@ def test_one_recall_in_every_library(installed, hub, tmp_path):
     table = {}
     with torch.no_grad():
         for name, encode in LIBRARIES.items():
-            scores = np.asarray(encode(images, texts)[0]) @ np.asarray(encode(images, texts)[1]).T
+            image_features, text_features = map(np.asarray, encode(images, texts))
+            scores = image_features @ text_features.T
             best = [(scores.argmax(axis) == np.arange(len(texts))).mean() for axis in (1, 0)]
             table[name] = [float(share) for share in best]
     print(json.dumps({"cliptune retrieval": expected, **table}, indent=1))
