@@ -15,7 +15,15 @@ from conftest import ROOT, command, environment
 def test_ctrl_c_while_a_command_starts_prints_one_line(words, after_s, icon_shards, tmp_path):
     run = ("--run", tmp_path / "run") if words[0] == "train" else ()
     line = command(*words, "--data", icon_shards, *run)
-    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        line,
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in the background with SIGINT ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     time.sleep(after_s)
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
