@@ -1,7 +1,6 @@
 """Where the bytes of an image are, a file, a piece of a file, or a URL, and how they are read."""
 
 import contextlib
-import errno
 import os
 import re
 import stat
@@ -12,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.below import open_below
 from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.inputs.names import OUTSIDE, missing_hint
@@ -19,7 +19,6 @@ from data_prep.inputs.storage import is_http, is_url, remote
 
 MAX_BYTES = 1 << 30
 PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
-HUB_CACHE = re.compile("(.*/(?:datasets|models|spaces)--[^/]+)/snapshots/")
 CONNECTIONS, ATTEMPTS = 16, 3
 
 
@@ -94,7 +93,7 @@ def read_local(location: ImageLocation) -> bytes | BadImage:
             data = os.pread(_open_cached(location.root), location.length, location.offset)
             assert len(data) == location.length, (location, len(data))
             return data
-        descriptor = _open_below(location.root, location.name)
+        descriptor = open_below(location.root, location.name)
         if descriptor is None:
             return BadImage(OUTSIDE, f"a symbolic link leads out of {location.root}")
         try:
@@ -110,42 +109,6 @@ def read_local(location: ImageLocation) -> bytes | BadImage:
         return BadImage("missing file", f"no such file under {location.root}; {missing_hint(location.name)}")
     except OSError as error:
         return BadImage("unreadable file", os.strerror(error.errno or 0))
-
-
-def _open_below(root: str, name: str) -> int | None:
-    """A descriptor of root/name; None if a symbolic link leads out of `root`."""
-    folder, _, base = name.rpartition("/")
-    real_folder, is_below = _real_folder(root, folder)
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # opening a named pipe must not block
-    try:
-        return os.open(real_folder + base, flags | os.O_NOFOLLOW) if is_below else None
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EMLINK):
-            raise
-    path = os.path.realpath(real_folder + base)
-    return os.open(path, flags) if path.startswith(_roots_of_links(root)) else None
-
-
-def leads_out(root: str, path: str) -> bool:
-    """Whether a path below the folder `root` is a link, or below one, that leads out of it."""
-    return not os.path.realpath(path).startswith(_roots_of_links(root))
-
-
-@lru_cache(64)
-def _roots_of_links(root: str) -> tuple[str, ...]:
-    """Where links below `root` may lead, with a trailing slash: below it; and in huggingface_hub's cache,
-    from datasets--USER--NAME/snapshots/COMMIT to datasets--USER--NAME/blobs, the files of this data set only.
-    """
-    real = _real_folder(root, "")[0]
-    cache = HUB_CACHE.match(real)
-    return (real, f"{cache[1]}/blobs/") if cache else (real,)
-
-
-@lru_cache(4096)
-def _real_folder(root: str, folder: str) -> tuple[str, bool]:
-    """root/folder without symbolic links, with a trailing slash; and whether it is inside of `root`."""
-    path = os.path.join(os.path.realpath(os.path.join(root, folder)), "")
-    return path, path.startswith(os.path.join(os.path.realpath(root), ""))
 
 
 @lru_cache(16)
