@@ -1,6 +1,5 @@
 """Where the bytes of an image are, a file, a piece of a file, or a URL, and how they are read."""
 
-import contextlib
 import os
 import re
 import stat
@@ -50,16 +49,26 @@ class ImageLocation(NamedTuple):
 
 def read_all(locations: list[ImageLocation]) -> Iterator[bytes | BadImage]:
     """The bytes at each location, or why they cannot be read; remote files are fetched in parallel."""
-    urls = list(dict.fromkeys(location.url for location in locations if location.is_remote))
-    fetched = _fetch(urls) if urls else {}
-    return (fetched[location.url] if location.is_remote else read_local(location) for location in locations)
+    by_root: dict[str, list[str]] = {}
+    for location in locations:
+        if location.is_remote:
+            by_root.setdefault(location.root, []).append(location.url)
+    fetched = {root: _fetch(root, list(dict.fromkeys(urls))) for root, urls in by_root.items()}
+    return (
+        fetched[location.root][location.url] if location.is_remote else read_local(location)
+        for location in locations
+    )
 
 
-def _fetch(urls: list[str]) -> dict[str, bytes | BadImage]:
-    files = remote(urls[0])
-    fetched: dict[str, bytes | BadImage] = {}
+def _fetch(root: str, urls: list[str]) -> dict[str, bytes | BadImage]:
+    # Of the root: fsspec takes `::` in the URL of an image for a chain of file systems.
+    files = remote(any_host(root))
+    outside = BadImage(OUTSIDE, f"not under {root}; see --images")
+    fetched: dict[str, bytes | BadImage] = {url: outside for url in urls if leaves_url(root, url)}
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for attempt in range(ATTEMPTS):
+            if len(fetched) == len(urls):
+                break
             time.sleep(attempt)  # a busy server gets one second, then two
             for url, future in [
                 (url, pool.submit(files.cat_file, url)) for url in urls if url not in fetched
@@ -68,22 +77,46 @@ def _fetch(urls: list[str]) -> dict[str, bytes | BadImage]:
                 if error is None:
                     fetched[url] = future.result()
                 elif isinstance(error, FileNotFoundError):
-                    fetched[url] = _fetch_quoted(files, url)
+                    fetched[url] = _fetch_quoted(files, url, pool)
                 elif attempt == ATTEMPTS - 1:
                     fetched[url] = BadImage("unreadable file", f"{url}: {type(error).__name__}: {error}")
-            if len(fetched) == len(urls):
-                break
     return fetched
 
 
-def _fetch_quoted(files, url: str) -> bytes | BadImage:
+def _fetch_quoted(files, url: str, pool: ThreadPoolExecutor) -> bytes | BadImage:
     """The bytes of a file whose name has `%20` in it: its URL has `%2520`."""
     scheme, _, rest = url.partition("://")
     host, _, path = rest.partition("/")
     if is_http(url) and "%" in path:
-        with contextlib.suppress(OSError):
-            return files.cat_file(f"{scheme}://{host}/{path.replace('%', '%25')}")
+        again = pool.submit(files.cat_file, f"{scheme}://{host}/{path.replace('%', '%25')}")
+        if again.exception() is None:
+            return again.result()
     return BadImage("missing file", url)
+
+
+def leaves_url(root: str, url: str) -> bool:
+    """Whether what the HTTP client makes of a URL is not below the root."""
+    if not is_http(url) or root.endswith("://"):
+        return False
+    from yarl import URL  # of aiohttp, which fetches
+
+    try:
+        top, asked = URL(root), URL(url)
+    except ValueError:
+        return True
+    path = top.path if top.path.endswith("/") else f"{top.path}/"
+    same_host = (asked.scheme, asked.user, asked.host, asked.port) == (
+        top.scheme,
+        top.user,
+        top.host,
+        top.port,
+    )
+    return not (same_host and asked.path.startswith(path))
+
+
+def any_host(root: str) -> str:
+    """A URL of the root's file system, where the root is only a protocol such as https://."""
+    return f"{root}host/" if root.endswith("://") else root
 
 
 def read_local(location: ImageLocation) -> bytes | BadImage:
@@ -123,6 +156,6 @@ def check_root(root: str) -> None:
         UserError: no such folder, or its protocol is unknown.
     """
     if is_url(root):
-        remote(root if not root.endswith("://") else f"{root}host/")
+        remote(any_host(root))
     elif not Path(root).is_dir():
         raise UserError(f"{root}: no such folder; pass --images, the folder that image paths are relative to")
