@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import fsspec
 import numpy as np
 
 from data_prep.errors import UserError
@@ -13,6 +12,7 @@ from data_prep.images import BadImage
 from data_prep.inputs.cells import field_of, image_of
 from data_prep.inputs.locations import ImageLocation, read_all
 from data_prep.inputs.names import Names
+from data_prep.inputs.opened import open_bytes
 from data_prep.inputs.rows import Columns, Input, Row, check_header, rows_of
 
 BATCH_ROWS = 64  # a batch is held in memory, images included
@@ -28,7 +28,7 @@ def read_parquet(table: Input) -> Iterator[Row]:
     from pyarrow import parquet
 
     try:
-        with fsspec.open(table.source, "rb", compression="infer") as file:
+        with open_bytes(table.source) as file:
             reader = parquet.ParquetFile(file)
             schema = reader.schema_arrow
             _check_schema(table.source, schema, table.columns)
@@ -65,7 +65,7 @@ def schema_classes(source: str, column: str) -> list[str] | None:
     """The names of a column's classes, in the order of their numbers, if the schema of a file has them."""
     from pyarrow import parquet
 
-    with fsspec.open(source, "rb", compression="infer") as file:
+    with open_bytes(source) as file:
         return _class_names(parquet.ParquetFile(file).schema_arrow.metadata, column)
 
 
