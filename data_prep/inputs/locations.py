@@ -121,6 +121,8 @@ def any_host(root: str) -> str:
 
 def read_local(location: ImageLocation) -> bytes | BadImage:
     """The bytes at a local location; refused if a symbolic link leads out of the root."""
+    if "\0" in location.name and location.offset is None:
+        return BadImage("missing file", "its path contains a NUL character, which no file system has")
     try:
         if location.offset is not None:
             data = os.pread(_open_cached(location.root), location.length, location.offset)

@@ -170,7 +170,7 @@ def _parsed(member: TarMember | None):
     """The value of a JSON member; None if there is none."""
     try:
         return json.loads(member.data) if member else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
