@@ -26,7 +26,7 @@ Shards = Annotated[str, tyro.conf.arg(metavar="SHARDS")]
 Run = Annotated[str, tyro.conf.arg(metavar="RUN")]
 
 
-MAX_YAML_CHARACTERS, MAX_ALIASES = 1 << 18, 20
+MAX_YAML_CHARACTERS, MAX_YAML_DEPTH, MAX_ALIASES = 1 << 18, 20, 20
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,12 @@ def read_yaml(path: Path) -> object:
         text = file.read(MAX_YAML_CHARACTERS + 1)
     if len(text) > MAX_YAML_CHARACTERS:
         raise ValueError(f"more than {MAX_YAML_CHARACTERS:,} characters")
-    if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > MAX_ALIASES:
-        raise ValueError(f"more than {MAX_ALIASES} aliases (*name)")
+    depth = aliases = 0
+    for event in yaml.parse(text):  # lazily: a deep file takes PyYAML minutes to the end
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > MAX_YAML_DEPTH or aliases > MAX_ALIASES:
+            raise ValueError(f"more than {MAX_YAML_DEPTH} levels, or more than {MAX_ALIASES} aliases (*name)")
     return yaml.safe_load(text)
 
 

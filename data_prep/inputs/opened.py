@@ -1,6 +1,8 @@
 """Inputs opened for reading: compressed ones within bounds, lines of text no longer than a row may be."""
 
 import io
+import lzma
+import zlib
 from collections.abc import Iterator
 
 import fsspec
@@ -37,7 +39,10 @@ class Bounded(io.RawIOBase):
         return self._file.tell()
 
     def readinto(self, buffer) -> int:
-        data = self._file.read(len(buffer))
+        try:
+            data = self._file.read(len(buffer))
+        except (zlib.error, lzma.LZMAError) as error:
+            raise OSError(f"damaged compressed data: {error}") from None
         buffer[: len(data)] = data
         self._total += len(data)
         if self._total > FREE_BYTES and self._total > MAX_RATIO * self._raw.tell():

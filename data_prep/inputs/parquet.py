@@ -131,7 +131,7 @@ def _values(column) -> list:
 
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # Parquet does not guarantee that strings are UTF-8
+    except (ValueError, OverflowError):  # bad UTF-8, or a date beyond the year 9999
         if not pyarrow.types.is_string(column.type) and not pyarrow.types.is_large_string(column.type):
             return [_value(cell) for cell in column]
         values = column.cast(pyarrow.binary()).to_pylist()
@@ -144,6 +144,8 @@ def _value(cell):
         return cell.as_py()
     except UnicodeDecodeError as error:
         return bytes([error.object[error.start]]).decode("utf-8", "surrogateescape")
+    except (ValueError, OverflowError):  # a date that Python's cannot hold, as Parquet's number
+        return str(getattr(cell, "value", ""))
 
 
 class LabelColumn(NamedTuple):
