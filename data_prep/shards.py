@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.atomic import atomic_file
+from data_prep.below import file_below, regular
 from data_prep.errors import UserError
 from data_prep.images import WHITE, hex_color
 from data_prep.progress import progress
@@ -179,11 +180,13 @@ class Shards:
         ).hexdigest()
         self.shard_sizes = np.array([entry["samples"] for entry in self.entries])
         keys, numbers = zip(*(read_index(self.folder, entry) for entry in self.entries), strict=True)
+        self._tars = [shard_file(self.folder, entry) for entry in self.entries]
+        self._jsons = [json_file(self.folder, entry) for entry in self.entries]
         self._ends = np.cumsum(self.shard_sizes)
         self._keys = np.concatenate(keys)
         self.groups = np.concatenate([table[:, 0] for table in numbers])
         self._offsets = np.concatenate([table[:, 1:5] for table in numbers])
-        self._files: dict[str, int] = {}
+        self._files: dict[Path, int] = {}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -202,30 +205,29 @@ class Shards:
     def read(self, number: int) -> Sample:
         """Sample `number`: its image and captions."""
         image_offset, image_size, json_offset, json_size = self._offsets[number].tolist()
-        entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
-        meta = json.loads(self._bytes(entry.get("json", entry["file"]), json_offset, json_size))
-        return Sample(
-            self.key(number), self._bytes(entry["file"], image_offset, image_size), meta["captions"], meta
-        )
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        meta = json.loads(self._bytes(self._jsons[shard], json_offset, json_size))
+        image = self._bytes(self._tars[shard], image_offset, image_size)
+        return Sample(self.key(number), image, meta["captions"], meta)
 
     def meta(self, number: int) -> dict:
         """KEY.json of sample `number`, without reading its image."""
-        entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
-        return json.loads(self._bytes(entry.get("json", entry["file"]), *self._offsets[number, 2:].tolist()))
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return json.loads(self._bytes(self._jsons[shard], *self._offsets[number, 2:].tolist()))
 
     def captions(self, number: int) -> list[str]:
         """The captions of sample `number`, without reading its image."""
         return self.meta(number)["captions"]
 
-    def _bytes(self, file: str, offset: int, size: int) -> bytes:
-        """A piece of a file of the folder; files stay open between reads."""
+    def _bytes(self, file: Path, offset: int, size: int) -> bytes:
+        """A piece of a file; files stay open between reads."""
         if file not in self._files:
             if len(self._files) >= 64:  # far below the usual limit on open files
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[file] = os.open(self.folder / file, os.O_RDONLY)
+            self._files[file] = os.open(file, os.O_RDONLY)
         data = os.pread(self._files[file], size, offset)
         if len(data) != size:
-            raise UserError(f"{self.folder / file}: ends before byte {offset + size}; build the shards again")
+            raise UserError(f"{file}: ends before byte {offset + size}; build the shards again")
         return data
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
@@ -258,14 +260,10 @@ def altered(folder: Path, entry: dict) -> Iterator[str]:
     Args:
         entry: the shard's entry in the manifest.
     """
-    for name, expected in (
-        (entry["file"], "sha256"),
-        (entry["index"], "index_sha256"),
-        (entry.get("json"), "json_sha256"),
-    ):
-        if name is None:
+    for kind, expected in (("file", "sha256"), ("index", "index_sha256"), ("json", "json_sha256")):
+        if kind not in entry:
             continue
-        path = folder / name
+        path = shard_file(folder, entry, kind)
         if not path.is_file():
             yield f"{path}: missing, but listed in the manifest; restore it or build the shards again"
         elif sha256_of(path) != entry[expected]:
@@ -275,6 +273,23 @@ def altered(folder: Path, entry: dict) -> Iterator[str]:
             )
 
 
+def shard_file(folder: Path, entry: dict, kind: str = "file") -> Path:
+    """A file of one shard: its tar, its "index", or the "json" of a tar that was indexed in place.
+
+    Raises:
+        UserError: it leads out of the folder, which only a tar that was indexed in place may.
+    """
+    name = entry[kind]
+    if kind == "file" and "json" in entry and name.endswith(".tar"):
+        return regular(folder / name)
+    return file_below(folder, name)
+
+
+def json_file(folder: Path, entry: dict) -> Path:
+    """The file of one shard that has KEY.json of its samples."""
+    return shard_file(folder, entry, "json" if "json" in entry else "file")
+
+
 def read_manifest(folder: Path) -> dict:
     """The manifest of a folder that `python -m data_prep build` or `index` wrote.
 
@@ -282,21 +297,48 @@ def read_manifest(folder: Path) -> dict:
         UserError: missing, damaged, or of another version.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(file_below(folder, "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder}: no manifest.json, so not a folder of shards; make one with: python -m data_prep build"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{folder / 'manifest.json'}: not valid JSON ({error}); build the shards again"
         ) from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{folder / 'manifest.json'}: not a JSON object; build the shards again")
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{folder}: shards of format {manifest.get('format')}, but this version reads format {FORMAT};"
             " build the shards again"
         )
+    if problem := _problem_of(manifest):
+        raise UserError(f"{folder / 'manifest.json'}: {problem}; restore it, or build the shards again")
     return manifest
+
+
+def _problem_of(manifest: dict) -> str:
+    """What a manifest lacks that every reader needs; "" if it is whole."""
+    splits = manifest.get("splits")
+    if not isinstance(splits, dict):
+        return "has no splits"
+    for name, split in splits.items():
+        if not isinstance(split, dict) or not isinstance(split.get("shards"), list):
+            return f"split {name!r} has no list of shards"
+        if type(split.get("samples")) is not int:
+            return f"split {name!r} has no number of samples"
+        for number, entry in enumerate(split["shards"]):
+            known = entry if isinstance(entry, dict) else {}
+            texts = ("file", "index", "sha256", "index_sha256") + (
+                ("json", "json_sha256") if "json" in known else ()
+            )
+            wrong = [key for key in texts if not isinstance(known.get(key), str)]
+            if type(known.get("samples")) is not int or known["samples"] < 0:
+                wrong.append("samples")
+            if wrong:
+                return f"shard {number} of split {name!r} has no valid {', '.join(wrong)}"
+    return ""
 
 
 def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -310,7 +352,7 @@ def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
     """
     import pandas as pd  # slow to import (0.25 s), and not needed for building
 
-    tar, path = folder / entry["file"], folder / entry["index"]
+    tar, path = shard_file(folder, entry), shard_file(folder, entry, "index")
     if not tar.is_file() or not path.is_file():
         raise UserError(
             f"{tar if path.is_file() else path}: missing, but listed in the manifest; restore it or build the"

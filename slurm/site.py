@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from data_prep.errors import UserError
+from train.recipe import read_yaml
 
 SITE = Path(__file__).parent / "site.yaml"
 
@@ -59,8 +60,8 @@ def read_site(path: Path) -> Site:
         UserError: the file is missing, is not YAML, or has an unknown key or a value of the wrong type.
     """
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = read_yaml(path) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a site file must consist of `key: value` lines; see {SITE}")

@@ -26,6 +26,9 @@ Shards = Annotated[str, tyro.conf.arg(metavar="SHARDS")]
 Run = Annotated[str, tyro.conf.arg(metavar="RUN")]
 
 
+MAX_YAML_CHARACTERS, MAX_YAML_DEPTH, MAX_ALIASES = 1 << 18, 20, 20
+
+
 @dataclass(frozen=True)
 class Optim:
     """AdamW with a linear warm-up and a cosine decay to zero."""
@@ -227,14 +230,34 @@ def recipe_file(recipe: str | Path) -> Path:
     return named if by_name else Path(recipe)
 
 
+def read_yaml(path: Path) -> object:
+    """The content of a small YAML file of a person's or a stranger's.
+
+    Raises:
+        OSError, yaml.YAMLError, ValueError, RecursionError: it is none, too large, nested too deeply, or has
+            many aliases, with which a few lines become gigabytes when they are written.
+    """
+    with open(path, encoding="utf-8") as file:
+        text = file.read(MAX_YAML_CHARACTERS + 1)
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ValueError(f"more than {MAX_YAML_CHARACTERS:,} characters")
+    depth = aliases = 0
+    for event in yaml.parse(text):  # lazily: a deep file takes PyYAML minutes to the end
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > MAX_YAML_DEPTH or aliases > MAX_ALIASES:
+            raise ValueError(f"more than {MAX_YAML_DEPTH} levels, or more than {MAX_ALIASES} aliases (*name)")
+    return yaml.safe_load(text)
+
+
 def flags_of(path: Path) -> list[str]:
     """The YAML recipe at `path` as flags: {optim: {lr: 1e-5}} -> ["--optim.lr", "1e-5"]."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path)
     except (FileNotFoundError, IsADirectoryError):
         names = ", ".join(recipe.stem for recipe in sorted(RECIPES.glob("*.yaml")))
         raise UserError(f"{path}: no such recipe file; pass a file, or one of these names: {names}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be a list of `key: value` lines")

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.inputs.names import Problem
+from data_prep.inputs.rows import MAX_CHARACTERS
 
 DROPPED, REMOVED = "dropped by a decision", "caption removed by a decision"
 KEY = re.compile("[0-9a-f]{16}")
@@ -80,6 +81,11 @@ class Decision(NamedTuple):
                 return f"{self.action} needs a {name}"
             if text and not required:
                 return f"{self.action} takes no {name}, but has {text!r}"
+        for name, text in self._asdict().items():
+            if len(text) > MAX_CHARACTERS:
+                return f"its {name} has {len(text):,} characters; at most {MAX_CHARACTERS:,}"
+            if "\0" in text:
+                return f"its {name} contains a NUL character"
         try:
             "".join(self).encode()
         except UnicodeEncodeError:
@@ -103,6 +109,8 @@ def read_decisions(path: Path) -> tuple[dict[Subject, Decision], str]:
     """
     try:
         data = path.read_bytes()
+        # So that a cell that is too long is named with its line, in place of an unreadable file.
+        csv.field_size_limit(max(csv.field_size_limit(), len(data)))
         lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
         return _parse(path, lines), hashlib.sha256(data).hexdigest()
     except OSError as error:
@@ -132,7 +140,7 @@ def _parse(path: Path, lines) -> dict[Subject, Decision]:
             )
         decision = normalized(Decision(*cells))
         if problem := decision.problem():
-            raise UserError(f"{path}:{line}: {problem}")
+            raise UserError(f"{path}:{line}: {problem}; fix or remove this line")
         before = decisions.setdefault(decision.subject, decision)
         if decision.contradicts(before):
             raise UserError(

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from data_prep.below import leads_out
 from data_prep.errors import UserError
 from data_prep.inputs.folders import images_below
-from data_prep.inputs.locations import leads_out
 from data_prep.inputs.names import Problem
 from data_prep.inputs.parquet import column_names, read_parquet
 from data_prep.inputs.rows import USUAL_NAMES, Columns, Input, Row

@@ -1,7 +1,5 @@
 """Where the bytes of an image are, a file, a piece of a file, or a URL, and how they are read."""
 
-import contextlib
-import errno
 import os
 import re
 import stat
@@ -12,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.below import open_below
 from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.inputs.names import OUTSIDE, missing_hint
@@ -19,7 +18,6 @@ from data_prep.inputs.storage import is_http, is_url, remote
 
 MAX_BYTES = 1 << 30
 PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
-HUB_CACHE = re.compile("(.*/(?:datasets|models|spaces)--[^/]+)/snapshots/")
 CONNECTIONS, ATTEMPTS = 16, 3
 
 
@@ -51,16 +49,26 @@ class ImageLocation(NamedTuple):
 
 def read_all(locations: list[ImageLocation]) -> Iterator[bytes | BadImage]:
     """The bytes at each location, or why they cannot be read; remote files are fetched in parallel."""
-    urls = list(dict.fromkeys(location.url for location in locations if location.is_remote))
-    fetched = _fetch(urls) if urls else {}
-    return (fetched[location.url] if location.is_remote else read_local(location) for location in locations)
+    by_root: dict[str, list[str]] = {}
+    for location in locations:
+        if location.is_remote:
+            by_root.setdefault(location.root, []).append(location.url)
+    fetched = {root: _fetch(root, list(dict.fromkeys(urls))) for root, urls in by_root.items()}
+    return (
+        fetched[location.root][location.url] if location.is_remote else read_local(location)
+        for location in locations
+    )
 
 
-def _fetch(urls: list[str]) -> dict[str, bytes | BadImage]:
-    files = remote(urls[0])
-    fetched: dict[str, bytes | BadImage] = {}
+def _fetch(root: str, urls: list[str]) -> dict[str, bytes | BadImage]:
+    # Of the root: fsspec takes `::` in the URL of an image for a chain of file systems.
+    files = remote(any_host(root))
+    outside = BadImage(OUTSIDE, f"not under {root}; see --images")
+    fetched: dict[str, bytes | BadImage] = {url: outside for url in urls if leaves_url(root, url)}
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for attempt in range(ATTEMPTS):
+            if len(fetched) == len(urls):
+                break
             time.sleep(attempt)  # a busy server gets one second, then two
             for url, future in [
                 (url, pool.submit(files.cat_file, url)) for url in urls if url not in fetched
@@ -69,32 +77,58 @@ def _fetch(urls: list[str]) -> dict[str, bytes | BadImage]:
                 if error is None:
                     fetched[url] = future.result()
                 elif isinstance(error, FileNotFoundError):
-                    fetched[url] = _fetch_quoted(files, url)
+                    fetched[url] = _fetch_quoted(files, url, pool)
                 elif attempt == ATTEMPTS - 1:
                     fetched[url] = BadImage("unreadable file", f"{url}: {type(error).__name__}: {error}")
-            if len(fetched) == len(urls):
-                break
     return fetched
 
 
-def _fetch_quoted(files, url: str) -> bytes | BadImage:
+def _fetch_quoted(files, url: str, pool: ThreadPoolExecutor) -> bytes | BadImage:
     """The bytes of a file whose name has `%20` in it: its URL has `%2520`."""
     scheme, _, rest = url.partition("://")
     host, _, path = rest.partition("/")
     if is_http(url) and "%" in path:
-        with contextlib.suppress(OSError):
-            return files.cat_file(f"{scheme}://{host}/{path.replace('%', '%25')}")
+        again = pool.submit(files.cat_file, f"{scheme}://{host}/{path.replace('%', '%25')}")
+        if again.exception() is None:
+            return again.result()
     return BadImage("missing file", url)
+
+
+def leaves_url(root: str, url: str) -> bool:
+    """Whether what the HTTP client makes of a URL is not below the root."""
+    if not is_http(url) or root.endswith("://"):
+        return False
+    from yarl import URL  # of aiohttp, which fetches
+
+    try:
+        top, asked = URL(root), URL(url)
+    except ValueError:
+        return True
+    path = top.path if top.path.endswith("/") else f"{top.path}/"
+    same_host = (asked.scheme, asked.user, asked.host, asked.port) == (
+        top.scheme,
+        top.user,
+        top.host,
+        top.port,
+    )
+    return not (same_host and asked.path.startswith(path))
+
+
+def any_host(root: str) -> str:
+    """A URL of the root's file system, where the root is only a protocol such as https://."""
+    return f"{root}host/" if root.endswith("://") else root
 
 
 def read_local(location: ImageLocation) -> bytes | BadImage:
     """The bytes at a local location; refused if a symbolic link leads out of the root."""
+    if "\0" in location.name and location.offset is None:
+        return BadImage("missing file", "its path contains a NUL character, which no file system has")
     try:
         if location.offset is not None:
             data = os.pread(_open_cached(location.root), location.length, location.offset)
             assert len(data) == location.length, (location, len(data))
             return data
-        descriptor = _open_below(location.root, location.name)
+        descriptor = open_below(location.root, location.name)
         if descriptor is None:
             return BadImage(OUTSIDE, f"a symbolic link leads out of {location.root}")
         try:
@@ -112,42 +146,6 @@ def read_local(location: ImageLocation) -> bytes | BadImage:
         return BadImage("unreadable file", os.strerror(error.errno or 0))
 
 
-def _open_below(root: str, name: str) -> int | None:
-    """A descriptor of root/name; None if a symbolic link leads out of `root`."""
-    folder, _, base = name.rpartition("/")
-    real_folder, is_below = _real_folder(root, folder)
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # opening a named pipe must not block
-    try:
-        return os.open(real_folder + base, flags | os.O_NOFOLLOW) if is_below else None
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EMLINK):
-            raise
-    path = os.path.realpath(real_folder + base)
-    return os.open(path, flags) if path.startswith(_roots_of_links(root)) else None
-
-
-def leads_out(root: str, path: str) -> bool:
-    """Whether a path below the folder `root` is a link, or below one, that leads out of it."""
-    return not os.path.realpath(path).startswith(_roots_of_links(root))
-
-
-@lru_cache(64)
-def _roots_of_links(root: str) -> tuple[str, ...]:
-    """Where links below `root` may lead, with a trailing slash: below it; and in huggingface_hub's cache,
-    from datasets--USER--NAME/snapshots/COMMIT to datasets--USER--NAME/blobs, the files of this data set only.
-    """
-    real = _real_folder(root, "")[0]
-    cache = HUB_CACHE.match(real)
-    return (real, f"{cache[1]}/blobs/") if cache else (real,)
-
-
-@lru_cache(4096)
-def _real_folder(root: str, folder: str) -> tuple[str, bool]:
-    """root/folder without symbolic links, with a trailing slash; and whether it is inside of `root`."""
-    path = os.path.join(os.path.realpath(os.path.join(root, folder)), "")
-    return path, path.startswith(os.path.join(os.path.realpath(root), ""))
-
-
 @lru_cache(16)
 def _open_cached(path: str) -> int:
     return os.open(path, os.O_RDONLY)
@@ -160,6 +158,6 @@ def check_root(root: str) -> None:
         UserError: no such folder, or its protocol is unknown.
     """
     if is_url(root):
-        remote(root if not root.endswith("://") else f"{root}host/")
+        remote(any_host(root))
     elif not Path(root).is_dir():
         raise UserError(f"{root}: no such folder; pass --images, the folder that image paths are relative to")

@@ -12,6 +12,10 @@ OUTSIDE = "outside of the images folder"
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+UNQUOTED = 3  # servers and proxies may unquote a path more than once
+
+
 class Problem(NamedTuple):
     """Why a row or an image cannot be used: a fixed phrase to count by, and a detail about this one."""
 
@@ -31,6 +35,15 @@ def missing_hint(name: str) -> str:
     return "a path of Windows; write / instead of \\" if "\\" in name else "see --images"
 
 
+def _leaves(name: str) -> bool:
+    """Whether a name in a URL has a part `..`, however it is quoted; clients take a backslash for a slash."""
+    for _ in range(UNQUOTED):
+        if ".." in re.split(r"[/\\]", name):
+            return True
+        name = unquote(name)
+    return False
+
+
 class Names:
     """Converts image paths to names relative to a root folder or URL, without touching the disk.
 
@@ -48,6 +61,9 @@ class Names:
         name = image.strip()
         if not name or "\0" in name:
             return "", Problem("no image path")
+        if self.is_url and (control := CONTROL.search(name)):
+            # HTTP clients leave these out of a URL, so it would not be the one that is judged here.
+            return name, Problem("not a URL", f"it has the control character {control[0]!r}")
         if is_url(name):
             if is_http(name):
                 name = name.partition("#")[0]  # a fragment is for the reader's browser, not for the server
@@ -61,7 +77,7 @@ class Names:
                     return name, None
         if self.is_url:
             name = name.lstrip("/")
-            leaves_root = ".." in unquote(name).split("/")
+            leaves_root = _leaves(name)
         else:
             name = self._relative(name)
             leaves_root = name == ".." or name.startswith("../")

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import fsspec
 import numpy as np
 
 from data_prep.errors import UserError
@@ -13,6 +12,7 @@ from data_prep.images import BadImage
 from data_prep.inputs.cells import field_of, image_of
 from data_prep.inputs.locations import ImageLocation, read_all
 from data_prep.inputs.names import Names
+from data_prep.inputs.opened import open_bytes
 from data_prep.inputs.rows import Columns, Input, Row, check_header, rows_of
 
 BATCH_ROWS = 64  # a batch is held in memory, images included
@@ -28,7 +28,7 @@ def read_parquet(table: Input) -> Iterator[Row]:
     from pyarrow import parquet
 
     try:
-        with fsspec.open(table.source, "rb", compression="infer") as file:
+        with open_bytes(table.source) as file:
             reader = parquet.ParquetFile(file)
             schema = reader.schema_arrow
             _check_schema(table.source, schema, table.columns)
@@ -65,7 +65,7 @@ def schema_classes(source: str, column: str) -> list[str] | None:
     """The names of a column's classes, in the order of their numbers, if the schema of a file has them."""
     from pyarrow import parquet
 
-    with fsspec.open(source, "rb", compression="infer") as file:
+    with open_bytes(source) as file:
         return _class_names(parquet.ParquetFile(file).schema_arrow.metadata, column)
 
 
@@ -131,7 +131,7 @@ def _values(column) -> list:
 
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # Parquet does not guarantee that strings are UTF-8
+    except (ValueError, OverflowError):  # bad UTF-8, or a date beyond the year 9999
         if not pyarrow.types.is_string(column.type) and not pyarrow.types.is_large_string(column.type):
             return [_value(cell) for cell in column]
         values = column.cast(pyarrow.binary()).to_pylist()
@@ -144,6 +144,8 @@ def _value(cell):
         return cell.as_py()
     except UnicodeDecodeError as error:
         return bytes([error.object[error.start]]).decode("utf-8", "surrogateescape")
+    except (ValueError, OverflowError):  # a date that Python's cannot hold, as Parquet's number
+        return str(getattr(cell, "value", ""))
 
 
 class LabelColumn(NamedTuple):

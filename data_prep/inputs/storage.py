@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fsspec
 
+from data_prep.below import leads_out
 from data_prep.errors import UserError
 from data_prep.inputs import hub
 
@@ -135,7 +136,11 @@ def digest(source: str) -> str:
                 sha.update(repr((os.path.relpath(path, source), size)).encode())
                 is_image = os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
                 is_small = size is not None and size < SMALL_BYTES and not is_image
-                if (is_small or path.endswith(METADATA)) and os.path.isfile(path):
+                if (
+                    (is_small or path.endswith(METADATA))
+                    and os.path.isfile(path)
+                    and not leads_out(source, path)
+                ):
                     sha.update(Path(path).read_bytes())
         else:
             with open(source, "rb") as file:

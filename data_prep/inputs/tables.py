@@ -8,9 +8,8 @@ import os
 from collections.abc import Iterator
 from itertools import chain
 
-import fsspec
-
 from data_prep.errors import UserError
+from data_prep.inputs.opened import lines_of, open_bytes
 from data_prep.inputs.rows import Input, Row, check_columns, check_header, malformed, rows_of
 from data_prep.inputs.texts import codec_of
 
@@ -40,10 +39,11 @@ def read_csv(table: Input) -> Iterator[Row]:
     line, header = 1, None
     try:
         with _open_text(table) as text:
-            first = text.readline()
+            lines = lines_of(source, text)
+            first = next(lines, "")
             _check_is_text(source, first)
             delimiter = {"\\t": "\t", "tab": "\t"}.get(delimiter, delimiter) or _delimiter(table, first)
-            reader = csv.reader(chain([first], text) if first else [], delimiter=delimiter, strict=True)
+            reader = csv.reader(chain([first], lines) if first else [], delimiter=delimiter, strict=True)
             for cells in reader:
                 start, line = line, reader.line_num + 1
                 if header is None:
@@ -127,7 +127,7 @@ def read_jsonl(table: Input) -> Iterator[Row]:
     names: dict[str, None] = {}
     try:
         with _open_text(table) as text:
-            for number, line in enumerate(text, 1):
+            for number, line in enumerate(lines_of(table.source, text), 1):
                 if not line.strip():
                     continue
                 try:
@@ -164,7 +164,7 @@ def read_json(table: Input) -> Iterator[Row]:
 
 def _open_text(table: Input) -> io.TextIOWrapper:
     try:
-        file = fsspec.open(table.source, "rb", compression="infer").open()
+        file = open_bytes(table.source)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{table.source}: cannot be read ({error})") from None
     encoding, errors = codec_of(table.encoding)
@@ -175,7 +175,7 @@ def _first_bad_byte(source: str, encoding: str) -> tuple[int, int]:
     """Line (1-based) and byte (0-based) of the first byte that is not `encoding`."""
     decoder = codecs.getincrementaldecoder(encoding)()
     line, chunk_start = 1, 0
-    with fsspec.open(source, "rb", compression="infer") as file:
+    with open_bytes(source) as file:
         while chunk := file.read(1 << 16):
             before = decoder.getstate()
             try:

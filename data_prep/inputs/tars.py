@@ -10,19 +10,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-import fsspec
-
 from data_prep.errors import UserError
 from data_prep.inputs.cells import field_of
 from data_prep.inputs.cells import kind_of as kind_of_cell
 from data_prep.inputs.locations import MAX_BYTES
 from data_prep.inputs.names import Problem, key_of
+from data_prep.inputs.opened import open_bytes
 from data_prep.inputs.rows import Ignore, Input, Row, check_text, ignore_nothing
 from data_prep.inputs.storage import IMAGE_EXTENSIONS, SIDE_EXTENSIONS, SYSTEM_FILE, is_system_file
 from data_prep.inputs.texts import rows_of_txt
 from data_prep.signatures import HEAD_BYTES, kind_of
 
 MAX_PENDING = 64  # samples of one name up to the first dot that are held in memory
+# Members that hold what the next member's header has no room for: names, and attributes (POSIX pax, GNU tar).
+EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+EXTENDED += (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+MAX_EXTENDED_BYTES = 1 << 20
 TEXTS = {"txt", "json", "cls"}  # extensions of what describes an image
 # Keys of KEY.json that our own tars store elsewhere, or that say nothing about the image.
 KNOWN = {"caption", "captions", "key", "image", "sha256", "width", "height", "group", "columns"}
@@ -36,7 +39,7 @@ def read_tar(tar: Input) -> Iterator[Row]:
     """
     number, sample = 0, None
     try:
-        with fsspec.open(tar.source, "rb", compression="infer") as file:
+        with open_bytes(tar.source) as file:
             for number, sample in enumerate(tar_samples(file, tar.image_ext, tar.caption_ext, tar.ignore), 1):
                 yield from _rows_of_sample(tar, number, sample)
     except (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -167,7 +170,7 @@ def _parsed(member: TarMember | None):
     """The value of a JSON member; None if there is none."""
     try:
         return json.loads(member.data) if member else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -181,6 +184,16 @@ def _if_text(value) -> str:
 
 class _Header(tarfile.TarInfo):
     """A header that must be whole: tarfile takes a damaged one, or none, for the end of the tar."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in EXTENDED and header.size > MAX_EXTENDED_BYTES:  # tarfile reads them as one
+            raise tarfile.ReadError(
+                f"a header of {header.size:,} bytes; a long name or its attributes have at most"
+                f" {MAX_EXTENDED_BYTES:,}"
+            )
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":

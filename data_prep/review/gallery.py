@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.shards import read_index
+from data_prep.shards import json_file, read_index, shard_file
 
 CLOCK_EVERY = 256  # images between two readings of the clock
 
@@ -121,13 +121,13 @@ class Gallery:
     def meta(self, number: int) -> dict:
         """KEY.json of an image, and the number of its group as `group_number`."""
         entry, keys, row = self._row(number)
-        meta = json.loads(_read_piece(self.folder / entry.get("json", entry["file"]), *row[3:5]))
+        meta = json.loads(_read_piece(json_file(self.folder, entry), *row[3:5]))
         return {**meta, "key": str(keys), "group_number": int(row[0])}
 
     def image(self, number: int) -> bytes:
         """The stored bytes of an image."""
         entry, _, row = self._row(number)
-        return _read_piece(self.folder / entry["file"], *row[1:3])
+        return _read_piece(shard_file(self.folder, entry), *row[1:3])
 
     def _row(self, number: int) -> tuple[dict, str, list[int]]:
         shard = int(np.searchsorted(self._ends, number, side="right"))
@@ -152,7 +152,7 @@ class Gallery:
             shard = int(np.searchsorted(self._ends, number, side="right"))
             entry, table = self.entries[shard], self._table(shard)[1]
             first = int(self._ends[shard]) - len(table)
-            with _OpenFile(self.folder / entry.get("json", entry["file"])) as file:
+            with _OpenFile(json_file(self.folder, entry)) as file:
                 for row in table[number - first :].tolist():
                     meta = json.loads(file.read(*row[3:5]))
                     matches = len(meta["captions"]) > several and any(

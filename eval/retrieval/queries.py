@@ -84,7 +84,7 @@ def _parse(line: str) -> tuple[str, list[str]]:
     try:
         row = json.loads(line)
         text, keys = str(row["text"]), [str(key) for key in row["keys"]]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"not a JSON object with text and keys ({type(error).__name__}: {error})") from None
     if not text.strip():
         raise ValueError("an empty text")

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.below import file_below
 from data_prep.errors import UserError
 from eval.embed import load_for_eval
 from eval.options import INFERENCE
@@ -51,24 +52,31 @@ class Index:
         self.manifest = read_manifest(folder)
         n, d = self.manifest["n"], self.manifest["d"]
         try:
-            self.features = np.load(folder / "features.npy", mmap_mode="c" if n else None, allow_pickle=False)
-            self._table = pq.read_table(folder / "metadata.parquet", memory_map=True)
-            self._thumbnail_starts = np.load(folder / "thumbnails.npy", allow_pickle=False)
-            stored = (folder / "thumbnails.bin").stat().st_size
+            self.features = np.load(
+                file_below(folder, "features.npy"), mmap_mode="c" if n else None, allow_pickle=False
+            )
+            self._table = pq.read_table(file_below(folder, "metadata.parquet"), memory_map=True)
+            self._thumbnail_starts = starts = np.load(
+                file_below(folder, "thumbnails.npy"), allow_pickle=False
+            )
+            stored = file_below(folder, "thumbnails.bin").stat().st_size
         except (OSError, ValueError, EOFError, pa.ArrowException) as error:
             raise UserError(
                 f"{folder}: a file of the index cannot be read ({error}); make the index again: {MAKE}"
             ) from None
-        sizes = (
-            self.features.shape,
-            self.features.dtype,
-            self._table.num_rows,
-            len(self._thumbnail_starts),
-            stored,
+        sizes = (self.features.shape, self.features.dtype, self._table.num_rows, starts.size, stored)
+        ascends = (
+            starts.dtype == np.int64 and starts.shape == (n + 1,) and (np.diff(starts, prepend=0) >= 0).all()
         )
-        if sizes != ((n, d), np.float16, n, n + 1, int(self._thumbnail_starts[-1])):
+        if not ascends or sizes != ((n, d), np.float16, n, n + 1, int(starts[-1])):
             raise UserError(
                 f"{folder}: the sizes of the index's files do not match {sizes}; make the index again: {MAKE}"
+            )
+        own = OWN_COLUMNS if self.has_paths else tuple(name for name in OWN_COLUMNS if name != "path")
+        if missing := set(own) - set(self._table.column_names):
+            raise UserError(
+                f"{folder / 'metadata.parquet'}: has no column {', '.join(sorted(missing))}; make the index"
+                f" again: {MAKE}"
             )
 
     def __len__(self) -> int:
@@ -141,7 +149,7 @@ class Index:
     def thumbnail(self, number: int) -> bytes:
         """A WebP, its longer side at most manifest["thumbnail_px"]."""
         start, end = self._thumbnail_starts[number : number + 2].tolist()
-        with open(self.folder / "thumbnails.bin", "rb") as file:
+        with open(file_below(self.folder, "thumbnails.bin"), "rb") as file:
             file.seek(start)
             return file.read(end - start)
 
@@ -177,17 +185,18 @@ def read_manifest(folder: Path) -> dict:
         UserError: There is none that this version can read.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(file_below(folder, "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder}: no index there; make one: python -m eval embed MODEL --data SHARDS --out {folder}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{folder / 'manifest.json'}: not JSON ({error}); make the index again: {MAKE}"
         ) from None
-    if "model_sha256" not in manifest:
-        content = "shards" if "splits" in manifest else "something else"
+    if not isinstance(manifest, dict) or "model_sha256" not in manifest:
+        is_shards = isinstance(manifest, dict) and "splits" in manifest
+        content = "shards" if is_shards else "something else"
         raise UserError(
             f"{folder}: holds {content}, not an index; make one: python -m eval embed MODEL --data {folder}"
             " --out INDEX"
@@ -197,6 +206,11 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(
             f"{folder}: index format {manifest.get('index_format')}, but this version reads {formats}; make"
             f" the index again: {MAKE}"
+        )
+    kinds = {"n": int, "d": int, "model": str, "model_sha256": str, "data": str}
+    if wrong := [name for name, kind in kinds.items() if type(manifest.get(name)) is not kind]:
+        raise UserError(
+            f"{folder / 'manifest.json'}: has no valid {', '.join(wrong)}; make the index again: {MAKE}"
         )
     return manifest
 

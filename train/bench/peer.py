@@ -30,7 +30,7 @@ from open_clip.transform import AugmentationCfg
 
 from data_prep.errors import Fault, UserError, exit_on_user_error
 from data_prep.rooms import environment, importable
-from data_prep.shards import Shards
+from data_prep.shards import Shards, shard_file
 from train.loop import fit
 from train.model.clip import load
 from train.recipe import Recipe, parse, to_yaml
@@ -140,7 +140,7 @@ def their_command(words: list[str], extra: list[str], folder: Path) -> Command:
 
 def their_words(recipe: Recipe, steps: int, device: torch.device) -> list[str]:
     """The command line of open_clip_train for `recipe`, without its checkpoints, in one epoch of `steps`."""
-    tars = [str(Path(recipe.data, entry["file"])) for entry in Shards(recipe.data, "train").entries]
+    tars = [str(shard_file(Path(recipe.data), entry)) for entry in Shards(recipe.data, "train").entries]
     chunk = their_chunk(recipe)
     optim, augment = recipe.optim, recipe.augment
     flags = {

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -25,9 +25,9 @@ from data_prep.tables import markdown_table
 from train.export import int8, snippets, to_onnx, to_sentence_transformers, to_transformers
 from train.export.int8 import Recall
 from train.export.reference import File, Outputs, Samples, max_difference, outputs, samples
-from train.model.clip import Clip
+from train.model.clip import Clip, create
 from train.model.preprocessing import CONFIG_FILE
-from train.model.source import HERE, folder_options
+from train.model.source import HERE
 from train.recipe import flags_of, parse
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -334,7 +334,8 @@ def _read_back(
 ) -> tuple[torch.nn.Module, dict[str, float]]:
     """open_clip's model of the written files, and how far its weights and pixels are from the original's."""
     name = f"local-dir:{folder}"
-    model, _, preprocess = open_clip.create_model_and_transforms(name, **folder_options(name))
+    model = create(name)
+    preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     loaded, original = model.eval().state_dict(), clip.weights(DTYPES[dtype])
     assert set(loaded) == set(original), set(loaded) ^ set(original)
     for name, tensor in original.items():

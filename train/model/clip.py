@@ -24,12 +24,14 @@ from torchvision.transforms import Compose, Normalize, PILToTensor
 
 from data_prep.errors import UserError
 from data_prep.images import WHITE
+from train.model.foreign import check_tower, no_remote_code
 from train.model.hub import wants_network, without_retries
 from train.model.preprocessing import CONFIG_FILE, KEYS
 from train.model.source import (
     HERE,
     TEXT_CONFIG_FILE,
     WEIGHTS_FILE,
+    Source,
     advice,
     asks_hub,
     background_of,
@@ -42,7 +44,7 @@ from train.model.source import (
 from train.model.text import trimmer
 from train.model.towers import Towers
 from train.model.transformers_clip import load_tokenizer, load_transformers, open_clip_config
-from train.model.weights import load_weights
+from train.model.weights import DAMAGED, load_weights
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -151,30 +153,24 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
     offline = constants.HF_HUB_OFFLINE
     with torch.random.fork_rng(devices=[]), without_retries(asks_hub(source, weights)):
         torch.manual_seed(seed)
-        part = ""
         try:
             source = on_disk(source)
             if source.folder:
                 model, tokenizer, model_cfg = _of_transformers(source.folder, weights)
             else:
-                model = open_clip.create_model(
-                    source.identifier,
-                    source.tag if weights else None,
-                    load_weights=weights,
-                    require_pretrained=weights and source.has_weights and not source.file,
-                    pretrained_text=False,
-                    force_preprocess_cfg=source.preprocess,
-                    **folder_options(source.identifier),
-                )
-                part = "its tokenizer"
-                tokenizer = open_clip.get_tokenizer(source.identifier)
-                model_cfg = model_cfg_of(source.identifier)
+                model, tokenizer, model_cfg = _of_open_clip(source, weights)
             background = background_of(source)
             if source.file and weights:
                 load_weights(model, source.identifier, source.file)
-        except (OSError, RuntimeError, ValueError, KeyError, HfHubHTTPError) as error:
+        except (OSError, HfHubHTTPError, *DAMAGED) as error:
             if wants_network(error):
+                part = "its tokenizer" if isinstance(error, NoTokenizer) else ""
                 raise not_in_the_cache(name, source, part, offline) from None
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"{name}: needs code of the model's folder or repository, which is never run; use a model"
+                    " that open_clip and transformers open without it"
+                ) from None
             raise UserError(
                 f"{name}: cannot be loaded: {' '.join(str(error).split())[:600]}; {advice(name)}"
             ) from None
@@ -185,6 +181,57 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
     }
     towers = Towers(model, preprocess["mean"], preprocess["std"], tokenizer.context_length)
     return Clip(name, towers, tokenizer, config)
+
+
+class NoTokenizer(OSError):
+    """The model can be opened, its tokenizer cannot."""
+
+
+def create(identifier: str, tag: str | None = None, **options) -> nn.Module:
+    """open_clip.create_model(), after what the model's configuration asks for was checked.
+
+    Args:
+        identifier, tag: of a Source.
+        options: for create_model().
+
+    Raises:
+        UserError: it asks for more than train.model.foreign allows.
+    """
+    folder = Path(identifier.removeprefix("local-dir:"))
+    if identifier.startswith("local-dir:") and not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}")
+    own, text = folder_options(identifier), model_cfg_of(identifier)["text_cfg"]
+    if ":" in identifier and (tower := own.get("text_cfg", text).get("hf_model_name")):
+        check_tower(tower)
+    with no_remote_code():
+        return open_clip.create_model(identifier, tag, **own, **options)
+
+
+def create_tokenizer(identifier: str) -> Callable:
+    """open_clip.get_tokenizer(), which opens a Hugging Face tokenizer without its code.
+
+    Raises:
+        NoTokenizer: it cannot be opened.
+    """
+    text = model_cfg_of(identifier)["text_cfg"]
+    options = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+    try:
+        with no_remote_code():
+            return open_clip.get_tokenizer(identifier, **options)
+    except (OSError, *DAMAGED) as error:
+        raise NoTokenizer(str(error)) from error
+
+
+def _of_open_clip(source: Source, weights: bool) -> tuple[nn.Module, Callable, dict]:
+    model = create(
+        source.identifier,
+        source.tag if weights else None,
+        load_weights=weights,
+        require_pretrained=weights and source.has_weights and not source.file,
+        pretrained_text=False,
+        force_preprocess_cfg=source.preprocess,
+    )
+    return model, create_tokenizer(source.identifier), model_cfg_of(source.identifier)
 
 
 def _of_transformers(folder: Path, weights: bool) -> tuple[nn.Module, Callable, dict]:

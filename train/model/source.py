@@ -1,7 +1,6 @@
 """What the name of a MODEL means: an architecture with a tag or file, a repository, a folder or a run."""
 
 import difflib
-import json
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from data_prep.errors import UserError
 from data_prep.images import WHITE
+from train.model.foreign import check_folder, check_model_cfg, read_object
 from train.model.preprocessing import CONFIG_FILE, KEYS, other_activation, preprocessing_of, split_name
 from train.model.transformers_clip import FILES as TRANSFORMERS_FILES
 from train.model.transformers_clip import is_transformers
@@ -234,25 +234,20 @@ def config_of(identifier: str) -> dict:
 
 
 def _read_config(file: Path) -> dict:
-    """An open_clip_config.json.
+    """An open_clip_config.json, with what transformers reads beside it checked.
 
     Raises:
-        UserError: it is none, or it asks to run code of others: open_clip passes tokenizer_kwargs on.
+        UserError: it is none, or asks for what is not on the list of train.model.foreign.
     """
+    config = read_object(file)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        text = config["model_cfg"]["text_cfg"]
-        config["model_cfg"]["vision_cfg"], config["model_cfg"]["embed_dim"]
-        options = dict(text.get("tokenizer_kwargs") or {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"], config["model_cfg"]["embed_dim"]
+    except (KeyError, TypeError) as error:
         raise UserError(
             f"{file}: cannot be read as open_clip's configuration of a model"
             f" ({type(error).__name__}: {error}); it must be JSON with model_cfg, and embed_dim, vision_cfg"
             " and text_cfg in it"
         ) from None
-    if "trust_remote_code" in options:
-        raise UserError(
-            f"{file}: tokenizer_kwargs has trust_remote_code, which would run code of the model's folder;"
-            " remove it, and look at what the tokenizer's files do"
-        )
+    check_model_cfg(file, config["model_cfg"])
+    check_folder(file.parent)
     return config

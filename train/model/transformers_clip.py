@@ -7,7 +7,6 @@
 transformers is imported inside functions, because training does not need it.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import nn
 
 from data_prep.errors import UserError
+from train.model.foreign import MAX_VOCABULARY_BYTES, check_folder, read_object
 from train.model.preprocessing import DEFAULTS, Preprocessing
 from train.model.weights import State, read_weights
 
@@ -74,7 +74,8 @@ def open_clip_config(folder: Path) -> tuple[dict, Preprocessing]:
         raise UserError(
             f"{folder}: a folder of transformers, which is not installed: pip install transformers"
         ) from None
-    content = _json(folder / "config.json")
+    check_folder(folder)
+    content = read_object(folder / "config.json")
     kind = content.get("model_type")
     if kind != "clip":
         instead = INSTEAD.get(kind, "a folder of transformers' CLIPModel, or of open_clip")
@@ -125,7 +126,7 @@ def _preprocessing(folder: Path) -> Preprocessing:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return Preprocessing(DEFAULTS, f"of OpenAI's CLIP, since {file} is missing")
-    content = _json(file)
+    content = read_object(file)
     crops = content.get("do_center_crop", True)
     return Preprocessing(
         {
@@ -175,28 +176,20 @@ def _read(weights: State, name: str) -> torch.Tensor | None:
 def load_tokenizer(folder: Path, model_cfg: dict) -> SimpleTokenizer | HFTokenizer:
     length = model_cfg["text_cfg"]["context_length"]
     if "hf_tokenizer_name" in model_cfg["text_cfg"]:
-        return HFTokenizer(str(folder), context_length=length)
+        return HFTokenizer(str(folder), context_length=length, trust_remote_code=False)
     return SimpleTokenizer(context_length=length)
 
 
 def _has_clips_vocabulary(folder: Path) -> bool:
     """Whether captions become the tokens of open_clip's own tokenizer; also where no tokenizer is given."""
     if (folder / "vocab.json").is_file():
-        vocabulary = _json(folder / "vocab.json")
+        vocabulary = read_object(folder / "vocab.json", MAX_VOCABULARY_BYTES)
     elif (folder / "tokenizer.json").is_file():
-        vocabulary = _json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+        vocabulary = (read_object(folder / "tokenizer.json", MAX_VOCABULARY_BYTES).get("model") or {}).get(
+            "vocab", {}
+        )
     else:
         return True
     return {
         SPECIAL.get(token, token): number for token, number in vocabulary.items()
     } == SimpleTokenizer().encoder
-
-
-def _json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: must be a JSON object")
-    return content
