@@ -233,7 +233,7 @@ def add_wise_ft(
         result["saved"] = f"local-dir:{folder}"
         if world.is_first:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_folder(folder) as partial:
+            with atomic_folder(folder, "model") as partial:
                 mix(*ends, save_alpha).save(partial)
 
 

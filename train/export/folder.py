@@ -109,7 +109,7 @@ def export(
     print(f"export: compares {clip.name} on {inputs.source}", flush=True)
     pixels = torch.stack([clip.preprocess(image) for image in inputs.images])
     tokens = clip.tokenizer(inputs.captions)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, "export") as folder:
         comparison = Comparison(folder)
         print("export: writes the open_clip files and loads them back", flush=True)
         model, expected = _write_open_clip(clip, comparison, dtype, inputs.images[0], pixels, tokens)

@@ -78,5 +78,6 @@ def prune(folder: Path, n: int, best: str) -> None:
 
 def clear(folder: Path) -> None:
     """Remove partial checkpoints that a kill has left."""
-    for partial in folder.glob(".samples-*.partial"):
-        shutil.rmtree(partial)
+    for ending in ("partial", "replaced"):
+        for partial in folder.glob(f".samples-*.{ending}"):
+            shutil.rmtree(partial)
