@@ -109,7 +109,7 @@ def test_tasks_and_merge_keep_to_it(tmp_path):
     for task in range(2):
         build([str(csv_file)], out, parallelism=Parallelism(1, 2, task), overwrite=True)
     (out / "decisions.csv").touch()
-    with pytest.raises(UserError, match="holds decisions.csv"):
+    with pytest.raises(UserError, match=r"holds decisions\.csv"):
         merge(out, processes=1, overwrite=True)
     (out / "decisions.csv").unlink()
     merge(out, processes=1, overwrite=True)
