@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.errors import UserError
+from data_prep.strict_json import strict_json
 
 MARK = ".made.json"
 
@@ -32,9 +33,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write `value` as JSON, atomically."""
+    """Write `value` as JSON, atomically, in a new folder if need be. Numbers that are not finite are null."""
+    replaced = []
+    text = strict_json(value, replaced.append, indent=1, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8")
+    if replaced:
+        print(f"warning: {path}: {len(replaced)} numbers are not finite, and null in it", file=sys.stderr)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from data_prep.progress import progress
 FORMAT = 2
 _TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8s1s100s8s247x")
 _REST_OF_SUM = sum(b"00004440000000000000000000000000        0ustar\x0000")  # all but name and size
-as_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+as_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, allow_nan=False).encode
 INDEX_COLUMNS = [
     "key",
     "group",
@@ -203,7 +203,9 @@ class Shards:
         """Sample `number`: its image and captions."""
         image_offset, image_size, json_offset, json_size = self._offsets[number].tolist()
         entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
-        meta = json.loads(self._bytes(entry.get("json", entry["file"]), json_offset, json_size))
+        meta = json.loads(
+            self._bytes(entry.get("json", entry["file"]), json_offset, json_size), parse_constant=str
+        )
         return Sample(
             self.key(number), self._bytes(entry["file"], image_offset, image_size), meta["captions"], meta
         )
@@ -211,7 +213,8 @@ class Shards:
     def meta(self, number: int) -> dict:
         """KEY.json of sample `number`, without reading its image."""
         entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
-        return json.loads(self._bytes(entry.get("json", entry["file"]), *self._offsets[number, 2:].tolist()))
+        data = self._bytes(entry.get("json", entry["file"]), *self._offsets[number, 2:].tolist())
+        return json.loads(data, parse_constant=str)  # NaN, of other writers, is text
 
     def captions(self, number: int) -> list[str]:
         """The captions of sample `number`, without reading its image."""

@@ -21,6 +21,7 @@ from data_prep.inputs.rows import Ignore, Input, Row, check_text, ignore_nothing
 from data_prep.inputs.storage import IMAGE_EXTENSIONS, SIDE_EXTENSIONS, SYSTEM_FILE, is_system_file
 from data_prep.inputs.texts import rows_of_txt
 from data_prep.signatures import HEAD_BYTES, kind_of
+from data_prep.strict_json import strict_json
 
 MAX_PENDING = 64  # samples of one name up to the first dot that are held in memory
 TEXTS = {"txt", "json", "cls"}  # extensions of what describes an image
@@ -151,7 +152,8 @@ class TarSample:
                 for key, value in self._json.items()
                 if key not in KNOWN and isinstance(value, (str, int, float))
             }
-        return json.dumps(values, ensure_ascii=False, sort_keys=True) if values else ""
+        values = {key: value for key, value in values.items() if value == value}  # no NaN, as in a table
+        return strict_json(values, ensure_ascii=False, sort_keys=True) if values else ""
 
     @cached_property
     def _json(self) -> dict:

@@ -118,11 +118,11 @@ def confusion(
             first for.
         inference: How models are run.
     """
+    from data_prep.atomic import write_json
     from data_prep.tables import text_of
     from eval.compare.confusion import Questions, ask, questions, read_columns, result_of
     from eval.compare.confusion_page import confusion_parts, write_confusion_page
     from eval.embed import open_shards
-    from eval.retrieval.score import write_json
     from train.world import joined_world
 
     def prepare() -> Questions:

@@ -24,6 +24,7 @@ import torch
 from data_prep.atomic import atomic_file, atomic_folder, check_replaceable, local_paths, write_json
 from data_prep.errors import NotFinite, UserError
 from data_prep.progress import progress
+from data_prep.strict_json import strict_json
 from eval.embed import load_for_eval
 from eval.options import Inference
 from eval.search.corpus import THUMBNAIL_PX, Corpus, CorpusImages, ShardsCorpus, collate, open_corpus
@@ -211,7 +212,7 @@ def write_block(
             features=rows.numpy(),
             sizes=np.array(list(map(len, thumbnails)), np.int64),
             thumbnails=_bytes(b"".join(thumbnails)),
-            metadata=_bytes(json.dumps(metadata).encode()),
+            metadata=_bytes(strict_json(metadata).encode()),
         )
 
 
@@ -283,5 +284,5 @@ def table_row(metadata: dict, columns: dict[str, str]) -> dict:
     row = {name: metadata[name] for name in SCHEMA}
     for column, name in columns.items():
         value = metadata["columns"].get(name)
-        row[column] = value if value is None or isinstance(value, str) else json.dumps(value)
+        row[column] = value if value is None or isinstance(value, str) else strict_json(value)
     return row
