@@ -199,10 +199,14 @@ class Shards:
     def key(self, number: int) -> str:
         return str(self._keys[number])
 
+    def entry(self, number: int) -> dict:
+        """The manifest's entry of the shard that holds a sample."""
+        return self.entries[int(np.searchsorted(self._ends, number, side="right"))]
+
     def read(self, number: int) -> Sample:
         """Sample `number`: its image and captions."""
         image_offset, image_size, json_offset, json_size = self._offsets[number].tolist()
-        entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
+        entry = self.entry(number)
         meta = json.loads(
             self._bytes(entry.get("json", entry["file"]), json_offset, json_size), parse_constant=str
         )
@@ -212,7 +216,7 @@ class Shards:
 
     def meta(self, number: int) -> dict:
         """KEY.json of sample `number`, without reading its image."""
-        entry = self.entries[int(np.searchsorted(self._ends, number, side="right"))]
+        entry = self.entry(number)
         data = self._bytes(entry.get("json", entry["file"]), *self._offsets[number, 2:].tolist())
         return json.loads(data, parse_constant=str)  # NaN, of other writers, is text
 
