@@ -24,6 +24,7 @@ import torch
 from benchmarks import quality_data
 from benchmarks.quality_data import call, is_held_out
 from benchmarks.quality_table import SHOWN, page
+from data_prep.atomic import write_json
 from data_prep.build.options import cores
 from data_prep.cli import CONFIG
 from data_prep.errors import Fault, UserError, exit_on_user_error
@@ -35,14 +36,7 @@ from eval.options import Inference
 from eval.retrieval.queries import read_queries
 from eval.retrieval.ranking import Relevance, query_values, ranks
 from eval.retrieval.robustness import degrade
-from eval.retrieval.score import (
-    ExtraQueries,
-    QueryScores,
-    evaluate_features,
-    evaluate_full,
-    queries_file,
-    write_json,
-)
+from eval.retrieval.score import ExtraQueries, QueryScores, evaluate_features, evaluate_full, queries_file
 from train.bench.peer import their_words
 from train.data.order import Order
 from train.model.clip import Clip, load

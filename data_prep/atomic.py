@@ -1,13 +1,22 @@
-"""Atomic writes: a file or folder is complete under its name, or does not exist."""
+"""Atomic writes: a file or folder is complete under its name, or does not exist.
+
+OUT/.made.json     the kind of the folder, and the files in it that our commands made: what may be replaced
+.OUT.partial       the new one while it is written
+.OUT.replaced      the old one while it is deleted
+"""
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.errors import UserError
+from data_prep.strict_json import strict_json
+
+MARK = ".made.json"
 
 
 @contextmanager
@@ -24,30 +33,114 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write `value` as JSON, atomically."""
+    """Write `value` as JSON, atomically, in a new folder if need be. Numbers that are not finite are null."""
+    replaced = []
+    text = strict_json(value, replaced.append, indent=1, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8")
+    if replaced:
+        print(f"warning: {path}: {len(replaced)} numbers are not finite, and null in it", file=sys.stderr)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, kind: str = "") -> Iterator[Path]:
     """A temporary folder beside `path`; on success every file is fsynced and the folder is renamed to `path`.
 
-    An existing folder at `path` is replaced: call check_replaceable first.
+    Args:
+        kind: of a folder that a person names; call check_replaceable first. An existing one is replaced by
+            replace_folder. Without a kind it is one of ours inside of a run, and is replaced whole.
     """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        if kind:
+            mark(partial, kind)
         for entry in [*partial.rglob("*"), partial]:
             sync(entry)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-        sync(path.parent)
+        replace_folder(partial, path, is_whole=not kind)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def mark(folder: Path, kind: str) -> None:
+    """Write MARK into a folder: its kind and its files, which are all that a later command may delete."""
+    write_json(folder / MARK, {"kind": kind, "files": sorted(_files(folder))})
+
+
+def add_to_mark(folder: Path, *names: str) -> None:
+    """Add files, or all files of folders, that another command of ours has written into a marked folder."""
+    if found := _read_mark(folder):
+        below = tuple(f"{name}/" for name in names)
+        added = {file for file in _files(folder) if file in names or file.startswith(below)}
+        write_json(folder / MARK, {**found, "files": sorted(added.union(found["files"]))})
+
+
+def replace_folder(new: Path, path: Path, is_whole: bool = False) -> None:
+    """Rename the folder `new` to `path`. An older one there is moved aside first, and what its mark lists is
+    deleted when the new one is in place. After a kill in between, check_replaceable restores the older one.
+
+    Args:
+        is_whole: Delete the older one with all that it holds, whatever its mark says.
+    """
+    aside = _aside(path)
+    if path.exists():
+        _delete_made(aside, is_whole)
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = _aside(path, number)
+        os.replace(path, aside)
+    os.replace(new, path)
+    sync(path.parent)
+    _delete_made(aside, is_whole)
+
+
+def _aside(path: Path, number: int = 1) -> Path:
+    return path.with_name(f".{path.name}.replaced" + (f"-{number}" if number > 1 else ""))
+
+
+def _delete_made(folder: Path, is_whole: bool) -> None:
+    """Delete a folder that was moved aside; what its mark does not list is kept there, and said."""
+    if not folder.exists():
+        return
+    found = _read_mark(folder)
+    for name in set(_files(folder)).intersection(found["files"] if found else ()):
+        (folder / name).unlink()
+    left = _files(folder)
+    if is_whole or not left:  # the mark goes last: what a kill leaves is deleted by the next command
+        shutil.rmtree(folder)
+    else:
+        print(
+            f"warning: {folder}: holds {_named(left)}, which was not made by this command; it is kept there",
+            file=sys.stderr,
+        )
+
+
+def _files(folder: Path) -> list[str]:
+    """The files and links below a folder, without MARK, as paths relative to it; links are not followed."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        found += [os.path.relpath(os.path.join(parent, name), folder) for name in (*files, *links)]
+    return [name for name in found if name != MARK]
+
+
+def _named(files: Sequence[str]) -> str:
+    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+
+
+def _read_mark(folder: Path) -> dict | None:
+    """{"kind", "files"}; None without a mark, or with one that is not ours."""
+    try:
+        found = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_ours = isinstance(found, dict) and isinstance(found.get("kind"), str)
+    files = found.get("files") if is_ours else None
+    return found if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
 
 
 def check_output(option: str, path: Path, is_folder: bool = False) -> None:
@@ -71,24 +164,61 @@ def check_output(option: str, path: Path, is_folder: bool = False) -> None:
         raise UserError(f"{option} {path}: no permission to write in {parent}; pass another path")
 
 
-def check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
-    """Refuse to replace an existing `path`, unless `overwrite` is set and `path` contains the file `mark`.
+def check_replaceable(path: Path, kind: str, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse to write the folder `path` where that would delete what a command of the same kind did not make.
 
     Args:
-        mark: a file that only our commands write, so that no other folder is deleted.
+        kind: of the folder, as mark() has it: "shards", "icons", "export", "index", "model".
+        overwrite: Whether an existing folder may be replaced.
+        inputs: Files and folders that the command reads; what is no local path is ignored.
 
     Raises:
         UserError: `path` must not be replaced.
     """
     if file := next((parent for parent in path.parents if parent.is_file()), None):
         raise UserError(f"{path}: {file} is a file, not a folder; pass another --out")
-    if path.exists() and not overwrite:
+    aside = _aside(path)
+    if not os.path.lexists(path) and _read_mark(aside):
+        os.replace(aside, path)  # a kill came between the two renames of replace_folder
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
         raise UserError(f"{path}: exists already; pass another --out, or --overwrite to replace it")
-    if path.exists() and not (path / mark).is_file():
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link to {path.resolve()}; pass that folder, or another --out")
+    for source in inputs:
+        if _is_within(source, path):
+            raise UserError(
+                f"{path}: --overwrite would delete {source}, which this command reads; pass another --out"
+            )
+    found = _read_mark(path)
+    if found is None or found["kind"] != kind:
+        what = f"is of the kind {found['kind']!r}" if found else f"has no {MARK}"
         raise UserError(
-            f"{path}: has no {mark}, so it was not made by this command, and is not deleted; pass another"
-            " --out"
+            f"{path}: {what}, so it was not made by this command, and is not deleted; pass another --out, or"
+            " delete it yourself"
         )
+    if foreign := sorted(set(_files(path)).difference(found["files"])):
+        raise UserError(
+            f"{path}: holds {_named(foreign)}, which was not made by this command, and is not deleted; move"
+            " it away, or pass another --out"
+        )
+
+
+def local_paths(*names: str | Path | None) -> list[Path]:
+    """The files and folders that a command's MODEL (also local-dir:PATH, NAME:FILE) and DATA name."""
+    texts = [str(name) for name in names if name]
+    places = [Path(place) for text in texts for place in (text, text.partition(":")[2]) if place]
+    return [place for place in places if os.path.lexists(place)]
+
+
+def _is_within(source: str | Path, folder: Path) -> bool:
+    """Whether `source` is the folder, or below it, by its own path or where its links lead."""
+    places = (os.path.realpath(source), os.path.abspath(source))
+    return any(
+        os.path.commonpath([place, root]) == root
+        for place, root in zip(places, (os.path.realpath(folder), os.path.abspath(folder)), strict=True)
+    )
 
 
 def sync(path: Path) -> None:

@@ -4,12 +4,16 @@ traceback.
 
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Callable
 
 # A full disk, or a place that cannot be written to: not a bug of this program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 DISK_ERRORS += (errno.ENOTDIR, errno.EISDIR)  # a folder was typed where a file is, or the other way round
+
+# In what torch says where shared memory is full.
+SHARED_MEMORY = ("No space left on device", "shared memory", "unable to allocate shm", "unable to mmap")
 
 
 class UserError(Exception):
@@ -38,6 +42,43 @@ class NotFinite(UserError):
     shared = True  # it is found in numbers that are gathered or reduced, so every rank finds it
 
 
+def end_of_reader(error: BaseException) -> str:
+    """Why a worker process of torch's DataLoader ended, and what to do about it; "" if it did not.
+
+    Args:
+        error: A RuntimeError, which torch raises from whatever the main process does at that moment; the one
+            that it was raised from may know the signal.
+    """
+    text = str(error)
+    while "killed by signal" not in text and (error := error.__cause__ or error.__context__):
+        text = str(error) if "killed by signal" in str(error) else text
+    if "DataLoader worker" not in text:
+        return ""
+    worker, first = "a worker process that reads images", text.splitlines()[0]
+    signal_name = first.partition("killed by signal: ")[2].partition(".")[0].strip()
+    # torch passes batches through files there; a write beyond what is free is a bus error
+    if signal_name.startswith("Bus error") or any(sign in text for sign in SHARED_MEMORY):
+        return (
+            f"{worker} found no room in /dev/shm ({_free('/dev/shm')} free); lower --workers, or give the"
+            " machine or container more shared memory (docker run --shm-size 8g)"
+        )
+    if signal_name.startswith("Killed") or "exited unexpectedly" in first:
+        return (
+            f"{worker} was killed ({first}), usually for lack of memory; lower --workers or request more"
+            " memory"
+        )
+    if signal_name:
+        return f"{worker} was ended by a signal from outside, or crashed ({first})"
+    return ""  # an error in our own code, which keeps its traceback
+
+
+def _free(folder: str) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
+    except OSError:
+        return "nothing"
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; print a UserError and exit with its code. An error that all ranks share is printed once."""
     try:
@@ -57,14 +98,9 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         print("\nstopped; run the same command again to resume where possible", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # torch raises this from whatever runs at that moment
+        if not (reason := end_of_reader(error)):
             raise
-        print(
-            f"\nerror: a worker process that reads images was killed ({str(error).splitlines()[0]}), usually"
-            " for lack of memory; lower --workers or request more memory, then run the same command again to"
-            " resume",
-            file=sys.stderr,
-        )
+        print(f"\nerror: {reason}; then run the same command again to resume", file=sys.stderr)
         sys.exit(Fault.exit_code)
     except OSError as error:
         if error.errno not in DISK_ERRORS:

@@ -44,12 +44,12 @@ def icons(out: Folder, limit: int = 0, seed: int = 0, overwrite: bool = False) -
     """
     if limit < 0:
         raise UserError(f"--limit {limit}: must be 1 or more; 0 draws all")
-    check_replaceable(out, "icons.csv", overwrite)
+    check_replaceable(out, "icons", overwrite)
     glyphs = all_glyphs()
     glyphs.sort(key=lambda glyph: (_hash(seed, glyph.group), glyph.group, glyph.font, glyph.names))
     glyphs = glyphs[:limit] if limit else glyphs
     drawn = 0
-    with atomic_folder(out) as folder, open(folder / "icons.csv", "w", newline="") as file:
+    with atomic_folder(out, "icons") as folder, open(folder / "icons.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file_path", "caption", "group", "set"])
         for glyph in progress(glyphs, desc="drawing icons", unit="icon"):

@@ -30,7 +30,7 @@ from data_prep.progress import progress
 FORMAT = 2
 _TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8s1s100s8s247x")
 _REST_OF_SUM = sum(b"00004440000000000000000000000000        0ustar\x0000")  # all but name and size
-as_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+as_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, allow_nan=False).encode
 INDEX_COLUMNS = [
     "key",
     "group",
@@ -202,18 +202,24 @@ class Shards:
     def key(self, number: int) -> str:
         return str(self._keys[number])
 
+    def entry(self, number: int) -> dict:
+        """The manifest's entry of the shard that holds a sample."""
+        return self.entries[int(np.searchsorted(self._ends, number, side="right"))]
+
     def read(self, number: int) -> Sample:
         """Sample `number`: its image and captions."""
         image_offset, image_size, json_offset, json_size = self._offsets[number].tolist()
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        meta = json.loads(self._bytes(self._jsons[shard], json_offset, json_size))
+        data = self._bytes(self._jsons[shard], json_offset, json_size)
+        meta = json.loads(data, parse_constant=str)
         image = self._bytes(self._tars[shard], image_offset, image_size)
         return Sample(self.key(number), image, meta["captions"], meta)
 
     def meta(self, number: int) -> dict:
         """KEY.json of sample `number`, without reading its image."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        return json.loads(self._bytes(self._jsons[shard], *self._offsets[number, 2:].tolist()))
+        data = self._bytes(self._jsons[shard], *self._offsets[number, 2:].tolist())
+        return json.loads(data, parse_constant=str)  # NaN, of other writers, is text
 
     def captions(self, number: int) -> list[str]:
         """The captions of sample `number`, without reading its image."""

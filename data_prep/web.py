@@ -4,9 +4,10 @@ A page is one HTML file that loads nothing from elsewhere. Only its routes are a
 """
 
 import contextlib
+import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -15,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -41,10 +42,19 @@ class Refused(Exception):
         self.message, self.status = message, status
 
 
-def application(page: Path, routes: Sequence[Route], host: str = LOOPBACK[0]) -> Starlette:
+def application(
+    page: Path,
+    routes: Sequence[Route],
+    host: str = LOOPBACK[0],
+    is_private: bool = False,
+    on_end: Callable[[], None] = lambda: None,
+) -> Starlette:
     """The app: `page` at /, and `routes`. A Refused or UserError becomes {"error": its sentence}.
 
     Args:
+        is_private: Other pages may not send requests that are no GET; and on other hosts than loopback, only
+            who has the printed address, which has a random token, is answered.
+        on_end: Called when the server ends.
         host: Address that the server is bound to. On loopback, only loopback's host names are accepted, so a
             foreign page cannot reach the server under a name that it controls (DNS rebinding).
     """
@@ -63,15 +73,27 @@ def application(page: Path, routes: Sequence[Route], host: str = LOOPBACK[0]) ->
         message = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse({"error": message}, error.status_code, error.headers)
 
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            on_end()
+
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
-    return Starlette(
+    token = secrets.token_urlsafe(16) if is_private and host not in LOOPBACK else ""
+    app = Starlette(
         routes=[Route("/", show_page), *routes],
         middleware=[
             Middleware(_WithSecurityHeaders),
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
+            *([Middleware(_Guard, token=token)] if is_private else []),
         ],
+        lifespan=lifespan,
         exception_handlers={Refused: on_refused, UserError: on_user_error, HTTPException: on_http_error},
     )
+    app.state.token, app.state.on_end = token, on_end
+    return app
 
 
 class _WithSecurityHeaders:
@@ -89,6 +111,38 @@ class _WithSecurityHeaders:
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
+
+
+class _Guard:
+    """Refuses what a foreign page sends (same_origin) and, if there is a token, who does not have it.
+
+    The address with the token sets a cookie, which the page's own requests then send.
+    """
+
+    def __init__(self, app: ASGIApp, token: str):
+        self.app, self.token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request, answer = Request(scope), None
+        cookie = f"review-{(scope.get('server') or ('', 0))[1]}"  # cookies of a host are shared by its ports
+        if self.token and self._is_token(request.query_params.get("token")):
+            if request.method == "GET" and request.url.path == "/":
+                answer = RedirectResponse("/", 303)  # so that the token does not stay in the address bar
+                answer.set_cookie(cookie, self.token, httponly=True, samesite="strict")
+        elif self.token and not self._is_token(request.cookies.get(cookie)):
+            message = "this page is private: open the address that the command printed, with its token"
+            answer = JSONResponse({"error": message}, 403)
+        if answer is None and request.method not in ("GET", "HEAD"):
+            try:
+                same_origin(request)
+            except Refused as refused:
+                answer = JSONResponse({"error": refused.message}, refused.status)
+        await (answer or self.app)(scope, receive, send)
+
+    def _is_token(self, text: str | None) -> bool:
+        return bool(text) and secrets.compare_digest(text.encode(), self.token.encode())
 
 
 async def body(request: Request, max_bytes: int = MAX_BODY_BYTES) -> bytes:
@@ -114,13 +168,27 @@ async def body(request: Request, max_bytes: int = MAX_BODY_BYTES) -> bytes:
 
 
 def same_origin(request: Request) -> None:
-    """Guard of the routes that write.
+    """Guard of all requests that are no GET.
 
     Raises:
-        Refused: A foreign page sent this; browsers report it in Sec-Fetch-Site.
+        Refused: A foreign page sent this. Browsers say where a POST is from in Origin; Sec-Fetch-Site, which
+            is harder to forget, is sent over https and to loopback only.
     """
-    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+    origin, host = request.headers.get("origin"), request.headers.get("host", "")
+    is_foreign = origin is not None and origin.partition("://")[2].lower() != host.lower()
+    if is_foreign or request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         raise Refused("this request comes from another page and is refused", 403)
+
+
+def require_json(request: Request) -> None:
+    """Refuse a body that is not declared as JSON: a form of a foreign page cannot declare it.
+
+    Raises:
+        Refused: the content type is another one.
+    """
+    kind = request.headers.get("content-type", "none").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refused(f"the content type is {kind:.80}; it must be application/json", 415)
 
 
 def serve(app: Starlette, host: str, port: int, title: str) -> None:
@@ -139,6 +207,7 @@ def serve(app: Starlette, host: str, port: int, title: str) -> None:
     try:
         listening.bind((host, port))
     except (OSError, OverflowError) as error:
+        app.state.on_end()
         reason = getattr(error, "strerror", "a port is from 0 to 65535")
         raise UserError(
             f"--host {host} --port {port}: cannot be opened ({reason}); pass another --port, or 0 for"
@@ -146,8 +215,10 @@ def serve(app: Starlette, host: str, port: int, title: str) -> None:
         ) from None
     listening.listen(256)
     shown = f"[{host}]" if ":" in host else host
-    print(f"{title}: http://{shown}:{listening.getsockname()[1]}    (Ctrl-C stops it)", flush=True)
-    if host not in LOOPBACK:
+    token = app.state.token
+    address = f"http://{shown}:{listening.getsockname()[1]}" + (f"/?token={token}" if token else "")
+    print(f"{title}: {address}    (Ctrl-C stops it)", flush=True)
+    if host not in LOOPBACK and not token:
         print(
             f"warning: anyone who can reach {host} can use this page; there is no password",
             file=sys.stderr,

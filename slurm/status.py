@@ -1,6 +1,5 @@
 """The state of a run on a cluster: progress, jobs, the relevant lines of its log, and what to do next."""
 
-import json
 import re
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,6 +11,7 @@ from data_prep.cli import Run
 from data_prep.errors import UserError
 from slurm.queue import ENDED, job_info, jobs_of_run
 from slurm.script import LOGS
+from train.run.records import read_status
 
 RELEVANT = re.compile(r"^slurm: |error|warning|exitcode|Traceback|not finite|killed|oom", re.IGNORECASE)
 SILENT_S = 300  # status.json is written every ten seconds, but not during a validation or a save
@@ -33,7 +33,7 @@ def status(run: Annotated[Run, tyro.conf.Positional], lines: int = 8) -> None:
             f"{run}: not a run, and not submitted; submit it: python -m slurm submit RECIPE --run {run}"
             " --data SHARDS"
         )
-    values = json.loads(status_file.read_text()) if status_file.is_file() else {}
+    values = dict(read_status(run))
     state = values.pop("state", "")
     checkpoints = sorted(path.name for path in (run / "checkpoints").glob("samples-*"))
     print(f"run         {run}: {state or 'not started'}")

@@ -11,7 +11,6 @@ them: --help. The same command again resumes an unfinished run from its last che
 To stop a run cleanly: touch RUN/stop, or Ctrl-C. To watch it: tensorboard --logdir RUN.
 """
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -43,16 +42,17 @@ def main() -> None:
 def summary(run: "Run") -> str:
     """What to know and do at the end of a run, or when it was stopped."""
     from train.retain.select import TRAINED, prefix
+    from train.run.records import read_metrics, read_state, read_status
     from train.run.trackers import SHOW
 
     recipe_file = run.folder / "recipe.yaml"
-    status = json.loads((run.folder / "status.json").read_text())
+    status = read_status(run.folder)
     if status["state"] != "finished":
         return f"stopped after {status['samples']} pairs; resume with: python -m train {recipe_file}"
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run.folder / "metrics.jsonl")
     validations = [line for line in lines if "val/mean/R@1" in line]
     words = [f"{run.folder} is finished: {status['samples']} pairs (for a new run, pass another --run)"]
-    best = json.loads((run.folder / "checkpoints" / "best" / "state.json").read_text())
+    best = read_state((run.folder / "checkpoints" / "best").resolve())
     weights = best["weights"]
     for line in validations[1:]:  # the first is of the initial weights
         if line["samples"] != best["samples"]:

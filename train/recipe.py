@@ -7,6 +7,7 @@ Typed flags come last and win. The merged recipe is written into the run, and is
 
 import dataclasses
 import difflib
+import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,8 +220,19 @@ def _as_flags(arguments: list[str]) -> list[str]:
     if {"-h", "--help"} & set(arguments):
         return ["--help"]  # with any recipe, or with the word RECIPE as the usage line has it
     if arguments and not arguments[0].startswith("-"):
-        return [*flags_of(recipe_file(arguments[0])), *arguments[1:]]
+        file = recipe_file(arguments[0])
+        return [*flags_of(file), *_run_of(file), *arguments[1:]]
     return arguments
+
+
+def _run_of(file: Path) -> list[str]:
+    """--run with the folder of a recipe file that lies in a run: of a copied or moved one, the file names the
+    old folder.
+    """
+    is_in_run = file.name == "recipe.yaml" and any(
+        os.path.lexists(file.parent / name) for name in ("checkpoints", "environment.json", "status.json")
+    )
+    return ["--run", str(file.parent)] if is_in_run else []
 
 
 def recipe_file(recipe: str | Path) -> Path:

@@ -20,7 +20,7 @@ import PIL
 import simplejpeg
 import tyro
 
-from data_prep.atomic import check_replaceable, sync, write_json
+from data_prep.atomic import check_replaceable, mark, replace_folder, write_json
 from data_prep.build.decisions import Decision, read_decisions
 from data_prep.build.options import Checking, Parallelism, Reading, Splitting, cores
 from data_prep.build.plan import Plan, check_parts
@@ -132,7 +132,6 @@ def _run(
     writing: dict,
     overwrite: bool,
 ) -> dict | None:
-    check_replaceable(out, "manifest.json", overwrite)
     split.check()
     parallelism = parallelism.resolved()
     checks = Checks(check.rules(), check.skip_decode, in_place=command == "index")
@@ -143,6 +142,7 @@ def _run(
         read_manifest(Path(split.keep_splits))  # before all images are checked, not after
     decisions, decisions_sha256 = read_decisions(Path(read.decisions)) if read.decisions else ({}, "")
     folder = partial_of(out)
+    check_replaceable(out, "shards", overwrite, [*inputs, read.images, *filter(None, [read.decisions])])
     settings = {
         "command": command,
         "format": FORMAT,
@@ -224,7 +224,8 @@ def merge(
             f"{folder}: no unfinished build; start one with: python -m data_prep build ... --out {out}"
             " --num-tasks N --task I"
         )
-    check_replaceable(out, "manifest.json", overwrite)
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    check_replaceable(out, "shards", overwrite, [*settings["inputs"], settings["read"]["images"]])
     Checking(max_rejects=max_rejects).rules()  # raises for an invalid one
     with locked(folder):
         return _merge(out, max_rejects, processes or cores())
@@ -243,10 +244,8 @@ def _merge(out: Path, max_rejects: float, processes: int) -> dict:
         folder / LOCK,
     ]:
         file.unlink(missing_ok=True)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(folder, out)
-    sync(out.parent)
+    mark(folder, "shards")
+    replace_folder(folder, out)
     summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
     print_report(out, summary)
     return summary

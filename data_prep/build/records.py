@@ -33,6 +33,7 @@ from data_prep.inputs.formats import read
 from data_prep.inputs.names import Names, Problem, key_of
 from data_prep.inputs.rows import Row, is_in_place
 from data_prep.progress import progress
+from data_prep.strict_json import TEXT as NONFINITE
 
 SCHEMA = """
 CREATE TABLE rows (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, key TEXT, image TEXT,
@@ -345,7 +346,12 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[De
     loader.add_captions()
     loader.insert_pending()
     part.db.execute("CREATE INDEX rows_by_key ON rows (key, ordinal)")
-    part.set(loaded=1, total_rows=loader.ordinal, decisions=json.dumps(loader.decisions.counts()))
+    part.set(
+        loaded=1,
+        total_rows=loader.ordinal,
+        decisions=json.dumps(loader.decisions.counts()),
+        nonfinite=loader.nonfinite,
+    )
     part.commit()
 
 
@@ -354,7 +360,7 @@ class _Loader:
 
     def __init__(self, part: Part, reading: Reading, decisions: Iterable[Decision]):
         self.part, self.decisions = part, AppliedDecisions(decisions)
-        self.ordinal, self.ignored = 0, Counter()
+        self.ordinal, self.nonfinite, self.ignored = 0, 0, Counter()
         self._names, self._token_limit = Names(reading.images), _TokenLimit(reading.context_length)
         self._pending: list[StoredRow] = []
         self._last_key, self._last_place = "", Place()
@@ -377,6 +383,7 @@ class _Loader:
         decided = None
         if not problem:
             caption, decided = self.decisions.apply(key, caption)
+        self.nonfinite += len(NONFINITE.findall(row.columns)) if row.columns else 0
         if self.part.parts > 1 and int(key, 16) * self.part.parts >> 64 != self.part.number:
             return
         if problem:

@@ -64,7 +64,7 @@ def check_ours(folder: Path) -> None:
     Raises:
         UserError: it is not an unfinished build.
     """
-    if any((folder / name).is_file() for name in (SETTINGS, "manifest.json")) or not folder.exists():
+    if not folder.exists() or any(_is_of_a_build(folder / name) for name in (SETTINGS, "manifest.json")):
         return
     # Hidden files are allowed: another task may be writing its settings at this moment.
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -72,6 +72,16 @@ def check_ours(folder: Path) -> None:
             f"{folder}: has no {SETTINGS}, so it was not made by this command, and is not written to; move it"
             " away"
         )
+
+
+def _is_of_a_build(file: Path) -> bool:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and all(
+        name in settings for name in (*SAME_CHECKS, "inputs", "num_tasks")
+    )
 
 
 def start_or_resume(folder: Path, settings: dict) -> None:

@@ -1,6 +1,5 @@
 """A row: an image, one caption or label, and what else the input says about it. All formats produce rows."""
 
-import json
 import os
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from data_prep.errors import UserError
 from data_prep.inputs.cells import as_text, field_of, image_of, kind_of, shortened
 from data_prep.inputs.names import Problem
 from data_prep.inputs.storage import COMPRESSED, is_url
+from data_prep.strict_json import strict_json
 
 MAX_CHARACTERS = 131_072  # of a caption, group, label or path: the longest cell that csv reads by default
 # Usual names of columns, to propose one.
@@ -140,7 +140,7 @@ def rows_of(table: Input, line: int, cells: dict) -> Iterator[Row]:
     row = Row(
         line,
         image.path if image.data is None else f"{table.label}#{line}",
-        columns=json.dumps(others, ensure_ascii=False, sort_keys=True, default=str) if others else "",
+        columns=strict_json(others, ensure_ascii=False, sort_keys=True, default=str) if others else "",
         data=image.data,
         problem=image.problem or problem,
         **texts,

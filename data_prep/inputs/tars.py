@@ -20,6 +20,7 @@ from data_prep.inputs.rows import Ignore, Input, Row, check_text, ignore_nothing
 from data_prep.inputs.storage import IMAGE_EXTENSIONS, SIDE_EXTENSIONS, SYSTEM_FILE, is_system_file
 from data_prep.inputs.texts import rows_of_txt
 from data_prep.signatures import HEAD_BYTES, kind_of
+from data_prep.strict_json import strict_json
 
 MAX_PENDING = 64  # samples of one name up to the first dot that are held in memory
 # Members that hold what the next member's header has no room for: names, and attributes (POSIX pax, GNU tar).
@@ -154,7 +155,8 @@ class TarSample:
                 for key, value in self._json.items()
                 if key not in KNOWN and isinstance(value, (str, int, float))
             }
-        return json.dumps(values, ensure_ascii=False, sort_keys=True) if values else ""
+        values = {key: value for key, value in values.items() if value == value}  # no NaN, as in a table
+        return strict_json(values, ensure_ascii=False, sort_keys=True) if values else ""
 
     @cached_property
     def _json(self) -> dict:

@@ -67,6 +67,7 @@ def summarize(plan: Plan) -> dict:
             "split": plan.split_of(largest) if largest else "",
         },
         "seed_that_fills_splits": plan.seed_that_fills_splits(firsts.tolist()) if is_short else 0,
+        "nonfinite": int(plan.parts[0].get("nonfinite") or 0),  # values of columns that are text for JSON
         "captions_truncated": _count_long_captions(plan),
         "too_common": plan.too_common,
         "leaks": len(plan.leaks()),
@@ -148,6 +149,8 @@ def print_report(out: Path, report: dict) -> None:
         print(f"  ignored: {count} x {reason}; see {out / IGNORED}")
     for fix, count in report["fixes"].items():
         print(f"  fixed: {count} x {fix}")
+    if report["nonfinite"]:
+        print(f"  {report['nonfinite']} values of other columns are NaN or Infinity, stored as text")
     if any(report["decisions"].values()):
         applied = ", ".join(f"{report['decisions'][action]} {action}" for action in ACTIONS)
         print(f"  decisions applied: {applied}")

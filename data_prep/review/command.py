@@ -21,7 +21,8 @@ def review(
     Args:
         shards: Folder that build or index wrote. Nothing in it is changed.
         decisions: CSV to read decisions from, if it exists, and to write them to; it may be edited by hand.
-        host: Address to listen on; 0.0.0.0 accepts connections from other machines.
+        host: Address to listen on; 0.0.0.0 accepts connections from other machines; the
+            printed address then has a random token, without which nothing is answered.
         port: 0 takes a free one.
     """
     from data_prep import web

@@ -1,10 +1,13 @@
 """The CSV of decisions while the review page and people write to it."""
 
+import errno
+import fcntl
 import os
+import socket
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from data_prep.build.decisions import Decision, Subject, read_decisions, write_decisions
 from data_prep.errors import UserError
@@ -17,6 +20,10 @@ class _Change(NamedTuple):
     before: Decision | None
 
 
+# Of file systems without locks.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
 class _FileState(NamedTuple):
     inode: int
     size: int
@@ -25,14 +32,26 @@ class _FileState(NamedTuple):
 
 class DecisionStore:
     """Reads and writes the CSV. A change is on disk before the method returns, and the file is read again if
-    something else has written to it.
+    a person has edited it. One store at a time writes to a file, from its opening to close().
 
     Raises:
-        UserError: the file has an invalid decision, or cannot be written.
+        UserError: the file has an invalid decision, or cannot be written, or another review writes to it.
     """
 
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.Lock()
+        self._lock_file = _locked(path)
+        try:
+            self._open(path)
+        except UserError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another process write to the file."""
+        self._lock_file.close()
+
+    def _open(self, path: Path) -> None:
         self._history: list[_Change] = []
         self._file_state: _FileState | None = None
         self._decisions: dict[Subject, Decision] = {}
@@ -147,3 +166,34 @@ class DecisionStore:
     def latest(self, start: int, count: int) -> list[Decision]:
         """Decisions from the `start`-th on, the latest first."""
         return list(reversed(self._decisions.values()))[start : start + count]
+
+
+def _locked(path: Path) -> TextIO:
+    """The lock file beside `path`, locked until it is closed; the CSV itself is replaced at each change.
+
+    Raises:
+        UserError: another review holds it, or it cannot be made.
+    """
+    # through links, so that two names of one file have one lock
+    real = Path(os.path.realpath(path))
+    try:
+        file = open(real.with_name(f".{real.name}.lock"), "a+")  # noqa: SIM115 open as long as the store
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); pass --decisions with a writable file"
+        ) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise UserError(
+                f"{path}: another review page writes to it ({holder}); use or stop that one, or pass another"
+                " --decisions"
+            ) from None
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
+    file.flush()
+    return file

@@ -121,7 +121,8 @@ class Gallery:
     def meta(self, number: int) -> dict:
         """KEY.json of an image, and the number of its group as `group_number`."""
         entry, keys, row = self._row(number)
-        meta = json.loads(_read_piece(json_file(self.folder, entry), *row[3:5]))
+        data = _read_piece(json_file(self.folder, entry), *row[3:5])
+        meta = json.loads(data, parse_constant=str)  # NaN, of earlier versions, is text
         return {**meta, "key": str(keys), "group_number": int(row[0])}
 
     def image(self, number: int) -> bytes:
@@ -154,7 +155,7 @@ class Gallery:
             first = int(self._ends[shard]) - len(table)
             with _OpenFile(json_file(self.folder, entry)) as file:
                 for row in table[number - first :].tolist():
-                    meta = json.loads(file.read(*row[3:5]))
+                    meta = json.loads(file.read(*row[3:5]), parse_constant=str)
                     matches = len(meta["captions"]) > several and any(
                         text in candidate.casefold() for candidate in (*meta["captions"], meta["image"])
                     )

@@ -239,7 +239,8 @@ class Review:
 
 def app(shards: Path, decisions: Path, host: str = web.LOOPBACK[0]) -> Starlette:
     """The page over `shards`, which writes to the file `decisions`."""
-    return web.application(PAGE, Review(shards, decisions).routes(), host)
+    review = Review(shards, decisions)
+    return web.application(PAGE, review.routes(), host, is_private=True, on_end=review.store.close)
 
 
 def webp(data: bytes, px: int, max_pixels: int) -> bytes:
@@ -292,7 +293,7 @@ def _get(method: Callable[[Request], dict]) -> Callable:
 
 def _post(method: Callable[[dict], dict]) -> Callable:
     async def answer(request: Request) -> Response:
-        web.same_origin(request)
+        web.require_json(request)
         try:
             payload = json.loads(await web.body(request, MAX_JSON_BYTES))
         except ValueError:

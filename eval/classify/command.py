@@ -61,9 +61,9 @@ def zeroshot(
         raise UserError("no MODEL given; pass NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder")
     if (data is None) == (image is None) or bool(captions) != bool(image):
         raise UserError("pass either --data DATA, or --image IMAGE with --captions")
+    from data_prep.atomic import write_json
     from data_prep.tables import text_of
     from eval.classify import caption_match, zeroshot, zeroshot_page
-    from eval.retrieval.score import write_json
     from train.world import joined_world
 
     with joined_world() as world:
@@ -123,9 +123,9 @@ def linear_probe(
         page: HTML file to write: the table and validation curves; a PNG of the curves is written beside it.
         inference: How the model is run.
     """
+    from data_prep.atomic import write_json
     from data_prep.tables import text_of
     from eval.classify import linear_probe, linear_probe_page
-    from eval.retrieval.score import write_json
     from train.world import joined_world
 
     with joined_world() as world:

@@ -21,11 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data_prep.atomic import atomic_file
+from data_prep.atomic import atomic_file, write_json
 from data_prep.errors import UserError
 from data_prep.progress import progress
 from eval.classify.features import Features
-from eval.retrieval.score import write_json
 
 HIDDEN, DROPOUTS, LR, EPOCHS, BATCH = 980, (0.25, 0.3), 2e-4, 6, 64
 # scikit-learn's C, the inverse of the regularization; large values matter because features are L2-normed

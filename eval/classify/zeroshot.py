@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data_prep.atomic import write_json
 from eval.classify.features import Features, image_features, split_of
 from eval.classify.labelled import Labelled, read_labelled
 from eval.classify.metrics import (
@@ -36,7 +37,6 @@ from eval.embed import load_for_eval
 from eval.options import INFERENCE, Inference, LabelledTable
 from eval.retrieval.intervals import Difference, paired_difference
 from eval.retrieval.ranking import TIE, check_finite
-from eval.retrieval.score import write_json
 from train.model.clip import Clip
 from train.world import World
 

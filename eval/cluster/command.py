@@ -41,9 +41,9 @@ def cluster(
         raise UserError(f"--k {k}: must be at least 1, or auto")
     if not -1 <= threshold <= 1:
         raise UserError(f"--threshold {threshold}: must be a cosine, at most 1, such as 0.97")
+    from data_prep.atomic import write_json
     from eval.cluster.near_duplicates import PAIR_COLUMNS
     from eval.cluster.summary import analyze, report, write_csv
-    from eval.retrieval.score import write_json
 
     analysis = analyze(index, None if k == "auto" else k, label_column, threshold)
     result = analysis.write_page(page)

@@ -59,6 +59,7 @@ def compare(
         )
     if any(not 0 <= alpha <= 1 for alpha in (*wise_ft, 0 if save is None else save)):
         raise UserError("--wise-ft and --save: an alpha must be from 0 to 1")
+    from data_prep.atomic import check_replaceable, local_paths
     from eval.classify.templates import read_templates
     from eval.compare.compare import (
         Inputs,
@@ -71,6 +72,8 @@ def compare(
     from train.world import joined_world
 
     def prepare() -> Inputs:
+        if save is not None:
+            check_replaceable(out / "wise_ft", "model", overwrite=True, inputs=local_paths(*models))
         shards = (data, split), (retention_set, retention_split)
         return read_inputs(*shards, (labelled, labelled_split, table), read_templates(templates), world)
 
@@ -115,11 +118,11 @@ def confusion(
             first for.
         inference: How models are run.
     """
+    from data_prep.atomic import write_json
     from data_prep.tables import text_of
     from eval.compare.confusion import Questions, ask, questions, read_columns, result_of
     from eval.compare.confusion_page import confusion_parts, write_confusion_page
     from eval.embed import open_shards
-    from eval.retrieval.score import write_json
     from train.world import joined_world
 
     def prepare() -> Questions:

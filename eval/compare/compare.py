@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep.atomic import atomic_folder
+from data_prep.atomic import atomic_folder, write_json
 from data_prep.shards import Shards
 from eval.classify.features import split_of
 from eval.classify.labelled import Labelled, read_labelled
@@ -27,7 +27,7 @@ from eval.compare.wise_ft import mix
 from eval.embed import Embedded, embed, load_for_eval, open_shards
 from eval.options import Inference, LabelledTable
 from eval.retrieval.ranking import TIE, Relevance
-from eval.retrieval.score import QueryScores, differences, evaluate, evaluate_full, write_json
+from eval.retrieval.score import QueryScores, differences, evaluate, evaluate_full
 from train.model.clip import Clip
 from train.world import World
 
@@ -233,7 +233,7 @@ def add_wise_ft(
         result["saved"] = f"local-dir:{folder}"
         if world.is_first:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_folder(folder) as partial:
+            with atomic_folder(folder, "model") as partial:
                 mix(*ends, save_alpha).save(partial)
 
 

@@ -34,12 +34,12 @@ def compositionality(
         page: HTML file to write: the tables, and examples of the drawings.
         inference: How models are run.
     """
+    from data_prep.atomic import write_json
     from data_prep.tables import text_of
     from eval.compositionality.page import result_parts, write_compositionality_page
     from eval.compositionality.score import draw, evaluate_drawings, evaluate_swaps
     from eval.compositionality.swaps import swaps_of
     from eval.embed import load_for_eval, open_shards
-    from eval.retrieval.score import write_json
     from train.world import joined_world
 
     def prepare() -> tuple:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from data_prep.atomic import write_json
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from data_prep.tables import text_of
@@ -15,7 +16,6 @@ from eval.retrieval.score import (
     evaluate_full,
     queries_file,
     read_json,
-    write_json,
 )
 from eval.retrieval.table import result_parts
 from train.model.clip import Clip

@@ -240,12 +240,6 @@ def differences(first: QueryScores, second: QueryScores) -> dict[str, list[float
     return found
 
 
-def write_json(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-
-
 def queries_file(path: Path) -> Path:
     """The file beside a result with its QueryScores."""
     return path.with_suffix(".queries.npz")

@@ -101,8 +101,8 @@ def search(
         )
     if k < 1:
         raise UserError(f"--k {k}: must be at least 1")
+    from data_prep.atomic import write_json
     from eval.classify.features import read_file
-    from eval.retrieval.score import write_json
     from eval.search import query
 
     data = read_file(image, "--image") if image else b""

@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data_prep.atomic import atomic_file, atomic_folder, check_replaceable, write_json
+from data_prep.atomic import atomic_file, atomic_folder, check_replaceable, local_paths, write_json
 from data_prep.errors import NotFinite, UserError
 from data_prep.progress import progress
+from data_prep.strict_json import strict_json
 from eval.embed import load_for_eval
 from eval.options import Inference
 from eval.search.corpus import THUMBNAIL_PX, Corpus, CorpusImages, ShardsCorpus, collate, open_corpus
@@ -82,7 +83,7 @@ def prepare(
     model: str, data: Path, out: Path, split: str, overwrite: bool, inference: Inference, world: World
 ) -> tuple[Corpus, Clip]:
     """The corpus and the model; cheap checks come first, so a mistake costs no time."""
-    check_replaceable(out, "manifest.json", overwrite)
+    check_replaceable(out, "index", overwrite, local_paths(model, data))
     corpus = open_corpus(data, split)
     for shards in corpus.parts if isinstance(corpus, ShardsCorpus) else ():
         shards.verify(world.rank, world.world_size)
@@ -211,7 +212,7 @@ def write_block(
             features=rows.numpy(),
             sizes=np.array(list(map(len, thumbnails)), np.int64),
             thumbnails=_bytes(b"".join(thumbnails)),
-            metadata=_bytes(json.dumps(metadata).encode()),
+            metadata=_bytes(strict_json(metadata).encode()),
         )
 
 
@@ -244,7 +245,7 @@ def join(blocks: Sequence[Path], out: Path, started: dict) -> tuple[int, int]:
             f"{started['data']}: none of {len(unreadable)} images can be read; the first: {unreadable[0][-1]}"
         )
     columns = {f"{name} of the data" if name in OWN_COLUMNS else name: name for name in sorted(names)}
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, "index") as folder:
         write_arrays(folder, blocks, columns, n, d)
         with open(folder / "unreadable.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([UNREADABLE, *unreadable])
@@ -283,5 +284,5 @@ def table_row(metadata: dict, columns: dict[str, str]) -> dict:
     row = {name: metadata[name] for name in SCHEMA}
     for column, name in columns.items():
         value = metadata["columns"].get(name)
-        row[column] = value if value is None or isinstance(value, str) else json.dumps(value)
+        row[column] = value if value is None or isinstance(value, str) else strict_json(value)
     return row

@@ -234,6 +234,7 @@ def test_too_many_rejects_end_the_build_with_their_table(tmp_path):
     report = build([str(path)], tmp_path / "out", check=Checking(max_rejects=0.1), parallelism=Parallelism(1))
     assert (report["rows"], report["records"], report["rejects"]) == (33, 30, 3)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        ".made.json",
         "leaks.csv",
         "manifest.json",
         "rejects.csv",

@@ -32,6 +32,9 @@ from data_prep.shards import Shards
 EVIL = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
 
 
+JSON = {"content-type": "application/json"}
+
+
 @contextlib.contextmanager
 def reviewing(shards, decisions):
     """The page's url, get_json(path, ...) -> JSON, and post(path, ...) -> (status, JSON)."""
@@ -46,7 +49,9 @@ def reviewing(shards, decisions):
             return answer.read()
 
     def post(path, headers=(), **payload) -> tuple[int, dict]:
-        request = urllib.request.Request(f"{url}/{path}", json.dumps(payload).encode(), dict(headers))
+        request = urllib.request.Request(
+            f"{url}/{path}", json.dumps(payload).encode(), {**JSON, **dict(headers)}
+        )
         try:
             with urllib.request.urlopen(request) as answer:
                 return answer.status, json.load(answer)

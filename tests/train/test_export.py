@@ -182,7 +182,7 @@ def test_mistakes_are_sentences(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     refused = call_here(command.main, tiny_model, "--out", tmp_path / "other", "--overwrite")
-    assert_mistake(refused, "no export.json", "not deleted")
+    assert_mistake(refused, "no .made.json", "not deleted")
     assert_mistake(
         call_here(command.main, tiny_model, "--out", tmp_path / "out", "--data", tmp_path), "no manifest.json"
     )

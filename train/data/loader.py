@@ -5,15 +5,19 @@ rank r of W, step k:  positions k*B + r*B/W ...  ->  Order  ->  Shards.read  -> 
 """
 
 import hashlib
+import os
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.queues import Queue
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from data_prep.errors import Fault
-from data_prep.shards import Shards
+from data_prep.errors import Fault, UserError
+from data_prep.images import DAMAGE
+from data_prep.shards import Shards, altered
 from train.data.augment import N_UNIFORMS, Augmentation, crop
 from train.data.captions import caption
 from train.data.decode import decode
@@ -84,6 +88,9 @@ class TrainPairs(Dataset):
             int(self.shards.groups[number]),
         )
 
+    def shard_of(self, position: int) -> tuple[Shards, dict]:
+        return self.shards, self.shards.entry(self.order.sample_at(position))
+
     def key_at(self, position: int) -> str:
         """The key of the sample at a position of the stream."""
         return self.shards.key(self.order.sample_at(position))
@@ -97,6 +104,9 @@ class EvalImages(Dataset):
 
     def __getitem__(self, number: int) -> torch.Tensor:
         return self.transform(decode(self.shards.read(number).image))
+
+    def shard_of(self, number: int) -> tuple[Shards, dict]:
+        return self.shards, self.shards.entry(number)
 
 
 class RankPositions:
@@ -155,23 +165,62 @@ def loader(
 
     Raises:
         Fault: a shard can no longer be read.
+        UserError: a shard is damaged, which another attempt would not change.
     """
     loaded = DataLoader(
-        dataset,
+        _Readable(dataset),
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=_CollateReadable(collate),
         num_workers=workers,
         pin_memory=has_streams(world.device),
         worker_init_fn=_quiet_worker,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
     )
-    try:
-        yield from loaded
-    except OSError as error:  # a worker's error comes with a traceback as its text
-        reason = str(error).strip().splitlines()[-1]
-        raise Fault(
-            f"a shard can no longer be read ({reason}); restore it and run the same command again"
-        ) from None
+    for batch in loaded:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class _Readable(Dataset):
+    """Samples, or the UserError that says why one cannot be read: raised in a worker process, an exception
+    would arrive with a traceback as its text.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, number: int):
+        try:
+            return self.dataset[number]
+        except OSError as error:
+            if error.errno is None and (damage := self._damage(number)):  # Pillow's own
+                return UserError(damage)
+            return Fault(
+                f"a shard can no longer be read ({error}); restore it and run the same command again"
+            )
+        except (UserError, *DAMAGE, KeyError, TypeError) as error:
+            if damage := self._damage(number):
+                return UserError(damage)
+            if isinstance(error, UserError):
+                return error
+            raise  # the shard is as it was built: an error of ours
+
+    def _damage(self, number: int) -> str:
+        """What is wrong with the shard of a sample; "" if its files have their sha256."""
+        if not hasattr(self.dataset, "shard_of"):
+            return ""
+        shards, entry = self.dataset.shard_of(number)
+        return next(altered(shards.folder, entry), "")
+
+
+class _CollateReadable:
+    def __init__(self, collate: Callable):
+        self.collate = collate
+
+    def __call__(self, samples: list):
+        error = next((sample for sample in samples if isinstance(sample, UserError)), None)
+        return error or self.collate(samples)
 
 
 def _quiet_worker(_: int) -> None:
@@ -180,3 +229,13 @@ def _quiet_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+    Queue._on_queue_feeder_error = staticmethod(_end_of_worker)
+
+
+def _end_of_worker(error: Exception, _: object) -> None:
+    """A batch cannot be sent, for lack of room in /dev/shm: end, where Python prints it and the main process
+    waits for ever. By the signal of a write beyond that room, which end_of_reader() knows.
+    """
+    if isinstance(error, (RuntimeError, OSError)):
+        os.kill(os.getpid(), signal.SIGBUS)
+    traceback.print_exception(error)

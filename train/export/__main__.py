@@ -42,10 +42,10 @@ def command(
             printed.
         overwrite: Replace a folder that this command wrote before.
     """
-    from data_prep.atomic import check_replaceable
+    from data_prep.atomic import check_replaceable, local_paths
     from data_prep.shards import read_manifest
 
-    check_replaceable(out, "export.json", overwrite)
+    check_replaceable(out, "export", overwrite, local_paths(model, data))
     if data:
         read_manifest(data)  # fails early: opening the model takes longer
 

@@ -17,7 +17,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from packaging.requirements import Requirement
 from PIL import Image
 
-from data_prep.atomic import atomic_folder
+from data_prep.atomic import atomic_folder, write_json
 from data_prep.errors import UserError
 from data_prep.images import WHITE
 from data_prep.shards import Shards, sha256_of
@@ -109,7 +109,7 @@ def export(
     print(f"export: compares {clip.name} on {inputs.source}", flush=True)
     pixels = torch.stack([clip.preprocess(image) for image in inputs.images])
     tokens = clip.tokenizer(inputs.captions)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, "export") as folder:
         comparison = Comparison(folder)
         print("export: writes the open_clip files and loads them back", flush=True)
         model, expected = _write_open_clip(clip, comparison, dtype, inputs.images[0], pixels, tokens)
@@ -145,7 +145,7 @@ def export(
         if onnx and data and recall:
             print(f"export: measures what int8 costs, on up to {int8.N_IMAGES} images", flush=True)
             record["int8"] = int8.compare(clip, folder, data, recall)
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        write_json(folder / RECORD, record)
     return record
 
 

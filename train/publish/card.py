@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import ENDPOINT
 from safetensors import safe_open
 
-from data_prep.atomic import atomic_file
+from data_prep.atomic import add_to_mark, atomic_file
 from data_prep.errors import UserError
 from data_prep.tables import markdown_table
 from train.export.folder import FEATURES, FORMATS, RECORD, shards_of
@@ -99,6 +99,7 @@ def write_card(
     write_eval_results(folder, repo, tables, datasets)
     with atomic_file(folder / "README.md") as partial:
         partial.write_text(text, encoding="utf-8")
+    add_to_mark(folder, "README.md", IMAGES, EVAL_RESULTS)
     return text
 
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from data_prep.atomic import write_json
+from data_prep.atomic import check_replaceable, local_paths, write_json
 from data_prep.errors import UserError
 from data_prep.shards import sha256_of
 from data_prep.tables import markdown_table
@@ -89,8 +89,7 @@ def exported(model: str, run: Path | None, out: Path | None) -> tuple[Path, Path
     if is_export_of(clip, out):
         print(f"{out}: already exported from these weights")
     else:
-        if out.exists() and not (out / RECORD).is_file():
-            raise UserError(f"{out}: already exists and is not an export; pass another --out")
+        check_replaceable(out, "export", overwrite=True, inputs=local_paths(model))
         export(clip, out, data=shards_of(run))
     return out, run
 

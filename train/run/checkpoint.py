@@ -9,15 +9,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.atomic import atomic_folder
+from data_prep.atomic import atomic_folder, write_json
 from data_prep.shards import sha256_of
+from data_prep.strict_json import as_null, strict_json
+from train.model.clip import CONFIG_FILE, WEIGHTS_FILE
+from train.run.records import read_state, seal
 
 # What a checkpoint holds beside the exported model.
 TRAINING = ("training.safetensors", "ema.safetensors", "optimizer.pt", "state.json")
 
 
 def write(path: Path, fill: Callable[[Path], None], state: dict, check: Callable[[], None]) -> None:
-    """Write a checkpoint: the files that `fill` puts into a folder, and state.json with their sha256.
+    """Write a checkpoint: the files that `fill` puts into a folder, and state.json with their sha256 and its
+    own.
 
     Args:
         check: called before the folder gets its name; if it raises, nothing is left.
@@ -26,25 +30,36 @@ def write(path: Path, fill: Callable[[Path], None], state: dict, check: Callable
         fill(folder)
         files = [file for file in sorted(folder.iterdir()) if file.name != "state.json"]
         digests = {file.name: sha256_of(file) for file in files}
-        (folder / "state.json").write_text(json.dumps(state | {"sha256": digests}, indent=1) + "\n")
+        # as JSON has it: a Score is a list there
+        state = json.loads(strict_json(state | {"sha256": digests}, as_null))
+        write_json(folder / "state.json", state | {"state_sha256": seal(state)})
         check()
 
 
 def newest(folder: Path, warn: bool) -> tuple[Path, dict] | None:
-    """The newest checkpoint in `folder` whose files have their sha256, and its state; damaged ones are
+    """The newest checkpoint in `folder` whose files all have their sha256, and its state; damaged ones are
     skipped.
     """
     for path in sorted(folder.glob("samples-*"), reverse=True):
         try:
-            state = json.loads((path / "state.json").read_text())
-            damaged = [name for name, digest in state["sha256"].items() if sha256_of(path / name) != digest]
-        except (OSError, ValueError, KeyError) as error:
+            state = read_state(path)
+            damaged = [name for name, digest in state["sha256"].items() if not _has(path / name, digest)]
+            damaged += [
+                f"{name} was added"
+                for name in (*TRAINING, CONFIG_FILE, WEIGHTS_FILE)
+                if name != "state.json" and name not in state["sha256"] and os.path.lexists(path / name)
+            ]
+        except (OSError, ValueError) as error:
             damaged = [str(error)]
         if not damaged:
             return path, state
         if warn:
             print(f"warning: {path} is damaged ({', '.join(damaged)}); using an older one", file=sys.stderr)
     return None
+
+
+def _has(file: Path, digest: str) -> bool:
+    return file.is_file() and sha256_of(file) == digest
 
 
 def link_best(folder: Path, name: str) -> None:
@@ -78,5 +93,6 @@ def prune(folder: Path, n: int, best: str) -> None:
 
 def clear(folder: Path) -> None:
     """Remove partial checkpoints that a kill has left."""
-    for partial in folder.glob(".samples-*.partial"):
-        shutil.rmtree(partial)
+    for ending in ("partial", "replaced"):
+        for partial in folder.glob(f".samples-*.{ending}"):
+            shutil.rmtree(partial)

@@ -16,7 +16,6 @@ RUN/lock, RUN/attempt      who may write here (train.run.lock)
 """
 
 import dataclasses
-import json
 import platform
 import shutil
 import socket
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from data_prep.atomic import atomic_file
+from data_prep.atomic import atomic_file, write_json
 from data_prep.errors import Fault, NotFinite, UserError
 from data_prep.rooms import CLONE
 from train.device import device_name
@@ -40,6 +39,7 @@ from train.retain.select import NO_SCORE, Score, Selection, WeightSelector
 from train.run.async_writer import AsyncWriter
 from train.run.checkpoint import clear, link_best, link_model, newest, prune, write
 from train.run.lock import RunLock
+from train.run.records import read_environment, read_state, read_status
 from train.world import World
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Run:
         fitted = self._environment().get("fitted", {}) if self.checkpoint else {}
         if any(fitted.get(name) != value for name, value in self._conditions().items()):
             return recipe
-        automatic = [name for name in FITTED if getattr(recipe, name) == "auto"]
+        automatic = [name for name in FITTED if getattr(recipe, name) == "auto" and name in fitted]
         return dataclasses.replace(recipe, **{name: fitted[name] for name in automatic})
 
     def _conditions(self) -> dict[str, int | str | dict]:
@@ -156,8 +156,7 @@ class Run:
                 _describe_environment(self.world) | self.fingerprints
             )
             environment["fitted"] = self._conditions() | {name: getattr(state, name) for name in FITTED}
-            with atomic_file(self.folder / "environment.json") as partial:
-                partial.write_text(json.dumps(environment, indent=1) + "\n")
+            write_json(self.folder / "environment.json", environment)
             if self.samples:
                 # A kill may have come between the checkpoint and its link.
                 link_best(self.folder / "checkpoints", self.best_checkpoint)
@@ -196,20 +195,17 @@ class Run:
         self.lock.release()
 
     def _status(self) -> dict:
-        path = self.folder / "status.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_status(self.folder)
 
     def _environment(self) -> dict:
-        path = self.folder / "environment.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_environment(self.folder)
 
     def _write_status(self, state: str, samples: int, **values: float | str) -> None:
         self.lock.check()
         checkpoint = self.checkpoint and self.checkpoint.name
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         status = {"state": state, "samples": samples, **values, "checkpoint": checkpoint, "time": now}
-        with atomic_file(self.folder / "status.json") as partial:
-            partial.write_text(json.dumps(status | {"host": socket.gethostname()}) + "\n")
+        write_json(self.folder / "status.json", status | {"host": socket.gethostname()})
 
     def _find_checkpoint(self) -> None:
         found = newest(self.folder / "checkpoints", warn=self.world.is_first)
@@ -347,9 +343,7 @@ class Run:
             shutil.copytree(self.checkpoint, folder, dirs_exist_ok=True)
 
         # The exported weights stay the same.
-        values = json.loads((self.checkpoint / "state.json").read_text()) | self._checkpoint_values(
-            samples, None
-        )
+        values = read_state(self.checkpoint) | self._checkpoint_values(samples, None)
         write(self._checkpoint_path(samples), fill, values, self.lock.check)
         print(
             f"warning: {problem}; rolling back to {self.checkpoint.name} and skipping the pairs since",

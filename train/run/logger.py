@@ -20,6 +20,7 @@ from train.model.activation_memory import should_compile
 from train.model.towers import batch_dependent_layers
 from train.run.folder import Run
 from train.run.nonfinite import NonFiniteStep
+from train.run.records import read_metrics
 from train.run.trackers import open_trackers
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Logger:
         )
         if not self.first:
             return
-        self.tracked = {_kind(line) for line in _lines(run.folder / "metrics.jsonl")}
+        self.tracked = {_kind(line) for line in read_metrics(run.folder / "metrics.jsonl")}
         self.metrics_file = reopened(run.folder / "metrics.jsonl", state.samples)
         # A line there has the samples before its step: the step at state.samples is repeated, too.
         self.nonfinite_file = reopened(run.folder / "nonfinite_steps.jsonl", state.samples - 1)
@@ -199,12 +200,6 @@ class Logger:
                     tracker.close()
 
 
-def _lines(path: Path) -> list[dict]:
-    """The whole lines of a JSON lines file; a kill may have cut the last one."""
-    text = path.read_text() if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
 def _kind(line: dict) -> tuple[int, bool]:
     """What identifies a line of metrics.jsonl: its samples, and whether it is of a step or a validation."""
     return line["samples"], "train/loss" in line
@@ -212,7 +207,7 @@ def _kind(line: dict) -> tuple[int, bool]:
 
 def reopened(path: Path, samples: int) -> TextIO:
     """A file of JSON lines, opened for appending; lines after `samples`, or cut by a kill, are removed."""
-    lines = [line for line in _lines(path) if line["samples"] <= samples] if samples else []
+    lines = [line for line in read_metrics(path) if line["samples"] <= samples] if samples else []
     with atomic_file(path) as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return open(path, "a")

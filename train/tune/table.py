@@ -10,6 +10,7 @@ from data_prep.tables import markdown_table, percent
 from train.metrics import DIRECTIONS
 from train.recipe import RESUME_SAFE, Recipe, flags_of, leaves, parse
 from train.retain.select import RETENTION, TRAINED, prefix
+from train.run.records import read_metrics, read_state, read_status
 
 # Rows are sorted by it. Each run has selected its best checkpoint by its own best_metric.
 SCORE = "val/mean/R@1"
@@ -62,12 +63,10 @@ def results(
 def _reached(run: Path) -> dict:
     """What the files of one run say; None where it has no checkpoint yet."""
     metrics_file, state_file = run / "metrics.jsonl", run / "checkpoints" / "best" / "state.json"
-    text = metrics_file.read_text() if metrics_file.is_file() else ""
-    # The run may be writing the last line at this moment.
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = read_metrics(metrics_file)
     validations = [line for line in lines if SCORE in line]
     trained = [line for line in validations if line["samples"]]  # the first is of the weights before training
-    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
+    state = read_state(state_file.parent.resolve()) if state_file.is_file() else {}
     best = next((line for line in trained if line["samples"] == state["samples"]), None) if state else None
     weights = state.get("weights", TRAINED)
     metrics = _metrics(best or {}, prefix(weights))
@@ -81,8 +80,8 @@ def _reached(run: Path) -> dict:
         "before": _metrics(validations[0] if validations and not validations[0]["samples"] else {}),
         "pairs_per_s": statistics.median(speeds) if speeds else None,
     }
-    if (run / "status.json").is_file():
-        reached["state"] = json.loads((run / "status.json").read_text())["state"]
+    if status := read_status(run):
+        reached["state"] = status["state"]
     return reached
 
 

@@ -1,0 +1,119 @@
+"""What ends a process that reads images is named, and its exit code tells Slurm whether a retry may help."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command, environment
+from runs import flags, recipe
+from torch.utils.data import Dataset
+
+from data_prep.errors import Fault, UserError, end_of_reader
+from train.data.loader import loader
+from train.loop import fit
+from train.world import World
+
+
+def truncate(shard: Path) -> None:
+    os.truncate(shard, 100)
+
+
+def overwrite(shard: Path) -> None:
+    with open(shard, "r+b") as file:  # its size stays the same
+        file.write(os.urandom(shard.stat().st_size))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", [truncate, overwrite])
+def test_a_shard_that_is_damaged_in_mid_run_is_named(tiny_model, icon_shards, tmp_path, workers, damage):
+    shards = shutil.copytree(icon_shards, tmp_path / "shards")
+
+    def validate(clip, world):
+        for shard in (shards / "train").glob("*.tar"):
+            damage(shard)
+        return {}
+
+    plan = recipe(tiny_model, shards, tmp_path / "run", workers=workers)
+    with pytest.raises(UserError, match=r"train-\d+\.tar: altered since it was built.* restore it") as caught:
+        fit(plan, World(), validate)
+    assert caught.value.exit_code == 2  # another attempt would end in the same way
+    assert "Traceback" not in str(caught.value)
+
+
+class Ends(Dataset):
+    """Its workers end in a way."""
+
+    def __init__(self, act: Callable):
+        self.act = act
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return self.act()
+
+
+def _signalled(number: int) -> Callable:
+    def act() -> None:
+        signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+        os.kill(os.getpid(), number)
+
+    return act
+
+
+def _bug() -> None:
+    raise RuntimeError("a bug")
+
+
+def _gone() -> None:
+    raise FileNotFoundError(2, "No such file or directory", "train-000000.tar")
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (_signalled(signal.SIGKILL), "was killed (DataLoader worker"),
+        (_signalled(signal.SIGBUS), "no room in /dev/shm ("),
+        (_signalled(signal.SIGSEGV), "was ended by a signal from outside, or crashed (DataLoader worker"),
+        (_bug, ""),
+    ],
+    ids=["kill", "bus", "segmentation", "bug"],
+)
+def test_each_end_of_a_worker_has_its_own_sentence(act, words):
+    with pytest.raises(RuntimeError) as caught:
+        list(loader(Ends(act), [[0], [1]], 1, World()))
+    assert words in end_of_reader(caught.value), str(caught.value)
+    assert bool(words) == bool(end_of_reader(caught.value))
+
+
+def test_a_file_that_is_gone_may_come_back():
+    for workers in (0, 1):
+        with pytest.raises(
+            Fault, match=r"can no longer be read \(.*No such file.*train-000000\.tar"
+        ) as caught:
+            list(loader(Ends(_gone), [[0], [1]], workers, World()))
+        assert caught.value.exit_code == 1
+
+
+def test_full_shared_memory_is_named(tiny_model, icon_shards, tmp_path):
+    plan = recipe(tiny_model, icon_shards, tmp_path / "run", workers=1, global_batch_size=96)
+    words = command(*flags(plan, tmp_path / "recipe.yaml"))
+    script = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
+    if subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", "true"], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("/dev/shm cannot be replaced here (not root)")
+    ended = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", *words],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "found no room in /dev/shm (" in ended.stderr
+    assert "--shm-size" in ended.stderr
+    assert "Traceback" not in ended.stderr
