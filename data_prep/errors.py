@@ -60,7 +60,7 @@ def end_of_reader(error: BaseException) -> str:
     if signal_name.startswith("Bus error") or any(sign in text for sign in SHARED_MEMORY):
         return (
             f"{worker} found no room in /dev/shm ({_free('/dev/shm')} free); lower --workers, or give the"
-            " machine or container more shared memory (docker run --shm-size 8g)"
+            " machine or container more shared memory"
         )
     if signal_name.startswith("Killed") or "exited unexpectedly" in first:
         return (
