@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -55,3 +56,28 @@ def test_a_signal_saves_a_checkpoint(tiny_model, icon_shards, tmp_path, ranks, w
     if ranks == 0:
         assert process.returncode == 0, output
         assert "Traceback" not in output
+
+
+LEFT_AT_EXIT = """
+import sys
+from data_prep.shards import Shards
+from eval.embed import EvalImages
+from train.data.loader import loader
+from train.model.clip import load
+from train.world import World
+transform = load("demo-vit:none").eval_transform
+batches = loader(EvalImages(Shards(sys.argv[1], "train"), transform), [[n] for n in range(40)], 2, World())
+next(batches)
+raise SystemExit(3)
+"""
+
+
+def test_workers_that_are_left_at_exit_do_not_hold_the_process(icon_shards):
+    """As when another rank is lost: the exception still refers to the loader."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEFT_AT_EXIT, str(icon_shards)], cwd=ROOT, env=environment()
+    )
+    try:
+        assert process.wait(timeout=60) == 3
+    finally:
+        process.kill()

@@ -4,7 +4,9 @@ rank r of W, step k:  positions k*B + r*B/W ...  ->  Order  ->  Shards.read  -> 
                       (B is global_batch_size)
 """
 
+import atexit
 import hashlib
+import multiprocessing
 import os
 import signal
 import traceback
@@ -223,9 +225,17 @@ class _CollateReadable:
         return error or self.collate(samples)
 
 
+@atexit.register
+def _kill_workers() -> None:
+    # multiprocessing ends workers that are left at exit by SIGTERM, which they ignore, and waits for them.
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def _quiet_worker(_: int) -> None:
     # Stop requests are for the main process, but torchrun, srun, timeout and terminals send them to the whole
-    # process group. A worker ends with the loader, or by itself when the main process is gone.
+    # process group. A worker ends with the loader, at exit, or by itself when the main process is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
