@@ -53,6 +53,7 @@ def test_the_figures_are_those_of_the_files(tuned_run, icon_shards, folder, tmp_
     assert text == (folder / "README.md").read_text()
     compared = json.loads(results.read_text())
     base, tuned = compared["models"]
+    assert f"by {100 * tuned['metrics']['calibration_error']:.1f} points on average" in text
     expected = []
     for model in (base, tuned):
         value, interval = model["metrics"]["text_to_image/R@1"], model["intervals"]["text_to_image/R@1"]

@@ -89,6 +89,7 @@ def write_card(
         data=data,
         training=training_facts(run) if run else {},
         results=[table.markdown() for table in tables],
+        calibration=list(filter(None, (table.calibration() for table in tables))),
         has_retention=any(table.is_retention for table in tables),
         curve=f"{IMAGES}/{CURVE}",
         images=[f"{IMAGES}/{name}" for name in gather_images(folder, run, images)],

@@ -125,6 +125,17 @@ class Table:
             title = f"Retention set, {title}"
         return {"title": title, "table": markdown_table(columns, rows)}
 
+    def calibration(self) -> str:
+        """A sentence on the softmax of cosines as probabilities; "" where eval did not measure it."""
+        error = self.published["metrics"].get("calibration_error")
+        if error is None:
+            return ""
+        return (
+            f"The probabilities that the code above prints differ from the share of correct answers by"
+            f" {100 * error:.1f} points on average (calibration error on {self.data}). Ranks do not depend on"
+            " it; before you use them as probabilities, fit a temperature on held-out data."
+        )
+
     def eval_results(self, datasets: list[str]) -> list[EvalResult]:
         """The metrics as metadata of the hub."""
         return [
