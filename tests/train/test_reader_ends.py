@@ -115,4 +115,4 @@ def test_full_shared_memory_is_named(tiny_model, icon_shards, tmp_path):
     )
     assert ended.returncode == 1, ended.stderr
     assert "found no room in /dev/shm (" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert "  File" not in ended.stderr  # the worker may be killed while it prints the head of a traceback
