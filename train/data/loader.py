@@ -9,6 +9,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.queues import Queue
@@ -178,9 +179,31 @@ def loader(
         worker_init_fn=_quiet_worker,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
     )
-    for batch in loaded:
+    for batch in _received(loaded):
         if isinstance(batch, UserError):
             raise batch
+        yield batch
+
+
+def _received(loaded: DataLoader) -> Iterator:
+    """The batches; a worker that died while it sent one is named as torch names it elsewhere."""
+    iterator = iter(loaded)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            workers = getattr(iterator, "_workers", ())
+            for worker in workers:
+                worker.join(0.2)  # it closes its socket before it is gone
+            ended = [worker for worker in workers if not worker.is_alive()]
+            names = [signal.strsignal(-worker.exitcode) for worker in ended if (worker.exitcode or 0) < 0]
+            if not ended:
+                raise
+            raise RuntimeError(
+                f"DataLoader worker (pid {ended[0].pid}) is killed by signal: {(names or ['Unknown'])[0]}. "
+            ) from error
         yield batch
 
 
@@ -248,4 +271,5 @@ def _end_of_worker(error: Exception, _: object) -> None:
     """
     if isinstance(error, (RuntimeError, OSError)):
         os.kill(os.getpid(), signal.SIGBUS)
+        time.sleep(60)  # another thread may have to handle the signal
     traceback.print_exception(error)
