@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT end a run with a checkpoint, wherever they arrive: the process, its group, torchrun."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -59,25 +60,38 @@ def test_a_signal_saves_a_checkpoint(tiny_model, icon_shards, tmp_path, ranks, w
 
 
 LEFT_AT_EXIT = """
-import sys
+import multiprocessing, sys
 from data_prep.shards import Shards
 from eval.embed import EvalImages
 from train.data.loader import loader
 from train.model.clip import load
 from train.world import World
-transform = load("demo-vit:none").eval_transform
-batches = loader(EvalImages(Shards(sys.argv[1], "train"), transform), [[n] for n in range(40)], 2, World())
-next(batches)
-raise SystemExit(3)
+
+def rank(shards):
+    transform = load("demo-vit:none").eval_transform
+    global batches
+    batches = loader(EvalImages(Shards(shards, "train"), transform), [[n] for n in range(40)], 2, World())
+    next(batches)
+    raise SystemExit(3)
+
+if __name__ == "__main__" and sys.argv[2] == "itself":
+    rank(sys.argv[1])
+elif __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=rank, args=(sys.argv[1],))
+    process.start()
+    process.join()
+    raise SystemExit(process.exitcode)
 """
 
 
-def test_workers_that_are_left_at_exit_do_not_hold_the_process(icon_shards):
+@pytest.mark.parametrize("whose", ["itself", "a child of multiprocessing"])
+def test_workers_that_are_left_at_exit_do_not_hold_the_process(icon_shards, tmp_path, whose):
     """As when another rank is lost: the exception still refers to the loader."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", LEFT_AT_EXIT, str(icon_shards)], cwd=ROOT, env=environment()
-    )
+    (tmp_path / "left.py").write_text(LEFT_AT_EXIT)
+    line = [sys.executable, str(tmp_path / "left.py"), str(icon_shards), whose]
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(), start_new_session=True)
     try:
         assert process.wait(timeout=60) == 3
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

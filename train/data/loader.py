@@ -4,9 +4,8 @@ rank r of W, step k:  positions k*B + r*B/W ...  ->  Order  ->  Shards.read  -> 
                       (B is global_batch_size)
 """
 
-import atexit
 import hashlib
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import time
@@ -170,6 +169,9 @@ def loader(
         Fault: a shard can no longer be read.
         UserError: a shard is damaged, which another attempt would not change.
     """
+    # multiprocessing ends workers that are left at exit by SIGTERM, which they ignore, and waits for them. Not
+    # by atexit, which a child of multiprocessing does not run.
+    multiprocessing.util.Finalize(None, _kill_workers, exitpriority=0)
     loaded = DataLoader(
         _Readable(dataset),
         batch_sampler=batches,
@@ -248,9 +250,7 @@ class _CollateReadable:
         return error or self.collate(samples)
 
 
-@atexit.register
 def _kill_workers() -> None:
-    # multiprocessing ends workers that are left at exit by SIGTERM, which they ignore, and waits for them.
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
