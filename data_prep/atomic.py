@@ -2,9 +2,12 @@
 
 OUT/.made.json     the kind of the folder, and the files in it that our commands made: what may be replaced
 .OUT.partial       the new one while it is written
+UNFINISHED/.lock   of an unfinished folder that a later command resumes: locked while a process writes in it
 .OUT.replaced      the old one while it is deleted
 """
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -17,6 +20,8 @@ from data_prep.errors import UserError
 from data_prep.strict_json import strict_json
 
 MARK = ".made.json"
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
 
 
 @contextmanager
@@ -63,6 +68,29 @@ def atomic_folder(path: Path, kind: str = "") -> Iterator[Path]:
         replace_folder(partial, path, is_whole=not kind)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, work: str) -> Iterator[None]:
+    """Hold the lock of an unfinished folder; it is made.
+
+    Args:
+        work: what the command does there, for the message: "building in".
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # A POSIX lock: worker processes, which may outlive a killed parent for a second, do not inherit it.
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(
+                    f"{folder}: another process is {work} it; wait until it ends, or stop it"
+                ) from None
+        yield
 
 
 def mark(folder: Path, kind: str) -> None:

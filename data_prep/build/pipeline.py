@@ -20,21 +20,12 @@ import PIL
 import simplejpeg
 import tyro
 
-from data_prep.atomic import check_replaceable, mark, replace_folder, write_json
+from data_prep.atomic import LOCK, check_replaceable, locked, mark, replace_folder, write_json
 from data_prep.build.decisions import Decision, read_decisions
 from data_prep.build.options import Checking, Parallelism, Reading, Splitting, cores
 from data_prep.build.plan import Plan, check_parts
 from data_prep.build.records import Part, load
-from data_prep.build.resume import (
-    LOCK,
-    SETTINGS,
-    adopt,
-    check_ours,
-    locked,
-    restart,
-    retry_rejected,
-    start_or_resume,
-)
+from data_prep.build.resume import SETTINGS, adopt, check_ours, restart, retry_rejected, start_or_resume
 from data_prep.build.scan import Checks, scan
 from data_prep.build.split import SPLITS
 from data_prep.build.write import Changed, index_in_place, write_shards
@@ -156,7 +147,7 @@ def _run(
     }
     check_ours(folder)
     if parallelism.num_tasks == 1:
-        with locked(folder):
+        with locked(folder, "building in"):
             _check_images(folder, settings, read, decisions.values(), checks, parallelism)
             return _merge(out, check.max_rejects, parallelism.processes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +218,7 @@ def merge(
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     check_replaceable(out, "shards", overwrite, [*settings["inputs"], settings["read"]["images"]])
     Checking(max_rejects=max_rejects).rules()  # raises for an invalid one
-    with locked(folder):
+    with locked(folder, "building in"):
         return _merge(out, max_rejects, processes or cores())
 
 
