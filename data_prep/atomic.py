@@ -29,12 +29,27 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; on success it is fsynced and renamed to `path`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
+        with _full_disk_as_oserror(path):
+            yield partial
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _full_disk_as_oserror(path: Path) -> Iterator[None]:
+    """safetensors and tokenizers have error types of their own for a full disk: they become Python's."""
+    try:
+        yield
+    except (OSError, UserError, RuntimeError):  # torch reports a full /dev/shm as RuntimeError
+        raise
+    except Exception as error:
+        full = os.strerror(errno.ENOSPC)
+        if full not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, full, str(path)) from None
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -60,7 +75,8 @@ def atomic_folder(path: Path, kind: str = "") -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with _full_disk_as_oserror(path):
+            yield partial
         if kind:
             mark(partial, kind)
         for entry in [*partial.rglob("*"), partial]:
