@@ -295,6 +295,9 @@ def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_
     counts = {reason: n for reason, n in summary["reasons"].items() if reason not in ASKED or not unusable}
     reasons = "".join(f"\n  {n:8} x {reason}" for reason, n in counts.items())
     first = next(reject for reject in plan.rejects() if reject.reason in counts)
+    # in a folder, the line is only the number of the image
+    in_folder = first.image and Path(list(settings["inputs"])[first.input]).is_dir()
+    place = repr(first.image) if in_folder else f"line {first.line}, {first.image!r}"
     why = ", ".join(filter(None, (first.reason, first.detail)))
     head = f"{unusable} of {rows} rows cannot be used ({unusable / rows:.1%}), more than"
     head += f" --max-rejects {max_rejects:g} allows"
@@ -309,6 +312,5 @@ def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_
     hints = transparent(summary["reasons"], settings["check"]["background"], is_built=False)
     hints = "".join(f"\n{hint}" for hint in hints)
     raise UserError(
-        f"{head}:{reasons}\nthe first is line {first.line}, {first.image!r}:"
-        f" {why}; all are in {folder / 'rejects.csv'}. {fix}{hints}"
+        f"{head}:{reasons}\nthe first is {place}: {why}; all are in {folder / 'rejects.csv'}. {fix}{hints}"
     )
