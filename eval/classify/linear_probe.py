@@ -58,7 +58,7 @@ def read_task(
         folders = f", or divide it into {folder / 'train'} and {folder / 'test'}" if folder.is_dir() else ""
         raise UserError(
             f"{data}: has no splits, and heads are tested on other images than they are trained on; pass"
-            f" those with --test-data{folders}"
+            f" --test-data DATA with those{folders}"
         )
     train_split, val_split, test_split = splits
 

@@ -222,7 +222,7 @@ def test_mistakes_get_messages(tiny_model, halves, tmp_path):
     same = halves / "train"
     table = as_csv(tmp_path / "table", labelled_images())
     for data in (other, table):
-        with pytest.raises(UserError, match=r"has no splits.*; pass those with --test-data") as error:
+        with pytest.raises(UserError, match=r"has no splits.*; pass --test-data DATA") as error:
             run_probe(tiny_model, "--data", data)
         assert (f"{data}/train and {data}/test" in str(error.value)) == data.is_dir()
     foreign = as_folder(tmp_path / "foreign", labelled_images(), classes=["Trabant", "Lada", "Tatra"])
