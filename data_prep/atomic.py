@@ -2,9 +2,12 @@
 
 OUT/.made.json     the kind of the folder, and the files in it that our commands made: what may be replaced
 .OUT.partial       the new one while it is written
+UNFINISHED/.lock   of an unfinished folder that a later command resumes: locked while a process writes in it
 .OUT.replaced      the old one while it is deleted
 """
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -17,6 +20,8 @@ from data_prep.errors import UserError
 from data_prep.strict_json import strict_json
 
 MARK = ".made.json"
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
 
 
 @contextmanager
@@ -24,12 +29,27 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; on success it is fsynced and renamed to `path`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
+        with _full_disk_as_oserror(path):
+            yield partial
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _full_disk_as_oserror(path: Path) -> Iterator[None]:
+    """safetensors and tokenizers have error types of their own for a full disk: they become Python's."""
+    try:
+        yield
+    except (OSError, UserError, RuntimeError):  # torch reports a full /dev/shm as RuntimeError
+        raise
+    except Exception as error:
+        full = os.strerror(errno.ENOSPC)
+        if full not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, full, str(path)) from None
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -55,7 +75,8 @@ def atomic_folder(path: Path, kind: str = "") -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with _full_disk_as_oserror(path):
+            yield partial
         if kind:
             mark(partial, kind)
         for entry in [*partial.rglob("*"), partial]:
@@ -63,6 +84,29 @@ def atomic_folder(path: Path, kind: str = "") -> Iterator[Path]:
         replace_folder(partial, path, is_whole=not kind)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, work: str) -> Iterator[None]:
+    """Hold the lock of an unfinished folder; it is made.
+
+    Args:
+        work: what the command does there, for the message: "building in".
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # A POSIX lock: worker processes, which may outlive a killed parent for a second, do not inherit it.
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(
+                    f"{folder}: another process is {work} it; wait until it ends, or stop it"
+                ) from None
+        yield
 
 
 def mark(folder: Path, kind: str) -> None:

@@ -10,7 +10,7 @@ and resizing, so features compare with those of an index.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -83,7 +83,7 @@ class Model:
         return self.clip.towers.model.logit_scale.exp().item()
 
     def encode_images(
-        self, images: ImageLike | Sequence[ImageLike], batch_size: int = 64, workers: int = 0
+        self, images: ImageLike | Iterable[ImageLike], batch_size: int = 64, workers: int = 0
     ) -> np.ndarray:
         """Features of images, with a progress bar after a second.
 
@@ -100,6 +100,9 @@ class Model:
         """
         if isinstance(images, (str, Path, Image.Image)):
             return self.encode_images([images])[0]
+        images = _sequence(images, "images")
+        _check_at_least("batch_size", batch_size, 1)
+        _check_at_least("workers", workers, 0)
         dataset, numbers = _Images(images, self.clip), batches(len(images), batch_size)
         inputs = loader(dataset, numbers, workers, World(device=self.device), _stack)
         bar = progress(inputs, total=len(numbers), desc="encoding images", unit="batch", leave=False, delay=1)
@@ -117,7 +120,7 @@ class Model:
                 parts.append(features.cpu().numpy())
         return np.concatenate(parts)
 
-    def encode_texts(self, texts: str | Sequence[str], batch_size: int = 64) -> np.ndarray:
+    def encode_texts(self, texts: str | Iterable[str], batch_size: int = 64) -> np.ndarray:
         """Features of texts.
 
         Args:
@@ -132,6 +135,8 @@ class Model:
         """
         if isinstance(texts, str):
             return self.encode_texts([texts])[0]
+        texts = _sequence(texts, "texts")
+        _check_at_least("batch_size", batch_size, 1)
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"texts[{number}] is {type(text).__name__}, not a str: {text!r:.80}")
@@ -144,8 +149,8 @@ class Model:
         self,
         query: Query,
         *,
-        images: Sequence[ImageLike] | None = None,
-        texts: Sequence[str] | None = None,
+        images: Iterable[ImageLike] | None = None,
+        texts: Iterable[str] | None = None,
         k: int | None = None,
     ) -> list[tuple[ImageLike, float]]:
         """Images or texts by their similarity to a query: (the image or text, cosine), best first.
@@ -160,17 +165,29 @@ class Model:
         """
         if (images is None) == (texts is None):
             raise UserError("rank: pass images=[...] or texts=[...], one of the two")
-        items = images if texts is None else texts
-        features = self.encode_images(images) if texts is None else self.encode_texts(texts)
+        name, items = ("images", images) if texts is None else ("texts", texts)
+        if isinstance(items, (str, Path, Image.Image)):
+            raise UserError(f"rank: {name} is one {type(items).__name__}; pass a list")
+        items = _sequence(items, name)
+        features = self.encode_images(items) if texts is None else self.encode_texts(items)
         scores = features @ self.encode(query)
         return [(items[number], float(scores[number])) for number in np.argsort(-scores, kind="stable")[:k]]
 
     def encode(self, query: Query) -> np.ndarray:
-        """float32 [d] of a query; see rank()."""
+        """float32 [d] of a query; see rank().
+
+        Raises:
+            UserError: it is no query, as a list of sentences, or it cannot be encoded.
+        """
         if isinstance(query, np.ndarray):
             if query.ndim != 1:
                 raise UserError(f"a query is one row of features [d], but this array is {list(query.shape)}")
             return query.astype(np.float32, copy=False)
+        if not isinstance(query, (str, Path, Image.Image)):
+            raise UserError(
+                f"a query is one sentence (str), one image (Path or PIL image) or one row of features [d],"
+                f" not {type(query).__name__}; pass them one at a time"
+            )
         return self.encode_texts(query) if isinstance(query, str) else self.encode_images(query)
 
 
@@ -230,8 +247,7 @@ class Index:
         Raises:
             UserError: no such column or value; the query cannot be encoded.
         """
-        if k < 1:
-            raise UserError(f"k={k}: must be at least 1")
+        _check_at_least("k", k, 1)
         rows = filter_rows(self.index, filters)
         is_array = isinstance(query, np.ndarray)
         features = np.asarray(query, np.float32) if is_array else self.model.encode(query)
@@ -259,6 +275,22 @@ class _Images(Dataset):
             return f"{self.name(number)}: cannot be read ({error.strerror or error})"
         except BadImage as bad:
             return f"{self.name(number)}: {bad}"
+
+
+def _sequence(items: Iterable, name: str) -> Sequence:
+    """`items` with a length and numbers, as a generator has not.
+
+    Args:
+        name: of the parameter, for the message.
+    """
+    if not isinstance(items, Iterable):
+        raise UserError(f"{name}={items!r:.80}: must be a list")
+    return items if hasattr(items, "__getitem__") and hasattr(items, "__len__") else list(items)
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{name}={value}: must be at least {least}")
 
 
 def _bytes_of(image: ImageLike) -> bytes:

@@ -33,4 +33,6 @@ def main(name: str, sentence: str, *paths: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit("usage: python examples/find_images.py MODEL SENTENCE IMAGE [IMAGE ...]")
     main(*sys.argv[1:])

@@ -310,3 +310,15 @@ def served(tmp_path):
     yield folder, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB, where one can be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here (not root)")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -20,21 +20,12 @@ import PIL
 import simplejpeg
 import tyro
 
-from data_prep.atomic import check_replaceable, mark, replace_folder, write_json
+from data_prep.atomic import LOCK, check_replaceable, locked, mark, replace_folder, write_json
 from data_prep.build.decisions import Decision, read_decisions
 from data_prep.build.options import Checking, Parallelism, Reading, Splitting, cores
 from data_prep.build.plan import Plan, check_parts
 from data_prep.build.records import Part, load
-from data_prep.build.resume import (
-    LOCK,
-    SETTINGS,
-    adopt,
-    check_ours,
-    locked,
-    restart,
-    retry_rejected,
-    start_or_resume,
-)
+from data_prep.build.resume import SETTINGS, adopt, check_ours, restart, retry_rejected, start_or_resume
 from data_prep.build.scan import Checks, scan
 from data_prep.build.split import SPLITS
 from data_prep.build.write import Changed, index_in_place, write_shards
@@ -156,7 +147,7 @@ def _run(
     }
     check_ours(folder)
     if parallelism.num_tasks == 1:
-        with locked(folder):
+        with locked(folder, "building in"):
             _check_images(folder, settings, read, decisions.values(), checks, parallelism)
             return _merge(out, check.max_rejects, parallelism.processes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +218,7 @@ def merge(
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     check_replaceable(out, "shards", overwrite, [*settings["inputs"], settings["read"]["images"]])
     Checking(max_rejects=max_rejects).rules()  # raises for an invalid one
-    with locked(folder):
+    with locked(folder, "building in"):
         return _merge(out, max_rejects, processes or cores())
 
 
@@ -304,6 +295,9 @@ def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_
     counts = {reason: n for reason, n in summary["reasons"].items() if reason not in ASKED or not unusable}
     reasons = "".join(f"\n  {n:8} x {reason}" for reason, n in counts.items())
     first = next(reject for reject in plan.rejects() if reject.reason in counts)
+    # in a folder, the line is only the number of the image
+    in_folder = first.image and Path(list(settings["inputs"])[first.input]).is_dir()
+    place = repr(first.image) if in_folder else f"line {first.line}, {first.image!r}"
     why = ", ".join(filter(None, (first.reason, first.detail)))
     head = f"{unusable} of {rows} rows cannot be used ({unusable / rows:.1%}), more than"
     head += f" --max-rejects {max_rejects:g} allows"
@@ -318,6 +312,5 @@ def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_
     hints = transparent(summary["reasons"], settings["check"]["background"], is_built=False)
     hints = "".join(f"\n{hint}" for hint in hints)
     raise UserError(
-        f"{head}:{reasons}\nthe first is line {first.line}, {first.image!r}:"
-        f" {why}; all are in {folder / 'rejects.csv'}. {fix}{hints}"
+        f"{head}:{reasons}\nthe first is {place}: {why}; all are in {folder / 'rejects.csv'}. {fix}{hints}"
     )

@@ -29,7 +29,7 @@ from data_prep.build.database import Count, insert, select, select_one
 from data_prep.build.decisions import AppliedDecisions, Decision
 from data_prep.build.options import Reading
 from data_prep.errors import UserError
-from data_prep.inputs.formats import read
+from data_prep.inputs.formats import inputs_in, read
 from data_prep.inputs.names import Names, Problem, key_of
 from data_prep.inputs.rows import Row, is_in_place
 from data_prep.progress import progress
@@ -339,10 +339,10 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[De
         raise UserError("\n".join(problems[:SHOWN_PROBLEMS] + more_problems))
     if not loader.ordinal:
         ignored = "".join(f"; ignored: {count} x {why}" for why, count in loader.ignored.items())
-        raise UserError(
-            f"{', '.join(inputs)}: no rows{ignored}; an input must have a header and one row per caption, or"
-            " images with captions"
-        )
+        fix = "an input must have a header and one row per caption, or images with captions"
+        if found := [pattern for source in inputs if os.path.isdir(source) for pattern in inputs_in(source)]:
+            fix = f"these are tars or tables: pass {' '.join(found[:SHOWN_PROBLEMS])}"
+        raise UserError(f"{', '.join(inputs)}: no rows{ignored}; {fix}")
     loader.add_captions()
     loader.insert_pending()
     part.db.execute("CREATE INDEX rows_by_key ON rows (key, ordinal)")

@@ -7,12 +7,9 @@ part-*.sqlite: images       checked by this command
                earlier      checked by an earlier command, and kept if the file has the same bytes
 """
 
-import errno
-import fcntl
 import json
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep.atomic import write_json
@@ -21,9 +18,7 @@ from data_prep.build.records import SPOOLED, Part
 from data_prep.errors import UserError
 
 SETTINGS = "settings.json"  # of an unfinished build; the manifest begins with the same keys
-LOCK = ".lock"
 SAME_CHECKS = ("command", "format", "check")  # settings that, with the libraries, decide what a check finds
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
 SHOWN_INPUTS = 3
 # An image that a check has spooled, because it was changed or fetched, is kept with its place; of any other,
 # the place is that of the new row.
@@ -36,26 +31,6 @@ FROM (SELECT images.*, images.container = {SPOOLED} AND (rows.container IS NOT {
                                                          OR rows.offset != images.offset) AS by_check
       FROM images JOIN rows USING (ordinal)) AS images
 """
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of an unfinished build; its folder is made.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    # A POSIX lock: worker processes, which may outlive a killed parent for a second, do not inherit it.
-    with open(folder / LOCK, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise UserError(
-                    f"{folder}: another process is building in it; wait until it ends, or stop it"
-                ) from None
-        yield
 
 
 def check_ours(folder: Path) -> None:

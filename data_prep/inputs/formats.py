@@ -20,7 +20,7 @@ from data_prep.inputs.folders import read_folder
 from data_prep.inputs.imagefolder import metadata_files, read_imagefolder
 from data_prep.inputs.parquet import read_parquet
 from data_prep.inputs.rows import Columns, Input, Row
-from data_prep.inputs.storage import COMPRESSED, IMAGE_EXTENSIONS, is_url
+from data_prep.inputs.storage import COMPRESSED, IMAGE_EXTENSIONS, is_url, walk
 from data_prep.inputs.tables import read_csv, read_json, read_jsonl
 from data_prep.inputs.tars import read_tar
 from data_prep.inputs.texts import check_encoding
@@ -58,6 +58,7 @@ UNSUPPORTED = {
     **dict.fromkeys(IMAGE_EXTENSIONS, "is an image; pass a table of images and captions, or its folder"),
 }
 CONTAIN_IMAGES = {".parquet", ".tar"}  # formats that usually contain the images, so --images is not needed
+IN_FOLDERS = (".tar", ".parquet", CSV, ".tsv", ".jsonl")  # what people have a folder of, see inputs_in
 
 
 def read(
@@ -102,6 +103,19 @@ def format_of(source: str) -> str:
     if extension in UNSUPPORTED:
         raise UserError(f"{source}: {UNSUPPORTED[extension]}")
     return extension if extension in READERS else CSV
+
+
+def inputs_in(folder: str) -> list[str]:
+    """What to pass instead of a folder of tars or tables: "FOLDER/*.tar"; nothing if it has none."""
+    patterns = {}
+    for path in walk(folder):
+        name = os.path.basename(path)
+        while name.endswith(COMPRESSED):
+            name = name.rsplit(".", 1)[0]
+        if (extension := os.path.splitext(name)[1].lower()) in IN_FOLDERS:
+            ending = os.path.basename(path)[len(name) - len(extension) :]
+            patterns[os.path.join(os.path.dirname(path), f"*{ending}")] = None
+    return list(patterns)
 
 
 def images_folder(inputs: list[str]) -> str:

@@ -112,7 +112,7 @@ def linear_probe(
         val_split: Split of --data that chooses the regularization. By default a fifth of the training images
             of each class; groups of shards are not divided.
         split: Split to test on, where the data has splits.
-        test_data: Images with labels to test on; by default --data.
+        test_data: Images with labels to test on; by default --split of --data, if it has splits.
         table: How a table is read.
         names: Class names for the sentences; see zeroshot.
         templates: openai (80 templates), simple (7 of them), plain, icons, products, cars, or a text file

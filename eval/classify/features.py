@@ -47,17 +47,19 @@ class LabelledImages(Dataset):
 
 def split_of(data: str | Path, split: str) -> str:
     """`split` where the data has splits; "" for a file or a folder of classes, which are one split."""
+    return split if has_splits(data) else ""
+
+
+def has_splits(data: str | Path) -> bool:
     if is_url(str(data)):
-        return split if is_data_set(str(data)) else ""
+        return is_data_set(str(data))
     data = Path(data)
-    if data.is_dir() and (
+    return data.is_dir() and bool(
         any((data / name).is_dir() for name in SPLITS)
         or any((data / name).is_file() for name in ("manifest.json", "cars_meta.mat", "devkit/cars_meta.mat"))
         or next(data.glob("*.parquet"), None)
         or next(data.glob("data/*.parquet"), None)
-    ):
-        return split
-    return ""
+    )
 
 
 def checked(data: bytes | BadImage, background: tuple[int, int, int] = RULES.background) -> bytes:

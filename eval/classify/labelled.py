@@ -53,6 +53,7 @@ IMAGENETTE = {  # WordNet ids of the ten classes of github.com/fastai/imagenette
     "n03445777": "golf ball",
     "n03888257": "parachute",
 }
+SHOWN_FOLDERS = 5
 CARS_FILES = {"train": "cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
 
 
@@ -113,15 +114,21 @@ def distinct(data: Labelled) -> Labelled:
         if (digest, label) not in rows:
             rows.add((digest, label))
             keep.append(number)
+    one_group = np.array([groups[digest] for digest in digests], np.int64)
+    grouped = dataclasses.replace(data, groups=one_group, digests=tuple(digests))
+    return dataclasses.replace(selected(grouped, keep), duplicates=len(data) - len(keep))
+
+
+def selected(data: Labelled, keep: Sequence[int]) -> Labelled:
+    """The images of `data` with these numbers, in this order."""
     kept = np.array(keep, np.int64)
     return dataclasses.replace(
         data,
         labels=data.labels[kept],
         names=[data.names[number] for number in keep],
         read=_Selected(data.read, kept),
-        groups=np.array([groups[digests[number]] for number in keep], np.int64),
-        duplicates=len(data) - len(keep),
-        digests=tuple(digests[number] for number in keep),
+        groups=data.groups[kept],
+        digests=tuple(data.digests[number] for number in keep),
     )
 
 
@@ -401,11 +408,18 @@ def _class_folders(folder: Path) -> Labelled:
     )
     if not classes:
         raise UserError(f"{folder}: has no folders; it must have one folder of images per class")
-    names, labels = [], []
-    for label, name in enumerate(classes):
-        images = sorted(f"{name}/{image}" for image in images_below(str(folder / name)))
-        names += images
-        labels += [label] * len(images)
+    images = {
+        name: sorted(f"{name}/{image}" for image in images_below(str(folder / name))) for name in classes
+    }
+    if empty := [name for name in classes if not images[name]]:
+        listed = ", ".join(empty[:SHOWN_FOLDERS]) + ", ..." * (len(empty) > SHOWN_FOLDERS)
+        if len(empty) == len(classes):
+            raise UserError(f"{folder}: none of its {len(empty)} folders has an image ({listed})")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{folder}: folders without an image are not counted as classes: {len(empty)} ({listed})")
+        classes = [name for name in classes if images[name]]
+    names = [image for name in classes for image in images[name]]
+    labels = [label for label, name in enumerate(classes) for _ in images[name]]
     return _files(str(folder), folder, names, labels, [IMAGENETTE.get(name, name) for name in classes])
 
 

@@ -5,6 +5,7 @@ train, val, test -> image_features (cached by content) -> linear head, MLP (eval
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 
 from data_prep.errors import UserError
-from eval.classify.features import Features, image_features, split_of
+from eval.classify.features import Features, has_splits, image_features, split_of
 from eval.classify.heads import Head, Split, fit_linear, fit_mlp, validation_split
-from eval.classify.labelled import Labelled, read_labelled
+from eval.classify.labelled import Labelled, read_labelled, selected
 from eval.classify.metrics import predict, summarize
 from eval.classify.templates import read_names, read_templates
 from eval.classify.zeroshot import text_features
@@ -24,6 +25,8 @@ from eval.options import Inference, LabelledTable
 from eval.retrieval.ranking import TIE
 from train.model.clip import Clip
 from train.world import World
+
+SHOWN_CLASSES = 5
 
 
 class Task(NamedTuple):
@@ -34,6 +37,10 @@ class Task(NamedTuple):
     test: Labelled
     sentences: list[list[str]]
 
+    def read(self) -> list[Labelled]:
+        """All that was read."""
+        return [data for data in (self.train, self.val, self.test) if data]
+
 
 def read_task(
     data: str, splits: tuple[str, str, str], test_data: str, table: LabelledTable, names: str, templates: str
@@ -42,7 +49,17 @@ def read_task(
 
     Args:
         splits: For training, validation ("" holds out a part of the training images) and test.
+
+    Raises:
+        UserError: The data has no splits, and there is no other to test on.
     """
+    if test_data == data and not has_splits(data):
+        folder = Path(data)
+        folders = f", or divide it into {folder / 'train'} and {folder / 'test'}" if folder.is_dir() else ""
+        raise UserError(
+            f"{data}: has no splits, and heads are tested on other images than they are trained on; pass"
+            f" --test-data DATA with those{folders}"
+        )
     train_split, val_split, test_split = splits
 
     def read(place: str, split: str) -> Labelled:
@@ -83,8 +100,8 @@ def evaluate_heads(
         "n_train": [len(split.fit), len(split.val)],
         "n_classes": len(task.train.classes),
         "unreadable": train.unreadable + test.unreadable,
-        "unlabelled": task.train.unlabelled + task.test.unlabelled,
-        "duplicates": task.train.duplicates + task.test.duplicates,
+        "unlabelled": [image for data in task.read() for image in data.unlabelled],
+        "duplicates": sum(data.duplicates for data in task.read()),
         "heads": {
             name: summarize(predict(logits, test.labels, tie), test.groups)
             for name, (logits, tie) in scores.items()
@@ -123,21 +140,30 @@ def concatenated(fit: Features, val: Features) -> tuple[Split, Features]:
 
 
 def with_classes_of(train: Labelled, data: Labelled) -> Labelled:
-    """`data` with its labels numbered by the classes of `train`.
+    """`data` with its labels numbered by the classes of `train`; images of other classes are unlabelled.
 
     Raises:
-        UserError: It has images of other classes, or the same images as `train`.
+        UserError: It has no image of these classes, or the same images as `train`.
     """
     numbers = {name: number for number, name in enumerate(train.classes)}
-    used = [data.classes[label] for label in np.unique(data.labels)]
-    if unknown := [name for name in used if name not in numbers]:
-        raise UserError(
-            f"{data.place}: class {unknown[0]!r} ({len(unknown)} such) is not a class of {train.place}; test"
-            " on the classes of the training data"
-        )
-    if data.sha256 == train.sha256:
-        raise UserError(
-            f"{data.place}: the same images as the training data; pass others with --test-data or --split"
-        )
     labels = np.array([numbers.get(name, -1) for name in data.classes])[data.labels]
-    return dataclasses.replace(data, classes=train.classes, labels=labels)
+    other = [
+        (data.names[number], f"class {data.classes[data.labels[number]]!r} is not in the training data")
+        for number in np.flatnonzero(labels < 0)
+    ]
+    if len(other) == len(data):
+        raise UserError(
+            f"{data.place}: none of its {len(data)} images is of a class of {train.place}; its classes are"
+            f" {shortened(data.classes)}, those of the training data {shortened(train.classes)}"
+        )
+    data = dataclasses.replace(
+        data, classes=train.classes, labels=labels, unlabelled=[*data.unlabelled, *other]
+    )
+    data = selected(data, np.flatnonzero(labels >= 0))
+    if data.sha256 == train.sha256:
+        raise UserError(f"{data.place}: the same images as the training data; pass others with --test-data")
+    return data
+
+
+def shortened(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:SHOWN_CLASSES]) + ", ..." * (len(classes) > SHOWN_CLASSES)

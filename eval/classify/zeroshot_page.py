@@ -113,11 +113,14 @@ def skipped_images(result: dict, use: str) -> list[str]:
         use: Of the sentence "3 unreadable images are not USE".
     """
     lines = []
-    for reason in ("unreadable", "unlabelled"):
+    for reason, images in (
+        ("unreadable", "unreadable images"),
+        ("unlabelled", "images without a usable label"),
+    ):
         if skipped := result[reason]:
             listed = "; ".join(f"{name}: {why}" for name, why in skipped[:MOST_LISTED])
             more = "; ..." if len(skipped) > MOST_LISTED else ""
-            lines.append(f"{len(skipped)} {reason} images are not {use}: {listed}{more}")
+            lines.append(f"{len(skipped)} {images} are not {use}: {listed}{more}")
     if duplicates := result["duplicates"]:
         lines.append(f"{duplicates} rows repeat an image with the same label; each image counts once")
     return lines

@@ -1,5 +1,6 @@
 """A corpus becomes an index (eval/search/index.py), each image exactly once, on any number of ranks.
 
+    .INDEX.unfinished/.lock             locked by the first rank until it ends
     .INDEX.unfinished/started.json      what is indexed: model, data, options
     .INDEX.unfinished/block-000012.npz  features, thumbnails and metadata of some images, complete or absent
     INDEX/                              the blocks in order, joined by the first rank when all are there
@@ -14,6 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data_prep.atomic import atomic_file, atomic_folder, check_replaceable, local_paths, write_json
+from data_prep.atomic import atomic_file, atomic_folder, check_replaceable, local_paths, locked, write_json
 from data_prep.errors import NotFinite, UserError
 from data_prep.progress import progress
 from data_prep.strict_json import strict_json
@@ -57,18 +59,27 @@ def make_index(
     corpus, clip = world.all_or_raise(lambda: prepare(model, data, out, split, overwrite, inference, world))
     unfinished = out.with_name(f".{out.name}.unfinished")
     started = describe(model, corpus, clip, inference)
-    world.all_or_raise(lambda: start(unfinished, started) if world.is_first else None)
-    blocks = block_files(unfinished, corpus, inference)
-    missing = [block for block, file in enumerate(blocks) if not file.is_file()]
-    world.barrier()  # all ranks have listed the missing blocks before any rank writes one
-    own = missing[world.rank :: world.world_size]
-    seconds, count = write_blocks(blocks, own, corpus, clip, inference, world)
-    count = int(world.sum(torch.tensor([count], dtype=torch.float64)).item())
-    seconds = world.max(torch.tensor([seconds], dtype=torch.float64)).item()
-    totals = world.all_or_raise(lambda: join(blocks, out, started) if world.is_first else None)
-    if totals:
-        shutil.rmtree(unfinished)
-        print_summary(out, *totals, count, seconds)
+
+    def begin() -> None:
+        check_unfinished(unfinished)
+        lock.enter_context(locked(unfinished, "embedding into"))
+        # Another command may have finished since prepare().
+        check_replaceable(out, "index", overwrite, local_paths(model, data))
+        start(unfinished, started)
+
+    with ExitStack() as lock:
+        world.all_or_raise(lambda: begin() if world.is_first else None)
+        blocks = block_files(unfinished, corpus, inference)
+        missing = [block for block, file in enumerate(blocks) if not file.is_file()]
+        world.barrier()  # all ranks have listed the missing blocks before any rank writes one
+        own = missing[world.rank :: world.world_size]
+        seconds, count = write_blocks(blocks, own, corpus, clip, inference, world)
+        count = int(world.sum(torch.tensor([count], dtype=torch.float64)).item())
+        seconds = world.max(torch.tensor([seconds], dtype=torch.float64)).item()
+        totals = world.all_or_raise(lambda: join(blocks, out, started) if world.is_first else None)
+        if totals:
+            shutil.rmtree(unfinished)
+            print_summary(out, *totals, count, seconds)
 
 
 def print_summary(out: Path, n: int, unreadable: int, embedded: int, seconds: float) -> None:
@@ -104,12 +115,24 @@ def describe(model: str, corpus: Corpus, clip: Clip, inference: Inference) -> di
     }
 
 
-def start(unfinished: Path, started: dict) -> None:
-    """Make the folder of an unfinished index, or resume the one that is there if it is of the same.
+def check_unfinished(unfinished: Path) -> None:
+    """Refuse a folder that this command did not make.
 
     Raises:
-        UserError: It was not made by this command.
+        UserError: It is not an unfinished index.
     """
+    if not unfinished.exists() or (unfinished / "started.json").is_file():
+        return
+    # Hidden files are allowed: the lock, and what another command is writing at this moment.
+    if not unfinished.is_dir() or any(not entry.name.startswith(".") for entry in unfinished.iterdir()):
+        raise UserError(
+            f"{unfinished}: has no started.json, so it was not made by this command and is not overwritten;"
+            " move it away"
+        )
+
+
+def start(unfinished: Path, started: dict) -> None:
+    """Make the folder of an unfinished index, or resume the one that is there if it is of the same."""
     file = unfinished / "started.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -120,13 +143,9 @@ def start(unfinished: Path, started: dict) -> None:
         if n_blocks := len(list(unfinished.glob("block-*.npz"))):
             what = ", ".join(changes(before, started, changed))
             print(f"{unfinished}: of another {what}; starting again, without its {n_blocks} blocks of images")
-        shutil.rmtree(unfinished)
-    elif unfinished.exists():
-        raise UserError(
-            f"{unfinished}: has no started.json, so it was not made by this command and is not overwritten;"
-            " move it away"
-        )
-    unfinished.mkdir(parents=True)
+        for entry in unfinished.iterdir():
+            if not entry.name.startswith("."):  # the lock stays: it is held
+                entry.unlink()
     write_json(file, started)
 
 
@@ -154,7 +173,9 @@ def block_files(unfinished: Path, corpus: Corpus, inference: Inference) -> list[
 def write_blocks(
     files: Sequence[Path], own: Sequence[int], corpus: Corpus, clip: Clip, inference: Inference, world: World
 ) -> tuple[float, int]:
-    """Write this rank's blocks; seconds without the start of the workers, and the number of images."""
+    """Write this rank's blocks; seconds without the start of the workers, and the number of images that
+    could be read.
+    """
     size, batch_size, n = block_size(inference), inference.batch_size, len(corpus)
     ranges = [range(block * size, min((block + 1) * size, n)) for block in own]
     batches = [
@@ -163,7 +184,7 @@ def write_blocks(
         for first in range(0, len(numbers), batch_size)
     ]
     inputs = iter(loader(CorpusImages(corpus, clip), batches, inference.workers, world, collate))
-    total, started = sum(map(len, ranges)), None
+    total, readable, started = sum(map(len, ranges)), 0, None
     bar = progress(total=total, desc="embedding", unit="image", smoothing=0.05, disable=not world.is_first)
     with torch.inference_mode(), bar:
         for block, numbers in zip(own, ranges, strict=True):
@@ -182,7 +203,8 @@ def write_blocks(
                         metadata.append({**of_image, "reason": thumbnail})
                 bar.update(len(samples))
             write_block(files[block], features, thumbnails, metadata)
-    return (time.perf_counter() - started if started else 0.0), total
+            readable += len(thumbnails)
+    return (time.perf_counter() - started if started else 0.0), readable
 
 
 def write_block(

@@ -101,7 +101,8 @@ def filter_rows(index: Index, filters: Sequence[str]) -> np.ndarray | None:
         rows &= pc.fill_null(pc.equal(index.values(column), value), False).to_numpy()
         if not rows.any():
             values = [name for name, _ in index.choices().get(column, [])]
-            listed = f"; {column} can be {', '.join(values[:SHOWN_VALUES])}" if values else ""
+            more = f" and {len(values) - SHOWN_VALUES} more" if len(values) > SHOWN_VALUES else ""
+            listed = f"; {column} can be {', '.join(values[:SHOWN_VALUES])}{more}" if values else ""
             raise UserError(f"filter {condition!r}: no image of {index.name} matches{listed}")
     return rows if filters else None
 

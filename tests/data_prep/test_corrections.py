@@ -210,8 +210,8 @@ def test_two_commands_at_once_do_not_mix(tmp_path):
     path = noise_images(tmp_path, 10)
     (tmp_path / "out.partial").mkdir()
     code = (
-        "import sys, pathlib, data_prep.build.resume as resume\n"
-        "with resume.locked(pathlib.Path(sys.argv[1])): print(flush=True); input()"
+        "import sys, pathlib, data_prep.atomic as atomic\n"
+        "with atomic.locked(pathlib.Path(sys.argv[1]), 'building in'): print(flush=True); input()"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "out.partial")]
     with subprocess.Popen(arguments, cwd=ROOT, stdin=-1, stdout=-1) as first:

@@ -114,7 +114,18 @@ def test_training_reads_what_build_makes_of_every_format(tmp_path):
 def test_a_folder_of_nothing_that_is_read_says_what_it_has(tmp_path):
     folder = filled(tmp_path / "set", {"a.pdf": b"%PDF-1.7", ".DS_Store": b"", "b.docx": b"PK\3\4"})
     with pytest.raises(
-        UserError, match=r"no rows; ignored: 1 x hidden or system file; ignored: 2 x not an image;"
+        UserError, match=r"no rows; ignored: 1 x hidden or system file; ignored: 2 x not an image; an input"
+    ):
+        built(folder, tmp_path / "out")
+    folder = filled(tmp_path / "tars", {"0.tar": b"", "1.tar": b"", "more/a.csv.gz": b"", "README.md": b""})
+    with pytest.raises(UserError) as error:
+        built(folder, tmp_path / "out")
+    assert f"4 x not an image; these are tars or tables: pass {folder}/*.tar {folder}/more/*.csv.gz" in str(
+        error.value
+    )
+    folder = filled(tmp_path / "wordless", {"bell.png": png(noise(seed=1)), "house.png": png(noise(seed=2))})
+    with pytest.raises(
+        UserError, match=r"the first is 'bell\.png': no caption file, bell\.txt does not exist"
     ):
         built(folder, tmp_path / "out")
 

@@ -61,6 +61,7 @@ def test_features_are_those_of_an_index_for_paths_and_for_pil_images(files, mode
     assert np.allclose(model.encode_images(files, batch_size=3, workers=2), by_path, atol=1e-6)
     assert np.allclose(model.encode_images(files[1]), by_path[1], atol=1e-6)
     assert model.encode_images([]).shape == (0, 16)
+    assert np.array_equal(model.encode_images(path for path in files), by_path)
 
 
 def test_a_model_is_a_folder_a_run_or_a_name(model, tiny_model, tuned_run, files):
@@ -98,6 +99,8 @@ def test_texts_and_ranks(model, files):
     assert (features.dtype, features.shape) == (np.float32, (3, 16))
     assert np.allclose(model.encode_texts("a house"), features[1], atol=1e-6)
     assert model.encode_texts([]).shape == (0, 16)
+    assert np.array_equal(model.encode_texts(text for text in texts), features)
+    assert model.rank(texts[1], images=iter(files)) == model.rank(texts[1], images=files)
     images = model.encode_images(files)
     ranked = model.rank("a bell", images=files, k=4)
     order = np.argsort(-(images @ features[0]))[:4]
@@ -140,6 +143,13 @@ def test_mistakes_are_one_sentence(model, icon_index, files, tmp_path):
         (lambda: index.search("a", filters=["nothing=1"]), "no column 'nothing'"),
         (lambda: index.search(np.zeros(3)), r"are \[16\], not \[3\]"),
         (lambda: cliptune.Index(tmp_path), "no index there; make one"),
+        (lambda: index.search(["a bell", "a house"]), r"one sentence \(str\).*, not list; pass them one at"),
+        (lambda: model.rank(["a bell"], images=files), "not list; pass them one at a time"),
+        (lambda: model.rank("a bell", images="a.png"), "images is one str; pass a list"),
+        (lambda: model.encode_images(None), "images=None: must be a list"),
+        (lambda: model.encode_images(files, workers=-2), "workers=-2: must be at least 0"),
+        (lambda: model.encode_images(files, batch_size=0), "batch_size=0: must be at least 1"),
+        (lambda: model.encode_texts(["a"], batch_size=0), "batch_size=0: must be at least 1"),
     ):
         with pytest.raises(cliptune.UserError, match=words) as error:
             call()
@@ -154,6 +164,10 @@ def test_the_example_runs(tiny_model, files, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "'a bell' is nearest to:"
     assert len(lines) == 1 + 5 + 1 + 3
+    for arguments in ([], [tiny_model, "a bell"]):
+        monkeypatch.setattr(sys, "argv", ["find_images.py", *arguments])
+        with pytest.raises(SystemExit, match=r"usage: .* MODEL SENTENCE IMAGE"):
+            runpy.run_path(str(ROOT / "examples" / "find_images.py"), run_name="__main__")
 
 
 def test_the_code_of_the_documentation_runs(tuned_run, icon_shards, tmp_path, monkeypatch, capsys):

@@ -5,12 +5,14 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_mistake, call_here, noise_images, png, save_tiny
+from conftest import ROOT, assert_mistake, call_here, noise_images, png, save_tiny
 from PIL import Image
 
 from data_prep.errors import NotFinite, UserError
@@ -99,7 +101,7 @@ def test_blocks_ranks_and_stops_change_no_byte(icon_shards, tiny_model, tmp_path
         assert not unfinished.exists()
 
 
-def test_a_folder_of_images_with_bad_ones(tiny_model, tmp_path):
+def test_a_folder_of_images_with_bad_ones(tiny_model, tmp_path, capsys):
     folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
     noise_images(folder, 3)
@@ -113,8 +115,12 @@ def test_a_folder_of_images_with_bad_ones(tiny_model, tmp_path):
     (folder / "huge.png").write_bytes(png(Image.new("1", (20_000, 20_000))))
     (tmp_path / "secret.png").write_bytes((folder / "0.png").read_bytes())
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    capsys.readouterr()
     embed(tiny_model, folder, tmp_path / "index", inference=HERE)
     index = Index(tmp_path / "index")
+    printed = capsys.readouterr().out
+    assert f"{len(index)} images ({len(index)} embedded now, " in printed
+    assert "3 images cannot be read" in printed
     known = {row["key"]: row["captions"] for row in index.rows(range(len(index)))}
     with open(tmp_path / "index" / "unreadable.csv", newline="") as file:
         reasons = {row["key"]: row["reason"] for row in csv.DictReader(file)}
@@ -127,6 +133,29 @@ def test_a_folder_of_images_with_bad_ones(tiny_model, tmp_path):
     assert known["0.png"] == []
     assert len(set(index.group_of)) == len(index)
     assert index.manifest["unreadable"] == 3
+
+
+def test_two_commands_at_once_do_not_mix(tiny_model, tmp_path):
+    (tmp_path / "images").mkdir()
+    data, out = noise_images(tmp_path / "images", 3).parent, tmp_path / "index"
+    unfinished = tmp_path / ".index.unfinished"
+    code = (
+        "import sys, pathlib, data_prep.atomic as atomic\n"
+        "with atomic.locked(pathlib.Path(sys.argv[1]), 'embedding into'): print(flush=True); input()"
+    )
+    arguments = [sys.executable, "-c", code, str(unfinished)]
+    with subprocess.Popen(arguments, cwd=ROOT, stdin=-1, stdout=-1) as first:
+        first.stdout.readline()
+        with pytest.raises(UserError, match="another process is embedding into it; wait until it ends"):
+            embed(tiny_model, data, out, inference=HERE)
+        first.communicate(b"\n")
+    embed(tiny_model, data, out, inference=HERE)
+    assert len(Index(out)) == 3
+    assert not unfinished.exists()
+    unfinished.mkdir()
+    (unfinished / "mine.txt").touch()
+    with pytest.raises(UserError, match=r"has no started\.json"):
+        embed(tiny_model, data, out, overwrite=True, inference=HERE)
 
 
 def test_a_feature_that_is_not_finite_is_named(tiny_model, icon_shards, tmp_path):

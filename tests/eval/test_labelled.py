@@ -250,6 +250,9 @@ def test_mistakes_are_sentences(images, tiny_model, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             read_labelled(Path(place), **options)
+    (tmp_path / "hollow" / "one").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"none of its 1 folders has an image \(one\)"):
+        read_labelled(tmp_path / "hollow")
     (tmp_path / "blank" / "one").mkdir(parents=True)
     (tmp_path / "blank" / "one" / "a.png").write_bytes(png(Image.new("RGB", (9, 9))))
     data = read_labelled(tmp_path / "blank")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from labelled_formats import CLASSES, as_folder, labelled_images
+from labelled_formats import CLASSES, as_csv, as_folder, labelled_images
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
@@ -183,6 +183,30 @@ def test_a_validation_split(tiny_model, halves, tmp_path):
     assert min(Image.open(tmp_path / "a.png").size) > 300
 
 
+def test_images_of_other_classes_and_empty_folders_are_left_out(tiny_model, halves, tmp_path, capsys):
+    """The result is that of the same data without them."""
+    results = []
+    for classes in (CLASSES, [*CLASSES, "Trabant"]):
+        test = tmp_path / str(len(classes))
+        as_folder(test, labelled_images(4))
+        as_folder(test, [(3, data) for _, data in labelled_images(9)[:2]] * (len(classes) - 3), classes)
+        (test / "empty").mkdir()
+        path = test.with_suffix(".json")
+        options = ["--cache", tmp_path / "cache", "--json", path, "--workers", 0]
+        run_probe(tiny_model, "--data", halves / "train", "--test-data", test, *options)
+        results.append(json.loads(path.read_text()))
+    printed = capsys.readouterr().out
+    assert printed.count("folders without an image are not counted as classes: 1 (empty)") == 2
+    assert (
+        "2 images without a usable label are not used: Trabant/00000.png: class 'Trabant' is not" in printed
+    )
+    names = [name for name, _ in results[1].pop("unlabelled")]
+    assert names == ["Trabant/00000.png", "Trabant/00001.png"]
+    assert results[0].pop("unlabelled") == []
+    assert results[1].pop("test") != results[0].pop("test")  # their places
+    assert results[0] == results[1]
+
+
 def test_a_group_is_on_one_side():
     rng = np.random.default_rng(0)
     labels, groups = rng.integers(0, 3, 200), rng.integers(0, 60, 200)
@@ -196,9 +220,15 @@ def test_mistakes_get_messages(tiny_model, halves, tmp_path):
     other = as_folder(tmp_path / "other", labelled_images(), classes=["Acura Integra", "BMW M3", "Trabant"])
     (tmp_path / "linear.json").write_text('{"kind": "linear"}')
     same = halves / "train"
+    table = as_csv(tmp_path / "table", labelled_images())
+    for data in (other, table):
+        with pytest.raises(UserError, match=r"has no splits.*; pass --test-data DATA") as error:
+            run_probe(tiny_model, "--data", data)
+        assert (f"{data}/train and {data}/test" in str(error.value)) == data.is_dir()
+    foreign = as_folder(tmp_path / "foreign", labelled_images(), classes=["Trabant", "Lada", "Tatra"])
     for options, words in (
-        (["--test-data", other], "class 'Trabant' .1 such. is not a class of"),
-        (["--test-data", same], "the same images as the training data"),
+        (["--test-data", foreign], "none of its 20 images is of a class of .* its classes are Lada, Tatra, "),
+        (["--test-data", same], "the same images as the training data; pass others with --test-data"),
         (["--split", "test"], "no split 'test'; pass one of train, val as its split"),
     ):
         with pytest.raises(UserError, match=words):

@@ -233,6 +233,12 @@ def test_mistakes_get_messages(icon_index, icon_shards, index, clip, tmp_path):
     assert_mistake(mistake(icon_index, "--text", "a", "--filter", "set"), "COLUMN=VALUE", "set")
     assert_mistake(mistake(icon_index, "--text", "a", "--filter", "kind=x"), "no column 'kind'", "set")
     assert_mistake(mistake(icon_index, "--text", "a", "--filter", "set=x"), "no image", "phosphor")
+    shutil.copytree(icon_index, tmp_path / "many")
+    metadata = pq.read_table(icon_index / "metadata.parquet")
+    values = [f"set {number % 20:02d}" for number in range(len(metadata))]
+    place = metadata.column_names.index("set")
+    pq.write_table(metadata.set_column(place, "set", [values]), tmp_path / "many" / "metadata.parquet")
+    assert_mistake(mistake(tmp_path / "many", "--text", "a", "--filter", "set=x"), "set 11 and 8 more")
     assert_mistake(mistake(icon_index, "--queries-csv", tmp_path / "q.csv"), "belong together")
     (tmp_path / "q.csv").write_text("words\nbell\n")
     assert_mistake(

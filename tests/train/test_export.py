@@ -203,3 +203,10 @@ def test_the_packages_are_those_of_the_requirements():
     files = [path.read_text().splitlines() for path in ROOT.glob("requirements*.txt")]
     lines = {line.split("  #")[0] for file in files for line in file}
     assert {*exporting.TRANSFORMERS, *exporting.SENTENCE_TRANSFORMERS, *exporting.ONNX} <= lines
+
+
+def test_a_full_disk_is_a_sentence(quick, small_disk):
+    """The error is of safetensors: no OSError."""
+    result = call_here(command.main, quick[0], "--out", small_disk / "out", expect=1)
+    assert_mistake(result, f"No space left on device: '{small_disk / 'out'}'", "run the same command again")
+    assert not any(small_disk.iterdir())

@@ -210,6 +210,16 @@ def test_a_dry_run_needs_neither_token_nor_network(hub, tuned_run, tmp_path, mon
     publish(run, "me/clip", license="mit", yes=False, dry_run=True)
     assert "already exported from these weights" in capsys.readouterr().out
     shutil.rmtree(run / "export")
+    other = tuned_run[1].read_text().replace('"weights_sha256": "', '"weights_sha256": "0')
+    (tmp_path / "other.json").write_text(other)
+    for options, words in (
+        ({"results": (tmp_path / "gone.json",)}, r"--results .*gone\.json: cannot be read"),
+        ({"results": (tmp_path / "other.json",)}, "none of which has the weights to publish"),
+        ({"images": (tmp_path / "gone.png",)}, r"--images .*gone\.png: must be an existing file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            publish(run, "me/clip", yes=False, dry_run=True, **options)
+        assert not (run / "export").exists()  # found before the export
     export(load("demo-vit:none"), run / "export")
     with pytest.raises(UserError, match="not those of the best checkpoint"):
         publish(run / "export", "me/clip", yes=False, dry_run=True)

@@ -120,18 +120,6 @@ def test_an_attempt_that_was_replaced_writes_nothing(tiny_model, icon_shards, tm
     assert fit(plan, World(), no_validation).is_finished
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB, where one can be mounted."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system cannot be mounted here (not root)")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_is_named_and_loses_no_checkpoint(tiny_model, icon_shards, small_disk, tmp_path, ranks):
     run = small_disk / "run"

@@ -60,11 +60,12 @@ def publish(
         )
 
     from train.publish import hub
-    from train.publish.card import write_card
+    from train.publish.card import check_images, write_card
 
     hub.check_names(repo, version)
     api = None if dry_run else hub.connected()
-    folder, run = hub.exported(model, run, out)
+    check_images(images)
+    folder, run = hub.exported(model, run, out, results)
     hub.check_export(folder)
     hub.name_text_tower(folder, repo)
     card = write_card(folder, repo, run, results, images, dataset, license)

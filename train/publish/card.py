@@ -271,6 +271,13 @@ def seconds_of_steps(log: list[dict]) -> float:
     return seconds
 
 
+def check_images(images: tuple[Path, ...]) -> None:
+    """Raise UserError for a file that the card cannot show."""
+    for path in images:
+        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+            raise UserError(f"--images {path}: must be an existing file, {', '.join(IMAGE_SUFFIXES)}")
+
+
 def gather_images(folder: Path, run: Path | None, images: tuple[Path, ...]) -> list[str]:
     """Replace FOLDER/images by the validation curve and the given files.
 
@@ -281,8 +288,7 @@ def gather_images(folder: Path, run: Path | None, images: tuple[Path, ...]) -> l
     (folder / IMAGES).mkdir()
     names = [CURVE] if run and draw_curve(_log(run), folder / IMAGES / CURVE) else []
     for path in images:
-        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
-            raise UserError(f"--images {path}: must be an existing file, {', '.join(IMAGE_SUFFIXES)}")
+        check_images((path,))  # again: it may have been in the folder that is replaced
         if (name := re.sub(r"[^\w.-]", "-", path.name)) in names:
             raise UserError(f"--images {path}: another image is called {name}; rename one")
         shutil.copyfile(path, folder / IMAGES / name)

@@ -24,6 +24,7 @@ from data_prep.tables import markdown_table
 from train.export.folder import RECORD, export, shards_of
 from train.model.clip import CONFIG_FILE, Clip, load
 from train.publish.card import EVAL_RESULTS, IMAGES, weights_of
+from train.publish.card_tables import read_tables
 
 TOKEN_ADVICE = (
     "run `hf auth login` with a token that has write access, or set HF_TOKEN; tokens are made at"
@@ -68,8 +69,14 @@ def connected() -> HfApi:
     return api
 
 
-def exported(model: str, run: Path | None, out: Path | None) -> tuple[Path, Path | None]:
-    """The folder to upload, exported if necessary, and the run that it came from if that is known."""
+def exported(
+    model: str, run: Path | None, out: Path | None, results: tuple[Path, ...] = ()
+) -> tuple[Path, Path | None]:
+    """The folder to upload, exported if necessary, and the run that it came from if that is known.
+
+    Args:
+        results: for the card; checked before the export, which takes minutes.
+    """
     folder = Path(model)
     if (folder / RECORD).is_file():
         run = run or (folder.parent if (folder.parent / "recipe.yaml").is_file() else None)
@@ -86,6 +93,7 @@ def exported(model: str, run: Path | None, out: Path | None) -> tuple[Path, Path
             f"{model}: neither a run nor a folder written by train.export; pass --out FOLDER to export it to"
         )
     clip = load(model)
+    read_tables(results, clip.fingerprint())
     if is_export_of(clip, out):
         print(f"{out}: already exported from these weights")
     else:
