@@ -169,8 +169,8 @@ def loader(
         Fault: a shard can no longer be read.
         UserError: a shard is damaged, which another attempt would not change.
     """
-    # multiprocessing ends workers that are left at exit by SIGTERM, which they ignore, and waits for them. Not
-    # by atexit, which a child of multiprocessing does not run.
+    # multiprocessing ends workers that are left at exit by SIGTERM, which they ignore, and waits for them.
+    # Not by atexit, which a child of multiprocessing does not run.
     multiprocessing.util.Finalize(None, _kill_workers, exitpriority=0)
     loaded = DataLoader(
         _Readable(dataset),
