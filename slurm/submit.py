@@ -6,6 +6,7 @@ RUN/slurm/recipe.yaml     the recipe at submission    RUN/slurm/jobs            
 
 import shutil
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import tyro
@@ -85,8 +86,9 @@ def submit(
             record_job(run, number, "train")
     if dry_run:
         return numbers
-    print(f"# state: python -m slurm status {run}")
-    print(f"# to stop it with a checkpoint: touch {run}/stop, or: scancel {' '.join(numbers)}")
+    print(f"# state: python -m slurm status {quote(str(run))}")
+    stop = quote(str(run / "stop"))
+    print(f"# to stop it with a checkpoint: touch {stop}, or: scancel {' '.join(numbers)}")
     return numbers
 
 
@@ -158,8 +160,8 @@ def sweep(
     number = sbatch(path, list(after))
     for task, run in enumerate(folders):
         record_job(run, f"{number}_{task}", "train")
-    print(f"# {len(folders)} runs; state of one: python -m slurm status {folders[0]}")
-    print(f"# table of the results: python -m train.sweep --table {runs}")
+    print(f"# {len(folders)} runs; state of one: python -m slurm status {quote(str(folders[0]))}")
+    print(f"# table of the results: python -m train.sweep --table {quote(str(runs))}")
     return number
 
 

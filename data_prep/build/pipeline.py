@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import PIL
@@ -163,7 +164,7 @@ def _run(
     _check_images(folder, settings, read, decisions.values(), checks, parallelism)
     print(
         f"task {parallelism.task} of {parallelism.num_tasks} has finished; after all tasks, run:"
-        f" python -m data_prep merge {out}"
+        f" python -m data_prep merge {quote(str(out))}"
     )
     return None
 
@@ -221,8 +222,8 @@ def merge(
     folder = partial_of(out)
     if not (folder / SETTINGS).is_file():
         raise UserError(
-            f"{folder}: no unfinished build; start one with: python -m data_prep build ... --out {out}"
-            " --num-tasks N --task I"
+            f"{folder}: no unfinished build; start one with: python -m data_prep build ... --out"
+            f" {quote(str(out))} --num-tasks N --task I"
         )
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     check_replaceable(out, "shards", overwrite, [*settings["inputs"], settings["read"]["images"]])

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -162,4 +163,4 @@ def print_report(out: Path, report: dict) -> None:
         print(f"warning: {warning}")
     lists = {"rejects.csv": report["rejects"], "leaks.csv": report["leaks"]}
     listed = "".join(f"; {name} lists {count}" for name, count in lists.items() if count)
-    print(f"open {out / 'report.html'}{listed}")
+    print(f"open {quote(str(out / 'report.html'))}{listed}")

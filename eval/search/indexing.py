@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import pyarrow as pa
@@ -76,7 +77,8 @@ def print_summary(out: Path, n: int, unreadable: int, embedded: int, seconds: fl
     print(f"{n} images ({rate}): {out}")
     if unreadable:
         print(f"{unreadable} images cannot be read: {out / 'unreadable.csv'}")
-    print(f"search: python -m eval search {out} --text '...'    page: python -m eval serve {out}")
+    index = quote(str(out))
+    print(f"search: python -m eval search {index} --text '...'    page: python -m eval serve {index}")
 
 
 def prepare(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, UserError
@@ -30,7 +31,7 @@ def print_table(folder: Path) -> None:
     if not recipes:
         raise UserError(
             f"{folder}: contains no runs; to make some: python -m train.sweep RECIPE --data SHARDS --runs"
-            f" {folder} --vary KEY=VALUES"
+            f" {quote(str(folder))} --vary KEY=VALUES"
         )
     rows = results(folder, recipes)
     print(text := markdown(rows))
@@ -56,7 +57,7 @@ def report_rest(folder: Path, failed: dict[str, int], stopped: bool) -> None:
     if stopped:
         print(
             "stopped; the same command resumes; the table at any time: python -m train.sweep --table"
-            f" {folder}"
+            f" {quote(str(folder))}"
         )
     if failed:
         raise Fault(
