@@ -316,7 +316,7 @@ def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_
         head = f"none of the {rows} rows can be used"
     else:
         head, fix = f"no image is left: all of {rows} rows are left out as asked", "Leave out less"
-    hints = transparent(summary["reasons"], settings["check"]["background"], is_built=False)
+    hints = transparent(summary["reasons"], settings["check"]["background"], "pass another --background")
     hints = "".join(f"\n{hint}" for hint in hints)
     raise UserError(
         f"{head}:{reasons}\nthe first is line {first.line}, {first.image!r}:"
