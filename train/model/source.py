@@ -97,7 +97,8 @@ def _parse_name(name: str) -> Source:
             )
         return Source(architecture, file=found[0], preprocess=preprocessing.config)
     if pretrained not in tags:
-        file = f" and there is no file {pretrained}" if "/" in pretrained or "." in pretrained else ""
+        path = pretrained.rpartition("@")[0] or pretrained  # FILE@NAME
+        file = f" and there is no file {path}" if "/" in path or "." in path else ""
         raise UserError(
             f"{name}: {architecture} has no weights {pretrained!r}{file}; it has {', '.join(tags) or 'none'}"
         )
