@@ -14,6 +14,7 @@ import tyro
 from data_prep.cli import File, RecipeFile, Rest, Run, Runs, Shards
 from data_prep.errors import UserError
 from data_prep.rooms import importable
+from data_prep.tables import counted
 from slurm.queue import active_jobs, record_job
 from slurm.script import LOGS, Resources, assign, assign_list, render_script, sbatch, write_script
 from slurm.site import SITE, read_site
@@ -160,7 +161,7 @@ def sweep(
     number = sbatch(path, list(after))
     for task, run in enumerate(folders):
         record_job(run, f"{number}_{task}", "train")
-    print(f"# {len(folders)} runs; state of one: python -m slurm status {quote(str(folders[0]))}")
+    print(f"# {counted(len(folders), 'run')}; state of one: python -m slurm status {quote(str(folders[0]))}")
     print(f"# table of the results: python -m train.sweep --table {quote(str(runs))}")
     return number
 

@@ -16,6 +16,7 @@ from data_prep.build.decisions import ACTIONS, Decision, write_decisions
 from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
 from data_prep.report.warnings import ASKED, warnings
+from data_prep.tables import counted
 
 UNUSED, IGNORED = "unused_decisions.csv", "ignored.csv"
 SIDES_PX = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -157,7 +158,8 @@ def print_report(out: Path, report: dict) -> None:
         print(f"  decisions applied: {applied}")
     for split, counts in report["splits"].items():
         print(
-            f"  {split:5} {counts['images']} images, {counts['captions']} captions, {counts['groups']} groups"
+            f"  {split:5} {counted(counts['images'], 'image')}, {counted(counts['captions'], 'caption')},"
+            f" {counted(counts['groups'], 'group')}"
         )
     for warning in report["warnings"]:
         print(f"warning: {warning}")

@@ -6,6 +6,7 @@ from data_prep.build.decisions import DROPPED, REMOVED
 from data_prep.build.groups import MAX_SHARERS
 from data_prep.build.plan import NEAR_HELD_OUT
 from data_prep.images import UNSEEN, WHOLLY_TRANSPARENT
+from data_prep.tables import are, counted
 
 ASKED = (DROPPED, REMOVED, NEAR_HELD_OUT)  # reasons of rows that are left out because the user asked for it
 LARGE_GROUP, LARGE_SHARE, MANY_IMAGES = 20, 1 / 20, 1000
@@ -13,10 +14,6 @@ MIN_IMAGES_FOR_SHARES = 200  # of fewer, a split's share is a matter of chance
 MANY_GROUPS = 100
 MIN_CHANCE = 0.01  # that a hash leaves a split empty; below it, few groups are not the cause
 SHOWN_CHARACTERS = 160
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def shorten(text: str, limit: int = SHOWN_CHARACTERS) -> str:
@@ -130,12 +127,11 @@ def transparent(reasons: Mapping[str, int], background: str, advice: str) -> lis
     messages = []
     if unseen := reasons.get(UNSEEN, 0):
         messages.append(
-            f"{counted(unseen, 'image')} with transparency {'is' if unseen == 1 else 'are'} one color on the"
+            f"{counted(unseen, 'image')} with transparency {are(unseen)} one color on the"
             f" --background {background}: {advice}."
         )
     if nothing := reasons.get(WHOLLY_TRANSPARENT, 0):
         messages.append(
-            f"{counted(nothing, 'image')} {'is' if nothing == 1 else 'are'} wholly transparent: no"
-            " --background shows anything."
+            f"{counted(nothing, 'image')} {are(nothing)} wholly transparent: no --background shows anything."
         )
     return messages

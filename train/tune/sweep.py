@@ -14,6 +14,7 @@ from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, UserError
 from data_prep.rooms import environment, importable
 from data_prep.shards import Shards
+from data_prep.tables import counted
 from train.recipe import Recipe, to_yaml
 from train.run.folder import Run
 from train.run.stop import Stop
@@ -61,8 +62,8 @@ def report_rest(folder: Path, failed: dict[str, int], stopped: bool) -> None:
         )
     if failed:
         raise Fault(
-            f"{folder}: {len(failed)} runs failed ({', '.join(failed)}), see their messages above; the same"
-            " command tries them again"
+            f"{folder}: {counted(len(failed), 'run')} failed ({', '.join(failed)}), see their messages above;"
+            " the same command tries them again"
         )
 
 
