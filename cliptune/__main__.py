@@ -43,12 +43,14 @@ On several GPUs: torchrun --nproc_per_node 8 -m -- cliptune train icons --data s
 import difflib
 import importlib
 import importlib.util
+import re
 import sys
+from importlib.metadata import version
 
 from cliptune.commands import COMMANDS
 from data_prep.cli import run_place
 from data_prep.errors import UserError, exit_on_user_error
-from data_prep.rooms import importable
+from data_prep.rooms import CLONE, importable
 
 REST = {"slurm": "flags"}  # rooms whose commands take words after `--`
 
@@ -62,6 +64,9 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
         print(f"usage: cliptune COMMAND [OPTIONS]      cliptune COMMAND --help\n\n{__doc__.strip()}")
+        return
+    if name in ("--version", "-V", "version"):
+        print(f"cliptune {_version()}")
         return
     known = name.replace("_", "-")
     if known not in COMMANDS:
@@ -78,6 +83,14 @@ def main() -> None:
         full += ".__main__"
     sys.argv = [f"cliptune {known}", *arguments]
     importlib.import_module(full).main()
+
+
+def _version() -> str:
+    """That of pyproject.toml in the clone, which need not be installed; else of the installed package."""
+    if CLONE is None:
+        return version("cliptune")
+    text = (CLONE / "pyproject.toml").read_text(encoding="utf-8")
+    return re.search(r'^version = "(.+)"', text, flags=re.MULTILINE)[1]
 
 
 def cli() -> None:

@@ -17,6 +17,7 @@ from data_prep.atomic import atomic_folder, check_replaceable
 from data_prep.cli import Folder
 from data_prep.errors import UserError
 from data_prep.progress import progress
+from data_prep.tables import counted
 
 # The newest release of each family, and the words in its names that describe style, not meaning.
 FONTS = {
@@ -70,7 +71,8 @@ def icons(out: Folder, limit: int = 0, seed: int = 0, overwrite: bool = False) -
                         glyph.font,
                     ]
                 )
-    print(f"{drawn} icons in {len({glyph.group for glyph in glyphs})} groups; the CSV is {out / 'icons.csv'}")
+    groups = counted(len({glyph.group for glyph in glyphs}), "group")
+    print(f"{counted(drawn, 'icon')} in {groups}; the CSV is {out / 'icons.csv'}")
 
 
 class Glyph:

@@ -72,6 +72,16 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: 
     return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
 
 
+def counted(number: int, noun: str) -> str:
+    """1 image, 2 images, 1,000 images."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def are(number: int) -> str:
+    """The verb after counted()."""
+    return "is" if number == 1 else "are"
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """0.123 -> "12.3"; nothing for None. The unit belongs into the column's title."""
     return "" if value is None else f"{100 * value:.{digits}f}"

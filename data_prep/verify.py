@@ -8,6 +8,7 @@ from data_prep.cli import Shards
 from data_prep.errors import UserError
 from data_prep.progress import progress
 from data_prep.shards import altered, read_manifest
+from data_prep.tables import are, counted
 
 
 def verify(shards: Annotated[Shards, tyro.conf.Positional]) -> None:
@@ -20,5 +21,6 @@ def verify(shards: Annotated[Shards, tyro.conf.Positional]) -> None:
     bar = progress(entries, desc="verifying", unit="shard")
     problems = [problem for entry in bar for problem in altered(shards, entry)]
     if problems:
-        raise UserError(f"{len(problems)} files are missing or altered:\n" + "\n".join(problems))
+        files = f"{counted(len(problems), 'file')} {are(len(problems))}"
+        raise UserError("\n".join([f"{files} missing or altered:", *problems]))
     print(f"{shards}: all {len(entries)} shards are unchanged")

@@ -9,6 +9,7 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards, read_manifest
+from data_prep.tables import are, counted
 from eval.embed import Captions, Embedded, embed
 from eval.options import Inference
 from eval.retrieval.robustness import center_crop_gain
@@ -36,8 +37,8 @@ def validator(recipe: Recipe, world: World) -> Validate:
         splits["val"] = Shards(recipe.data, "val")
         if shared := np.intersect1d(splits["val"].groups, Shards(recipe.data, "train").groups).size:
             raise UserError(
-                f"{recipe.data}: {shared} groups are in train and in val, which inflates validation; build"
-                " the shards again"
+                f"{recipe.data}: {counted(shared, 'group')} {are(shared)} in train and in val, which inflates"
+                " validation; build the shards again"
             )
         if recipe.retention_set:
             name = "val" if has_split(recipe.retention_set, "val") else "test"

@@ -3,6 +3,7 @@
 import re
 from datetime import datetime, timezone
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import tyro
@@ -30,15 +31,15 @@ def status(run: Annotated[Run, tyro.conf.Positional], lines: int = 8) -> None:
     status_file = run / "status.json"
     if not (run / LOGS).is_dir() and not status_file.is_file():
         raise UserError(
-            f"{run}: not a run, and not submitted; submit it: python -m slurm submit RECIPE --run {run}"
-            " --data SHARDS"
+            f"{run}: not a run, and not submitted; submit it: python -m slurm submit RECIPE --run"
+            f" {quote(str(run))} --data SHARDS"
         )
     values = dict(read_status(run))
     state = values.pop("state", "")
     checkpoints = sorted(path.name for path in (run / "checkpoints").glob("samples-*"))
     print(f"run         {run}: {state or 'not started'}")
     for name, value in values.items():
-        print(f"{name:<12}{value}")
+        print(f"{name:<11} {value}")
     print(f"checkpoints {', '.join(checkpoints) or 'none'}")
     jobs = [(number, name, job_info(number)) for number, name in jobs_of_run(run)[-8:]]
     for number, name, info in jobs:
@@ -85,15 +86,19 @@ def advice(state: str, job_states: list[str], stop_requested: bool, silent_s: fl
 
     Args:
         state: of status.json; empty where the run has not started.
-        job_states: Slurm's states of the run's training jobs, the oldest first; "" where it knows none.
+        job_states: Slurm's states of the run's training jobs, the oldest first; "" where it knows none. Empty
+            for a run that `train` alone has started.
         stop_requested: RUN/stop exists.
         silent_s: seconds since the run last wrote status.json.
     """
+    folder = quote(str(run))
+    if state == "finished":
+        return f"nothing, it is finished; to evaluate it: python -m eval retrieval {folder} --data SHARDS"
+    if state and not job_states:
+        return _advice_without_jobs(state, stop_requested, silent_s, run)
     is_active = any(job_state and job_state not in ENDED for job_state in job_states)
     last_job = "RUNNING" if "RUNNING" in job_states else (job_states or [""])[-1]  # the rest of a chain waits
     resume = "to resume from the last checkpoint, run the same `python -m slurm submit` again"
-    if state == "finished":
-        return f"nothing, it is finished; to evaluate it: python -m eval retrieval {run} --data SHARDS"
     if last_job == "RUNNING" and silent_s > SILENT_S:
         return (
             f"no heartbeat for {silent_s / 60:.0f} min: a rank hangs, or its node is cut off. After the"
@@ -104,11 +109,23 @@ def advice(state: str, job_states: list[str], stop_requested: bool, silent_s: fl
     if is_active and last_job in WAITING:
         return "nothing; it waits in the queue"
     if is_active:
-        return f"nothing; to stop it with a checkpoint: touch {run}/stop"
+        return f"nothing; to stop it with a checkpoint: touch {quote(str(run / 'stop'))}"
     if state == "stopped" or last_job == "CANCELLED":
         return f"it was stopped; {resume}"
     if last_job == "TIMEOUT":
         return f"it reached its time limit before it could stop: increase warn_s in the site file; {resume}"
     if last_job:
         return f"it ended and was not requeued; the reason is in the log above. After fixing it, {resume}"
-    return f"submit it: python -m slurm submit RECIPE --run {run} --data SHARDS"
+    return f"submit it: python -m slurm submit RECIPE --run {folder} --data SHARDS"
+
+
+def _advice_without_jobs(state: str, stop_requested: bool, silent_s: float, run: Path) -> str:
+    """What to do about a run that was started without Slurm and is not finished; see advice()."""
+    resume = f"to resume from the last checkpoint: python -m train {quote(str(run / 'recipe.yaml'))}"
+    if state == "stopped":
+        return f"it was stopped; {resume}"
+    if silent_s > SILENT_S:
+        return f"no heartbeat for {silent_s / 60:.0f} min; if its process has ended, {resume}"
+    if stop_requested:
+        return "nothing; it stops at the end of its current step"
+    return f"nothing; to stop it with a checkpoint: touch {quote(str(run / 'stop'))}"

@@ -6,6 +6,7 @@ RUN/slurm/recipe.yaml     the recipe at submission    RUN/slurm/jobs            
 
 import shutil
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import tyro
@@ -13,6 +14,7 @@ import tyro
 from data_prep.cli import File, RecipeFile, Rest, Run, Runs, Shards
 from data_prep.errors import UserError
 from data_prep.rooms import importable
+from data_prep.tables import counted
 from slurm.queue import active_jobs, record_job
 from slurm.script import LOGS, Resources, assign, assign_list, render_script, sbatch, write_script
 from slurm.site import SITE, read_site
@@ -85,8 +87,9 @@ def submit(
             record_job(run, number, "train")
     if dry_run:
         return numbers
-    print(f"# state: python -m slurm status {run}")
-    print(f"# to stop it with a checkpoint: touch {run}/stop, or: scancel {' '.join(numbers)}")
+    print(f"# state: python -m slurm status {quote(str(run))}")
+    stop = quote(str(run / "stop"))
+    print(f"# to stop it with a checkpoint: touch {stop}, or: scancel {' '.join(numbers)}")
     return numbers
 
 
@@ -158,8 +161,8 @@ def sweep(
     number = sbatch(path, list(after))
     for task, run in enumerate(folders):
         record_job(run, f"{number}_{task}", "train")
-    print(f"# {len(folders)} runs; state of one: python -m slurm status {folders[0]}")
-    print(f"# table of the results: python -m train.sweep --table {runs}")
+    print(f"# {counted(len(folders), 'run')}; state of one: python -m slurm status {quote(str(folders[0]))}")
+    print(f"# table of the results: python -m train.sweep --table {quote(str(runs))}")
     return number
 
 

@@ -6,12 +6,14 @@ steps.
 import ast
 import importlib
 import json
+import re
 from pathlib import Path
 
 import open_clip
 import pytest
 from conftest import ROOT
 
+import cliptune.__main__
 import data_prep.rooms
 import train.model.source
 
@@ -153,3 +155,10 @@ def test_no_test_of_training_imports_another():
 def test_our_architectures_are_known_to_open_clip():
     for path in train.model.source.MODELS.glob("*.json"):
         assert open_clip.get_model_config(path.stem) == json.loads(path.read_text())
+
+
+def test_the_version_is_that_of_the_project(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cliptune", "--version"])
+    cliptune.__main__.main()
+    (version,) = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert capsys.readouterr().out == f"cliptune {version}\n"

@@ -12,10 +12,11 @@ To stop a run cleanly: touch RUN/stop, or Ctrl-C. To watch it: tensorboard --log
 """
 
 import sys
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from data_prep.errors import exit_on_user_error
-from train.metrics import DIRECTIONS
+from train.metrics import DIRECTIONS, metric_of
 from train.recipe import parse
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ def main() -> None:
         return
     recipe = parse(sys.argv[1:])
     # Imported here, so that help and mistakes do not wait for torch. The one place where train knows eval.
-    from eval.validation import validator
+    from eval.validation import has_split, validator
     from train.loop import fit
     from train.world import joined_world
 
     with joined_world(recipe.timeout_minutes) as world:
         validate = world.all_or_raise(lambda: validator(recipe, world))
+        if world.is_first and not has_split(recipe.data, "val"):
+            print(f"{recipe.data}: no val split, so nothing is validated; the last checkpoint is exported")
         run = fit(recipe, world, validate)
         if world.is_first:
             print(summary(run))
@@ -41,11 +44,12 @@ def main() -> None:
 
 def summary(run: "Run") -> str:
     """What to know and do at the end of a run, or when it was stopped."""
+    from eval.validation import has_split
     from train.retain.select import TRAINED, prefix
     from train.run.records import read_metrics, read_state, read_status
     from train.run.trackers import SHOW
 
-    recipe_file = run.folder / "recipe.yaml"
+    recipe_file = quote(str(run.folder / "recipe.yaml"))
     status = read_status(run.folder)
     if status["state"] != "finished":
         return f"stopped after {status['samples']} pairs; resume with: python -m train {recipe_file}"
@@ -65,10 +69,28 @@ def summary(run: "Run") -> str:
                 f"  {direction} R@1 on val: {before} before training, {after} at best (after"
                 f" {best['samples']} pairs{name})"
             )
-    words.append(f"evaluate: python -m eval retrieval {run.folder} --data {run.recipe.data} --split test")
-    shown = [SHOW[name].format(run=run.folder) for name in run.recipe.log if name in SHOW]
+        metric = run.recipe.best_metric
+        before, after = validations[0].get(metric), line.get(prefix(weights) + metric)
+        if None not in (before, after) and before != after:
+            words += [_worse(run)] if (after < before) == metric_of(metric).higher_is_better else []
+    place, data = quote(str(run.folder)), quote(run.recipe.data)
+    if not validations:
+        words.append("  no validation, for want of a val split: the exported weights are the last ones")
+    held_out = [split for split in ("test", "val") if has_split(run.recipe.data, split)]
+    if held_out:
+        words.append(f"evaluate: python -m eval retrieval {place} --data {data} --split {held_out[0]}")
+    shown = [SHOW[name].format(run=place) for name in run.recipe.log if name in SHOW]
     words += [f"curves:   {' or '.join(shown)}"] if shown else []
     return "\n".join(words)
+
+
+def _worse(run: "Run") -> str:
+    """A sentence on a run whose best weights score lower than the initial ones."""
+    recipe, rate = quote(str(run.folder / "recipe.yaml")), run.recipe.optim.lr
+    return (
+        f"  worse than before training ({run.recipe.best_metric}); lower --optim.lr (now {rate:g}), or"
+        f" search for a rate: python -m train.lr {recipe} --runs RUNS"
+    )
 
 
 if __name__ == "__main__":

@@ -222,7 +222,16 @@ def _as_flags(arguments: list[str]) -> list[str]:
     if arguments and not arguments[0].startswith("-"):
         file = recipe_file(arguments[0])
         return [*flags_of(file), *_run_of(file), *arguments[1:]]
+    if arguments and not any(argument.partition("=")[0] == "--model" for argument in arguments):
+        raise UserError(
+            f"no RECIPE: the first argument must be a file, or one of these names: {_names()}; without a"
+            " RECIPE, --model is required"
+        )
     return arguments
+
+
+def _names() -> str:
+    return ", ".join(recipe.stem for recipe in sorted(RECIPES.glob("*.yaml")))
 
 
 def _run_of(file: Path) -> list[str]:
@@ -267,8 +276,9 @@ def flags_of(path: Path) -> list[str]:
     try:
         values = read_yaml(path)
     except (FileNotFoundError, IsADirectoryError):
-        names = ", ".join(recipe.stem for recipe in sorted(RECIPES.glob("*.yaml")))
-        raise UserError(f"{path}: no such recipe file; pass a file, or one of these names: {names}") from None
+        raise UserError(
+            f"{path}: no such recipe file; pass a file, or one of these names: {_names()}"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):

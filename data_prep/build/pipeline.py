@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import PIL
@@ -154,7 +155,7 @@ def _run(
     _check_images(folder, settings, read, decisions.values(), checks, parallelism)
     print(
         f"task {parallelism.task} of {parallelism.num_tasks} has finished; after all tasks, run:"
-        f" python -m data_prep merge {out}"
+        f" python -m data_prep merge {quote(str(out))}"
     )
     return None
 
@@ -212,8 +213,8 @@ def merge(
     folder = partial_of(out)
     if not (folder / SETTINGS).is_file():
         raise UserError(
-            f"{folder}: no unfinished build; start one with: python -m data_prep build ... --out {out}"
-            " --num-tasks N --task I"
+            f"{folder}: no unfinished build; start one with: python -m data_prep build ... --out"
+            f" {quote(str(out))} --num-tasks N --task I"
         )
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     check_replaceable(out, "shards", overwrite, [*settings["inputs"], settings["read"]["images"]])
@@ -309,7 +310,7 @@ def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_
         head = f"none of the {rows} rows can be used"
     else:
         head, fix = f"no image is left: all of {rows} rows are left out as asked", "Leave out less"
-    hints = transparent(summary["reasons"], settings["check"]["background"], is_built=False)
+    hints = transparent(summary["reasons"], settings["check"]["background"], "pass another --background")
     hints = "".join(f"\n{hint}" for hint in hints)
     raise UserError(
         f"{head}:{reasons}\nthe first is {place}: {why}; all are in {folder / 'rejects.csv'}. {fix}{hints}"

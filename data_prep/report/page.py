@@ -26,7 +26,7 @@ from data_prep.build.split import SPLITS
 from data_prep.html import write_page
 from data_prep.images import DAMAGE, BadImage, open_image, parse_color
 from data_prep.inputs.locations import ImageLocation, read_local
-from data_prep.report.warnings import counted
+from data_prep.tables import counted
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SAMPLES, EXAMPLES, LONG_CAPTIONS, PAIRS = 24, 3, 5, 30  # with 20 reasons, about 200 thumbnails

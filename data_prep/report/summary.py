@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from data_prep.build.decisions import ACTIONS, Decision, write_decisions
 from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
 from data_prep.report.warnings import ASKED, warnings
+from data_prep.tables import counted
 
 UNUSED, IGNORED = "unused_decisions.csv", "ignored.csv"
 SIDES_PX = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -156,10 +158,11 @@ def print_report(out: Path, report: dict) -> None:
         print(f"  decisions applied: {applied}")
     for split, counts in report["splits"].items():
         print(
-            f"  {split:5} {counts['images']} images, {counts['captions']} captions, {counts['groups']} groups"
+            f"  {split:5} {counted(counts['images'], 'image')}, {counted(counts['captions'], 'caption')},"
+            f" {counted(counts['groups'], 'group')}"
         )
     for warning in report["warnings"]:
         print(f"warning: {warning}")
     lists = {"rejects.csv": report["rejects"], "leaks.csv": report["leaks"]}
     listed = "".join(f"; {name} lists {count}" for name, count in lists.items() if count)
-    print(f"open {out / 'report.html'}{listed}")
+    print(f"open {quote(str(out / 'report.html'))}{listed}")

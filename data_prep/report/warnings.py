@@ -6,15 +6,14 @@ from data_prep.build.decisions import DROPPED, REMOVED
 from data_prep.build.groups import MAX_SHARERS
 from data_prep.build.plan import NEAR_HELD_OUT
 from data_prep.images import UNSEEN, WHOLLY_TRANSPARENT
+from data_prep.tables import are, counted
 
 ASKED = (DROPPED, REMOVED, NEAR_HELD_OUT)  # reasons of rows that are left out because the user asked for it
 LARGE_GROUP, LARGE_SHARE, MANY_IMAGES = 20, 1 / 20, 1000
 MIN_IMAGES_FOR_SHARES = 200  # of fewer, a split's share is a matter of chance
+MANY_GROUPS = 100
+MIN_CHANCE = 0.01  # that a hash leaves a split empty; below it, few groups are not the cause
 SHOWN_CHARACTERS = 160
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def shorten(text: str, limit: int = SHOWN_CHARACTERS) -> str:
@@ -28,7 +27,7 @@ def warnings(summary: dict, settings: dict) -> list[str]:
         summary: the content of report.json.
         settings: see data_prep.build.pipeline.
     """
-    messages = []
+    messages, again = [], f"{settings['command']} again with"
     if settings["check"]["skip_decode"]:
         messages.append(
             "Images were not decoded (--skip-decode): damaged and near-identical images, and sizes, are not"
@@ -39,9 +38,11 @@ def warnings(summary: dict, settings: dict) -> list[str]:
     if summary["leaks"] and not settings["split"]["drop_leaks"]:
         messages.append(
             f"{counted(summary['leaks'], 'near-identical pair')} across splits (leaks.csv), which makes"
-            " metrics too good: build again with --drop-leaks --overwrite, which leaves one of each pair out."
+            f" metrics too good: {again} --drop-leaks --overwrite, which leaves one of each pair out."
         )
-    messages += transparent(summary["reasons"], settings["check"]["background"])
+    messages += transparent(
+        summary["reasons"], settings["check"]["background"], f"{again} another --background and --overwrite"
+    )
     if cut := summary["captions_truncated"]:
         length = settings["read"]["context_length"]
         messages.append(
@@ -87,38 +88,50 @@ def _of_splits(summary: dict, settings: dict) -> list[str]:
             if not is_by_hash:
                 messages.append(f"{split} is empty: the split column gives it no image.")
             elif splitting.get(split, 1):
-                messages.append(f"{split} is empty: {_remedy(summary)}.")
+                messages.append(f"{split} is empty: {_remedy(summary, settings, split)}.")
         elif not is_by_hash or not expected or images < MIN_IMAGES_FOR_SHARES:
             continue
         elif not expected / 2 <= share <= 2 * expected:
+            few = f"few groups ({summary['groups']:,}), or " if summary["groups"] < MANY_GROUPS else ""
             messages.append(
-                f"{split} has {share:.1%} of the images, not {expected:.1%}: there are few groups"
-                f" ({summary['groups']:,}), or very large ones."
+                f"{split} has {share:.1%} of the images, not {expected:.1%}: there are {few}very large"
+                f" {'ones' if few else 'groups'}."
             )
     return messages
 
 
-def _remedy(summary: dict) -> str:
-    """What fills a split that no group was assigned to by its hash."""
+def _remedy(summary: dict, settings: dict, split: str) -> str:
+    """Why the hash assigned no group to a split, and what fills it."""
+    groups = summary["groups"]
+    share = settings["split"].get(split, 1 - settings["split"]["val"] - settings["split"]["test"])
+    if settings["split"]["keep_splits"]:
+        why = f"none of {counted(groups, 'group')} was in it before, or is hashed to it"
+    elif (1 - share) ** groups >= MIN_CHANCE:
+        why = f"{counted(groups, 'group')} only"
+    else:
+        why = (
+            f"none of {counted(groups, 'group')} is hashed to it; the inputs may be one split of earlier"
+            " shards, whose names this --seed has assigned before"
+        )
     if seed := summary["seed_that_fills_splits"]:
-        return f"{counted(summary['groups'], 'group')} only; build again with --seed {seed} --overwrite"
-    return f"{counted(summary['groups'], 'group')} only; it needs more data, or a --split-column"
+        return f"{why}; {settings['command']} again with --seed {seed} --overwrite"
+    return f"{why}; it needs more data, or a --split-column"
 
 
-def transparent(reasons: Mapping[str, int], background: str, is_built: bool = True) -> list[str]:
-    """On images of which nothing is seen, and what shows them."""
-    again = (
-        "build again with another --background and --overwrite" if is_built else "pass another --background"
-    )
+def transparent(reasons: Mapping[str, int], background: str, advice: str) -> list[str]:
+    """On images of which nothing is seen, and what shows them.
+
+    Args:
+        advice: how to change the background.
+    """
     messages = []
     if unseen := reasons.get(UNSEEN, 0):
         messages.append(
-            f"{counted(unseen, 'image')} with transparency {'is' if unseen == 1 else 'are'} one color on the"
-            f" --background {background}: {again}."
+            f"{counted(unseen, 'image')} with transparency {are(unseen)} one color on the"
+            f" --background {background}: {advice}."
         )
     if nothing := reasons.get(WHOLLY_TRANSPARENT, 0):
         messages.append(
-            f"{counted(nothing, 'image')} {'is' if nothing == 1 else 'are'} wholly transparent: no"
-            " --background shows anything."
+            f"{counted(nothing, 'image')} {are(nothing)} wholly transparent: no --background shows anything."
         )
     return messages

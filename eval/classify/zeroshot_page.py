@@ -6,7 +6,7 @@ import numpy as np
 
 from data_prep.html import data_uri
 from data_prep.html import write_page as write_html
-from data_prep.tables import Table, percent
+from data_prep.tables import Table, are, counted, percent
 from eval.classify.features import checked
 from eval.classify.labelled import Labelled
 from eval.classify.metrics import NAMES, TOP, Mistake
@@ -113,16 +113,15 @@ def skipped_images(result: dict, use: str) -> list[str]:
         use: Of the sentence "3 unreadable images are not USE".
     """
     lines = []
-    for reason, images in (
-        ("unreadable", "unreadable images"),
-        ("unlabelled", "images without a usable label"),
-    ):
+    for reason, kind in (("unreadable", "unreadable image"), ("unlabelled", "image")):
         if skipped := result[reason]:
             listed = "; ".join(f"{name}: {why}" for name, why in skipped[:MOST_LISTED])
             more = "; ..." if len(skipped) > MOST_LISTED else ""
-            lines.append(f"{len(skipped)} {images} are not {use}: {listed}{more}")
+            images = counted(len(skipped), kind) + " without a usable label" * (reason == "unlabelled")
+            lines.append(f"{images} {are(len(skipped))} not {use}: {listed}{more}")
     if duplicates := result["duplicates"]:
-        lines.append(f"{duplicates} rows repeat an image with the same label; each image counts once")
+        repeat = "row repeats" if duplicates == 1 else "rows repeat"
+        lines.append(f"{duplicates} {repeat} an image with the same label; each image counts once")
     return lines
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from data_prep.tables import counted
+
 LEVEL = 0.95
 RESAMPLES, CHUNK = 2000, 100  # of the permutation test
 PRIOR_CORRELATION = 0.3  # within groups, with the weight of one group; see design_effect()
@@ -126,7 +128,7 @@ def cautions(n_groups: int, differences: dict[str, Difference] | None = None) ->
     """
     sentences = []
     if n_groups < FEW_GROUPS:
-        sentences.append(f"Only {n_groups} groups of queries: intervals are wide, and rough.")
+        sentences.append(f"Only {counted(n_groups, 'group')} of queries: intervals are wide, and rough.")
     for name, difference in (differences or {}).items():
         excludes_zero = difference.low > 0 or difference.high < 0
         if excludes_zero != (difference.p < 1 - LEVEL):

@@ -1,6 +1,6 @@
 """A result of `python -m eval retrieval` as tables and sentences, for a terminal and for a page."""
 
-from data_prep.tables import Table
+from data_prep.tables import Table, are
 from eval.retrieval.intervals import Difference, cautions
 from eval.retrieval.metrics import KS
 from train.metrics import (
@@ -117,7 +117,8 @@ def _notes(result: dict) -> list[str]:
     if missing := result.get("queries_without_images"):
         more = "; ..." if len(missing) > MAX_LISTED else ""
         notes.append(
-            f"{len(missing)} queries without an image in this split are not scored:"
+            f"{len(missing)} {'query' if len(missing) == 1 else 'queries'} without an image in this split"
+            f" {are(len(missing))} not scored:"
             f" {'; '.join(missing[:MAX_LISTED])}{more}"
         )
     return notes

@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import pyarrow as pa
@@ -168,8 +169,9 @@ class Index:
             raise UserError(
                 f"{self.folder}: made by {made_by}, weights {self.manifest['model_sha256'][:12]}, but"
                 f" {name or made_by} now has {clip.fingerprint()[:12]}: their features do not compare."
-                f" Pass --model, or make the index again: python -m eval embed {name or made_by} --data"
-                f" {self.manifest['data']} --out {self.folder}"
+                " Pass --model, or make the index again: python -m eval embed"
+                f" {quote(name or made_by)} --data {quote(self.manifest['data'])} --out"
+                f" {quote(str(self.folder))}"
             )
         return clip
 
@@ -188,7 +190,8 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(file_below(folder, "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{folder}: no index there; make one: python -m eval embed MODEL --data SHARDS --out {folder}"
+            f"{folder}: no index there; make one: python -m eval embed MODEL --data SHARDS --out"
+            f" {quote(str(folder))}"
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(
@@ -198,8 +201,8 @@ def read_manifest(folder: Path) -> dict:
         is_shards = isinstance(manifest, dict) and "splits" in manifest
         content = "shards" if is_shards else "something else"
         raise UserError(
-            f"{folder}: holds {content}, not an index; make one: python -m eval embed MODEL --data {folder}"
-            " --out INDEX"
+            f"{folder}: holds {content}, not an index; make one: python -m eval embed MODEL --data"
+            f" {quote(str(folder))} --out INDEX"
         )
     if manifest.get("index_format") not in FORMATS:
         formats = ", ".join(map(str, FORMATS))

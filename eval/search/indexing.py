@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from data_prep.atomic import atomic_file, atomic_folder, check_replaceable, loca
 from data_prep.errors import NotFinite, UserError
 from data_prep.progress import progress
 from data_prep.strict_json import strict_json
+from data_prep.tables import counted
 from eval.embed import load_for_eval
 from eval.options import Inference
 from eval.search.corpus import THUMBNAIL_PX, Corpus, CorpusImages, ShardsCorpus, collate, open_corpus
@@ -84,10 +86,11 @@ def make_index(
 
 def print_summary(out: Path, n: int, unreadable: int, embedded: int, seconds: float) -> None:
     rate = f"{embedded} embedded now, {embedded / seconds:.1f}/s" if embedded else "all embedded before"
-    print(f"{n} images ({rate}): {out}")
+    print(f"{counted(n, 'image')} ({rate}): {out}")
     if unreadable:
-        print(f"{unreadable} images cannot be read: {out / 'unreadable.csv'}")
-    print(f"search: python -m eval search {out} --text '...'    page: python -m eval serve {out}")
+        print(f"{counted(unreadable, 'image')} cannot be read: {out / 'unreadable.csv'}")
+    index = quote(str(out))
+    print(f"search: python -m eval search {index} --text '...'    page: python -m eval serve {index}")
 
 
 def prepare(

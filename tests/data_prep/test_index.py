@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import assert_mistake, call_here, png
+from conftest import assert_mistake, call_here, noise_images, png
 from PIL import Image
 
 import data_prep.__main__
-from data_prep.build.pipeline import Checking, Parallelism, Splitting, index
+from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build, index
 from data_prep.build.split import SPLITS
 from data_prep.errors import UserError
 from data_prep.shards import Shards
@@ -104,3 +104,18 @@ def test_what_cannot_be_indexed_is_explained(tmp_path):
 def test_the_commands_of_the_guide_have_help(name):
     call_here(data_prep.__main__.main, name, "--help", expect=0)
     assert name in data_prep.__main__.__doc__
+
+
+def test_tars_of_one_split_are_not_called_few_groups(tmp_path):
+    """The names of 100 groups of train are hashed to train again."""
+    out = tmp_path / "shards"
+    path = noise_images(tmp_path, 130, groups=130)
+    build([str(path)], out, Reading(group_column="group"), parallelism=Parallelism(1))
+    tars = [str(tar) for tar in sorted((out / "train").glob("*.tar"))]
+    report = index(tars, tmp_path / "indexed", parallelism=Parallelism(1))
+    assert {report["splits"][split]["images"] for split in ("val", "test")} == {0}
+    for warning in report["warnings"]:
+        assert f"none of {report['groups']} groups is hashed to it" in warning
+        assert "; index again with --seed 1 --overwrite" in warning
+    report = index(tars, tmp_path / "again", split=Splitting(seed=1), parallelism=Parallelism(1))
+    assert all(counts["images"] for counts in report["splits"].values())

@@ -98,7 +98,7 @@ def test_a_query_without_an_image_is_listed_and_not_scored(tiny_model, gallery, 
         ["line 2: y (nowhere.png)"],
     )
     assert (
-        "1 queries without an image in this split are not scored: line 2: y (nowhere.png)"
+        "1 query without an image in this split is not scored: line 2: y (nowhere.png)"
         in capsys.readouterr().out
     )
     retrieval(  # beside a result with a direction that this one lacks

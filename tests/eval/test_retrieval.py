@@ -173,11 +173,11 @@ def test_a_black_icon_on_transparency_reaches_the_model_black_on_white(tmp_path)
     torch.testing.assert_close(pixels[:, 8, 13], (1 - mean) / std)
 
 
-def test_weights_that_are_not_finite_are_an_error_that_names_a_sample(gallery, tmp_path):
+def test_features_that_are_not_finite_are_an_error_that_names_a_sample(gallery, tmp_path):
     save_tiny(tmp_path)
     weights = load_file(tmp_path / "open_clip_model.safetensors")
     save_file(
-        {**weights, "visual.proj": torch.full_like(weights["visual.proj"], torch.nan)},
+        {**weights, "visual.ln_post.weight": torch.full_like(weights["visual.ln_post.weight"], 3e38)},
         tmp_path / "open_clip_model.safetensors",
     )
     result = call_here(

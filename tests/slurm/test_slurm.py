@@ -231,7 +231,9 @@ def test_status_shows_the_state_and_what_to_do(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     (run / "slurm").mkdir(parents=True)
     (run / "checkpoints" / "samples-000000001280").mkdir(parents=True)
-    (run / "status.json").write_text('{"state": "stopped", "samples": 1280, "eta_s": 60}')
+    (run / "status.json").write_text(
+        '{"state": "stopped", "samples": 1280, "eta_s": 60, "requested_by": "file"}'
+    )
     (run / "slurm" / "jobs").write_text("12 train\n")
     log = "slurm: job 12.0: starts\ntraining: 3 %\nerror: the disk is full\n"
     (run / "slurm" / "train-12.log").write_text(log)
@@ -241,6 +243,7 @@ def test_status_shows_the_state_and_what_to_do(tmp_path, capsys, monkeypatch):
     for words in (
         f"{run}: stopped",
         "eta_s       60",
+        "requested_by file",
         "samples-000000001280",
         "12 train: no longer known to Slurm",
         "error: the disk is full",
@@ -269,10 +272,16 @@ def test_status_shows_the_state_and_what_to_do(tmp_path, capsys, monkeypatch):
         ("running", ["FAILED"], False, 0, "the reason is in the log"),
         ("", [], False, 0, "submit it"),
         ("", [""], False, 0, "submit it"),
+        # started by `train`, without Slurm
+        ("running", [], False, 9, "nothing; to stop it with a checkpoint: touch 'a run/stop'"),
+        ("running", [], True, 9, "nothing; it stops"),
+        ("running", [], False, 900, "if its process has ended, to resume"),
+        ("stopped", [], False, 0, "last checkpoint: python -m train 'a run/recipe.yaml'"),
+        ("finished", [], False, 0, "eval retrieval 'a run' --data"),
     ],
 )
 def test_advice(state, job_states, stop_requested, silent_s, words):
-    assert words in advice(state, job_states, stop_requested, silent_s, Path("run"))
+    assert words in advice(state, job_states, stop_requested, silent_s, Path("a run"))
 
 
 def test_output_of_scontrol_is_parsed():

@@ -1,6 +1,7 @@
 """An export that is loaded back equals the model, or nothing is kept; half precision is the rounded model."""
 
 import json
+import shutil
 
 import open_clip
 import pytest
@@ -176,6 +177,14 @@ def test_a_run_is_compared_on_its_own_data(tiny_model, icon_shards, tmp_path, mo
         to_yaml(Recipe(model=tiny_model, data=str(tmp_path / "gone"), run=str(run)))
     )
     assert exporting.shards_of(run) is None
+    shutil.rmtree(run / "checkpoints")  # so that the command ends here
+    call_here(command.main, run, "--out", tmp_path / "other")
+    assert f"the run's data {tmp_path / 'gone'} is not here, or has changed" in capsys.readouterr().out
+    # A relative path, from another folder than the run was trained in.
+    monkeypatch.chdir(out)
+    (run / "recipe.yaml").write_text(to_yaml(Recipe(model=tiny_model, data="my shards", run="run")))
+    (run.parent / "my shards").symlink_to(icon_shards)
+    assert exporting.shards_of(run) == run.parent / "my shards"
 
 
 def test_mistakes_are_sentences(tiny_model, tmp_path, monkeypatch):

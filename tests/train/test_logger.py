@@ -61,9 +61,9 @@ def steps(log: Logger, waits: list[float]):
 def test_a_data_wait_is_reported_once_and_not_for_the_first_line(log):
     printed = []
     log.say = printed.append
-    for number in steps(log, [0.9, 0.9, 0.01, 0.01, 0.03, 0.03, 0.5, 0.5]):
+    for number in steps(log, [0.9, 0.9, 0.04, 0.04, 0.07, 0.07, 0.5, 0.5]):
         assert len(printed) == (number >= 5), number
-    assert "data wait is 3 % of the step time" in printed[0]
+    assert "data wait is 7 % of the step time" in printed[0]
 
 
 def test_a_gain_by_cropping_is_reported_once_and_only_where_it_is_clear(log):

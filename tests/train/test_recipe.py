@@ -153,3 +153,8 @@ def test_keys_that_change_no_number_may_differ_when_a_run_is_resumed():
     assert differences(old, parse([*BASE, *safe.split()])) == []
     other = parse([*BASE, "--optim.lr", "1e-3", "--seed", "1"])
     assert differences(old, other) == ["optim.lr: 5e-06 before, 0.001 now", "seed: 0 before, 1 now"]
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    assert_mistake(call_here(main, *REQUIRED), "no RECIPE", "spectrum_icons", "--model is required")
+    assert parse(BASE).model == "a:none"

@@ -2,10 +2,11 @@
 
 import shutil
 from pathlib import Path
+from shlex import quote
 
 import pytest
 import torch
-from conftest import assert_mistake, call_here
+from conftest import assert_mistake, build_icons, call_here
 from runs import (
     CANDIDATES,
     WEIGHTS,
@@ -158,6 +159,31 @@ def test_exported_weights_are_trained_ema_or_what_eval_mixes(
     averaged.towers.model.load_state_dict(ema(newest(run.folder)))
     assert_close(mix(load(tiny_model), averaged, alpha).towers.model.state_dict(), loaded)
     assert not torch.equal(loaded["visual.proj"], in_training(newest(run.folder))["visual.proj"])
+
+
+def test_the_end_says_what_went_wrong_and_what_can_be_copied(
+    tiny_model, icon_folder, tmp_path, capsys, monkeypatch
+):
+    """A run that made the model worse, one on shards without val and test; in folders with a space."""
+    folder, shards = tmp_path / "my runs", tmp_path / "my shards"
+    build_icons(icon_folder, shards)
+    options = {"epochs": 1, "workers": 0, "micro_batch_size": 24, "log": ("tensorboard",)}
+    for name, scores in (("worse", (0.5, 0.25)), ("better", (0.25, 0.5))):
+        run = trained(recipe(tiny_model, shards, folder / name, **options), returning(*scores))
+        is_worse = "worse than before training (val/mean/R@1); lower --optim.lr (now 0.001)" in summary(run)
+        assert is_worse == (name == "worse"), summary(run)
+    place = quote(str(folder / "better"))
+    assert f"eval retrieval {place} --data {quote(str(shards))} --split test" in summary(run)
+    assert f"tensorboard --logdir {place}" in summary(run)
+    build_icons(icon_folder, tmp_path / "one split", val=0, test=0)
+    plan = recipe(tiny_model, tmp_path / "one split", folder / "all", **options)
+    monkeypatch.setattr("sys.argv", flags(plan, tmp_path / "plan.yaml"))
+    capsys.readouterr()
+    main()
+    printed = capsys.readouterr().out
+    assert "no val split, so nothing is validated" in printed
+    assert "no validation" in printed
+    assert "--split" not in printed
 
 
 def test_a_run_has_the_metrics_that_were_logged_for_its_weights(tiny_model, icon_shards, tmp_path):

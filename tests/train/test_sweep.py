@@ -33,7 +33,7 @@ def test_a_sweep_resumes_and_its_table_equals_the_logs(tiny_model, icon_shards, 
     # A third value makes the loss non-finite and is listed; the first run resumes; the second is not touched.
     monkeypatch.setattr("train.tune.sweep.train_one", train_here)
     diverging = ["--max-nonfinite-steps", 1, "--save-every-minutes", 0, "--vary", "optim.lr=1e-3,3e-2,1e30"]
-    with pytest.raises(Fault, match=r"1 runs failed \(run-lr=1e30\)"):
+    with pytest.raises(Fault, match=r"1 run failed \(run-lr=1e30\)"):
         call_main(train.sweep.main, *words, *diverging)
     printed = capfd.readouterr()
     assert "== 2 of 3: run-lr=3e-2 is finished\n" in printed.out

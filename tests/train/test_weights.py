@@ -131,7 +131,7 @@ MISTAKES = {
     ),
     "a part": (
         lambda model: {name: t for name, t in model.state_dict().items() if "ln_final" not in name},
-        r"the file lacks ln_final.weight, ln_final.bias",
+        r"the file lacks ln_final.weight, ln_final.bias; the file is incomplete",
     ),
     "moments": (lambda model: {"optimizer": {"state": {}}}, "no weights of a whole CLIP, but no tensor"),
     "a number": (lambda model: 7, "no weights of a whole CLIP, but no tensor"),
@@ -147,11 +147,24 @@ def test_what_is_no_weights_of_the_architecture_is_one_sentence(case, model, tmp
 
 
 @pytest.mark.parametrize("name", ["file.pt", "file.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\3\4" + bytes(99)])
+@pytest.mark.parametrize("content", [b"hello", b"PK\3\4" + bytes(99)])
 def test_a_damaged_file_is_one_sentence(name, content, tmp_path):
     with pytest.raises(UserError, match=f"{name}: cannot be read as weights") as raised:
         load(f"demo-vit:{written(tmp_path / name, content)}@openai")
     assert "weights_only" not in str(raised.value)
+
+
+def test_an_empty_or_missing_file_and_nan_are_one_sentence(model, tmp_path):
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(UserError, match=r"empty.pt: the file is empty"):
+        load(f"demo-vit:{tmp_path / 'empty.pt'}@openai")
+    with pytest.raises(UserError, match=r"there is no file no/such.pt; it has"):
+        load("demo-vit:no/such.pt@openai")
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    state["ln_final.bias"][3], state["visual.proj"][0, 0] = torch.nan, torch.inf
+    torch.save(state, tmp_path / "file.pt")
+    with pytest.raises(UserError, match=r"NaN or infinity in 2 of \d+ tensors \(.*visual.proj"):
+        load(f"demo-vit:{tmp_path / 'file.pt'}@openai")
 
 
 def test_a_cut_file_is_one_sentence(model, tmp_path):

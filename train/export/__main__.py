@@ -53,8 +53,14 @@ def command(
     from train.export.folder import RECORD, export, shards_of, table
     from train.export.snippets import blocks, use
     from train.model.clip import load
+    from train.recipe import flags_of, parse
 
-    record = export(load(model), out, dtype, onnx, data or shards_of(Path(model)), features_metrics)
+    run = Path(model)
+    data = data or shards_of(run)
+    if data is None and (run / "recipe.yaml").is_file():
+        name = parse(flags_of(run / "recipe.yaml")).data
+        print(f"the run's data {name} is not here, or has changed; to compare on it, pass --data")
+    record = export(load(model), out, dtype, onnx, data, features_metrics)
     code = "\n".join(blocks(use(record, str(out)))[:2])
     print(f"{table(record)}\n\n{code}\nwritten: {out}; details in {out / RECORD}")
 

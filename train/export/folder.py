@@ -6,6 +6,7 @@ Compared are features, of images and captions of the user's, and what the snippe
 for the user's own files, transparent and rotated ones among them.
 """
 
+import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -169,14 +170,19 @@ def is_installed(package: str) -> bool:
 
 
 def shards_of(run: Path | None) -> Path | None:
-    """The shards that a run was trained on; None if `run` is no run, or they are gone or have changed."""
+    """The shards that a run was trained on; None if `run` is no run, or they are gone or have changed.
+
+    A relative path is looked for in the working folder, and in the folders that the run is in.
+    """
     if run is None or not (run / "recipe.yaml").is_file():
         return None
-    data = Path(parse(flags_of(run / "recipe.yaml")).data)
-    if not (data / "manifest.json").is_file():
-        return None
+    name = parse(flags_of(run / "recipe.yaml")).data
     fingerprint = json.loads((run / "environment.json").read_text())["data_fingerprint"]
-    return data if Shards(data, "train").fingerprint == fingerprint else None
+    for data in (folder / name for folder in (Path(), *run.resolve().parents)):
+        with contextlib.suppress(UserError):  # something else that has the name
+            if (data / "manifest.json").is_file() and Shards(data, "train").fingerprint == fingerprint:
+                return data
+    return None
 
 
 def table(record: dict) -> str:

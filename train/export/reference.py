@@ -85,7 +85,7 @@ def samples(data: Path | None, background: tuple[int, int, int]) -> Samples:
     """
     if data is None:
         images = [_drawing(number) for number in range(N_IMAGES)]
-        source = f"{N_IMAGES} synthetic images and {len(FIXED_CAPTIONS)} fixed captions (no data was given)"
+        source = f"{N_IMAGES} synthetic images and {len(FIXED_CAPTIONS)} fixed captions (without shards)"
         return Samples(images, list(FIXED_CAPTIONS), made_files(images, background), source)
     shards = first_split(data)
     read = [shards.read(number) for number in evenly(len(shards), N_IMAGES)]

@@ -44,7 +44,7 @@ from train.model.source import (
 from train.model.text import trimmer
 from train.model.towers import Towers
 from train.model.transformers_clip import load_tokenizer, load_transformers, open_clip_config
-from train.model.weights import DAMAGED, load_weights
+from train.model.weights import DAMAGED, check_finite, load_weights
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -147,7 +147,7 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
 
     Raises:
         UserError: no such model, tag or folder; no network for a download; weights of another architecture or
-            activation; a file whose preprocessing is not known.
+            activation, or that are not finite; a file whose preprocessing is not known.
     """
     source = source_of(name)
     offline = constants.HF_HUB_OFFLINE
@@ -174,6 +174,8 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
             raise UserError(
                 f"{name}: cannot be loaded: {' '.join(str(error).split())[:600]}; {advice(name)}"
             ) from None
+    if weights and source.has_weights:
+        check_finite(model, name)
     preprocess = model.visual.preprocess_cfg
     config = {
         "model_cfg": model_cfg,

@@ -1,6 +1,7 @@
 """Base weights for machines without a network: into the cache, or into a folder (python -m train.fetch)."""
 
 from pathlib import Path
+from shlex import quote
 
 from huggingface_hub import constants
 
@@ -31,11 +32,11 @@ def fetch(model: str, out: Path | None = None) -> None:
     )
     if out is None:
         print(f"in the cache, {constants.HF_HOME}; to train without a network:")
-        print(f"  HF_HUB_OFFLINE=1 python -m train RECIPE --model {model} --data SHARDS --run RUN")
+        print(f"  HF_HUB_OFFLINE=1 python -m train RECIPE --model {quote(model)} --data SHARDS --run RUN")
         return
     with atomic_folder(out) as folder:
         clip.save(folder)
     written = load(f"local-dir:{out}").fingerprint()
     assert written == clip.fingerprint(), (written, clip.fingerprint())
     print(f"written: {out}; it loads without a network:")
-    print(f"  python -m train RECIPE --model local-dir:{out} --data SHARDS --run RUN")
+    print(f"  python -m train RECIPE --model {quote(f'local-dir:{out}')} --data SHARDS --run RUN")

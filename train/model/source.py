@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import open_clip
 from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -96,7 +97,8 @@ def _parse_name(name: str) -> Source:
             )
         return Source(architecture, file=found[0], preprocess=preprocessing.config)
     if pretrained not in tags:
-        file = f" and there is no file {pretrained}" if "/" in pretrained or "." in pretrained else ""
+        path = pretrained.rpartition("@")[0] or pretrained  # FILE@NAME
+        file = f" and there is no file {path}" if "/" in path or "." in path else ""
         raise UserError(
             f"{name}: {architecture} has no weights {pretrained!r}{file}; it has {', '.join(tags) or 'none'}"
         )
@@ -172,7 +174,7 @@ def not_in_the_cache(name: str, source: Source, part: str, offline: bool) -> Use
     return UserError(
         f"{name}: {f'{missing} is ' if missing else ''}not in the cache ({constants.HF_HUB_CACHE}), and the"
         f" hub cannot be reached{' with HF_HUB_OFFLINE=1' if offline else ''}; where there is a network, fill"
-        f" the cache with: python -m train.fetch {fetched}"
+        f" the cache with: python -m train.fetch {quote(fetched)}"
     )
 
 
@@ -183,7 +185,7 @@ def advice(name: str) -> str:
             " run; a file of weights is NAME:FILE"
         )
     return "check the name and the network" + (
-        f"; with HF_HUB_OFFLINE=1, run python -m train.fetch {name} before"
+        f"; with HF_HUB_OFFLINE=1, run python -m train.fetch {quote(name)} before"
         if constants.HF_HUB_OFFLINE
         else ""
     )
@@ -193,7 +195,8 @@ def _checkpoint_of_run(run: Path) -> Path:
     best = run / "checkpoints" / "best"
     if not best.is_dir():
         raise UserError(
-            f"{run}: the run has no checkpoint yet; resume it with: python -m train {run / 'recipe.yaml'}"
+            f"{run}: the run has no checkpoint yet; resume it with: python -m train"
+            f" {quote(str(run / 'recipe.yaml'))}"
         )
     return best
 

@@ -80,11 +80,28 @@ def load_weights(model: nn.Module, architecture: str, file: Path) -> None:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise UserError(
             f"{file}: holds no weights of {architecture}: {'; '.join(wrong[:SHOWN])}{more};"
-            f" {_fitting(given, file)}"
+            f" {_fitting(given, file, architecture)}"
         )
     model.load_state_dict(state)
     for sentence in resized:
         print(f"warning: {file}: {sentence}", file=sys.stderr)
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Check loaded weights, so that nobody looks for the cause in an image or a caption.
+
+    Args:
+        name: of the MODEL, for the message.
+
+    Raises:
+        UserError: a tensor holds NaN or infinity.
+    """
+    state = model.state_dict()
+    if bad := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
+        raise UserError(
+            f"{name}: its weights hold NaN or infinity in {len(bad)} of {len(state)} tensors"
+            f" ({_some(bad)}), as after a training that diverged; use an earlier checkpoint, or other weights"
+        )
 
 
 def read_weights(file: Path) -> State:
@@ -93,6 +110,8 @@ def read_weights(file: Path) -> State:
     Raises:
         UserError: the file is damaged, or holds something else.
     """
+    if not file.stat().st_size:
+        raise UserError(f"{file}: the file is empty; copy or download it again")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -243,9 +262,12 @@ def architectures_of(state: State) -> list[str]:
     return fitting
 
 
-def _fitting(state: State, file: Path) -> str:
-    if names := architectures_of(state):
+def _fitting(state: State, file: Path, tried: str) -> str:
+    fitting = architectures_of(state)
+    if names := [name for name in fitting if name != tried]:
         return f"they fit {' or '.join(f'{name}:{file}' for name in names[:SHOWN])}"
+    if fitting:
+        return "the file is incomplete, or was changed; use another copy of it"
     return "use the name of the architecture that they were trained with, or local-dir: with its config"
 
 

@@ -25,6 +25,7 @@ import time
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,7 +83,7 @@ class Run:
             if changed := differences(old, recipe):
                 raise UserError(
                     f"{self.folder}: holds a run of another recipe ({'; '.join(changed)}); pass another"
-                    f" --run, or resume that one: python -m train {self.folder / 'recipe.yaml'}"
+                    f" --run, or resume that one: python -m train {quote(str(self.folder / 'recipe.yaml'))}"
                 )
             if world.is_first and not self.is_finished:
                 self.lock.acquire()

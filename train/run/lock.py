@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from shlex import quote
 from typing import TextIO
 
 from data_prep.errors import Fault, Fenced, UserError
@@ -48,7 +49,7 @@ class RunLock:
                 file.close()
                 raise (Fault if is_attempt else UserError)(
                     f"{self.folder}: another process writes to this run ({holder}). Wait for it, stop it"
-                    f" with: touch {self.folder / 'stop'}, or pass another --run"
+                    f" with: touch {quote(str(self.folder / 'stop'))}, or pass another --run"
                 )
             time.sleep(1)
         file.truncate(0)

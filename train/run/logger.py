@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from data_prep.atomic import atomic_file
 from data_prep.progress import progress
+from data_prep.tables import counted
 from train.data.loader import Batch
 from train.metrics import CROP_GAIN, CROP_GAIN_LOW
 from train.model.activation_memory import should_compile
@@ -26,7 +27,7 @@ from train.run.trackers import open_trackers
 if TYPE_CHECKING:
     from train.step import TrainState, Values  # which needs train.run at run time
 
-MAX_DATA_WAIT = 0.02  # of the step's time; above it, a hint is printed
+MAX_DATA_WAIT = 0.05  # of the step's time; above it, a hint is printed
 PRINTED = ("val/image_to_text/R@1", "val/text_to_image/R@1")
 
 
@@ -133,8 +134,8 @@ class Logger:
                 for name in PRINTED
                 if selected + name in values
             )
-            epochs = self.state.samples / self.state.order.samples_per_epoch
-            self.say(f"after {epochs:.0f} epochs: {recalls}")
+            epochs = round(self.state.samples / self.state.order.samples_per_epoch)
+            self.say(f"after {counted(epochs, 'epoch')}: {recalls}")
             if values.get(f"val/{CROP_GAIN_LOW}", 0) > 0 and not self.crop_hinted:
                 self.crop_hinted = True
                 self.say(crop_hint(values[f"val/{CROP_GAIN}"], self.run.recipe.augment.scale))
@@ -179,8 +180,8 @@ class Logger:
         state, recipe = self.state, self.run.recipe
         world, compiled = state.world, should_compile(recipe, state.world.device)
         self.say(
-            f"{recipe.model} on {state.order.n_samples} images, {world.world_size} x {world.device.type}:"
-            f" {state.steps} steps of {recipe.global_batch_size} pairs"
+            f"{recipe.model} on {counted(state.order.n_samples, 'image')}, {world.world_size} x"
+            f" {world.device.type}: {counted(state.steps, 'step')} of {recipe.global_batch_size} pairs"
         )
         self.say(
             f"micro_batch_size {state.micro_batch_size}, activation_checkpointing"

@@ -9,6 +9,7 @@ import numpy as np
 from data_prep.atomic import atomic_file
 from data_prep.errors import NotFinite
 from data_prep.shards import Shards
+from data_prep.tables import counted
 from train.recipe import Recipe, differences
 from train.retain.select import RETENTION
 from train.tune.sweep import report_rest, train_all
@@ -105,7 +106,7 @@ def suggest(scores: dict[float, float], before: float, n_groups: int) -> tuple[f
         chosen = rate
     reasons = [
         f"Best on val: {best:g}, mean R@1 {100 * scores[best]:.1f} % (standard error {100 * error:.1f},"
-        f" {n_groups} groups)."
+        f" {counted(n_groups, 'group')})."
     ]
     if chosen != best:
         reasons.append(

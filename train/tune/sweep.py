@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, UserError
 from data_prep.rooms import environment, importable
 from data_prep.shards import Shards
+from data_prep.tables import counted
 from train.recipe import Recipe, to_yaml
 from train.run.folder import Run
 from train.run.stop import Stop
@@ -30,7 +32,7 @@ def print_table(folder: Path) -> None:
     if not recipes:
         raise UserError(
             f"{folder}: contains no runs; to make some: python -m train.sweep RECIPE --data SHARDS --runs"
-            f" {folder} --vary KEY=VALUES"
+            f" {quote(str(folder))} --vary KEY=VALUES"
         )
     rows = results(folder, recipes)
     print(text := markdown(rows))
@@ -56,12 +58,12 @@ def report_rest(folder: Path, failed: dict[str, int], stopped: bool) -> None:
     if stopped:
         print(
             "stopped; the same command resumes; the table at any time: python -m train.sweep --table"
-            f" {folder}"
+            f" {quote(str(folder))}"
         )
     if failed:
         raise Fault(
-            f"{folder}: {len(failed)} runs failed ({', '.join(failed)}), see their messages above; the same"
-            " command tries them again"
+            f"{folder}: {counted(len(failed), 'run')} failed ({', '.join(failed)}), see their messages above;"
+            " the same command tries them again"
         )
 
 
