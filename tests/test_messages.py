@@ -31,7 +31,6 @@ OTHERS = {
     "open_clip_train": {"aug-cfg", "grad-checkpointing", "torchcompile"},
     "tensorboard": {"logdir"},
     "hf": {"repo-type"},
-    "docker run": {"shm-size"},
     "trackio": {"project"},
     "recipe.py, of any key": {"flag", "key", "no-key", "augment.key", "augment.no-key"},
 }
