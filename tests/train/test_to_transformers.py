@@ -112,7 +112,7 @@ def test_the_config_says_what_the_model_is(quick):
     )
     assert json.loads((out / "export.json").read_text()) == record
     files = {path for path in out.rglob("*") if path.is_file()}
-    on_disk = {path.relative_to(out).as_posix() for path in files} - {"export.json"}
+    on_disk = {path.relative_to(out).as_posix() for path in files} - {"export.json", ".made.json"}
     assert on_disk == set(record["files"])
     for name, file in record["files"].items():
         assert (file["sha256"], file["bytes"]) == (sha256_of(out / name), (out / name).stat().st_size)

@@ -4,6 +4,7 @@ rank r of W, step k:  positions k*B + r*B/W ...  ->  Order  ->  Shards.read  -> 
                       (B is global_batch_size)
 """
 
+import contextlib
 import hashlib
 import multiprocessing.util
 import os
@@ -181,32 +182,34 @@ def loader(
         worker_init_fn=_quiet_worker,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
     )
-    for batch in _received(loaded):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    with contextlib.closing(_received(loaded)) as received:
+        for batch in received:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
 
 def _received(loaded: DataLoader) -> Iterator:
-    """The batches; a worker that died while it sent one is named as torch names it elsewhere."""
+    """The batches; a worker that died while it sent one is named as torch names it elsewhere. When this ends,
+    by an exception too, so do the workers.
+    """
     iterator = iter(loaded)
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except (ConnectionError, EOFError) as error:
-            workers = getattr(iterator, "_workers", ())
-            for worker in workers:
-                worker.join(0.2)  # it closes its socket before it is gone
-            ended = [worker for worker in workers if not worker.is_alive()]
-            names = [signal.strsignal(-worker.exitcode) for worker in ended if (worker.exitcode or 0) < 0]
-            if not ended:
-                raise
-            raise RuntimeError(
-                f"DataLoader worker (pid {ended[0].pid}) is killed by signal: {(names or ['Unknown'])[0]}. "
-            ) from error
-        yield batch
+    workers = getattr(iterator, "_workers", ())
+    try:
+        yield from iterator
+    except (ConnectionError, EOFError) as error:
+        for worker in workers:
+            worker.join(0.2)  # it closes its socket before it is gone
+        ended = [worker for worker in workers if not worker.is_alive()]
+        if not ended:
+            raise
+        names = [signal.strsignal(-worker.exitcode) for worker in ended if worker.exitcode < 0]
+        raise RuntimeError(
+            f"DataLoader worker (pid {ended[0].pid}) is killed by signal: {(names or ['Unknown'])[0]}. "
+        ) from error
+    finally:
+        if workers:
+            iterator._shutdown_workers()
 
 
 class _Readable(Dataset):
