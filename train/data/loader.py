@@ -254,6 +254,8 @@ class _CollateReadable:
 
 
 def _kill_workers() -> None:
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise that a worker was killed
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
