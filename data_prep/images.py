@@ -24,7 +24,6 @@ from data_prep.signatures import Kind, kind_of
 
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # formats that training reads unchanged
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-JPEG_SIGNATURE = b"\xff\xd8"
 EXIF_ORIENTATION = 0x0112
 # What Pillow and its plugins raise on damaged files, of which two million were tried.
 DAMAGE = (

@@ -1,4 +1,4 @@
-"""An SVG becomes a PNG, by resvg, in a process of its own.
+"""An SVG becomes a PNG, by resvg, in a separate process.
 
 The renderer alone is not safe for files of strangers: it reads the files that an <image> names, takes any
 amount of time and memory, and ends its process when there is no memory. So one child per process renders: it

@@ -4,13 +4,15 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, command, environment
 from safetensors.torch import load_file
 
 import train.step
@@ -48,6 +50,28 @@ def flags(plan: Recipe, file: Path) -> list[str]:
     """The arguments of `call` that train `plan`, which is written to `file`."""
     file.write_text(to_yaml(plan))
     return ["train", str(file)]
+
+
+def launch(arguments: list[str], ranks: int) -> subprocess.Popen:
+    """A command of ours, in a process group of its own; `ranks` as in command()."""
+    return subprocess.Popen(
+        command(*arguments, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def until_logged(process: subprocess.Popen, run: Path, text: str) -> None:
+    """Wait until the process has written `text` to the run's metrics.jsonl."""
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not log.is_file() or text not in log.read_text():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{log} has no {text}"
+        time.sleep(0.005)
 
 
 def no_validation(clip, world) -> dict[str, float]:

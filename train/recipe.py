@@ -235,9 +235,7 @@ def _names() -> str:
 
 
 def _run_of(file: Path) -> list[str]:
-    """--run with the folder of a recipe file that lies in a run: of a copied or moved one, the file names the
-    old folder.
-    """
+    """--run with the folder of a recipe file that is in a run; a copied or moved run's names the old one."""
     is_in_run = file.name == "recipe.yaml" and any(
         os.path.lexists(file.parent / name) for name in ("checkpoints", "environment.json", "status.json")
     )

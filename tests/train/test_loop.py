@@ -9,12 +9,10 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, assert_mistake, build_icons, call, command, environment, save_tiny
+from conftest import TINY, assert_mistake, build_icons, call, save_tiny
 from runs import (
     WEIGHTS,
     assert_bit_equal,
@@ -22,12 +20,14 @@ from runs import (
     exported,
     fit_on_ranks,
     flags,
+    launch,
     metrics,
     newest,
     no_validation,
     recipe,
     status_of,
     trained,
+    until_logged,
 )
 from safetensors.torch import load_file
 
@@ -64,20 +64,8 @@ def interrupt(
     arguments: list[str], run: Path, ranks: int, at_samples: int, how: signal.Signals | None
 ) -> None:
     """Start training, and interrupt it after `at_samples` pairs: by a signal, or by the file RUN/stop."""
-    process = subprocess.Popen(
-        command(*arguments, ranks=ranks),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    log = run / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not log.is_file() or f'"samples": {at_samples}' not in log.read_text():
-        assert process.poll() is None, process.stdout.read().decode()
-        assert time.monotonic() < deadline, f"the run did not reach {at_samples} pairs"
-        time.sleep(0.005)
+    process = launch(arguments, ranks)
+    until_logged(process, run, f'"samples": {at_samples}')
     if how == signal.SIGKILL:  # torchrun, ranks and loader workers at once, as a power cut would
         os.killpg(process.pid, signal.SIGKILL)
     elif how:
@@ -86,7 +74,7 @@ def interrupt(
         (run / "stop").touch()
     process.wait(60)
     if how != signal.SIGKILL:
-        output = process.stdout.read().decode()
+        output = process.stdout.read()
         assert process.returncode == 0, output
         assert "stopped after" in output
         status = status_of(run)

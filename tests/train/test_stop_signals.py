@@ -5,31 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, environment
-from runs import flags, metrics, newest, recipe, state_of, status_of
-
-
-def started(arguments: list[str], run: Path, ranks: int) -> subprocess.Popen:
-    """The command in a process group of its own, once it has logged a step."""
-    process = subprocess.Popen(
-        command(*arguments, ranks=ranks),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").is_file() and any("train/loss" in line for line in metrics(run))):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
+from conftest import ROOT, environment
+from runs import flags, launch, newest, recipe, state_of, status_of, until_logged
 
 
 @pytest.mark.parametrize(
@@ -46,7 +25,8 @@ def started(arguments: list[str], run: Path, ranks: int) -> subprocess.Popen:
 def test_a_signal_saves_a_checkpoint(tiny_model, icon_shards, tmp_path, ranks, whom, number):
     run = tmp_path / "run"
     plan = recipe(tiny_model, icon_shards, run, workers=2, epochs=400, save_every_minutes=60)
-    process = started(flags(plan, tmp_path / "recipe.yaml"), run, ranks)
+    process = launch(flags(plan, tmp_path / "recipe.yaml"), ranks)
+    until_logged(process, run, "train/loss")
     (os.kill if whom == "process" else os.killpg)(process.pid, number)
     output, _ = process.communicate(timeout=60)
     status = status_of(run)

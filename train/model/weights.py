@@ -88,7 +88,7 @@ def load_weights(model: nn.Module, architecture: str, file: Path) -> None:
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Check loaded weights, so that nobody looks for the cause in an image or a caption.
+    """Check loaded weights: later, the error would name an image or a caption.
 
     Args:
         name: of the MODEL, for the message.
