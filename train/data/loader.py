@@ -12,6 +12,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from multiprocessing.queues import Queue
 from typing import NamedTuple
 
@@ -170,9 +171,8 @@ def loader(
         Fault: a shard can no longer be read.
         UserError: a shard is damaged, which another attempt would not change.
     """
-    # multiprocessing ends workers that are left at exit by SIGTERM, which they ignore, and waits for them.
-    # Not by atexit, which a child of multiprocessing does not run.
-    multiprocessing.util.Finalize(None, _kill_workers, exitpriority=0)
+    if workers:
+        _kill_workers_at_exit(os.getpid())
     loaded = DataLoader(
         _Readable(dataset),
         batch_sampler=batches,
@@ -251,6 +251,15 @@ class _CollateReadable:
     def __call__(self, samples: list):
         error = next((sample for sample in samples if isinstance(sample, UserError)), None)
         return error or self.collate(samples)
+
+
+@lru_cache
+def _kill_workers_at_exit(_process: int) -> None:
+    """multiprocessing ends workers that are left at exit by SIGTERM, which they ignore, and waits for them.
+
+    Not by atexit, which a child of multiprocessing does not run.
+    """
+    multiprocessing.util.Finalize(None, _kill_workers, exitpriority=0)
 
 
 def _kill_workers() -> None:
