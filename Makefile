@@ -1,4 +1,4 @@
-# make demo      from nothing to a trained model with numbers, in about four minutes on two quiet CPU cores
+# make demo      from nothing to a trained model with numbers, in about five minutes on two CPU cores
 # make test      the quick tests           make test-all   all tests: drills, kills, full-size models too
 # make bench     speed and memory of the demo's step and loader
 # make env       .venv alone               make clean      delete the demo's data and run

@@ -89,23 +89,23 @@ class Steps:
         return time.perf_counter() - started
 
 
-def row(model: str, batch: int, checkpointing: str, folder: str, alone: bool) -> dict:
-    """Steps, saves and steps in this process, in a run of its own in `folder`; seconds, and bytes written."""
+def row(model: str, batch: int, checkpointing: str, folder: str, alone: bool, data: str = "") -> dict:
+    """Steps, saves and steps in this process, in a run of its own in `folder`; seconds, and bytes written.
+
+    Args:
+        data: shards to read a batch from; "" draws some.
+    """
     import torch
 
-    from benchmarks.data_prep import draw_icon, make
-    from benchmarks.loader import build
     from train.recipe import Recipe
     from train.world import World
 
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     batch = GPU_BATCH if world.device.type == "cuda" else batch
-    make(Path(folder, "icons"), draw_icon, GPU_BATCH, "png")
-    build(Path(folder, "icons"), Path(folder, "shards"))
     steps = Steps(
         Recipe(
             model,
-            f"{folder}/shards",
+            data or drawn(folder),
             f"{folder}/run",
             epochs=1000,
             global_batch_size=batch,
@@ -130,6 +130,16 @@ def row(model: str, batch: int, checkpointing: str, folder: str, alone: bool) ->
         result["written_gb"] = sum(file.stat().st_size for file in steps.run.checkpoint.iterdir()) / 1e9
     steps.run.close()
     return result
+
+
+def drawn(folder: str) -> str:
+    """Shards of a batch of icons."""
+    from benchmarks.data_prep import draw_icon, make
+    from benchmarks.loader import build
+
+    make(Path(folder, "icons"), draw_icon, GPU_BATCH, "png")
+    build(Path(folder, "icons"), Path(folder, "shards"))
+    return f"{folder}/shards"
 
 
 def _scheduled() -> tuple[float, float]:

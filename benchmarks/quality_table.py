@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from data_prep.tables import markdown_table
+from eval.retrieval import score
 from eval.retrieval.intervals import mean_interval, paired_difference
 from eval.retrieval.score import QueryScores
 
@@ -14,17 +15,8 @@ Pooled = tuple[np.ndarray, np.ndarray]  # what each query scored, float [n], and
 
 
 def of(*directions: str) -> Callable[[QueryScores], Pooled]:
-    """R@1 of these directions' queries, so weighted that the mean of all is the mean of the directions'
-    means.
-    """
-
-    def pooled(queries: QueryScores) -> Pooled:
-        values = [queries.values[f"{direction}/R@1"] for direction in directions]
-        groups = [queries.groups[direction] for direction in directions]
-        share = sum(map(len, values)) / len(values)
-        return np.concatenate([each * share / len(each) for each in values]), np.concatenate(groups)
-
-    return pooled
+    """R@1 of these directions' queries; see eval.retrieval.score.pooled."""
+    return lambda queries: score.pooled(queries, *directions)
 
 
 SHOWN = {

@@ -27,7 +27,7 @@ import tyro
 from data_prep.cli import run_commands
 from data_prep.errors import exit_on_user_error
 from data_prep.tables import markdown_table
-from eval.embed import load_for_eval
+from eval.embed import load_for_eval, precision_of
 from eval.options import Inference
 from eval.search import nearest as nearest_module
 from eval.search.command import embed as embed_corpus
@@ -36,7 +36,7 @@ from eval.search.indexing import SCHEMA
 from eval.search.nearest import Nearest
 from train.world import World
 
-INFERENCE = Inference(precision="bf16" if torch.cuda.is_available() else "fp32")
+INFERENCE = Inference()
 
 
 def nearest(
@@ -139,8 +139,7 @@ def embed(
     ]
     columns = ["images/s", "median", "of each turn"]
     how = (
-        f"{inference.precision}, {inference.workers} workers, {torch.get_num_threads()} threads,"
-        f" {device.type}"
+        f"{precision_of(clip)}, {inference.readers} workers, {torch.get_num_threads()} threads, {device.type}"
     )
     print(f"{model}, batch {inference.batch_size}, {how}")
     share = middle["embed"] / middle["forward"]

@@ -11,6 +11,7 @@ Captions become shards:
 A recipe and shards become a run:
   train         trains, or resumes an unfinished run: cliptune train icons --data SHARDS --run RUN
   lr, sweep     search for a learning rate; train a grid of recipe values
+  forecast      what a run will reach, and what is short, from three short runs
   bench         measures speed and memory
   fetch         downloads base weights, for machines without a network
   export        one folder for open_clip and transformers, compared with the model
@@ -20,6 +21,7 @@ A model gets its numbers:
   retrieval     R@1, 5, 10, ranks, MRR, mAP, nDCG with intervals
   zeroshot      zero-shot classification; linear-probe: heads on frozen features
   compare       models side by side, what got better and worse, retention, WiSE-FT
+  bases         which model to start from; suspects: captions that are probably wrong
   confusion     each image's caption among others; compositionality: counting, binding, swapped words
   leaks         images of val and test that are nearly the same as a training image
 
@@ -51,6 +53,7 @@ from cliptune.commands import COMMANDS
 from data_prep.cli import run_place
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.rooms import CLONE, importable
+from data_prep.terminal import say
 
 REST = {"slurm": "flags"}  # rooms whose commands take words after `--`
 
@@ -63,10 +66,10 @@ def main() -> None:
     """
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(f"usage: cliptune COMMAND [OPTIONS]      cliptune COMMAND --help\n\n{__doc__.strip()}")
+        say(f"usage: cliptune COMMAND [OPTIONS]      cliptune COMMAND --help\n\n{__doc__.strip()}")
         return
     if name in ("--version", "-V", "version"):
-        print(f"cliptune {_version()}")
+        say(f"cliptune {_version()}")
         return
     known = name.replace("_", "-")
     if known not in COMMANDS:

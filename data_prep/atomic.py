@@ -2,23 +2,34 @@
 
 OUT/.made.json     the kind of the folder, and the files in it that our commands made: what may be replaced
 .OUT.partial       the new one while it is written
+.FILE.PLACE-PID.partial    a file while a process writes it; a later command deletes what a kill has left
 UNFINISHED/.lock   of an unfinished folder that a later command resumes: locked while a process writes in it
 .OUT.replaced      the old one while it is deleted
 """
 
+import contextlib
 import errno
 import fcntl
-import json
 import os
+import re
 import shutil
 import sys
+import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.strict_json import strict_json
+from data_prep.strict_json import load_json, strict_json
+from data_prep.terminal import say
 
+# The machine or container that process numbers are of.
+_NAMESPACE = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
+PLACE = f"{zlib.crc32(f'{os.uname().nodename} {_NAMESPACE}'.encode()):08x}"
+PARTIAL = re.compile(r"\..+\.([0-9a-f]{8})-([0-9]+)\.partial", re.DOTALL)
+LEFT_S = 24 * 3600  # no command is silent for so long while it writes a file
 MARK = ".made.json"
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
@@ -27,9 +38,9 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems tha
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; on success it is fsynced and renamed to `path`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = own_partial(path)
     try:
-        with _full_disk_as_oserror(path):
+        with full_disk_as_oserror(path):
             yield partial
         sync(partial)
         os.replace(partial, path)
@@ -38,16 +49,63 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def own_partial(path: Path) -> Path:
+    """Where this process writes what becomes `path`. What kills have left there is deleted, once a folder."""
+    _sweep_once(path.parent)
+    return path.with_name(f".{path.name}.{PLACE}-{os.getpid()}.partial")
+
+
+@lru_cache(1024)
+def _sweep_once(folder: Path) -> None:
+    sweep(folder)
+
+
+def sweep(folder: Path, is_locked: bool = False) -> None:
+    """Delete partial files in a folder that killed processes of ours have left.
+
+    Args:
+        is_locked: No other process writes in it. Else only those are deleted whose process has ended, or is
+            on another machine and has not written for a day.
+    """
+    try:
+        entries = [(entry, found) for entry in os.scandir(folder) if (found := PARTIAL.fullmatch(entry.name))]
+    except OSError:  # the caller says so, when it writes there
+        return
+    for entry, found in entries:
+        with contextlib.suppress(OSError):  # another command sweeps as well, or it is of another person
+            if is_locked or _is_left(entry, *found.groups()):
+                remove = shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.unlink
+                remove(entry.path)
+
+
+def _is_left(entry: os.DirEntry, place: str, pid: str) -> bool:
+    if place != PLACE:
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime > LEFT_S
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
 @contextmanager
-def _full_disk_as_oserror(path: Path) -> Iterator[None]:
-    """safetensors and tokenizers have error types of their own for a full disk: they become Python's."""
+def full_disk_as_oserror(path: Path) -> Iterator[None]:
+    """SQLite, safetensors and tokenizers have error types of their own for a full disk, and Python's names no
+    file that is open already: they become Python's, of `path`.
+    """
+    full = os.strerror(errno.ENOSPC)
     try:
         yield
-    except (OSError, UserError, RuntimeError):  # torch reports a full /dev/shm as RuntimeError
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        raise OSError(errno.ENOSPC, full, str(path)) from None
+    except (UserError, RuntimeError):  # torch reports a full /dev/shm as RuntimeError
         raise
     except Exception as error:
-        full = os.strerror(errno.ENOSPC)
-        if full not in str(error):
+        if full not in str(error) and "disk is full" not in str(error):
             raise
         raise OSError(errno.ENOSPC, full, str(path)) from None
 
@@ -60,7 +118,7 @@ def write_json(path: Path, value: dict) -> None:
     with atomic_file(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
     if replaced:
-        print(f"warning: {path}: {len(replaced)} numbers are not finite, and null in it", file=sys.stderr)
+        say(f"warning: {path}: {len(replaced)} numbers are not finite, and null in it", file=sys.stderr)
 
 
 @contextmanager
@@ -75,7 +133,7 @@ def atomic_folder(path: Path, kind: str = "") -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with _full_disk_as_oserror(path):
+        with full_disk_as_oserror(path):
             yield partial
         if kind:
             mark(partial, kind)
@@ -157,7 +215,7 @@ def _delete_made(folder: Path, is_whole: bool) -> None:
     if is_whole or not left:  # the mark goes last: what a kill leaves is deleted by the next command
         shutil.rmtree(folder)
     else:
-        print(
+        say(
             f"warning: {folder}: holds {_named(left)}, which was not made by this command; it is kept there",
             file=sys.stderr,
         )
@@ -179,12 +237,9 @@ def _named(files: Sequence[str]) -> str:
 def _read_mark(folder: Path) -> dict | None:
     """{"kind", "files"}; None without a mark, or with one that is not ours."""
     try:
-        found = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return load_json(folder / MARK, {"kind": str, "files": [str]})
+    except (OSError, ValueError):
         return None
-    is_ours = isinstance(found, dict) and isinstance(found.get("kind"), str)
-    files = found.get("files") if is_ours else None
-    return found if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
 
 
 def check_output(option: str, path: Path, is_folder: bool = False) -> None:
@@ -208,6 +263,32 @@ def check_output(option: str, path: Path, is_folder: bool = False) -> None:
         raise UserError(f"{option} {path}: no permission to write in {parent}; pass another path")
 
 
+def check_named(path: Path) -> None:
+    """Refuse /, . and ..: a folder is written beside its place first, under a name that is made of its own.
+
+    Raises:
+        UserError: the path does not end in a name.
+    """
+    if path.name in ("", ".."):
+        raise UserError(f"{path}: must end in the name of a folder to make, such as {path / 'new'}")
+
+
+def check_parents(path: Path, option: str) -> None:
+    """Refuse a path below something that is no folder.
+
+    Args:
+        option: that was passed, for the message: "--run".
+
+    Raises:
+        UserError: a file, a device or a link to nothing is in the way.
+    """
+    if found := next((each for each in path.parents if os.path.lexists(each) and not each.is_dir()), None):
+        kind = (
+            "a file" if found.is_file() else "a link to nothing" if found.is_symlink() else "a device or pipe"
+        )
+        raise UserError(f"{path}: {found} is {kind}, not a folder; pass another {option}")
+
+
 def check_replaceable(path: Path, kind: str, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
     """Refuse to write the folder `path` where that would delete what a command of the same kind did not make.
 
@@ -219,8 +300,8 @@ def check_replaceable(path: Path, kind: str, overwrite: bool, inputs: Iterable[s
     Raises:
         UserError: `path` must not be replaced.
     """
-    if file := next((parent for parent in path.parents if parent.is_file()), None):
-        raise UserError(f"{path}: {file} is a file, not a folder; pass another --out")
+    check_named(path)
+    check_parents(path, "--out")
     aside = _aside(path)
     if not os.path.lexists(path) and _read_mark(aside):
         os.replace(aside, path)  # a kill came between the two renames of replace_folder

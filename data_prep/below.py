@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 
+MAX_NAME, MAX_PATH = 255, 3000  # bytes: what file systems have
 HUB_CACHE = re.compile("(.*/(?:datasets|models|spaces)--[^/]+)/snapshots/")
 
 
@@ -18,6 +19,7 @@ def open_below(root: str, name: str) -> int | None:
     Raises:
         OSError: it cannot be opened.
     """
+    root = os.path.abspath(root)  # what is remembered of a root is true in any working folder
     folder, _, base = name.rpartition("/")
     real_folder, is_below = _real_folder(root, folder)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
@@ -32,7 +34,7 @@ def open_below(root: str, name: str) -> int | None:
 
 def leads_out(root: str, path: str) -> bool:
     """Whether a path is, or has links that lead, out of the folder `root`."""
-    return not os.path.realpath(path).startswith(_roots_of_links(root))
+    return not os.path.realpath(path).startswith(_roots_of_links(os.path.abspath(root)))
 
 
 def file_below(root: Path, name: str) -> Path:
@@ -41,20 +43,23 @@ def file_below(root: Path, name: str) -> Path:
     Raises:
         UserError: it leads out of `root`, or is no regular file.
     """
+    _check_name(root, name)
     path = root / name
-    if "\0" in name or leads_out(str(root), str(path)):
+    if leads_out(str(root), str(path)):
         raise UserError(
             f"{root}: {name!r} leads out of this folder, which is not followed; put the file itself there"
         )
-    return regular(path)
+    return regular(root, name)
 
 
-def regular(path: Path) -> Path:
-    """The path, if it is of a regular file or missing.
+def regular(root: Path, name: str) -> Path:
+    """The path root/name, wherever it leads, if it is of a regular file or missing.
 
     Raises:
-        UserError: it is a folder, a pipe or a device.
+        UserError: it is a folder, a pipe or a device, or no file can have such a name.
     """
+    _check_name(root, name)
+    path = root / name
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -62,6 +67,15 @@ def regular(path: Path) -> Path:
     if not stat.S_ISREG(mode):
         raise UserError(f"{path}: not a regular file; put the file itself there")
     return path
+
+
+def _check_name(root: Path, name: str) -> None:
+    try:
+        parts = [len(part) for part in os.fsencode(name).split(b"/")]
+    except UnicodeEncodeError:
+        parts = []
+    if not name or "\0" in name or not parts or max(parts) > MAX_NAME or sum(parts) > MAX_PATH:
+        raise UserError(f"{root}: {name!r:.80} is no name of a file; restore the file that names it")
 
 
 @lru_cache(64)

@@ -18,6 +18,7 @@ import tyro
 from data_prep.atomic import check_output
 from data_prep.errors import UserError
 from data_prep.rooms import importable
+from data_prep.terminal import say
 
 # Switches are switches (--overwrite), and no flag carries the name of the dataclass that it belongs to.
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -114,7 +115,7 @@ def with_quoted_options(arguments: list[str]) -> list[str]:
 
 def print_guide(usage: str, guide: str) -> None:
     """What a command without arguments prints: its usage line and its module's docstring."""
-    print(f"usage: {usage}\n\n{guide.strip()}")
+    say(f"usage: {usage}\n\n{guide.strip()}")
 
 
 def run_commands(prog: str, guide: str, commands: dict[str, str], rest: str = "") -> None:
@@ -131,7 +132,7 @@ def run_commands(prog: str, guide: str, commands: dict[str, str], rest: str = ""
     """
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(f"usage: {prog} COMMAND [OPTIONS]      {prog} COMMAND --help\n\n{guide.strip()}")
+        say(f"usage: {prog} COMMAND [OPTIONS]      {prog} COMMAND --help\n\n{guide.strip()}")
         return
     known = name.replace("_", "-")
     if known not in commands:

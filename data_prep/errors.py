@@ -8,6 +8,8 @@ import shutil
 import sys
 from collections.abc import Callable
 
+from data_prep.terminal import say
+
 # A full disk, or a place that cannot be written to: not a bug of this program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 DISK_ERRORS += (errno.ENOTDIR, errno.EISDIR)  # a folder was typed where a file is, or the other way round
@@ -90,22 +92,22 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}", file=sys.stderr, flush=True)
         elif not error.shared:
-            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+            say(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("\nstopped; run the same command again to resume where possible", file=sys.stderr)
+        say("\nstopped; run the same command again to resume where possible", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
         if not (reason := end_of_reader(error)):
             raise
-        print(f"\nerror: {reason}; then run the same command again to resume", file=sys.stderr)
+        say(f"\nerror: {reason}; then run the same command again to resume", file=sys.stderr)
         sys.exit(Fault.exit_code)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(
+        say(
             f"error: {error}; complete files are not affected: fix this, then run the same command again",
             file=sys.stderr,
         )

@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_prep.atomic import atomic_file
 from data_prep.tables import MAX_UNBROKEN
+from data_prep.terminal import CONTROL, safe
 
 TEMPLATES = Path(__file__).parent / "templates"  # page.html, the frame of all pages, and macros.html
 
@@ -40,9 +41,9 @@ def has_long_word(text: str) -> bool:
 
 
 def write_page(path: Path, template: Path, **values: object) -> None:
-    """Write a page, whole or not at all; folders are made."""
+    """Write a page, whole or not at all; folders are made. Control characters are escaped, see safe()."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = render(template, **values)
+    text = safe(render(template, **values), CONTROL)
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -18,6 +18,7 @@ from data_prep.cli import Folder
 from data_prep.errors import UserError
 from data_prep.progress import progress
 from data_prep.tables import counted
+from data_prep.terminal import say
 
 # The newest release of each family, and the words in its names that describe style, not meaning.
 FONTS = {
@@ -72,7 +73,7 @@ def icons(out: Folder, limit: int = 0, seed: int = 0, overwrite: bool = False) -
                     ]
                 )
     groups = counted(len({glyph.group for glyph in glyphs}), "group")
-    print(f"{counted(drawn, 'icon')} in {groups}; the CSV is {out / 'icons.csv'}")
+    say(f"{counted(drawn, 'icon')} in {groups}; the CSV is {out / 'icons.csv'}")
 
 
 class Glyph:

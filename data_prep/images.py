@@ -1,15 +1,22 @@
-"""One image file becomes verified, upright, opaque RGB; what cannot is rejected with a named reason."""
+"""One image file becomes verified, upright, opaque RGB; what cannot is rejected with a named reason.
+
+PNG, JPEG, WebP    decoded here: what their headers and parts say bounds the time and the memory
+SVG                rendered by data_prep.svg
+other formats      decoded in a child process with limits of time and memory (data_prep.child)
+"""
 
 import io
+import json
 import re
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +25,8 @@ import simplejpeg
 import xxhash
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError, features
 
-from data_prep import svg
+from data_prep import child, parts, svg
+from data_prep.child import Child
 from data_prep.errors import UserError
 from data_prep.signatures import Kind, kind_of
 
@@ -45,6 +53,10 @@ OPAQUE_ALPHA = "alpha without transparency"
 MAX_PNG_TEXT = 1 << 20  # characters; Pillow refuses a PNG with more of them in a chunk
 NEARLY_BLACK = 4095  # the largest value of 12 bits; of 16 bits it is 6 % gray
 LARGE_TEXT = "large text left out"
+SLOW = "slow to decode"
+DECODER_DIED = {"slow": SLOW, "memory": "too much memory to decode", "crash": "the decoder crashed on it"}
+MAX_SECONDS = 60  # of CPU time for an image of a format that is decoded in a child
+MEMORY, MEMORY_PER_PIXEL = 2 << 30, 64  # bytes of address space of a child; 16-bit gray takes the most
 TIFF_BITS, TIFF_MAX_VALUE = 258, (281, 341)  # BitsPerSample; MaxSampleValue, SMaxSampleValue
 WHITE = "#ffffff"
 
@@ -140,23 +152,14 @@ def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:
     Raises:
         BadImage: not an image, too many pixels (by its header, before decoding), damaged, or blank.
     """
-    try:
-        decoded = _decode(data, rules)
-    except DAMAGE as error:
-        raise BadImage("damaged image", str(error)) from None
-    pixels, extension, fixes = decoded
+    pixels, extension, fixes = _decode(data, rules)
     if rules.resize_px and min(pixels.shape[:2]) > rules.resize_px:
         image = Image.fromarray(pixels)
         scale = rules.resize_px / min(image.size)
         size = tuple(max(rules.resize_px, round(side * scale)) for side in image.size)
         pixels = np.asarray(image.resize(size, Image.BICUBIC))
         fixes.append("resized")
-    phash = _phash(pixels)
-    if phash is None:
-        color = "one color, #{:02x}{:02x}{:02x}".format(*pixels[0, 0])
-        if any("transparency" in fix and fix != OPAQUE_ALPHA for fix in fixes):
-            raise BadImage(UNSEEN, f"{color}; see --background")
-        raise BadImage("blank image", color)
+    phash = _phash_of_seen(pixels, fixes)
     height, width = pixels.shape[:2]
     stored = data
     if fixes:
@@ -173,6 +176,26 @@ def check(data: bytes, rules: Rules = Rules()) -> CheckedImage:
         fixes=tuple(fixes),
         data=stored if fixes else None,
     )
+
+
+def rgb(data: bytes, rules: Rules = Rules(), decoder: Child | None = None) -> np.ndarray:
+    """uint8 [H, W, 3] of an image; the pixels of the file that `check` would store, if it were stored as PNG.
+
+    Args:
+        decoder: the child that decodes it, see child_decoder; by default, only unusual formats are decoded in
+            a child.
+
+    Raises:
+        BadImage: as check().
+    """
+    decoded = _decode_in(decoder, data, rules) if decoder else _decode(data, rules)
+    _phash_of_seen(decoded.pixels, decoded.fixes)
+    return decoded.pixels
+
+
+def child_decoder(seconds: int, rules: Rules = Rules()) -> Child:
+    """A child process that decodes images, for `rgb`: it takes at most `seconds` of CPU time for each."""
+    return Child(f"{__name__}:_answer", seconds, MEMORY + MEMORY_PER_PIXEL * rules.max_pixels)
 
 
 def check_signature(data: bytes) -> CheckedImage:
@@ -197,26 +220,76 @@ def check_signature(data: bytes) -> CheckedImage:
 
 
 def _decode(data: bytes, rules: Rules) -> _Decoded:
+    """Decode an image here, or in the child of this process if its format is an unusual one."""
+    kind = _image_kind(data).name
+    if kind in (*EXTENSIONS, "SVG"):
+        return _decode_here(data, kind, rules)
+    memory = MEMORY + MEMORY_PER_PIXEL * rules.max_pixels
+    return _decode_in(child.own(f"{__name__}:_answer", MAX_SECONDS, memory), data, rules)
+
+
+def _decode_in(decoder: Child, data: bytes, rules: Rules) -> _Decoded:
+    """Decode an image in a child, see _answer."""
+    request = json.dumps(asdict(rules)).encode()
+    try:
+        reply = decoder.ask(struct.pack(">I", len(request)), request, data)
+    except child.Died as died:
+        raise BadImage(DECODER_DIED[died.reason], "" if died.reason == "crash" else str(died)) from None
+    start = 4 + struct.unpack_from(">I", reply)[0]
+    about = json.loads(reply[4:start])
+    if "reason" in about:
+        raise BadImage(about["reason"], about["detail"])
+    pixels = np.frombuffer(reply, np.uint8, offset=start).reshape(about["shape"])
+    return _Decoded(pixels, about["extension"], about["fixes"])
+
+
+def _answer(request: bytes) -> tuple[bytes | memoryview, ...]:
+    """What the child does: JSON rules and a file become JSON and pixels, each JSON after its length."""
+    start, pixels = 4 + struct.unpack_from(">I", request)[0], b""
+    rules, data = Rules(**json.loads(request[4:start])), request[start:]
+    try:
+        kind = _image_kind(data).name
+        decoded = _decode_here(data, kind, replace(rules, background=tuple(rules.background)))
+        about = {"shape": decoded.pixels.shape, "extension": decoded.extension, "fixes": decoded.fixes}
+        pixels = np.ascontiguousarray(decoded.pixels).data.cast("B")
+    except BadImage as bad:
+        about = {"reason": bad.reason, "detail": bad.detail}
+    except MemoryError:
+        limit = MEMORY + MEMORY_PER_PIXEL * rules.max_pixels
+        detail = f"it needs more than {limit / (1 << 30):.3g} GiB of memory"
+        about = {"reason": DECODER_DIED["memory"], "detail": detail}
+    text = json.dumps(about).encode()
+    return struct.pack(">I", len(text)), text, pixels
+
+
+def _decode_here(data: bytes, kind: str, rules: Rules) -> _Decoded:
+    try:
+        return _decode_kind(data, kind, rules)
+    except DAMAGE as error:
+        raise BadImage("damaged image", str(error)) from None
+
+
+def _decode_kind(data: bytes, kind: str, rules: Rules) -> _Decoded:
     """By the fast path if the file needs no change, else by resvg (SVG) or Pillow."""
-    kind, fixes = _image_kind(data), []
-    if kind.name == "SVG":
+    fixes = []
+    if kind == "SVG":
         data, fixes = _png_of_svg(data, rules)
         decoded = _decode_with_pillow(data, "PNG", rules, fixes)
         return decoded._replace(fixes=[fix for fix in decoded.fixes if fix != OPAQUE_ALPHA])
-    if kind.name == "PNG" and (shorter := _without_large_text(data)):
+    if kind == "PNG" and (shorter := _without_large_text(data)):
         data, fixes = shorter, [LARGE_TEXT]
-    plain = {"PNG": _plain_png, "JPEG": _plain_jpeg}.get(kind.name)
+    plain = {"PNG": _plain_png, "JPEG": _plain_jpeg}.get(kind)
     pixels = plain(data, rules) if plain else None
     if pixels is not None:
-        return _Decoded(pixels, EXTENSIONS[kind.name], fixes)
-    return _decode_with_pillow(data, kind.name, rules, fixes)
+        return _Decoded(pixels, EXTENSIONS[kind], fixes)
+    return _decode_with_pillow(data, kind, rules, fixes)
 
 
 def _image_kind(data: bytes) -> Kind:
     """The format of an image.
 
     Raises:
-        BadImage: it is none, or one that cannot be decoded here; its format is named.
+        BadImage: it is none, or one that cannot be decoded here, whose format is named; or see parts.excess.
     """
     kind = kind_of(data)
     if kind is None:
@@ -237,7 +310,18 @@ def _image_kind(data: bytes) -> Kind:
         pillow_heif.register_heif_opener()
     if kind.name == "AVIF" and not features.check("avif"):
         raise BadImage("AVIF: install Pillow 11.3 or newer", "pip install -U pillow")
+    check_parts(data, kind.name)
     return kind
+
+
+def check_parts(data: bytes, format: str) -> None:
+    """Refuse an image that is slow to open, though small in bytes and pixels; see parts.excess.
+
+    Raises:
+        BadImage: it has too many scans, chunks, comments or tags.
+    """
+    if problem := parts.excess(data, format):
+        raise BadImage(SLOW, problem)
 
 
 def _png_of_svg(data: bytes, rules: Rules) -> tuple[bytes, list[str]]:
@@ -305,7 +389,8 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 def _without_large_text(data: bytes) -> bytes | None:
     """A PNG without its text chunks, if they are longer than Pillow accepts, else None."""
     texts = [chunk for chunk in _chunks(data) if chunk[0] in (b"tEXt", b"zTXt", b"iTXt")]
-    if sum(_text_length(kind, data[start + 8 : end - 4]) for kind, start, end in texts) <= MAX_PNG_TEXT:
+    lengths = accumulate(_text_length(kind, data[start + 8 : end - 4]) for kind, start, end in texts)
+    if not any(length > MAX_PNG_TEXT for length in lengths):  # the first that is too long ends it
         return None
     pieces, kept = [], 0
     for _, start, end in texts:
@@ -346,9 +431,18 @@ def _plain_jpeg(data: bytes, rules: Rules) -> np.ndarray | None:
         return None
     if b"Exif" in data[:65536]:
         with _no_warnings():
-            if _open(data, "JPEG", rules).getexif().get(EXIF_ORIENTATION, 1) != 1:
+            if _orientation(_open(data, "JPEG", rules)) != 1:
                 return None
     return pixels
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation by EXIF, 1 for upright; its other tags are read too, so they are counted first."""
+    exif = image.info.get("exif") or b""
+    if raw := "" if exif else image.info.get("Raw profile type exif", ""):  # of PNGs by ImageMagick
+        exif = bytes.fromhex("".join(raw.split("\n")[3:]))
+    check_parts(exif.removeprefix(b"Exif\0\0"), "EXIF")
+    return image.getexif().get(EXIF_ORIENTATION, 1)
 
 
 @contextmanager
@@ -392,6 +486,7 @@ def _check_icon(data: bytes, rules: Rules) -> None:
             width, height = struct.unpack_from(">II", data, match.end() + 8)
             if width * height > rules.max_pixels:
                 raise BadImage("too many pixels", f"{width} x {height}; see --max-pixels")
+            check_parts(data[match.start() :], "PNG")
 
 
 def _decode_with_pillow(data: bytes, format: str, rules: Rules, fixes: list[str]) -> _Decoded:
@@ -401,7 +496,8 @@ def _decode_with_pillow(data: bytes, format: str, rules: Rules, fixes: list[str]
         extension = EXTENSIONS.get(format)
         fixes = fixes if extension else [*fixes, f"{format} to {rules.encode.upper()}"]
         # Further images of a HEIC, and of a JPEG of a phone (MPO), are views and maps of the first.
-        if format not in ("HEIF", "JPEG") and getattr(image, "n_frames", 1) > 1:
+        # Not n_frames, for which Pillow reads all frames of a GIF and all pages of a TIFF.
+        if format not in ("HEIF", "JPEG") and getattr(image, "is_animated", False):
             fixes.append("animated, first frame")
             image.seek(0)
         try:
@@ -411,7 +507,7 @@ def _decode_with_pillow(data: bytes, format: str, rules: Rules, fixes: list[str]
             raise BadImage(reason, str(error)) from None
         except Image.DecompressionBombError:
             raise TOO_MANY_PIXELS from None
-        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        if _orientation(image) != 1:
             fixes.append("orientation")
         bits, white = _bits(image, data), _white_level(image, data)
         pixels, fix = _rgb(ImageOps.exif_transpose(image), bits, white, rules.background)
@@ -517,6 +613,21 @@ def _encode(pixels: np.ndarray, encode: str) -> tuple[str, bytes]:
     options = {"lossless": True, "method": 1} if encode == "webp" else {"compress_level": 4}
     Image.fromarray(pixels).save(buffer, encode.upper(), **options)
     return encode, buffer.getvalue()
+
+
+def _phash_of_seen(pixels: np.ndarray, fixes: list[str]) -> bytes:
+    """See _phash.
+
+    Raises:
+        BadImage: nothing is seen on the image, it has a single color.
+    """
+    phash = _phash(pixels)
+    if phash is None:
+        color = "one color, #{:02x}{:02x}{:02x}".format(*pixels[0, 0])
+        if any("transparency" in fix and fix != OPAQUE_ALPHA for fix in fixes):
+            raise BadImage(UNSEEN, f"{color}; see --background")
+        raise BadImage("blank image", color)
+    return phash
 
 
 def _phash(pixels: np.ndarray) -> bytes | None:

@@ -2,12 +2,14 @@
 
 import sys
 
+from data_prep.terminal import say
+
 _excepthook = sys.excepthook
 
 
 def _one_line_on_interrupt(kind: type[BaseException], error: BaseException, traceback: object) -> None:
     if issubclass(kind, KeyboardInterrupt):
-        print("\nstopped", file=sys.stderr)
+        say("\nstopped", file=sys.stderr)
     else:
         _excepthook(kind, error, traceback)
 

@@ -4,17 +4,22 @@
     SHARDS/train/train-000000.tar        KEY.png or KEY.jpg, KEY.json, KEY.txt; members of a key are adjacent
     SHARDS/train/train-000000.index.tsv  key, group number, offset and size of each member in the tar
 
-KEY.txt is the first caption, for readers that expect one; KEY.json has all captions. Samples are numbered
-within a split, over its shards in order, so that reading one never scans a tar.
+KEY.txt is the first caption, for readers that expect one; KEY.json has all captions and, where the input has
+them, the kind and the weight of each. Samples are numbered within a split, over its shards in order, so that
+reading one never scans a tar.
 """
 
+import copy
 import csv
 import hashlib
 import json
+import math
 import os
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +29,9 @@ import numpy as np
 from data_prep.atomic import atomic_file
 from data_prep.below import file_below, regular
 from data_prep.errors import UserError
-from data_prep.images import WHITE, hex_color
+from data_prep.images import WHITE, BadImage, hex_color
 from data_prep.progress import progress
+from data_prep.strict_json import load_json, parse_json, problem_of
 
 FORMAT = 2
 _TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8s1s100s8s247x")
@@ -43,12 +49,58 @@ INDEX_COLUMNS = [
 ]
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _is_weight(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
+
+
+# What every reader of a manifest and of KEY.json needs; other keys may be missing.
+MANIFEST = {
+    "splits": {
+        str: {
+            "samples": _is_count,
+            "kinds?": {str: _is_count},
+            "weights?": [_is_weight],
+            "shards": [
+                {
+                    "samples": _is_count,
+                    **dict.fromkeys(("file", "index", "sha256", "index_sha256"), str),
+                    **dict.fromkeys(("json?", "json_sha256?"), str),
+                }
+            ],
+        }
+    },
+    "check?": {"max_pixels?": _is_count, "background?": str, "skip_decode?": bool},
+    "read?": {"images?": str},
+    "inputs?": {str: (str, type(None))},
+}
+META = {"captions": _is_texts, "image?": str, "sha256?": str, "columns?": dict}
+META |= {"kinds?": [str], "weights?": [_is_weight]}
+
+
 @dataclass(frozen=True)
 class Sample:
     key: str
     image: bytes  # an encoded PNG or JPEG
     captions: list[str]
     meta: dict  # KEY.json
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each caption, the name of its column in the input; "" if it is not known."""
+        return self.meta.get("kinds") or [""] * len(self.captions)
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each caption with this image, in the training loss."""
+        return self.meta.get("weights") or [1.0] * len(self.captions)
 
     @property
     def path(self) -> str:
@@ -163,6 +215,8 @@ class Shards:
         groups: int64 [n], the group number of each sample.
         shard_sizes: int64 [shards], samples in each shard, in the order in which samples are numbered.
         fingerprint: sha256 of the content of all splits; it does not depend on the folder's path.
+        kinds: captions of each kind.
+        weight_range: the smallest and the largest weight of a caption.
 
     Raises:
         UserError: no such split, or a file is missing or damaged.
@@ -171,10 +225,13 @@ class Shards:
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
         self.manifest = read_manifest(self.folder)
-        if not self.manifest["splits"].get(split, {}).get("samples"):
+        found = self.manifest["splits"].get(split, {})
+        if not found.get("samples") or not sum(entry["samples"] for entry in found["shards"]):
             sizes = [f"{name} ({entry['samples']})" for name, entry in self.manifest["splits"].items()]
             raise UserError(f"{folder}: no samples in split {split!r}; it has {', '.join(sizes)}")
-        self.entries = self.manifest["splits"][split]["shards"]
+        self.entries, self.kinds = found["shards"], found.get("kinds", {})
+        weights = found.get("weights") or [1.0]
+        self.weight_range = min(weights), max(weights)
         self.fingerprint = hashlib.sha256(
             json.dumps(self.manifest["splits"], sort_keys=True).encode()
         ).hexdigest()
@@ -191,6 +248,19 @@ class Shards:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def only(self, chosen: np.ndarray) -> "Shards":
+        """The chosen samples of this split, numbered anew; nothing is copied.
+
+        Args:
+            chosen: bool [n].
+        """
+        part = copy.copy(self)
+        part.shard_sizes = np.array([each.sum() for each in np.split(chosen, self._ends[:-1])])
+        part._ends = np.cumsum(part.shard_sizes)
+        part._keys, part.groups = self._keys[chosen], self.groups[chosen]
+        part._offsets, part._files = self._offsets[chosen], {}
+        return part
+
     @property
     def background(self) -> str:
         """`#rrggbb`, on which transparent images were composited."""
@@ -202,6 +272,10 @@ class Shards:
     def key(self, number: int) -> str:
         return str(self._keys[number])
 
+    def locate(self, number: int) -> tuple["Shards", int]:
+        """As Joined has it."""
+        return self, number
+
     def entry(self, number: int) -> dict:
         """The manifest's entry of the shard that holds a sample."""
         return self.entries[int(np.searchsorted(self._ends, number, side="right"))]
@@ -211,15 +285,28 @@ class Shards:
         image_offset, image_size, json_offset, json_size = self._offsets[number].tolist()
         shard = int(np.searchsorted(self._ends, number, side="right"))
         data = self._bytes(self._jsons[shard], json_offset, json_size)
-        meta = json.loads(data, parse_constant=str)
+        meta = parse_meta(data, self._jsons[shard], self.key(number))
         image = self._bytes(self._tars[shard], image_offset, image_size)
         return Sample(self.key(number), image, meta["captions"], meta)
+
+    @contextmanager
+    def naming(self, number: int) -> Iterator[None]:
+        """Turn a BadImage into a UserError that names sample `number`."""
+        try:
+            yield
+        except BadImage as bad:
+            path = self.meta(number).get("image", "")
+            raise UserError(
+                f"{self.folder}, {self.split}: sample {self.key(number)} ({path or 'no path'}): {bad};"
+                " build the shards again without --skip-decode, which leaves such images out, or drop it by"
+                " a decision"
+            ) from None
 
     def meta(self, number: int) -> dict:
         """KEY.json of sample `number`, without reading its image."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
         data = self._bytes(self._jsons[shard], *self._offsets[number, 2:].tolist())
-        return json.loads(data, parse_constant=str)  # NaN, of other writers, is text
+        return parse_meta(data, self._jsons[shard], self.key(number))
 
     def captions(self, number: int) -> list[str]:
         """The captions of sample `number`, without reading its image."""
@@ -231,10 +318,7 @@ class Shards:
             if len(self._files) >= 64:  # far below the usual limit on open files
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[file] = os.open(file, os.O_RDONLY)
-        data = os.pread(self._files[file], size, offset)
-        if len(data) != size:
-            raise UserError(f"{file}: ends before byte {offset + size}; build the shards again")
-        return data
+        return read_piece(self._files[file], file, offset, size)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare the sha256 of every `parts`-th shard and index, starting at `part`, with the manifest.
@@ -258,6 +342,34 @@ class Shards:
     def _verify_one(self, entry: dict) -> None:
         for problem in altered(self.folder, entry):
             raise UserError(problem)
+
+
+class Joined:
+    """The samples of several splits or folders under one numbering: those of the first, then the next."""
+
+    def __init__(self, parts: list[Shards]):
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def locate(self, number: int) -> tuple[Shards, int]:
+        """The part that a sample is in, and its number there."""
+        part = int(np.searchsorted(self.ends, number, side="right"))
+        return self.parts[part], number - int(self.ends[part]) + len(self.parts[part])
+
+
+def read_piece(opened: int, file: Path, offset: int, size: int) -> bytes:
+    """A piece of an open file, as an index has it.
+
+    Raises:
+        UserError: the file does not have so many bytes, and no memory was taken for them.
+    """
+    data = os.pread(opened, size, offset) if size <= os.fstat(opened).st_size - offset else b""
+    if len(data) != size:
+        raise UserError(f"{file}: ends before byte {offset + size}; build the shards again")
+    return data
 
 
 def altered(folder: Path, entry: dict) -> Iterator[str]:
@@ -287,7 +399,7 @@ def shard_file(folder: Path, entry: dict, kind: str = "file") -> Path:
     """
     name = entry[kind]
     if kind == "file" and "json" in entry and name.endswith(".tar"):
-        return regular(folder / name)
+        return regular(folder, name)
     return file_below(folder, name)
 
 
@@ -303,48 +415,57 @@ def read_manifest(folder: Path) -> dict:
         UserError: missing, damaged, or of another version.
     """
     try:
-        manifest = json.loads(file_below(folder, "manifest.json").read_text(encoding="utf-8"))
+        manifest = load_json(file_below(folder, "manifest.json"), dict)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder}: no manifest.json, so not a folder of shards; make one with: python -m data_prep build"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{folder / 'manifest.json'}: not valid JSON ({error}); build the shards again"
-        ) from None
-    if not isinstance(manifest, dict):
-        raise UserError(f"{folder / 'manifest.json'}: not a JSON object; build the shards again")
+    except ValueError as error:
+        raise UserError(f"{folder / 'manifest.json'}: damaged ({error}); build the shards again") from None
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{folder}: shards of format {manifest.get('format')}, but this version reads format {FORMAT};"
             " build the shards again"
         )
-    if problem := _problem_of(manifest):
+    if problem := problem_of(manifest, MANIFEST):
         raise UserError(f"{folder / 'manifest.json'}: {problem}; restore it, or build the shards again")
     return manifest
 
 
-def _problem_of(manifest: dict) -> str:
-    """What a manifest lacks that every reader needs; "" if it is whole."""
-    splits = manifest.get("splits")
-    if not isinstance(splits, dict):
-        return "has no splits"
-    for name, split in splits.items():
-        if not isinstance(split, dict) or not isinstance(split.get("shards"), list):
-            return f"split {name!r} has no list of shards"
-        if type(split.get("samples")) is not int:
-            return f"split {name!r} has no number of samples"
-        for number, entry in enumerate(split["shards"]):
-            known = entry if isinstance(entry, dict) else {}
-            texts = ("file", "index", "sha256", "index_sha256") + (
-                ("json", "json_sha256") if "json" in known else ()
-            )
-            wrong = [key for key in texts if not isinstance(known.get(key), str)]
-            if type(known.get("samples")) is not int or known["samples"] < 0:
-                wrong.append("samples")
-            if wrong:
-                return f"shard {number} of split {name!r} has no valid {', '.join(wrong)}"
-    return ""
+def _float_or_text(text: str) -> float | str:
+    return value if math.isfinite(value := float(text)) else text
+
+
+def parse_meta(data: bytes, file: Path, key: str) -> dict:
+    """KEY.json of a sample.
+
+    Args:
+        file, key: that it is from, for the message.
+
+    Raises:
+        UserError: it is damaged, or lacks the captions.
+    """
+    try:
+        # NaN and 1e999, of other writers, are text
+        meta = parse_json(data.decode(), parse_constant=str, parse_float=_float_or_text)
+        if b"\\u" in data:
+            json.dumps(meta, ensure_ascii=False).encode()  # a UnicodeEncodeError is a ValueError
+        problem = problem_of(meta, META) or _unequal(meta)
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise UserError(f"{file}: sample {key}: its .json is damaged ({problem}); build the shards again")
+    return meta
+
+
+def _unequal(meta: dict) -> str:
+    """Which list of KEY.json is not as long as that of the captions; "" if none."""
+    found = [
+        name
+        for name in ("kinds", "weights")
+        if len(meta.get(name) or meta["captions"]) != len(meta["captions"])
+    ]
+    return f"{found[0]} of {len(meta[found[0]])} captions, not {len(meta['captions'])}" if found else ""
 
 
 def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -367,10 +488,13 @@ def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
     types = {"key": str} | dict.fromkeys(INDEX_COLUMNS[1:], np.int64)
     try:
         table = pd.read_csv(path, sep="\t", dtype=types, keep_default_na=False, quoting=csv.QUOTE_NONE)
-    except (ValueError, UnicodeError) as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{path}: not readable ({error}); build the shards again") from None
     if list(table.columns) != INDEX_COLUMNS or len(table) != entry["samples"]:
         raise UserError(
             f"{path}: {len(table)} rows, but the manifest says {entry['samples']}; build the shards again"
         )
-    return table["key"].to_numpy(dtype="U"), table[INDEX_COLUMNS[1:]].to_numpy()
+    numbers = table[INDEX_COLUMNS[1:]].to_numpy()
+    if (numbers[:, 1:] < 0).any():
+        raise UserError(f"{path}: has a negative offset or size; build the shards again")
+    return table["key"].to_numpy(dtype="U"), numbers

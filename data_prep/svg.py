@@ -1,26 +1,24 @@
 """An SVG becomes a PNG, by resvg, in a separate process.
 
 The renderer alone is not safe for files of strangers: it reads the files that an <image> names, takes any
-amount of time and memory, and ends its process when there is no memory. So one child per process renders: it
-removes references to files, computes the size itself, and has limits of time, memory and open files. Its
-death is a reject of one image. Fonts are those of matplotlib, so that text is the same on every machine.
+amount of time and memory, and ends its process when there is no memory. So one child per process renders
+(data_prep.child): it removes references to files, computes the size itself, and has limits of time, memory
+and open files. Fonts are those of matplotlib, so that text is the same on every machine.
 """
 
-import atexit
-import contextlib
 import math
-import os
 import re
-import signal
+import resource
 import struct
-import subprocess
-import sys
-import threading
 import xml.etree.ElementTree as ET
 import zlib
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+
+from data_prep import child
+from data_prep.child import limit
 
 MAX_SECONDS = 10  # of a CPU, per image
 MAX_MEMORY = 2 << 30
@@ -41,10 +39,8 @@ UNITS = {
 }
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono.ttf")
 LENGTH = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-zA-Z]*)\s*")
-_REQUEST, _REPLY = struct.Struct(">IQQ"), struct.Struct(">BQ")
+_REQUEST = struct.Struct(">IQ")
 _PNG, _PNG_WITHOUT_REFERENCES, _TOO_LARGE, _BAD = range(4)
-# The child imports what this process imports, from the same places, whatever is in the working folder.
-_CHILD = f"import sys; sys.path[:] = sys.argv[1:]; import {__name__} as svg; svg._serve()"
 
 
 class SvgError(Exception):
@@ -76,7 +72,12 @@ def render(data: bytes, side_px: int, max_pixels: int) -> Rendered:
         TooLarge: the PNG would have more than `max_pixels`.
         SvgError: it cannot be rendered.
     """
-    status, payload = _renderer().ask(_REQUEST.pack(side_px, max_pixels, len(data)) + data)
+    renderer = child.own(f"{__name__}:_answer", MAX_SECONDS, MAX_MEMORY)
+    try:
+        reply = renderer.ask(_REQUEST.pack(side_px, max_pixels), data)
+    except child.Died as died:
+        raise SvgError("the renderer crashed on it" if died.reason == "crash" else str(died)) from None
+    status, payload = reply[0], reply[1:]
     if status == _TOO_LARGE:
         raise TooLarge(*struct.unpack(">QQ", payload))
     if status == _BAD:
@@ -84,110 +85,25 @@ def render(data: bytes, side_px: int, max_pixels: int) -> Rendered:
     return Rendered(payload, status == _PNG_WITHOUT_REFERENCES)
 
 
-class _Renderer:
-    """The child of this process; it is started again after it died."""
-
-    def __init__(self):
-        self.pid, self._child, self._lock = os.getpid(), None, threading.Lock()
-
-    def ask(self, request: bytes) -> tuple[int, bytes]:
-        """The status and content of the child's reply."""
-        with self._lock:
-            for _ in range(2):
-                if reply := self._try(request):
-                    return reply
-                code = self._close()
-                if code not in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGHUP, -signal.SIGINT):
-                    break  # else it was stopped from outside, which says nothing about the image
-        if code == -signal.SIGXCPU:
-            return _BAD, b"it takes more than %d seconds" % MAX_SECONDS
-        if code == -signal.SIGABRT:
-            return _BAD, b"it needs more than %d GiB of memory" % (MAX_MEMORY >> 30)
-        return _BAD, b"the renderer crashed on it"
-
-    def _try(self, request: bytes) -> tuple[int, bytes] | None:
-        """The reply; None if the child dies."""
-        if self._child is None:
-            self._child = subprocess.Popen(
-                [sys.executable, "-I", "-c", _CHILD, *sys.path],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the parent, and must not look like a crash
-            )
-        try:
-            self._child.stdin.write(request)
-            self._child.stdin.flush()
-        except BrokenPipeError:
-            return None
-        header = self._child.stdout.read(_REPLY.size)
-        if len(header) < _REPLY.size:
-            return None
-        status, size = _REPLY.unpack(header)
-        payload = self._child.stdout.read(size)
-        return (status, payload) if len(payload) == size else None
-
-    def close(self) -> None:
-        with self._lock:
-            self._close()
-
-    def _close(self) -> int:
-        """The child's exit status; it ends when it has no more input."""
-        if self._child is None:
-            return 0
-        child, self._child = self._child, None
-        child.stdout.close()
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.close()
-        return child.wait()
-
-
-_current: _Renderer | None = None
-
-
-def _renderer() -> _Renderer:
-    """One for each process: a forked worker must not talk to its parent's child."""
-    global _current
-    if _current is None or _current.pid != os.getpid():
-        _current = _Renderer()
-        atexit.register(_current.close)
-    return _current
-
-
-def _serve() -> None:
-    """The child: answer requests until there is no more input."""
-    import resource
-    import time
-
+def _answer(request: bytes) -> tuple[bytes, bytes]:
+    """The reply of the child: a status, and a PNG, a size or the text of a problem."""
     import resvg_py  # noqa: F401 while files can be opened
 
-    def limit(what: int, value: int) -> None:
-        hard = resource.getrlimit(what)[1]
-        with contextlib.suppress(ValueError, OSError):  # macOS has no limit of memory
-            resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
-
-    limit(resource.RLIMIT_CORE, 0)
-    limit(resource.RLIMIT_AS, MAX_MEMORY)
-    files, fonts = resource.getrlimit(resource.RLIMIT_NOFILE)[0], _fonts()
-    source, sink = sys.stdin.buffer, sys.stdout.buffer
-    while header := source.read(_REQUEST.size):
-        side_px, max_pixels, size = _REQUEST.unpack(header)
-        data = source.read(size)
-        limit(resource.RLIMIT_CPU, int(time.process_time()) + MAX_SECONDS + 1)
-        try:
-            drawing = _prepare(data, side_px, max_pixels)
-            # Of all files only the fonts can be opened, one after another: 0, 1 and 2 are open.
-            limit(resource.RLIMIT_NOFILE, 4 if drawing.has_text else 3)
-            reply = drawing.status, _png(drawing, fonts)
-        except TooLarge as error:
-            reply = _TOO_LARGE, struct.pack(">QQ", *error.args)
-        except (ET.ParseError, SvgError, ValueError, LookupError, OSError, MemoryError) as error:
-            reply = _BAD, (str(error) or type(error).__name__).encode("utf-8", "replace")
-        except RecursionError:
-            reply = _BAD, b"its elements are nested too deeply"
-        limit(resource.RLIMIT_NOFILE, files)
-        sink.write(_REPLY.pack(reply[0], len(reply[1])) + reply[1])
-        sink.flush()
+    (side_px, max_pixels), fonts = _REQUEST.unpack_from(request), _fonts()
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    try:
+        drawing = _prepare(request[_REQUEST.size :], side_px, max_pixels)
+        # Of all files only the fonts can be opened, one after another: 0, 1 and 2 are open.
+        limit(resource.RLIMIT_NOFILE, 4 if drawing.has_text else 3)
+        status, payload = drawing.status, _png(drawing, fonts)
+    except TooLarge as error:
+        status, payload = _TOO_LARGE, struct.pack(">QQ", *error.args)
+    except (ET.ParseError, SvgError, ValueError, LookupError, OSError, MemoryError) as error:
+        status, payload = _BAD, (str(error) or type(error).__name__).encode("utf-8", "replace")
+    except RecursionError:
+        status, payload = _BAD, b"its elements are nested too deeply"
+    limit(resource.RLIMIT_NOFILE, files)
+    return bytes([status]), payload
 
 
 class _Drawing(NamedTuple):
@@ -292,6 +208,7 @@ def _png(drawing: _Drawing, fonts: list[str]) -> bytes:
     )
 
 
+@cache
 def _fonts() -> list[str]:
     """Files of the fonts that matplotlib has in its package; none without it."""
     package = find_spec("matplotlib")

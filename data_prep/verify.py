@@ -9,6 +9,7 @@ from data_prep.errors import UserError
 from data_prep.progress import progress
 from data_prep.shards import altered, read_manifest
 from data_prep.tables import are, counted
+from data_prep.terminal import say
 
 
 def verify(shards: Annotated[Shards, tyro.conf.Positional]) -> None:
@@ -23,4 +24,4 @@ def verify(shards: Annotated[Shards, tyro.conf.Positional]) -> None:
     if problems:
         files = f"{counted(len(problems), 'file')} {are(len(problems))}"
         raise UserError("\n".join([f"{files} missing or altered:", *problems]))
-    print(f"{shards}: all {len(entries)} shards are unchanged")
+    say(f"{shards}: all {len(entries)} shards are unchanged")

@@ -21,6 +21,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data_prep.errors import UserError
+from data_prep.strict_json import STRICT, parse_json
+from data_prep.terminal import say
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SECURITY_HEADERS = {
@@ -70,7 +72,8 @@ def application(
         return JSONResponse({"error": str(error)}, 400)
 
     async def on_http_error(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        # not request.url, which cannot be made of every query
+        message = f"{request.method} {request.scope['path']:.200}: {error.detail}"
         return JSONResponse({"error": message}, error.status_code, error.headers)
 
     @contextlib.asynccontextmanager
@@ -128,7 +131,7 @@ class _Guard:
         request, answer = Request(scope), None
         cookie = f"review-{(scope.get('server') or ('', 0))[1]}"  # cookies of a host are shared by its ports
         if self.token and self._is_token(request.query_params.get("token")):
-            if request.method == "GET" and request.url.path == "/":
+            if request.method == "GET" and scope["path"] == "/":
                 answer = RedirectResponse("/", 303)  # so that the token does not stay in the address bar
                 answer.set_cookie(cookie, self.token, httponly=True, samesite="strict")
         elif self.token and not self._is_token(request.cookies.get(cookie)):
@@ -165,6 +168,21 @@ async def body(request: Request, max_bytes: int = MAX_BODY_BYTES) -> bytes:
     if size > max_bytes:
         raise Refused(f"more than {max_bytes >> 20} MiB were sent; send a smaller file", 413)
     return b"".join(parts)
+
+
+async def json_body(request: Request, max_bytes: int) -> dict:
+    """The JSON object in a request's body.
+
+    Raises:
+        Refused: as body(), or it is none.
+    """
+    try:
+        payload = parse_json(await body(request, max_bytes), **STRICT)
+    except ValueError as error:
+        raise Refused(f"the request is not valid JSON ({error!s:.80})") from None
+    if not isinstance(payload, dict):
+        raise Refused("the request must be a JSON object")
+    return payload
 
 
 def same_origin(request: Request) -> None:
@@ -217,9 +235,9 @@ def serve(app: Starlette, host: str, port: int, title: str) -> None:
     shown = f"[{host}]" if ":" in host else host
     token = app.state.token
     address = f"http://{shown}:{listening.getsockname()[1]}" + (f"/?token={token}" if token else "")
-    print(f"{title}: {address}    (Ctrl-C stops it)", flush=True)
+    say(f"{title}: {address}    (Ctrl-C stops it)", flush=True)
     if host not in LOOPBACK and not token:
-        print(
+        say(
             f"warning: anyone who can reach {host} can use this page; there is no password",
             file=sys.stderr,
             flush=True,

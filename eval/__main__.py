@@ -10,6 +10,10 @@
       each image's caption among others, heatmaps, and hubs: captions that rank first for many images
   python -m eval compare demo-vit:none runs/icons --data data/icons/shards --out comparison
       a page and a table: paired differences, what got better and worse, retention, WiSE-FT
+  python -m eval bases ViT-B-32:laion2b_s34b_b79k ViT-B-16-SigLIP2:webli --data data/icons/shards
+      which model to start from: each as it is, and after a two-minute fit on its features
+  python -m eval suspects ViT-B-32:laion2b_s34b_b79k --data data/icons/shards --csv suspects.csv
+      captions that are probably wrong, for `python -m data_prep review --suspects`
   python -m eval compositionality runs/icons --data data/icons/shards
       counting, binding, relations and swapped words, on images that are drawn on the spot
   python -m eval leaks ViT-B-32:laion2b_s34b_b79k --data data/icons/shards --csv leaks.csv
@@ -39,6 +43,8 @@ COMMANDS = {
     "linear-probe": "eval.classify.command:linear_probe",
     "confusion": "eval.compare.command:confusion",
     "compare": "eval.compare.command:compare",
+    "bases": "eval.bases.command:bases",
+    "suspects": "eval.suspects.command:suspects",
     "compositionality": "eval.compositionality.command:compositionality",
     "leaks": "eval.retrieval.command:leaks",
     "embed": "eval.search.command:embed",

@@ -23,14 +23,13 @@ from torch.utils.data import Dataset
 from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.progress import progress
-from eval.classify.features import checked
-from eval.embed import batches, embed_texts, load_for_eval
+from eval.classify.features import in_rgb
+from eval.embed import batches, embed_texts, load_for_eval, pixel_bytes
 from eval.options import Inference
 from eval.retrieval.ranking import check_finite
 from eval.search.index import open_index
 from eval.search.nearest import Nearest
 from eval.search.query import described, filter_rows
-from train.data.decode import decode
 from train.data.loader import loader
 from train.device import own_device
 from train.model.clip import Clip
@@ -44,14 +43,14 @@ Query = str | Path | Image.Image | np.ndarray
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # Pillow writes others as TIFF alone
 
 
-def load(model: str | Path, device: str = "", precision: Literal["fp32", "bf16"] = "fp32") -> "Model":
+def load(model: str | Path, device: str = "", precision: Literal["auto", "fp32", "bf16"] = "auto") -> "Model":
     """Load a model for evaluation.
 
     Args:
         model: a run folder (its best checkpoint), a folder of weights (open_clip's, as `export` writes it, or
             of transformers' CLIPModel), hf-hub:USER/NAME, or NAME:PRETRAINED (ViT-B-32:laion2b_s34b_b79k).
         device: "cuda:1", "cpu", ...; by default torch's accelerator if there is one.
-        precision: of the towers; features are float32 in both.
+        precision: of the towers; auto is bf16 on a GPU and fp32 on a CPU. Features are float32 in both.
 
     Raises:
         UserError: no such model.
@@ -104,7 +103,8 @@ class Model:
         _check_at_least("batch_size", batch_size, 1)
         _check_at_least("workers", workers, 0)
         dataset, numbers = _Images(images, self.clip), batches(len(images), batch_size)
-        inputs = loader(dataset, numbers, workers, World(device=self.device), _stack)
+        batch_bytes = pixel_bytes(self.clip, batch_size)
+        inputs = loader(dataset, numbers, workers, World(device=self.device), _stack, batch_bytes)
         bar = progress(inputs, total=len(numbers), desc="encoding images", unit="batch", leave=False, delay=1)
         parts = [np.zeros((0, self.clip.config["model_cfg"]["embed_dim"]), np.float32)]
         with torch.inference_mode(), bar:
@@ -114,7 +114,7 @@ class Model:
                         f"{pixels}; leave this image out. For many files: python -m eval embed MODEL --data"
                         " FOLDER --out INDEX lists such images and embeds the others"
                     )
-                features = self.clip.towers.image_features(pixels.to(self.device))
+                features = self.clip.towers.image_features(pixels.to(self.device, non_blocking=True))
                 first = sum(map(len, parts))
                 check_finite(features, "image_features", lambda row, at=first: dataset.name(at + row))
                 parts.append(features.cpu().numpy())
@@ -270,7 +270,7 @@ class _Images(Dataset):
 
     def __getitem__(self, number: int) -> torch.Tensor | str:
         try:
-            return self.transform(decode(checked(_bytes_of(self.images[number]), self.background)))
+            return self.transform(in_rgb(_bytes_of(self.images[number]), self.background))
         except OSError as error:
             return f"{self.name(number)}: cannot be read ({error.strerror or error})"
         except BadImage as bad:

@@ -1,5 +1,6 @@
 """Images and captions of a split become features, each exactly once on any number of ranks."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,16 @@ def load_for_eval(name: str, inference: Inference, world: World) -> Clip:
     clip.towers.bf16 = use_bf16(inference.precision, world.device)
     clip.towers.to(world.device).eval()
     return clip
+
+
+def precision_of(clip: Clip) -> str:
+    """ "bf16" or "fp32", in which its towers compute."""
+    return "bf16" if clip.towers.bf16 else "fp32"
+
+
+def pixel_bytes(clip: Clip, n: int) -> int:
+    """Bytes of n images as a model takes them: uint8 [n, 3, H, W]."""
+    return n * 3 * math.prod(clip.image_size)
 
 
 def open_shards(folder: Path, split: str, world: World) -> Shards:
@@ -145,7 +156,10 @@ def embed_images(
     own_batches = batches(len(numbers), inference.batch_size)[world.rank :: world.world_size]
     own_numbers = [[numbers[row] for row in rows] for rows in own_batches]
     transform = Compose([change, clip.eval_transform]) if change else clip.eval_transform
-    images = loader(EvalImages(shards, transform), own_numbers, inference.workers, world)
+    batch_bytes = pixel_bytes(clip, inference.batch_size)
+    images = loader(
+        EvalImages(shards, transform), own_numbers, inference.readers, world, batch_bytes=batch_bytes
+    )
     with torch.inference_mode():
         image_features = fill(len(numbers), own_batches, images, clip.towers.image_features, world, "images")
     check_finite(image_features, "image_features", lambda row: f"sample {shards.key(numbers[row])}")
@@ -180,7 +194,7 @@ def fill(
         delay=1,
         disable=not world.is_first,
     )
-    parts = [tower(batch.to(world.device)) for batch in bar]
+    parts = [tower(batch.to(world.device, non_blocking=True)) for batch in bar]
     own_width = parts[0].shape[1] if parts else 0  # a rank may have no batch
     width = int(world.max(torch.tensor([own_width])).item())
     features = torch.zeros(n, width, device=world.device)

@@ -5,7 +5,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from data_prep.cores import cores_per_rank
 from data_prep.errors import UserError
+
+MOST_READERS = 16  # read 3,500 images a second, more than one GPU embeds with ViT-L/14
 
 # A split of shards; one that they lack is reported by data_prep.shards with the splits that they have.
 Split = Annotated[str, tyro.conf.arg(metavar="SPLIT")]
@@ -17,19 +20,24 @@ class Inference:
 
     Attributes:
         batch_size: Images embedded at once.
-        workers: Processes that read images; 0 reads them in the main process.
-        precision: Of the models. Features are always compared in fp32.
+        workers: Processes that read images; 0 reads them in the main process. auto: one per core, 16 at most.
+        precision: Of the models. auto: bf16 on a GPU, fp32 on a CPU. Features are always compared in fp32.
     """
 
     batch_size: int = 64
-    workers: int = 2
-    precision: Literal["bf16", "fp32"] = "fp32"
+    workers: int | Literal["auto"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
-        if self.workers < 0:
-            raise UserError(f"--workers {self.workers}: must be at least 0")
+        if self.workers != "auto" and self.workers < 0:
+            raise UserError(f"--workers {self.workers}: must be auto or at least 0")
+
+    @property
+    def readers(self) -> int:
+        """The number of workers."""
+        return min(MOST_READERS, cores_per_rank()) if self.workers == "auto" else self.workers
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ import torch
 from data_prep.errors import UserError
 from data_prep.shards import Shards, read_manifest
 from data_prep.tables import are, counted
-from eval.embed import Captions, Embedded, embed
+from eval.embed import Captions, Embedded, embed, load_for_eval
 from eval.options import Inference
 from eval.retrieval.robustness import center_crop_gain
-from eval.retrieval.score import evaluate_features, metric_names
-from train.metrics import CROP_GAIN, CROP_GAIN_LOW
+from eval.retrieval.score import evaluate_features, evaluate_full, metric_names, pooled
+from train.data.shares import first_of
+from train.device import own_device
+from train.metrics import CROP_GAIN, CROP_GAIN_LOW, DIRECTIONS
 from train.model.activation_memory import uncompiled
 from train.model.clip import Clip
 from train.recipe import Recipe
@@ -32,12 +34,12 @@ def validator(recipe: Recipe, world: World) -> Validate:
     Raises:
         UserError: a group is in train and in val, shards were altered, or best_metric is not computed.
     """
-    splits = {}
-    if has_split(recipe.data, "val"):
-        splits["val"] = Shards(recipe.data, "val")
-        if shared := np.intersect1d(splits["val"].groups, Shards(recipe.data, "train").groups).size:
+    splits, data = {}, first_of(recipe.data)
+    if has_split(data, "val"):
+        splits["val"] = Shards(data, "val")
+        if shared := np.intersect1d(splits["val"].groups, Shards(data, "train").groups).size:
             raise UserError(
-                f"{recipe.data}: {counted(shared, 'group')} {are(shared)} in train and in val, which inflates"
+                f"{data}: {counted(shared, 'group')} {are(shared)} in train and in val, which inflates"
                 " validation; build the shards again"
             )
         if recipe.retention_set:
@@ -65,6 +67,19 @@ def validator(recipe: Recipe, world: World) -> Validate:
         return metrics
 
     return validate
+
+
+def val_hits(run: str, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """What each query of the val split scores with a run's best weights, float [n], so weighted that the mean
+    is val/mean/R@1; and its group, int64 [n].
+    """
+    world = World(device=own_device())
+    size = BATCH_SIZE if recipe.micro_batch_size == "auto" else recipe.micro_batch_size
+    inference = Inference(size, recipe.workers, recipe.precision)
+    shards = Shards(first_of(recipe.data), "val")
+    clip = load_for_eval(run, inference, world)
+    _, queries = evaluate_full(embed(clip, shards, world, inference), shards.groups, world)
+    return pooled(queries, *DIRECTIONS)
 
 
 def has_split(data: str, split: str) -> bool:

@@ -30,8 +30,8 @@ def record_job(run: Path, number: str, name: str) -> None:
 
 def jobs_of_run(run: Path) -> list[tuple[str, str]]:
     """(number, name) of every job that was submitted for a run, the oldest first."""
-    lines = (run / JOBS).read_text().splitlines() if (run / JOBS).is_file() else []
-    return [(line.split()[0], line.split()[1]) for line in lines]
+    text = (run / JOBS).read_text(errors="replace") if (run / JOBS).is_file() else ""
+    return re.findall(r"^([0-9_]+) (\S+)$", text, re.MULTILINE)
 
 
 def active_jobs(run: Path) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.rooms import CLONE
+from data_prep.terminal import say
 from slurm.site import Site
 
 HERE = Path(__file__).parent
@@ -125,7 +126,7 @@ def write_script(text: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
         partial.write_text(text)
-    print(f"# {path}\n{text}")
+    say(f"# {path}\n{text}")
 
 
 def sbatch(path: Path, after: list[str], dependency: str = "afterok", dry_run: bool = False) -> str:
@@ -145,7 +146,7 @@ def sbatch(path: Path, after: list[str], dependency: str = "afterok", dry_run: b
         str(path),
     ]
     if dry_run:
-        print(f"# not submitted: {shlex.join(words)}")
+        say(f"# not submitted: {shlex.join(words)}")
         return path.stem.upper()
     if not shutil.which("sbatch"):
         raise UserError(
@@ -165,5 +166,5 @@ def sbatch(path: Path, after: list[str], dependency: str = "afterok", dry_run: b
             " (--site)"
         )
     number = result.stdout.strip().split(";")[0]
-    print(f"# submitted: job {number}: {shlex.join(words)}")
+    say(f"# submitted: job {number}: {shlex.join(words)}")
     return number

@@ -1,6 +1,7 @@
 """Settings of one cluster, from a YAML file that its users edit."""
 
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from data_prep.errors import UserError
 from train.recipe import read_yaml
 
 SITE = Path(__file__).parent / "site.yaml"
+VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -74,5 +76,7 @@ def read_site(path: Path) -> Site:
                 f"{path}: '{key}' is {value!r}; its type must be {types[key].__name__}, as in {SITE}"
             )
     if "environment" in values:
+        if wrong := [name for name in values["environment"] if not VARIABLE.fullmatch(str(name))]:
+            raise UserError(f"{path}: 'environment' has {wrong[0]!r}, which is not the name of a variable")
         values["environment"] = {name: str(value) for name, value in values["environment"].items()}
     return Site(**values)

@@ -10,6 +10,7 @@ import tyro
 
 from data_prep.cli import Run
 from data_prep.errors import UserError
+from data_prep.terminal import say
 from slurm.queue import ENDED, job_info, jobs_of_run
 from slurm.script import LOGS
 from train.run.records import read_status
@@ -37,22 +38,22 @@ def status(run: Annotated[Run, tyro.conf.Positional], lines: int = 8) -> None:
     values = dict(read_status(run))
     state = values.pop("state", "")
     checkpoints = sorted(path.name for path in (run / "checkpoints").glob("samples-*"))
-    print(f"run         {run}: {state or 'not started'}")
+    say(f"run         {run}: {state or 'not started'}")
     for name, value in values.items():
-        print(f"{name:<11} {value}")
-    print(f"checkpoints {', '.join(checkpoints) or 'none'}")
+        say(f"{name:<11} {value}")
+    say(f"checkpoints {', '.join(checkpoints) or 'none'}")
     jobs = [(number, name, job_info(number)) for number, name in jobs_of_run(run)[-8:]]
     for number, name, info in jobs:
-        print(f"job         {number} {name}: {describe(info)}")
+        say(f"job         {number} {name}: {describe(info)}")
     silent_s = 0.0
     if state == "running" and "time" in values:
         silent_s = (datetime.now(timezone.utc) - datetime.fromisoformat(values["time"])).total_seconds()
-        print(f"heartbeat   {silent_s:.0f} s ago")
+        say(f"heartbeat   {silent_s:.0f} s ago")
     if log := newest_log(run):
         relevant = [text for text in log.read_text(errors="replace").splitlines() if RELEVANT.search(text)]
-        print(f"log         {log}", *(f"  {text[:300]}" for text in relevant[-lines:]), sep="\n")
+        say(f"log         {log}", *(f"  {text[:300]}" for text in relevant[-lines:]), sep="\n")
     job_states = [info.get("JobState", "") for _, name, info in jobs if name == "train"]
-    print(f"to do       {advice(state, job_states, (run / 'stop').exists(), silent_s, run)}")
+    say(f"to do       {advice(state, job_states, (run / 'stop').exists(), silent_s, run)}")
 
 
 def newest_log(run: Path) -> Path | None:
@@ -124,6 +125,8 @@ def _advice_without_jobs(state: str, stop_requested: bool, silent_s: float, run:
     resume = f"to resume from the last checkpoint: python -m train {quote(str(run / 'recipe.yaml'))}"
     if state == "stopped":
         return f"it was stopped; {resume}"
+    if state == "failed":
+        return f"it failed, and said why where it was started; after fixing that, {resume}"
     if silent_s > SILENT_S:
         return f"no heartbeat for {silent_s / 60:.0f} min; if its process has ended, {resume}"
     if stop_requested:

@@ -11,13 +11,15 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.cli import File, RecipeFile, Rest, Run, Runs, Shards
+from data_prep.cli import File, RecipeFile, Rest, Run, Runs
 from data_prep.errors import UserError
 from data_prep.rooms import importable
 from data_prep.tables import counted
+from data_prep.terminal import say
 from slurm.queue import active_jobs, record_job
 from slurm.script import LOGS, Resources, assign, assign_list, render_script, sbatch, write_script
 from slurm.site import SITE, read_site
+from train.data.shares import Data, Sets, absolute, shares_of, to_words
 from train.recipe import Recipe, parse, recipe_file
 from train.tune.grid import expand_grid
 
@@ -29,7 +31,7 @@ TrainModule = tyro.conf.Suppress[tyro.conf.Fixed[str]]  # tests submit a module 
 def submit(
     recipe: Annotated[RecipeFile, tyro.conf.Positional],
     run: Run,
-    data: Shards,
+    data: Data,
     resources: Resources = Resources(),  # noqa: B008 frozen
     after: JobNumbers = (),
     chain: int = 1,
@@ -51,7 +53,8 @@ def submit(
     Args:
         recipe: YAML recipe, or the name of one of the project; the job reads a copy of it.
         run: Run folder; scripts and logs are in RUN/slurm.
-        data: Folder of shards; with --after it may be created by an earlier job.
+        data: Folder of shards, or several with their shares: icons=0.7 general=0.3. With --after it may be
+            created by an earlier job.
         after: Numbers of jobs that must succeed first.
         chain: Number of jobs, each of which resumes when the previous one reached its time limit; for
             clusters where a job may not requeue itself.
@@ -65,7 +68,7 @@ def submit(
     resources.check()
     if chain < 1:
         raise UserError(f"--chain {chain}: must be at least 1")
-    cluster, run, data = read_site(site), run.absolute(), data.absolute()
+    cluster, run, data = read_site(site), run.absolute(), absolute(data)
     check_training(recipe, run, data, resources, flags, data_may_be_missing=bool(after))
     if not dry_run:
         check_no_active_jobs(run)
@@ -87,16 +90,16 @@ def submit(
             record_job(run, number, "train")
     if dry_run:
         return numbers
-    print(f"# state: python -m slurm status {quote(str(run))}")
+    say(f"# state: python -m slurm status {quote(str(run))}")
     stop = quote(str(run / "stop"))
-    print(f"# to stop it with a checkpoint: touch {stop}, or: scancel {' '.join(numbers)}")
+    say(f"# to stop it with a checkpoint: touch {stop}, or: scancel {' '.join(numbers)}")
     return numbers
 
 
 def sweep(
     recipes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE [RECIPE ...]")],
     runs: Runs,
-    data: Shards,
+    data: Data,
     vary: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE[,VALUE ...]")
     ] = (),
@@ -120,7 +123,7 @@ def sweep(
     Args:
         recipes: YAML recipes.
         runs: Folder of the runs; each run folder is named by its recipe and values.
-        data: Folder of shards.
+        data: Folder of shards, or several with their shares.
         vary: A recipe key and its values. Given several times, every combination is a run.
         at_once: Largest number of runs at the same time; 0 is no limit.
         after: Numbers of jobs that must succeed first.
@@ -134,7 +137,7 @@ def sweep(
     resources.check()
     if not recipes:
         raise UserError("python -m slurm sweep: no recipe; pass at least one")
-    cluster, runs, data = read_site(site), runs.absolute(), data.absolute()
+    cluster, runs, data = read_site(site), runs.absolute(), absolute(data)
     tasks, folders = [], []
     for number, (name, (recipe, values)) in enumerate(expand_grid(list(recipes), list(vary)).items()):
         run, all_flags = runs / name, (*flags, *values)
@@ -161,15 +164,15 @@ def sweep(
     number = sbatch(path, list(after))
     for task, run in enumerate(folders):
         record_job(run, f"{number}_{task}", "train")
-    print(f"# {counted(len(folders), 'run')}; state of one: python -m slurm status {quote(str(folders[0]))}")
-    print(f"# table of the results: python -m train.sweep --table {quote(str(runs))}")
+    say(f"# {counted(len(folders), 'run')}; state of one: python -m slurm status {quote(str(folders[0]))}")
+    say(f"# table of the results: python -m train.sweep --table {quote(str(runs))}")
     return number
 
 
 def check_training(
     recipe: Path,
     run: Path,
-    data: Path,
+    data: Sets,
     resources: Resources,
     flags: tuple[str, ...],
     data_may_be_missing: bool,
@@ -179,17 +182,18 @@ def check_training(
     Raises:
         UserError: the recipe is invalid, does not fit the number of ranks, or there are no shards.
     """
-    parsed = parse([str(recipe), "--data", str(data), "--run", str(run), *flags])
+    parsed = parse([str(recipe), "--data", *to_words(data), "--run", str(run), *flags])
     ranks = resources.nodes * resources.ranks_per_node
     if parsed.global_batch_size % ranks:
         raise UserError(
             f"--global-batch-size {parsed.global_batch_size}: must be a multiple of the {ranks} ranks"
             f" ({resources.nodes} nodes x {resources.ranks_per_node})"
         )
-    if not data_may_be_missing and not (data / "manifest.json").is_file():
+    missing = [folder for folder in shares_of(data) if not Path(folder, "manifest.json").is_file()]
+    if missing and not data_may_be_missing:
         raise UserError(
-            f"{data}: no manifest.json, so not a folder of shards; build it, or pass the job that builds it"
-            " with --after"
+            f"{', '.join(missing)}: no manifest.json, so not a folder of shards; build it, or pass the job"
+            " that builds it with --after"
         )
     return parsed
 
@@ -207,10 +211,10 @@ def run_settings(run: Path, recipe: Path, flags: tuple[str, ...]) -> list[str]:
     return [assign("RUN", run), assign("RECIPE", recipe), assign_list("FLAGS", list(flags))]
 
 
-def common_settings(data: Path, stage: str, module: str, requeue: bool) -> list[str]:
+def common_settings(data: Sets, stage: str, module: str, requeue: bool) -> list[str]:
     """Lines of bash: what the runs of a sweep share."""
     return [
-        assign("DATA", data),
+        assign_list("DATA", to_words(data)),
         f'STAGE="{stage}"',  # in double quotes, so that $TMPDIR is expanded on the node
         assign("MODULE", importable(module)),
         assign("REQUEUE", "yes" if requeue else "no"),

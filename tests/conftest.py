@@ -8,8 +8,10 @@ import http.server
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,13 +48,25 @@ TINY = {
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """The longest files first: two at once then end at about the same time."""
+    """The longest files first: two at once then end at about the same time. Tests marked cuda need a GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
     items.sort(
         key=lambda item: (
             item.path.name
             not in ("test_slurm_lab.py", "test_survival.py", "test_nonfinite.py", "test_loop.py")
         )
     )
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say which tests were skipped for want of a GPU, so that nobody takes them for passed."""
+    skipped = [each for each in terminalreporter.stats.get("skipped", []) if "cuda" in each.keywords]
+    if skipped:
+        files = ", ".join(sorted({each.nodeid.partition("::")[0] for each in skipped}))
+        terminalreporter.write_line(f"no GPU: {len(skipped)} tests marked cuda are skipped ({files})")
 
 
 @pytest.fixture(scope="session")
@@ -310,6 +324,14 @@ def served(tmp_path):
     yield folder, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def memory_folder(tmp_path) -> Iterator[Path]:
+    """A folder in memory, where there is one: on a disk, a file takes longer to write than to read."""
+    folder = tempfile.mkdtemp(dir="/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
+    yield Path(folder)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -31,13 +31,16 @@ AUGMENT = Augment(color_jitter=(0.2, 0.2, 0.1, 0.1), gray_scale_prob=0.2, flip_p
 BASIC = Recipe(
     "made up", "", "", global_batch_size=N_PAIRS, micro_batch_size=N_PAIRS, precision="fp32", augment=AUGMENT
 )
-# name -> what differs from BASIC. "clip" uses a model without a logit_bias, all others one with it.
+# name -> what differs from BASIC, and whether pairs have weights. "clip" uses a model without a logit_bias,
+# all others one with it.
 CASES = {
     "clip": {},
     "clip positive": {"same_group": "positive"},
     "siglip": {"loss": "siglip"},
     "siglip positive": {"loss": "siglip", "same_group": "positive"},
     "patch dropout": {"patch_dropout": 0.5},
+    "clip weighted": {"same_group": "positive", "weighted": True},
+    "siglip weighted": {"loss": "siglip", "weighted": True},
 }
 
 
@@ -67,8 +70,8 @@ def train_state(clip: Clip, recipe: Recipe = BASIC, world: World = ALONE) -> Tra
     )
 
 
-def global_batch(augment: Augment = AUGMENT) -> Batch:
-    """Noise, with groups and captions that several pairs share."""
+def global_batch(augment: Augment = AUGMENT, weighted: bool = False) -> Batch:
+    """Noise, with groups and captions that several pairs share; by wish, of weights that differ by rank."""
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (N_PAIRS, 3, 16, 16), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 49406, (N_PAIRS, 10), generator=generator)
@@ -80,7 +83,8 @@ def global_batch(augment: Augment = AUGMENT) -> Batch:
     uniforms = np.random.default_rng(0).random((N_PAIRS, N_UNIFORMS)).tolist()
     rows = torch.tensor([augmentation.draw(numbers) for numbers in uniforms])
     patch_seeds = torch.randint(0, 1 << 62, (N_PAIRS,), generator=generator)
-    return Batch(images, tokens, rows, patch_seeds, ids)
+    weights = torch.arange(N_PAIRS) ** 2 / N_PAIRS**2 if weighted else None
+    return Batch(images, tokens, rows, patch_seeds, ids, weights)
 
 
 def gradients(state: TrainState, batch: Batch) -> dict[str, torch.Tensor]:
@@ -96,11 +100,13 @@ def gradients(state: TrainState, batch: Batch) -> dict[str, torch.Tensor]:
     return {"loss": loss, **trained}
 
 
-def gradients_of_two_steps(model: str, micro_batch_size: int, world: World, **changes) -> list[dict]:
+def gradients_of_two_steps(
+    model: str, micro_batch_size: int, world: World, weighted: bool = False, **changes
+) -> list[dict]:
     """gradients() twice: the second backward pass meets the buckets that DDP rebuilds after the first."""
     state = train_state(load(model), replace(BASIC, micro_batch_size=micro_batch_size, **changes), world)
     share = N_PAIRS // world.world_size
-    batch = Batch(*(tensor[world.rank * share :][:share] for tensor in global_batch()))
+    batch = global_batch(weighted=weighted).split(share)[world.rank]
     return [gradients(state, batch) for _ in range(2)]
 
 

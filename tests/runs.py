@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import train.step
 from data_prep.shards import sha256_of
 from eval.validation import validator
+from train.data.shares import Sets
 from train.loop import fit
 from train.recipe import Augment, Captions, Optim, Recipe, to_yaml
 from train.retain.select import Validate
@@ -28,7 +29,7 @@ WEIGHTS = "open_clip_model.safetensors"
 CANDIDATES = {"ema": 0.9, "wise_ft": (0.3, 0.7)}  # "trained", "ema", "wise_ft 0.30" and "wise_ft 0.70"
 
 
-def recipe(model: str, data: Path | str, run: Path | str, **changes) -> Recipe:
+def recipe(model: str, data: Path | Sets, run: Path | str, **changes) -> Recipe:
     """24 steps in 4 epochs, a checkpoint after each step; every random operation is in use."""
     options = {
         "epochs": 4,
@@ -43,7 +44,8 @@ def recipe(model: str, data: Path | str, run: Path | str, **changes) -> Recipe:
         "captions": Captions(tag_dropout=0.3, templates=("an icon of {}", "{}")),
         "optim": Optim(lr=1e-3, warmup_fraction=0.2),
     }
-    return Recipe(model, str(data), str(run), **(options | changes))
+    data = data if isinstance(data, dict) else str(data)
+    return Recipe(model, data, str(run), **(options | changes))
 
 
 def flags(plan: Recipe, file: Path) -> list[str]:

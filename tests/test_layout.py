@@ -21,15 +21,15 @@ ROOMS = ["data_prep", "train", "eval", "slurm", "cliptune"]
 MODULES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 SUB_ROOMS = sorted({path.parent for path in MODULES})
 # The commands with an import from the right.
-COMPOSE = [Path("train/__main__.py"), Path("train/export/__main__.py")]
+COMPOSE = [Path("train/__main__.py"), Path("train/forecast.py"), Path("train/export/__main__.py")]
 
 # What can be deleted without breaking another module, and the modules that may import it all the same: they
 # are a command of their own. Commands in a __main__.py may import any leaf.
 LEAVES = {
     "data_prep.review": [],
     "data_prep.report.page": ["data_prep/report/summary.py"],
-    "train.bench": [],
-    "train.tune": ["train/lr.py", "train/sweep.py", "slurm/submit.py"],
+    "train.bench": ["train/tune/forecast.py"],
+    "train.tune": ["train/forecast.py", "train/lr.py", "train/sweep.py", "slurm/submit.py"],
     "train.export": ["train/publish/card.py", "train/publish/hub.py"],
     "train.publish": [],
     "eval.cluster": [],
@@ -91,7 +91,7 @@ def test_the_rooms_know_their_names():
 
 
 @pytest.mark.parametrize("path", COMPOSE, ids=str)
-def test_two_commands_of_training_import_one_module_of_eval(path):
+def test_some_commands_of_training_import_one_module_of_eval(path):
     assert imported_modules((ROOT / path).read_text(), "eval") == {"eval.validation"}
 
 
@@ -111,12 +111,23 @@ def test_a_leaf_is_imported_by_commands_alone(leaf):
 
 def test_one_module_takes_optimizer_steps():
     """All of training is in train_step(): the loop, the benchmark and the tests of faults call it. The other
-    one trains linear heads on features that are computed once, and no model.
+    two train heads or projections on features that are computed once, and no model.
     """
     found = {
         str(path) for path in MODULES if any("optim" in name for name in steppers((ROOT / path).read_text()))
     }
-    assert found == {"train/step.py", "eval/classify/heads.py"}
+    assert found == {"train/step.py", "eval/classify/heads.py", "eval/bases/projections.py"}
+
+
+def printers(source: str) -> list[str]:
+    """Calls that write to the terminal."""
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [name for name in calls if name in ("print", "sys.stdout.write", "sys.stderr.write")]
+
+
+def test_one_module_prints():
+    """say() makes foreign text safe for a terminal, and masks secrets."""
+    assert {str(path) for path in MODULES if printers((ROOT / path).read_text())} == {"data_prep/terminal.py"}
 
 
 def test_the_rules_see_what_they_forbid():
@@ -127,6 +138,7 @@ def test_the_rules_see_what_they_forbid():
     assert {"eval.retrieval.ranking", "eval.embed", "train.loop"} < imported(source)
     assert imported_modules(source, "eval") == {"eval.retrieval.ranking", "eval.embed"}
     assert steppers(source) == {"state.optimizer", "log"}
+    assert printers("print(1)\nimport sys\nsys.stderr.write('')\nsay(2)") == ["print", "sys.stderr.write"]
 
 
 @pytest.mark.parametrize("path", SUB_ROOMS, ids=str)

@@ -28,7 +28,7 @@ OTHERS = {
         ),
         *("oneliner", "output", "parsable", "signal"),
     },
-    "open_clip_train": {"aug-cfg", "grad-checkpointing", "torchcompile"},
+    "open_clip_train": {"aug-cfg"},
     "tensorboard": {"logdir"},
     "hf": {"repo-type"},
     "trackio": {"project"},

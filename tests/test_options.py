@@ -20,6 +20,7 @@ from data_prep.cli import CONFIG  # noqa: E402
 from train.recipe import Recipe, leaves  # noqa: E402
 
 OWN_OPTIONS = {
+    "train.forecast": "train.forecast:Forecast",
     "train.lr": "train.lr:Search",
     "train.sweep": "train.sweep:Sweep",
     "train.bench": "train.bench.__main__:Bench",

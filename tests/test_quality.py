@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import quality_data, quality_icons
-from benchmarks.quality import ARMS, OURS, RATES, SEED_RECIPE
+from benchmarks.quality import ARMS, OURS, RATES, SEED_RECIPE, words_of
+from benchmarks.quality_clipart import colour_images
 from benchmarks.quality_data import DOMAIN_B, captioned, concept, is_held_out, questions
 from benchmarks.quality_icons import LEAST, PACKAGES, archive, drawn, phosphor_tags, synonyms
 from benchmarks.quality_table import SHOWN, differences, figures, mixtures
@@ -32,7 +33,7 @@ WORDS = [f"word {number}" for number in range(40)]
 @pytest.fixture(scope="module")
 def rows(icon_folder) -> list[dict]:
     with open(icon_folder / "icons.csv", newline="") as file:
-        return list(csv.DictReader(file))
+        return [row | {"domain": "B" if row["set"] in DOMAIN_B else "A"} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,14 @@ def known(rows) -> dict:
 
 def test_no_question_and_no_held_out_icon_is_trained_on(rows, known):
     of_split = {
-        split: [row for row in captioned(rows, known, "B") if row[3] == split]
+        split: [row for row in captioned(rows, known, "B") if row[4] == split]
         for split in ("train", "val", "test")
     }
-    trained = {part for _, caption, *_ in of_split["train"] for part in caption.split(", ")}
-    names = {caption for split in ("val", "test") for _, caption, *_ in of_split[split]}
-    captions = {caption for found in of_split.values() for _, caption, *_ in found}
+    trained = {
+        part for _, name, more, *_ in of_split["train"] for text in (name, more) for part in text.split(", ")
+    }
+    names = {name for split in ("val", "test") for _, name, *_ in of_split[split]}
+    captions = {text for found in of_split.values() for _, *texts, _, _ in found for text in texts if text}
     asked = questions(rows, known, captions)
     new = {word for word in asked if is_held_out(word)}
     assert len(new) > 5
@@ -59,7 +62,8 @@ def test_no_question_and_no_held_out_icon_is_trained_on(rows, known):
     assert trained & set(WORDS), "synonyms that are not held out are trained on"
     assert not any(is_held_out(word) for word in trained & set(WORDS))
     assert not any("," in caption for caption in names), "test icons have their names alone"
-    groups = {split: {group for _, _, group, _ in found} for split, found in of_split.items()}
+    assert not any(more for split in ("val", "test") for _, _, more, *_ in of_split[split])
+    groups = {split: {group for *_, group, _ in found} for split, found in of_split.items()}
     assert not groups["train"] & groups["test"]
     assert not groups["val"] & (groups["test"] | groups["train"])
     set_of, group_of = ({row["file_path"]: row[name] for row in rows} for name in ("set", "group"))
@@ -81,7 +85,13 @@ def test_a_held_out_synonym_that_is_a_name_is_not_asked():
     group = next(
         f"g{at}" for at in range(100) if split_of(f"g{at}", **quality_data.SPLITS["B"], seed=1) == "test"
     )
-    row = {"file_path": "phosphor/x.png", "caption": "x bold", "group": group, "set": "phosphor"}
+    row = {
+        "file_path": "phosphor/x.png",
+        "caption": "x bold",
+        "group": group,
+        "set": "phosphor",
+        "domain": "B",
+    }
     known = {("phosphor", "x"): [word]}
     assert questions([row], known, set()) == {word: ["phosphor/x.png"]}
     assert questions([row], known, {word}) == {}
@@ -163,6 +173,36 @@ def test_words_and_fonts_come_from_packages(tmp_path, monkeypatch):
     assert all(image.getextrema()[3] == (0, 255) for image in images), "each shows something"
 
 
+def test_names_and_words_of_images_in_colour(tmp_path):
+    share = tmp_path / "debian/usr/share"
+    about = "<dc:title id='x'>{}</dc:title><rdf:Bag><rdf:li>{}</rdf:li><rdf:li>hash</rdf:li></rdf:Bag>"
+    files = {
+        "openclipart/png/animals/dog_ann_01.png": "",
+        "openclipart/svg/animals/dog_ann_01.svg": about.format("Bored Dog_01", "Mammal"),
+        "openclipart/png/special/blue.png": "",
+        **{f"openclipart/png/icons/edit-copy{at}.png": "" for at in range(4)},
+        **{f"openclipart/svg/icons/edit-copy{at}.svg": about.format("A theme", "action") for at in range(4)},
+        "tuxpaint/stamps/food/fruit/lemon.png": "",
+        "tuxpaint/stamps/food/fruit/lemon.txt": "A lemon.\nde.utf8=Eine Zitrone.\n",
+        "icons/oxygen/base/48x48/places/trash-full.png": "",
+        "icons/oxygen/base/16x16/places/trash-full.png": "",
+    }
+    for name, text in files.items():
+        (share / name).parent.mkdir(parents=True, exist_ok=True)
+        (share / name).write_text(text)
+    (share / "icons/oxygen/base/48x48/places/bin.png").symlink_to("trash-full.png")
+    rows, known = colour_images(tmp_path / "debian")
+    assert known == {
+        ("clipart", "bored dog"): ["mammal"],
+        ("clipart", "edit copy"): ["action"],
+        ("stamps", "a lemon"): ["food", "fruit"],
+        ("oxygen", "trash full"): ["bin"],
+    }
+    assert len(rows) == 1 + 4 + 1 + 1
+    assert all((tmp_path / row["file_path"]).is_file() and row["group"] == row["caption"] for row in rows)
+    assert {row["domain"] for row in rows if row["set"] == "oxygen"} == {"B"}
+
+
 def test_without_npm_the_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(quality_icons.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="npm pack @fortawesome/fontawesome-free"):
@@ -184,6 +224,25 @@ def test_an_arm_lacks_what_it_is_called_after_and_no_more():
         assert {key for key in arm if arm[key] != ours[key]} <= keys
         assert {key: arm[key] for key in keys} == {key: seed[key] for key in keys}
     assert {name.partition("@")[0] for name in RATES} <= set(ARMS)
+
+
+def test_arms_with_pairs_of_a_have_them_in_their_batches_or_replay_them(tmp_path):
+    arms = {
+        name: parse([SEED_RECIPE, "--data", str(tmp_path / "B"), "--run", "r", *words_of(name, tmp_path)])
+        for name in ARMS
+        if ARMS[name] is not None
+    }
+    mixture = {str(tmp_path / "B"): 0.8, str(tmp_path / "A"): 0.2}
+    fifth = "ours with a fifth of each batch from A"
+    assert {name for name, plan in arms.items() if plan.data == mixture} == {
+        fifth,
+        f"{fifth} instead of replay",
+    }
+    folders = {plan.data for plan in arms.values() if isinstance(plan.data, str)}
+    assert folders == {str(tmp_path / "B"), str(tmp_path / quality_data.WEIGHTED)}
+    replayed = {name: plan.replay for name, plan in arms.items()}
+    assert replayed[fifth] == replayed["ours"] == str(tmp_path / "A")
+    assert replayed[f"{fifth} instead of replay"] == replayed["ours without replay"] == ""
 
 
 def scored(seed: int) -> QueryScores:

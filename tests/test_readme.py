@@ -85,7 +85,7 @@ def run_words(words: list[str], monkeypatch, parsed: list[str]) -> None:
     monkeypatch.setattr(sys, "argv", words)
     if module == "train":
         assert parse(arguments).model
-    elif module in ("train.lr", "train.sweep"):
+    elif module in ("train.lr", "train.forecast", "train.sweep"):
         if "--table" not in arguments:
             importlib.import_module(module).read([*arguments, "--run", "unused"])
     elif module == "train.bench":

@@ -16,6 +16,8 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from data_prep.errors import exit_on_user_error
+from data_prep.terminal import say
+from train.data.shares import first_of
 from train.metrics import DIRECTIONS, metric_of
 from train.recipe import parse
 
@@ -25,21 +27,23 @@ if TYPE_CHECKING:
 
 def main() -> None:
     if len(sys.argv) == 1:
-        print(__doc__.strip())
+        say(__doc__.strip())
         return
     recipe = parse(sys.argv[1:])
     # Imported here, so that help and mistakes do not wait for torch. The one place where train knows eval.
     from eval.validation import has_split, validator
     from train.loop import fit
+    from train.model.activation_memory import less_memory
     from train.world import joined_world
 
-    with joined_world(recipe.timeout_minutes) as world:
+    with joined_world(recipe.timeout_minutes, less_memory()) as world:
         validate = world.all_or_raise(lambda: validator(recipe, world))
-        if world.is_first and not has_split(recipe.data, "val"):
-            print(f"{recipe.data}: no val split, so nothing is validated; the last checkpoint is exported")
+        data = first_of(recipe.data)
+        if world.is_first and not has_split(data, "val"):
+            say(f"{data}: no val split, so nothing is validated; the last checkpoint is exported")
         run = fit(recipe, world, validate)
         if world.is_first:
-            print(summary(run))
+            say(summary(run))
 
 
 def summary(run: "Run") -> str:
@@ -73,12 +77,12 @@ def summary(run: "Run") -> str:
         before, after = validations[0].get(metric), line.get(prefix(weights) + metric)
         if None not in (before, after) and before != after:
             words += [_worse(run)] if (after < before) == metric_of(metric).higher_is_better else []
-    place, data = quote(str(run.folder)), quote(run.recipe.data)
+    place, data = quote(str(run.folder)), first_of(run.recipe.data)
     if not validations:
         words.append("  no validation, for want of a val split: the exported weights are the last ones")
-    held_out = [split for split in ("test", "val") if has_split(run.recipe.data, split)]
+    held_out = [split for split in ("test", "val") if has_split(data, split)]
     if held_out:
-        words.append(f"evaluate: python -m eval retrieval {place} --data {data} --split {held_out[0]}")
+        words.append(f"evaluate: python -m eval retrieval {place} --data {quote(data)} --split {held_out[0]}")
     shown = [SHOW[name].format(run=place) for name in run.recipe.log if name in SHOW]
     words += [f"curves:   {' or '.join(shown)}"] if shown else []
     return "\n".join(words)

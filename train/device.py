@@ -3,17 +3,24 @@
 import functools
 import importlib.util
 import os
+import platform
+import re
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from data_prep.errors import UserError
+from data_prep.terminal import say
 
 CPU = torch.device("cpu")
+# In what torch's allocators and cuBLAS say; only some raise torch.OutOfMemoryError.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 def own_device() -> torch.device:
@@ -64,6 +71,26 @@ def counts_memory(device: torch.device) -> bool:
     return all(hasattr(module, name) for name in ("mem_get_info", "max_memory_allocated"))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or on the machine."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+    )
+
+
+@contextmanager
+def out_of_memory_advice(advice: str) -> Iterator[None]:
+    """Inside, an allocation that fails is a UserError with `advice`: "pass a smaller --batch-size"."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        place = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        first = " ".join(str(error).splitlines()[0].split())[:160]
+        raise UserError(f"out of {place} ({first}); {advice}") from None
+
+
 @functools.cache
 def has_bf16(device: torch.device) -> bool:
     """Whether products under autocast are in bf16; a small one is tried."""
@@ -78,11 +105,15 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether towers compute in bf16: where that is asked for, and the device has it."""
+    """Whether towers compute in bf16: where that is asked for, and the device has it; "auto" asks for it on
+    all devices but the CPU.
+    """
+    if precision == "auto":
+        return device.type != "cpu" and has_bf16(device)
     if precision == "bf16" and not has_bf16(device):
         if os.environ.get("RANK", "0") == "0":
             name = device_name(device)
-            print(f"warning: {name} has no bf16 under autocast; products are in fp32", file=sys.stderr)
+            say(f"warning: {name} has no bf16 under autocast; products are in fp32", file=sys.stderr)
         return False
     return precision == "bf16"
 
@@ -97,6 +128,16 @@ def can_compile(device: torch.device) -> bool:
     except RuntimeError:  # all that dynamo and inductor raise
         return False
     return True
+
+
+def cpu_name() -> str:
+    """The kind of the processor, and the instructions that torch's products use on it: "AMD EPYC, AVX512"."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^(?:model name|CPU part)\s*: *(.+)$", text, flags=re.MULTILINE)
+    return f"{found[1].strip() if found else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def device_name(device: torch.device | None = None) -> str:

@@ -9,6 +9,9 @@ data order, captions, augmentation, dropout and learning rate are functions of (
 
 from typing import NamedTuple
 
+from train.determinism import explained
+from train.device import out_of_memory_advice
+from train.model.activation_memory import less_memory
 from train.recipe import Recipe
 from train.retain.select import Selection, Validate, prefix
 from train.run.folder import Run
@@ -37,7 +40,7 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
 
     Raises:
         UserError: the shards, the model or the run folder do not fit the recipe; nothing was trained or
-            written.
+            written. Or an allocation failed.
         NotFinite: too many consecutive steps had a non-finite loss or gradient; none of them changed the
             weights.
         Fault, Fenced: the machine failed, or another attempt has taken over; the last checkpoint is whole.
@@ -46,7 +49,8 @@ def fit(recipe: Recipe, world: World, validate: Validate) -> Run:
         run = world.all_or_raise(lambda: Run(recipe, world))
         if run.is_finished:
             return run
-        outcome = train(setup(recipe, run, world), run, validate)
+        with explained():
+            outcome = train(setup(recipe, run, world), run, validate)
         run.end(outcome.state, outcome.samples, outcome.requested_by)
         if outcome.state != ROLLED_BACK:
             return run
@@ -56,7 +60,8 @@ def train(state: TrainState, run: Run, validate: Validate) -> Outcome:
     """Take steps until the run is finished, asked to stop, or must roll back. All ranks return the same."""
     recipe, world, selector = state.recipe, state.world, state.selector
     run.start(state)
-    with Logger(run, state) as log, Stop(run.stop_file) as stop, run:
+    advice = less_memory(state.activation_checkpointing, state.micro_batch_size)
+    with out_of_memory_advice(advice), Logger(run, state) as log, Stop(run.stop_file) as stop, run:
         if state.samples:
             log.say(f"resuming after {state.samples} pairs from {run.checkpoint}")
         else:

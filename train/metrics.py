@@ -13,6 +13,8 @@ The functions that compute retrieval metrics are in eval/retrieval/metrics.py, b
 
 from typing import NamedTuple
 
+from data_prep.strict_json import problem_of
+
 DIRECTIONS = ("image_to_text", "text_to_image")  # those that training validates
 GROUP_DIRECTIONS = (*DIRECTIONS, "image_to_image")  # those that every data set has
 ALL_DIRECTIONS = (*GROUP_DIRECTIONS, "queries_to_image")  # with sentences that are no captions
@@ -71,6 +73,20 @@ METRICS = {
     "macro_f1": Metric("macro F1", "%", True),
     "weighted_f1": Metric("weighted F1", "%", True),
 }
+
+
+def _are_numbers(least: int):
+    """Whether a value is null, or a list of at least so many numbers."""
+    return lambda value: value is None or (not problem_of(value, [float]) and len(value) >= least)
+
+
+_FIGURES = {str: (float, type(None))}
+_DATA = {"data": str, "data_sha256": str, "n_images": int, "n_texts": int}
+# A result of eval retrieval --json; and of eval compare, which has several, and may have a retention set's.
+RESULT = {**_DATA, "model": str, "weights_sha256": str, "metrics": _FIGURES}
+RESULT |= {"intervals?": {str: _are_numbers(2)}, "differences?": {str: _are_numbers(4)}, "baseline?": str}
+_MODELS = [{name: RESULT[name] for name in RESULT if name not in _DATA}]
+COMPARISON = {**_DATA, "models": _MODELS, "retention?": ({**_DATA, "models": _MODELS}, type(None))}
 
 
 def metric_of(name: str) -> Metric:

@@ -7,9 +7,12 @@ Typed flags come last and win. The merged recipe is written into the run, and is
 
 import dataclasses
 import difflib
+import math
 import os
+import re
 import typing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -18,6 +21,8 @@ import yaml
 
 from data_prep.cli import CONFIG
 from data_prep.errors import UserError
+from data_prep.terminal import safe
+from train.data.shares import Data, Sets, are_valid, shares_of, to_words
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -27,6 +32,8 @@ Shards = Annotated[str, tyro.conf.arg(metavar="SHARDS")]
 Run = Annotated[str, tyro.conf.arg(metavar="RUN")]
 
 
+FLAG = re.compile("--|-(?!inf|nan)[A-Za-z]")  # what the parser does not take for a value
+OWN = "own"  # as the value of replay: the training pairs
 MAX_YAML_CHARACTERS, MAX_YAML_DEPTH, MAX_ALIASES = 1 << 18, 20, 20
 
 
@@ -38,6 +45,9 @@ class Optim:
     """Peak learning rate. Usual: 1e-6 to 3e-5 for fine-tuning, 1e-3 from random weights."""
     warmup_fraction: float = 0.05
     """Fraction of the run in which the learning rate rises to its peak."""
+    moments_fraction: float = 0.0
+    """Fraction of the run, before the warm-up, in which AdamW's moments are filled and the weights stay. Its
+    pairs count as seen."""
     weight_decay: float = 0.2
     """Applies to matrices; not to biases, norms, positional embeddings or logit_scale."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -77,6 +87,20 @@ class Captions:
     """
     templates: tuple[str, ...] = ()
     """Templates around captions, as "an icon of {}" "{}"; one is drawn each time."""
+    weights: tuple[str, ...] = ()
+    """How often a caption of a kind is drawn, relative to others, as name=3 sentence=0.5; 1 for kinds that
+    are not named. A kind is a column of captions: data_prep build --caption-column name,synonyms,sentence. 0:
+    only for images without another caption."""
+
+    @cached_property
+    def weight_of_kind(self) -> dict[str, float]:
+        """`weights` by kind.
+
+        Raises:
+            ValueError: one is no number.
+        """
+        pairs = (text.rpartition("=") for text in self.weights)
+        return {kind: float(number) for kind, _, number in pairs}
 
 
 @dataclass(frozen=True)
@@ -86,8 +110,10 @@ class Recipe:
     model: Model
     """NAME:PRETRAINED (ViT-L-14:laion2b_s32b_b82k; ViT-B-32:none for random weights), NAME:FILE (weights of
     that architecture), hf-hub:ID, local-dir:PATH, or a run folder."""
-    data: Shards
-    """Folder of shards, made by: python -m data_prep build."""
+    data: Data
+    """Folder of shards, made by: python -m data_prep build. Or several, each with its share of every batch,
+    as icons=0.7 general=0.3 (in YAML a mapping). An epoch is then one of the first, which alone is validated;
+    the others have epochs of their own."""
     run: Run
     """Run folder to write. An unfinished run of the same recipe in it is resumed."""
     epochs: int = 40
@@ -107,6 +133,9 @@ class Recipe:
     """
     compile: Literal["always", "never", "auto"] = "auto"
     """Compile the blocks of both towers. auto: on a GPU."""
+    deterministic: bool = False
+    """Give the same weights bit for bit when a run is repeated or resumed on a GPU, more slowly. Without it,
+    they are equal to rounding; order and data are exact with and without it."""
     loss: Literal["clip", "siglip"] = "clip"
     """clip: softmax over the global batch. siglip: a sigmoid for each image and text; needs a model with a
     logit_bias."""
@@ -120,9 +149,17 @@ class Recipe:
     10000 is strong; 0 disables."""
     replay: Shards = ""
     """Folder of shards with general pairs. Each step distills the initial model's features of some of them,
-    so that less is forgotten."""
+    so that less is forgotten. own: the images of the training pairs, for lack of general pairs."""
+    replay_texts: str = ""
+    """File of general sentences, one per line, in UTF-8. They take the place of the captions that are
+    replayed."""
     replay_weight: float = 1.0
     """Weight of the replay loss beside the contrastive loss."""
+    teacher: Model = ""
+    """A larger or an earlier MODEL, with the same tokenizer. Its similarities of the pairs in a batch are
+    distilled (KL divergence of the softmax over the batch); train/loss is the sum of both losses."""
+    teacher_weight: float = 1.0
+    """Weight of the divergence beside the contrastive loss."""
     optim: Optim = field(default_factory=Optim)
     augment: Augment = field(default_factory=Augment)
     captions: Captions = field(default_factory=Captions)
@@ -144,6 +181,9 @@ class Recipe:
     """Largest drop of retention/mean/R@1 that exported weights may have, 0.005 for half a point. If every
     candidate exceeds it, the one that drops least is exported."""
     seed: int = 0
+    groups_fraction: float = 1.0
+    """Fraction of the training groups that is used. The seed decides which; a smaller fraction is a part of a
+    larger one. python -m train.forecast sets it."""
     workers: int = 4
     """Processes per rank that read and crop images; 0 reads in the training process."""
     log_every_steps: int = 10
@@ -160,12 +200,13 @@ class Recipe:
     """A rank that is silent for longer ends the run; the same command resumes from the last checkpoint."""
 
 
-# Keys that may change when a run is resumed: they change no number, or only by rounding (the last three). The
-# paths of data and replay may change, their content may not (Run.check_data).
+# Keys that may change when a run is resumed: they change no number, or only by rounding (the last four). The
+# paths of data, replay and replay_texts may change, their content may not (Run.check_data).
 RESUME_SAFE = (
     "run",
     "data",
     "replay",
+    "replay_texts",
     "workers",
     "log_every_steps",
     "log",
@@ -173,7 +214,7 @@ RESUME_SAFE = (
     "keep_checkpoints",
 )
 RESUME_SAFE += ("max_nonfinite_steps", "timeout_minutes", "micro_batch_size", "activation_checkpointing")
-RESUME_SAFE += ("compile",)
+RESUME_SAFE += ("compile", "deterministic")
 
 
 Options = TypeVar("Options")
@@ -249,12 +290,27 @@ def recipe_file(recipe: str | Path) -> Path:
     return named if by_name else Path(recipe)
 
 
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader that refuses a key that is given twice, of which YAML's would silently take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, first = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            before = first.setdefault((key.tag, key.value), key) if isinstance(key, yaml.ScalarNode) else key
+            if before is not key:
+                lines = (before.start_mark.line + 1, key.start_mark.line + 1)
+                raise ValueError(
+                    f"{key.value!r:.40} is given twice, in lines {lines[0]} and {lines[1]}; remove one"
+                )
+        return node
+
+
 def read_yaml(path: Path) -> object:
     """The content of a small YAML file of a person's or a stranger's.
 
     Raises:
-        OSError, yaml.YAMLError, ValueError, RecursionError: it is none, too large, nested too deeply, or has
-            many aliases, with which a few lines become gigabytes when they are written.
+        OSError, yaml.YAMLError, ValueError, RecursionError: it is none, too large, nested too deeply, has
+            a key twice, or many aliases, with which a few lines become gigabytes when they are written.
     """
     with open(path, encoding="utf-8") as file:
         text = file.read(MAX_YAML_CHARACTERS + 1)
@@ -266,7 +322,7 @@ def read_yaml(path: Path) -> object:
         aliases += isinstance(event, yaml.AliasEvent)
         if depth > MAX_YAML_DEPTH or aliases > MAX_ALIASES:
             raise ValueError(f"more than {MAX_YAML_DEPTH} levels, or more than {MAX_ALIASES} aliases (*name)")
-    return yaml.safe_load(text)
+    return yaml.load(text, _Loader)
 
 
 def flags_of(path: Path) -> list[str]:
@@ -316,15 +372,27 @@ def _flag(type_: object, key: str, value: object, path: Path) -> list[str]:
         if not isinstance(value, bool):
             raise UserError(f"{path}: {key}: {value!r} must be true or false")
         return [switch(key, value)]
-    items = value if isinstance(value, list) else [value]
-    return [f"--{key}", *map(str, items)]
+    if type_ == Sets and isinstance(value, dict):
+        if len(value) == 1 and str(*value.values()) not in ("1", "1.0"):
+            raise UserError(f"{path}: {key}: {value}: shares must sum to 1")
+        value = to_words(value)
+    items = [str(item) for item in (value if isinstance(value, list) else [value])]
+    for item in items:
+        if FLAG.match(item):
+            raise UserError(f"{path}: {key}: {item!r} begins like a flag, which a value must not")
+        if (text := safe(item)) != item:  # the parser prints values as they are
+            raise UserError(f"{path}: {key}: '{text}' must be of printable characters")
+    return [f"--{key}", *items]
 
 
 AT_LEAST = {"epochs": 1, "global_batch_size": 2, "workers": 0, "log_every_steps": 1, "keep_checkpoints": 1}
-AT_LEAST |= {"max_nonfinite_steps": 1, "lora_rank": 0, "l2_sp": 0, "replay_weight": 0}
+AT_LEAST |= {"max_nonfinite_steps": 1, "lora_rank": 0, "l2_sp": 0, "replay_weight": 0, "teacher_weight": 0}
 AT_LEAST |= {"seed": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.eps": 0}
+# torch, numpy and JSON of other programs take seeds up to this; more workers only fill the memory.
+AT_MOST = {"seed": (1 << 63) - 1, "workers": 1024}
 ABOVE_ZERO = ("optim.max_grad_norm", "timeout_minutes")
-BELOW_ONE = ("patch_dropout", "ema", "optim.warmup_fraction", "captions.tag_dropout")
+BELOW_ONE = ("patch_dropout", "ema", "captions.tag_dropout")
+BELOW_ONE += ("optim.warmup_fraction", "optim.moments_fraction")
 
 
 def _check_values(recipe: Recipe) -> None:
@@ -337,6 +405,7 @@ def _check_values(recipe: Recipe) -> None:
     alphas = {f"{alpha:.2f}" for alpha in recipe.wise_ft}
     smallest, largest = recipe.augment.scale
     rules = [(key, values[key] >= least, f"must be at least {least}") for key, least in AT_LEAST.items()]
+    rules += [(key, values[key] <= most, f"must be at most {most}") for key, most in AT_MOST.items()]
     rules += [(key, values[key] > 0, "must be above 0") for key in ABOVE_ZERO]
     rules += [(key, 0 <= values[key] < 1, "must be at least 0 and below 1") for key in BELOW_ONE]
     rules += [
@@ -355,6 +424,18 @@ def _check_values(recipe: Recipe) -> None:
             all(0 < alpha < 1 for alpha in recipe.wise_ft) and len(alphas) == len(recipe.wise_ft),
             "alphas must be between 0 and 1, and differ in their second decimal",
         ),
+        ("data", are_valid(recipe.data), "shares must be above 0 and sum to 1"),
+        (
+            "replay",
+            recipe.replay != OWN or bool(recipe.replay_texts) or recipe.lock != "image",
+            "a locked image tower forgets nothing; pass --replay-texts FILE too, or leave out --lock",
+        ),
+        (
+            "replay_texts",
+            not recipe.replay_texts or bool(recipe.replay),
+            "needs --replay SHARDS, or --replay own",
+        ),
+        ("groups_fraction", 0 < recipe.groups_fraction <= 1, "must be above 0 and at most 1"),
         ("max_retention_drop", 0 <= recipe.max_retention_drop <= 1, "must be from 0 to 1"),
         (
             "max_retention_drop",
@@ -391,15 +472,40 @@ def _check_values(recipe: Recipe) -> None:
             all(template.count("{}") == 1 for template in recipe.captions.templates),
             "each template must contain {} once, such as 'an icon of {}'",
         ),
+        (
+            "captions.weights",
+            _are_weights(recipe.captions),
+            "must be of different kinds, each with a number of 0 or more, such as name=3 sentence=0.5",
+        ),
+        (
+            "captions.weights",
+            recipe.captions.sample == "random" or not recipe.captions.weights,
+            "needs --captions.sample random",
+        ),
     ]
     problems = [f"{flag(key, values[key])}: {rule}" for key, holds, rule in rules if not holds]
     if problems:
         raise UserError("; ".join(problems))
 
 
+def _are_weights(captions: Captions) -> bool:
+    try:
+        weights = captions.weight_of_kind
+    except ValueError:
+        return False
+    return (
+        len(weights) == len(captions.weights)
+        and all(weights)
+        and all(0 <= weight < math.inf for weight in weights.values())
+    )
+
+
 def flag(key: str, value: object) -> str:
     """A key and its value as a person types them: "--optim.max-grad-norm 1.0"."""
-    words = map(str, value) if isinstance(value, (tuple, list)) else [str(value)]
+    if isinstance(value, dict):
+        words = to_words(value)
+    else:
+        words = map(str, value if isinstance(value, (tuple, list)) else [value])
     return f"--{key.replace('_', '-')} {' '.join(words)}"
 
 
@@ -414,7 +520,10 @@ def to_yaml(recipe: Recipe) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Keys that change what a run computes and differ: "optim.lr: 1e-05 before, 2e-05 now"."""
-    before, now = leaves(dataclasses.asdict(old)), leaves(dataclasses.asdict(new))
+    before, now = (
+        leaves(dataclasses.asdict(recipe)) | {"shares of data": [*shares_of(recipe.data).values()]}
+        for recipe in (old, new)
+    )
     return [
         f"{key}: {before[key]} before, {now[key]} now"
         for key in now
@@ -423,8 +532,9 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def leaves(values: dict, prefix: str = "") -> dict:
-    """{"optim": {"lr": 1e-5}} -> {"optim.lr": 1e-5}."""
+    """{"optim": {"lr": 1e-5}} -> {"optim.lr": 1e-5}. The shares of `data` are one value."""
     found = {}
     for key, value in values.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        is_group = isinstance(value, dict) and key != "data"
+        found |= leaves(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
     return found

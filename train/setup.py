@@ -5,13 +5,16 @@ say why.
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from train.data.augment import Augmentation
+from train.data.captions import check_captions
 from train.data.loader import TrainPairs, train_loader
-from train.data.order import Order
+from train.data.sets import DataSets, open_pairs, order_of
+from train.determinism import compile_first, set_deterministic
 from train.device import use_bf16
 from train.loss import loss_of, train_logit_bias
 from train.model.activation_memory import apply_checkpointing, fit_micro_batch, should_compile
@@ -20,11 +23,12 @@ from train.model.lora import adapt
 from train.model.patch_dropout import PatchDropout
 from train.model.unused import freeze_unused
 from train.optim import build_optimizer
-from train.recipe import Recipe
+from train.recipe import OWN, Recipe
 from train.retain.base import frozen_copy
 from train.retain.l2sp import L2SP
-from train.retain.replay import Replay, check_replay
+from train.retain.replay import Replay, check_replay, read_texts
 from train.retain.select import WeightSelector
+from train.retain.teacher import Teacher, load_teacher
 from train.run.folder import Run
 from train.run.nonfinite import NonFiniteGuard
 from train.run.trackers import check_installed
@@ -41,19 +45,22 @@ def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
     Raises:
         UserError: shards, model or run do not fit the recipe; the same on all ranks.
     """
+    set_deterministic(recipe.deterministic)  # before the first product
     inputs = world.all_or_raise(lambda: prepare(recipe, run, world))
     pairs, clip = inputs.pairs, inputs.clip
-    order = Order(pairs.shard_sizes, recipe.global_batch_size, recipe.seed)
+    order = order_of(recipe, pairs)
     samples, end = run.samples if run else 0, recipe.epochs * order.samples_per_epoch
     clip.towers.bf16 = use_bf16(recipe.precision, world.device)
     clip.towers.to(world.device)
     freeze_unused(clip, world)  # before all that asks which parameters are trained
     # The copy of the initial weights comes before a checkpoint is restored and before blocks are compiled.
-    # It, the EMA and replay come before the micro batch is fitted, which measures the memory that is left.
+    # That, EMA, replay and teacher come before the micro batch is fitted, which measures what memory is left.
     base = frozen_copy(clip.towers, recipe, world.device)
     selector = WeightSelector(clip, recipe, base)
     l2_sp = L2SP(clip.towers, base, recipe.l2_sp) if recipe.l2_sp else None
-    replay = Replay(inputs.replay_pairs, base, clip, recipe, world, samples, end) if recipe.replay else None
+    replayed = inputs.replay_pairs, inputs.replay_texts
+    replay = Replay(*replayed, base, clip, recipe, world, samples, end) if recipe.replay else None
+    teacher = Teacher(inputs.teacher, recipe, world) if recipe.teacher else None
     mode, micro_batch_size = fit_micro_batch(clip.towers, run.with_fitted(recipe) if run else recipe, world)
     apply_checkpointing(clip.towers.model, mode, should_compile(recipe, world.device))
     optimizer = world.all_or_raise(lambda: build_optimizer(clip.towers, recipe.optim))
@@ -61,7 +68,7 @@ def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
         run.restore(selector, optimizer)  # before DDP, which broadcasts the first rank's weights
     chunked = micro_batch_size * world.world_size < recipe.global_batch_size or replay is not None
     train_pairs = TrainPairs(pairs, order, clip.image_size, recipe.augment, recipe.captions)
-    return TrainState(
+    state = TrainState(
         recipe=recipe,
         world=world,
         clip=clip,
@@ -80,39 +87,52 @@ def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
         guard=NonFiniteGuard(),
         l2_sp=l2_sp,
         replay=replay,
+        teacher=teacher,
     )
+    if recipe.deterministic:
+        compile_first(state)
+    return state
 
 
 class Inputs(NamedTuple):
     """What a run is made of, checked."""
 
-    pairs: Shards
+    pairs: Shards | DataSets
     replay_pairs: Shards | None
+    replay_texts: list[str]
     clip: Clip
+    teacher: Clip | None
 
 
 def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
-    """The training and replay pairs, and the initial model on the CPU. Ranks do not communicate here.
+    """The training and replay pairs, and the initial model and its teacher on the CPU.
 
-    Each rank verifies its part of the shards' bytes.
+    Ranks do not communicate here. Each rank verifies its part of the shards' bytes.
 
     Raises:
         UserError: the data, the model or what the run was started with do not fit.
     """
-    pairs = Shards(recipe.data, "train")
+    pairs = open_pairs(recipe)
     check_batch(recipe, len(pairs), world)
-    replay_pairs = Shards(recipe.replay, "train") if recipe.replay else None
-    if replay_pairs:
+    check_captions(recipe.captions, pairs)
+    is_own, replay_pairs = recipe.replay == OWN, None
+    texts, texts_fingerprint = read_texts(recipe.replay_texts)
+    if recipe.replay:
+        replay_pairs = pairs if is_own else Shards(recipe.replay, "train")
         check_replay(recipe, len(replay_pairs), world)
     if run:
         check_installed(recipe.log)
         run.check_data(pairs.fingerprint)
-        run.check_data(replay_pairs and replay_pairs.fingerprint, "replay")
-        for shards in filter(None, (pairs, replay_pairs)):
+        run.check_data(OWN if is_own else replay_pairs and replay_pairs.fingerprint, "replay")
+        run.check_data(texts_fingerprint, "replay_texts")
+        for shards in filter(None, dict.fromkeys((pairs, replay_pairs))):
             shards.verify(world.rank, world.world_size)
     clip = load(recipe.model, weights=run is not None, seed=recipe.seed)
     if run and (recipe.replay or recipe.l2_sp):  # these need the same initial weights after a resume
         run.check_data(clip.fingerprint(), "model")
+    teacher = load_teacher(recipe, clip, weights=run is not None) if recipe.teacher else None
+    if run and teacher:
+        run.check_data(teacher.fingerprint(), "teacher")
     clip.config["preprocess_cfg"]["background"] = pairs.background
     if recipe.lora_rank:
         adapt(clip.towers, recipe.lora_rank, recipe.seed)
@@ -120,7 +140,7 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     train_logit_bias(clip, recipe.loss)
     if recipe.patch_dropout:
         PatchDropout.install(clip.towers.model.visual)
-    return Inputs(pairs, replay_pairs, clip)
+    return Inputs(pairs, replay_pairs, texts, clip, teacher)
 
 
 def check_batch(recipe: Recipe, n_pairs: int, world: World) -> None:
@@ -150,4 +170,8 @@ def wrap_ddp(towers: nn.Module, world: World, chunked: bool = False) -> nn.Modul
     """
     if world.world_size == 1:
         return towers
-    return DistributedDataParallel(towers, static_graph=not chunked, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(towers, static_graph=not chunked, gradient_as_bucket_view=True)
+    # Other buffers are constants, equal on all ranks, and sending them costs a collective per forward. As an
+    # attribute, because torch 2.14 warns of the argument, and 2.11 does not know its new name.
+    wrapped.broadcast_buffers = any(isinstance(module, _BatchNorm) for module in towers.modules())
+    return wrapped

@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import Fault, UserError
-from train.device import backend_of, own_device
+from data_prep.masked import one_line
+from train.device import backend_of, out_of_memory_advice, own_device
 
 T = TypeVar("T")
 # Part of the error of a collective whose other end is gone.
 LOST = ("gloo", "NCCL", "XCCL", "Connection closed", "Timed out")
 ROLL_CALL_TIMEOUT_S = 20
+# Of the commands of eval; training has its own advice.
+SMALLER_BATCH = "pass a smaller --batch-size, or free memory that other programs use"
 
 
 @dataclass(frozen=True)
@@ -131,15 +134,20 @@ def _silent_ranks(world: World) -> str:
 
 
 @contextmanager
-def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
+def joined_world(timeout_minutes: float = 10, memory_advice: str = SMALLER_BATCH) -> Iterator[World]:
     """The processes that torchrun started; alone where it started none.
 
+    Args:
+        memory_advice: what to do where memory is short.
+
     Raises:
+        UserError: of another cause, or an allocation failed.
         Fault: a rank was silent for `timeout_minutes`, or is gone.
     """
     device = own_device()
     if "WORLD_SIZE" not in os.environ:
-        yield World(device=device)
+        with out_of_memory_advice(memory_advice):
+            yield World(device=device)
         return
     accelerated = device.type != "cpu"
     if accelerated:
@@ -163,20 +171,16 @@ def joined_world(timeout_minutes: float = 10) -> Iterator[World]:
         dist.new_group(backend="gloo", timeout=timeout),
     )
     try:
-        yield world
+        with out_of_memory_advice(memory_advice):
+            yield world
     except UserError as error:
         if error.shared:  # otherwise a rank is inside a collective, and this would wait for it
             dist.destroy_process_group()
         raise
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory ({str(error).splitlines()[0][:120]}); pass --micro-batch-size with half"
-            " as many pairs, or --activation-checkpointing full"
-        ) from None
     except RuntimeError as error:  # torch raises no more specific type for a failed collective of gloo
         if not any(sign in str(error) for sign in LOST):
             raise
-        cause = " ".join(str(error).split())[:160]
+        cause = one_line(error, 160)
         raise Fault(
             f"{_silent_ranks(world)} ({cause}); run the same command again to resume from the last checkpoint"
         ) from None

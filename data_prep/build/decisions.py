@@ -19,10 +19,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.inputs.names import Problem
 from data_prep.inputs.rows import MAX_CHARACTERS
+from data_prep.sheets import read_cell, write_csv
 
 DROPPED, REMOVED = "dropped by a decision", "caption removed by a decision"
 KEY = re.compile("[0-9a-f]{16}")
@@ -138,7 +138,7 @@ def _parse(path: Path, lines) -> dict[Subject, Decision]:
                 f"{path}:{line}: {len(cells)} cells, but the header has {len(header)}; quote captions that"
                 " contain commas"
             )
-        decision = normalized(Decision(*cells))
+        decision = normalized(Decision(*map(read_cell, cells)))
         if problem := decision.problem():
             raise UserError(f"{path}:{line}: {problem}; fix or remove this line")
         before = decisions.setdefault(decision.subject, decision)
@@ -162,10 +162,7 @@ def normalized(decision: Decision) -> Decision:
 
 def write_decisions(path: Path, decisions: Iterable[Decision]) -> None:
     """Write the CSV, atomically."""
-    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(Decision._fields)
-        writer.writerows(decisions)
+    write_csv(path, Decision._fields, decisions, is_input=True)
 
 
 class AppliedDecisions:

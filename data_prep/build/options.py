@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 
+from data_prep.cores import cores
 from data_prep.errors import UserError
 from data_prep.images import Rules, parse_color
 from data_prep.inputs.rows import Columns
@@ -15,11 +16,14 @@ class Reading:
     image_column: str = "image"
     """Column of image paths, of URLs, or (in Parquet) of the images themselves."""
     caption_column: str = "caption"
-    """Column of captions; in Parquet and JSONL it may contain lists. Fields of structs: `column.field`."""
+    """Column of captions; in Parquet and JSONL it may contain lists. Fields of structs: `column.field`.
+    Several by commas, name,synonyms: each is a kind of caption, see --captions.weights of train."""
     group_column: str = ""
     """Column that joins images of the same thing; all images of a group are in one split."""
     split_column: str = ""
     """Column that assigns rows to train, val or test."""
+    weight_column: str = ""
+    """Column of weights in the training loss, 0 or more; a row whose cell is empty has 1."""
     images: str = ""
     """Folder or URL that image paths are relative to and may not leave; by default the input's folder."""
     delimiter: str = ""
@@ -43,7 +47,13 @@ class Reading:
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.image_column, self.caption_column, self.group_column, self.split_column)
+        return Columns(
+            self.image_column,
+            self.caption_column,
+            self.group_column,
+            self.split_column,
+            weight=self.weight_column,
+        )
 
 
 @dataclass(frozen=True)
@@ -157,8 +167,3 @@ class Parallelism:
         if self.num_tasks > 1 and self.task < 0 and "SLURM_ARRAY_TASK_ID" not in os.environ:
             raise UserError(f"--num-tasks {num_tasks}: pass --task as well, the number of this task")
         return replace(self, processes=self.processes or cores(), num_tasks=num_tasks, task=task)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

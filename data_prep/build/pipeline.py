@@ -21,24 +21,45 @@ import PIL
 import simplejpeg
 import tyro
 
-from data_prep.atomic import LOCK, check_replaceable, locked, mark, replace_folder, write_json
+from data_prep.atomic import (
+    LOCK,
+    check_named,
+    check_replaceable,
+    full_disk_as_oserror,
+    locked,
+    mark,
+    replace_folder,
+    write_json,
+)
 from data_prep.build.decisions import Decision, read_decisions
-from data_prep.build.options import Checking, Parallelism, Reading, Splitting, cores
+from data_prep.build.options import Checking, Parallelism, Reading, Splitting
 from data_prep.build.plan import Plan, check_parts
 from data_prep.build.records import Part, load
-from data_prep.build.resume import SETTINGS, adopt, check_ours, restart, retry_rejected, start_or_resume
+from data_prep.build.resume import (
+    SETTINGS,
+    adopt,
+    check_ours,
+    read_settings,
+    restart,
+    retry_rejected,
+    start_or_resume,
+)
 from data_prep.build.scan import Checks, scan
 from data_prep.build.split import SPLITS
 from data_prep.build.write import Changed, index_in_place, write_shards
 from data_prep.cli import Folder
+from data_prep.cores import cores
 from data_prep.errors import UserError
 from data_prep.images import installed_version
 from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root
 from data_prep.inputs.storage import digest, expand, is_url
+from data_prep.masked import masked_url
 from data_prep.report.summary import print_report, summarize, write_rejects, write_report
 from data_prep.report.warnings import ASKED, transparent
 from data_prep.shards import FORMAT, read_manifest
+from data_prep.strict_json import read_json
+from data_prep.terminal import say
 
 
 def build(
@@ -135,11 +156,15 @@ def _run(
     decisions, decisions_sha256 = read_decisions(Path(read.decisions)) if read.decisions else ({}, "")
     folder = partial_of(out)
     check_replaceable(out, "shards", overwrite, [*inputs, read.images, *filter(None, [read.decisions])])
+    # Settings are written into the manifest, which is shared: a URL is there without its password.
+    sources = {masked_url(source): source for source in inputs}
+    inputs = list(sources.values())
+    recorded = {**asdict(read), "images": masked_url(read.images), "decisions": decisions_sha256}
     settings = {
         "command": command,
         "format": FORMAT,
-        "inputs": {source: digest(source) for source in inputs},
-        "read": {**asdict(read), "decisions": decisions_sha256},
+        "inputs": {name: digest(source) for name, source in sources.items()},
+        "read": recorded,
         "check": {name: value for name, value in asdict(check).items() if name != "max_rejects"},
         "split": asdict(split),
         "write": writing,
@@ -148,12 +173,13 @@ def _run(
     }
     check_ours(folder)
     if parallelism.num_tasks == 1:
-        with locked(folder, "building in"):
-            _check_images(folder, settings, read, decisions.values(), checks, parallelism)
+        with full_disk_as_oserror(out), locked(folder, "building in"):
+            _check_images(folder, settings, inputs, read, decisions.values(), checks, parallelism)
             return _merge(out, check.max_rejects, parallelism.processes)
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_images(folder, settings, read, decisions.values(), checks, parallelism)
-    print(
+    with full_disk_as_oserror(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_images(folder, settings, inputs, read, decisions.values(), checks, parallelism)
+    say(
         f"task {parallelism.task} of {parallelism.num_tasks} has finished; after all tasks, run:"
         f" python -m data_prep merge {quote(str(out))}"
     )
@@ -169,6 +195,7 @@ def library_versions() -> dict[str, str]:
 def _check_images(
     folder: Path,
     settings: dict,
+    inputs: list[str],
     read: Reading,
     decisions: Iterable[Decision],
     checks: Checks,
@@ -178,7 +205,6 @@ def _check_images(
     start_or_resume(folder, settings)
     if (folder / "manifest.json").exists():
         return
-    inputs = list(settings["inputs"])
     part = Part(folder, parallelism.task, parallelism.num_tasks)
     try:
         adopt(part, settings)
@@ -216,10 +242,10 @@ def merge(
             f"{folder}: no unfinished build; start one with: python -m data_prep build ... --out"
             f" {quote(str(out))} --num-tasks N --task I"
         )
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = read_settings(folder)
     check_replaceable(out, "shards", overwrite, [*settings["inputs"], settings["read"]["images"]])
     Checking(max_rejects=max_rejects).rules()  # raises for an invalid one
-    with locked(folder, "building in"):
+    with full_disk_as_oserror(out), locked(folder, "building in"):
         return _merge(out, max_rejects, processes or cores())
 
 
@@ -238,19 +264,24 @@ def _merge(out: Path, max_rejects: float, processes: int) -> dict:
         file.unlink(missing_ok=True)
     mark(folder, "shards")
     replace_folder(folder, out)
-    summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    summary = read_json(out / "report.json", dict, "build the shards again")
     print_report(out, summary)
     return summary
 
 
 def partial_of(out: Path) -> Path:
-    """The folder of an unfinished build."""
+    """The folder of an unfinished build.
+
+    Raises:
+        UserError: `out` does not end in a name.
+    """
+    check_named(out)
     return out.with_name(f"{out.name}.partial")
 
 
 def _write_all(folder: Path, out: Path, max_rejects: float, processes: int) -> None:
     """Write everything from the checked parts; the manifest comes last, as the mark of a complete folder."""
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = read_settings(folder)
     inputs, n_parts = list(settings["inputs"]), settings["num_tasks"]
     check_parts(folder, n_parts, settings)
     parts = [Part(folder, number, n_parts, read_only=True) for number in range(n_parts)]

@@ -37,11 +37,11 @@ from data_prep.strict_json import TEXT as NONFINITE
 
 SCHEMA = """
 CREATE TABLE rows (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, key TEXT, image TEXT,
-                   caption TEXT, group_name TEXT, split TEXT, columns TEXT, container INTEGER, offset INTEGER,
-                   length INTEGER);
-CREATE TABLE images (key TEXT PRIMARY KEY, ordinal INTEGER, image TEXT, captions TEXT, groups TEXT,
-                     split TEXT, columns TEXT, extension TEXT, width INTEGER, height INTEGER,
-                     content BLOB, pixels BLOB,
+                   caption TEXT, kind TEXT, weight REAL, group_name TEXT, split TEXT, columns TEXT,
+                   container INTEGER, offset INTEGER, length INTEGER);
+CREATE TABLE images (key TEXT PRIMARY KEY, ordinal INTEGER, image TEXT, captions TEXT, kinds TEXT,
+                     weights TEXT, groups TEXT, split TEXT, columns TEXT, extension TEXT, width INTEGER,
+                     height INTEGER, content BLOB, pixels BLOB,
                      phash BLOB, fixes TEXT, container INTEGER, offset INTEGER, length INTEGER,
                      source BLOB) WITHOUT ROWID;
 CREATE TABLE earlier (key TEXT PRIMARY KEY, source BLOB, extension TEXT, width INTEGER, height INTEGER,
@@ -55,10 +55,10 @@ CREATE TABLE long_captions (ordinal INTEGER PRIMARY KEY, input INTEGER, line INT
 CREATE TABLE ignored (input INTEGER, name TEXT, reason TEXT);
 CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 """
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # unicodedata's names of control, format and space characters
 SPOOLED = -1  # the container of images in the part's .bytes
-INSERT_ROWS = 10_000
+INSERT_ROWS, INSERT_CHARACTERS = 10_000, 1 << 26  # that are held in memory
 # After a commit in the middle, no later key has an image; after retry_rejected (resume.py), most have one.
 UNCHECKED = "key > :last_key AND NOT EXISTS (SELECT 1 FROM images WHERE images.key = rows.key)"
 SPLIT_NAMES = {
@@ -94,6 +94,7 @@ class StoredRow(NamedTuple):
         ordinal: the number of the row over all inputs, from 1.
         input: the number of the input.
         key: of the image, see data_prep.inputs.names.key_of.
+        kind, weight: of the caption, see data_prep.inputs.rows.Row.
         container, offset, length: see Place.
     """
 
@@ -103,6 +104,8 @@ class StoredRow(NamedTuple):
     key: str
     image: str
     caption: str
+    kind: str
+    weight: float | None
     group_name: str
     split: str
     columns: str
@@ -120,6 +123,7 @@ class StoredImage(NamedTuple):
     Attributes:
         ordinal: of the first row of the image.
         captions: one per line.
+        kinds, weights: JSON, of each caption; "" for none.
         groups: JSON, the cells of the group column; "" for none.
         split: the cell of the split column.
         extension, width, height, content, pixels, phash: see data_prep.images.CheckedImage.
@@ -132,6 +136,8 @@ class StoredImage(NamedTuple):
     ordinal: int
     image: str
     captions: str
+    kinds: str
+    weights: str
     groups: str
     split: str
     columns: str
@@ -328,6 +334,7 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[De
                 loader.add(number, source, row)
                 if loader.ordinal % INSERT_ROWS == 0:
                     bar.update(INSERT_ROWS)
+                if loader.ordinal % INSERT_ROWS == 0 or loader.pending_characters > INSERT_CHARACTERS:
                     loader.insert_pending()
         except (
             UserError
@@ -363,6 +370,7 @@ class _Loader:
         self.ordinal, self.nonfinite, self.ignored = 0, 0, Counter()
         self._names, self._token_limit = Names(reading.images), _TokenLimit(reading.context_length)
         self._pending: list[StoredRow] = []
+        self.pending_characters = 0
         self._last_key, self._last_place = "", Place()
         self._first_rows: dict[str, StoredRow] = {}  # of images that get more captions
 
@@ -397,6 +405,8 @@ class _Loader:
             key,
             name,
             caption,
+            row.kind,
+            row.weight,
             row.group,
             split,
             row.columns,
@@ -429,17 +439,21 @@ class _Loader:
         for decision in self.decisions.added():
             self.ordinal += 1
             if first := self._first_rows.get(decision.key):
-                self._store(first._replace(ordinal=self.ordinal, caption=decision.new_caption))
+                weight = None if first.weight is None else 1.0
+                added = {"caption": decision.new_caption, "kind": "", "weight": weight}
+                self._store(first._replace(ordinal=self.ordinal, **added))
 
     def _store(self, row: StoredRow) -> None:
         if tokens := self._token_limit.exceeded_by(row.caption):
             long = LongCaption(row.ordinal, row.input, row.line, tokens, row.caption)
             insert(self.part.db, "long_captions", [long])
         self._pending.append(row)
+        self.pending_characters += len(row.caption) + len(row.columns)
 
     def insert_pending(self) -> None:
         insert(self.part.db, "rows", self._pending)
         self._pending.clear()
+        self.pending_characters = 0
 
 
 def is_visible(caption: str) -> bool:
@@ -478,7 +492,10 @@ def unchecked_images(part: Part) -> Iterator[ImageRows]:
     query = f"FROM rows WHERE {UNCHECKED} ORDER BY key, ordinal"
     rows = select(part.db, StoredRow, query, last_key=part.get("last_key"))
     for _, group in groupby(rows, attrgetter("key")):
-        of_image = list(group)
+        of_image, shared = [], {}
+        for row in group:  # thousands can be of one image, with equal texts, which are in memory once
+            caption, columns = (shared.setdefault(text, text) for text in (row.caption, row.columns))
+            of_image.append(row._replace(caption=caption, columns=columns))
         assert len({row.image for row in of_image}) == 1, (
             f"one key for {sorted({row.image for row in of_image})}"
         )
@@ -487,9 +504,15 @@ def unchecked_images(part: Part) -> Iterator[ImageRows]:
 
 
 class JoinedRows(NamedTuple):
-    """What the rows of one image say together."""
+    """What the rows of one image say together.
+
+    Attributes:
+        kinds, weights: of each caption; [] if no row says any.
+    """
 
     captions: list[str]
+    kinds: list[str]
+    weights: list[float]
     groups: list[str]
     split: str
 
@@ -507,8 +530,18 @@ def join_rows(part: Part, image: ImageRows) -> JoinedRows:
         elif row.caption in captions:
             part.reject(row.reject(Problem("duplicate row", "an earlier row has the same image and caption")))
         else:
-            captions[row.caption] = None
+            captions[row.caption] = row
             split = split or row.split
         if row.group_name:
             groups[row.group_name] = None
-    return JoinedRows(list(captions), list(groups), split)
+    kinds = [row.kind for row in captions.values()]
+    weights = [row.weight for row in captions.values()]
+    if all(weight is None for weight in weights):
+        weights = []
+    return JoinedRows(
+        list(captions),
+        kinds if any(kinds) else [],
+        [1.0 if weight is None else weight for weight in weights],
+        list(groups),
+        split,
+    )

@@ -16,10 +16,19 @@ from data_prep.atomic import write_json
 from data_prep.build.database import Count, select_one
 from data_prep.build.records import SPOOLED, Part
 from data_prep.errors import UserError
+from data_prep.strict_json import load_json, read_json
+from data_prep.terminal import say
 
 SETTINGS = "settings.json"  # of an unfinished build; the manifest begins with the same keys
 SAME_CHECKS = ("command", "format", "check")  # settings that, with the libraries, decide what a check finds
 SHOWN_INPUTS = 3
+# Of SETTINGS, and of the manifest.
+SHAPE = dict.fromkeys(("command", "check", "read", "split", "write", "versions"), dict) | {
+    "command": str,
+    "format": int,
+    "inputs": {str: (str, type(None))},
+    "num_tasks": lambda n: type(n) is int and 0 < n < 1 << 20,
+}
 # An image that a check has spooled, because it was changed or fetched, is kept with its place; of any other,
 # the place is that of the new row.
 KEEP = f"""
@@ -51,12 +60,19 @@ def check_ours(folder: Path) -> None:
 
 def _is_of_a_build(file: Path) -> bool:
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        load_json(file, SHAPE)
+    except (OSError, ValueError):
         return False
-    return isinstance(settings, dict) and all(
-        name in settings for name in (*SAME_CHECKS, "inputs", "num_tasks")
-    )
+    return True
+
+
+def read_settings(folder: Path, name: str = SETTINGS) -> dict:
+    """The settings of an unfinished build.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    return read_json(folder / name, SHAPE, f"delete {folder}, and run the build again")
 
 
 def start_or_resume(folder: Path, settings: dict) -> None:
@@ -66,9 +82,9 @@ def start_or_resume(folder: Path, settings: dict) -> None:
     if not files:
         write_json(folder / SETTINGS, settings)
         return
-    if changed := changes(json.loads(files[0].read_text(encoding="utf-8")), settings):
+    if changed := changes(read_settings(folder, files[0].name), settings):
         if settings["num_tasks"] > 1:
-            print(f"{folder}: another {', '.join(changed)}; run tasks that were finished before again")
+            say(f"{folder}: another {', '.join(changed)}; run tasks that were finished before again")
         parts = [path.name for path in folder.glob(f"part-*-of-{settings['num_tasks']:05d}.*")]
         for entry in folder.iterdir():
             if entry.is_dir():
@@ -76,7 +92,7 @@ def start_or_resume(folder: Path, settings: dict) -> None:
             elif entry.name not in parts and not entry.name.startswith("."):
                 entry.unlink()
     else:
-        print(f"resuming {folder}")
+        say(f"resuming {folder}")
     write_json(folder / SETTINGS, settings)
 
 
@@ -90,7 +106,7 @@ def adopt(part: Part, settings: dict) -> None:
     )
     if checked := restart(part, settings, keep):
         kept = "are kept where their files are the same" if keep else "are checked again"
-        print(f"{part.path.parent}: another {', '.join(changed)}; {checked:,} checked images {kept}")
+        say(f"{part.path.parent}: another {', '.join(changed)}; {checked:,} checked images {kept}")
 
 
 def _same_libraries(before: dict, now: dict) -> bool:

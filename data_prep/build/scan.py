@@ -6,9 +6,7 @@ kill loses only the last seconds.
 """
 
 import json
-import os
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -32,12 +30,13 @@ from data_prep.build.records import (
     join_rows,
     unchecked_images,
 )
-from data_prep.images import BadImage, CheckedImage, Rules, check, check_signature
+from data_prep.child import exit_with_parent
+from data_prep.images import DECODER_DIED, BadImage, CheckedImage, Rules, check, check_signature
 from data_prep.inputs.locations import ImageLocation, read_all
 from data_prep.inputs.names import Problem
 from data_prep.progress import progress
 
-CHUNK = 64
+CHUNK, CHUNK_BYTES = 64, 1 << 26  # images of a chunk, and how many bytes of them are held at once
 COMMIT_EVERY_S = 2.0
 FOUND = ("extension", "width", "height", "content", "pixels", "phash", "fixes", "source")  # by a check
 
@@ -84,8 +83,16 @@ class Checks:
     in_place: bool = False
 
     def __call__(self, images: list[Unchecked]) -> list[Checked]:
-        read = iter(read_all([image.location for image in images if not image.is_trusted]))
-        return [Checked(None) if image.is_trusted else self._checked(image, next(read)) for image in images]
+        """What each image is; of many bytes, only the first images, see in_order()."""
+        read = read_all([image.location for image in images if not image.is_trusted], CHUNK_BYTES)
+        found, held = [], 0
+        for image in images:
+            data = b"" if image.is_trusted else next(read, None)
+            if data is None or held > CHUNK_BYTES:
+                break
+            found.append(Checked(None) if image.is_trusted else self._checked(image, data))
+            held += len(getattr(found[-1].result, "data", None) or b"")
+        return found
 
     def _checked(self, image: Unchecked, data: bytes | BadImage) -> Checked:
         if isinstance(data, BadImage):
@@ -127,7 +134,7 @@ def scan(part: Part, inputs: list[str], root: str, checks: Checks, processes: in
     part.db.execute("BEGIN")
     part.truncate_spool()
     bar = progress(total=total, desc="checking images", unit="image")
-    crashed = Checked(BadImage("the decoder crashed on it"))
+    crashed = Checked(BadImage(DECODER_DIED["crash"]))
     for chunk, results in in_order(checks, _jobs(part, inputs, root), processes, crashed):
         for (image, earlier), checked in zip(chunk, results, strict=True):
             _store(part, image, earlier, checked)
@@ -201,7 +208,10 @@ def _store(part: Part, image: ImageRows, earlier: EarlierImage | None, checked: 
         image.rows[0].ordinal,
         image.image,
         captions="\n".join(joined.captions),  # load() leaves no line breaks in a caption
-        groups=json.dumps(joined.groups, ensure_ascii=False) if joined.groups else "",
+        **{
+            name: json.dumps(values, ensure_ascii=False) if (values := getattr(joined, name)) else ""
+            for name in ("kinds", "weights", "groups")
+        },
         split=joined.split,
         columns=image.rows[0].columns,
         **{name: found[name] for name in FOUND},
@@ -214,13 +224,17 @@ def in_order(work: Callable, jobs: Iterable[tuple], processes: int, crashed) -> 
     """(tag, work(items)) of each job (tag, items), in order, computed a few jobs ahead by worker processes.
 
     If a worker dies (killed for memory, or by a crash of a decoder), its items are tried again one by one.
+    `work` may do only the first of several items; tag, which is then a list as long, is yielded in pieces.
 
     Args:
         crashed: the result of an item that kills its worker.
     """
     if processes == 1:
         for tag, items in jobs:
-            yield tag, work(items)
+            while (result := work(items)) and len(result) < len(items):
+                yield tag[: len(result)], result
+                tag, items = tag[len(result) :], items[len(result) :]
+            yield tag, result
         return
     jobs, waiting = iter(jobs), deque()
     pool = _pool(processes)
@@ -238,25 +252,22 @@ def in_order(work: Callable, jobs: Iterable[tuple], processes: int, crashed) -> 
                 result = [_in_own_process(work, item, crashed) for item in items]
                 pool = _pool(processes)
                 waiting = deque((tag, items, _submit(pool, work, items)) for tag, items, _ in waiting)
+            if 0 < len(result) < len(items):
+                rest = items[len(result) :]
+                waiting.appendleft((tag[len(result) :], rest, _submit(pool, work, rest)))
+                tag = tag[: len(result)]
             yield tag, result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, initializer=_exit_with_parent, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(processes, initializer=_start_worker)
 
 
-def _exit_with_parent(parent: int) -> None:
-    """Exit this worker when its parent is gone: a parent that was killed cannot stop its workers."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which then stops the workers
-    threading.Thread(target=watch, daemon=True).start()
+    exit_with_parent()
 
 
 def _submit(pool: ProcessPoolExecutor, work: Callable, items: list) -> Future:

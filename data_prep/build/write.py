@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +19,41 @@ from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.progress import progress
 from data_prep.shards import Member, as_json, sha256_of, shard_entry, write_index, write_shard
 
+MAX_KINDS = 1000
+
 
 class Changed(UserError):
     """An image is not the one that was checked."""
+
+
+class Totals:
+    """What the manifest says of a split's captions."""
+
+    def __init__(self):
+        self.captions, self.kinds, self.weights = 0, Counter(), set()
+
+    def add(self, image: PlannedImage) -> None:
+        """Count the captions of an image.
+
+        Raises:
+            UserError: they are of too many kinds.
+        """
+        self.captions += len(image.captions)
+        self.kinds.update(filter(None, image.kinds))
+        weights = self.weights.union(image.weights or [1.0])
+        self.weights = {min(weights), max(weights)}
+        if len(self.kinds) > MAX_KINDS:
+            shown = ", ".join(map(repr, list(self.kinds)[:3]))
+            raise UserError(
+                f"captions of more than {MAX_KINDS:,} kinds ({shown}, ...): a kind is a column of captions;"
+                f" the last image was {image.image}; leave out the tar that it is from"
+            )
+
+    def entry(self) -> dict:
+        """Their number, that of each kind, and the smallest and largest weight, where there are any."""
+        kinds = {"kinds": dict(sorted(self.kinds.items()))} if self.kinds else {}
+        weights = {} if self.weights <= {1.0} else {"weights": [min(self.weights), max(self.weights)]}
+        return {"captions": self.captions, **kinds, **weights}
 
 
 def write_shards(folder: Path, plan: Plan, settings: dict, processes: int) -> dict:
@@ -33,17 +66,17 @@ def write_shards(folder: Path, plan: Plan, settings: dict, processes: int) -> di
         The `splits` of the manifest.
     """
     shards = _shard_paths(folder, plan, settings["write"])
-    captions = dict.fromkeys(SPLITS, 0)
+    totals = {split: Totals() for split in SPLITS}
     paths = [path for split in SPLITS for path in shards[split]]
     missing = sum(not _is_written(path) for path in paths)
-    written = in_order(_write_all, _shard_jobs(plan, shards, captions), processes, None)
+    written = in_order(_write_all, _shard_jobs(plan, shards, totals), processes, None)
     entries = dict(progress(written, total=missing, desc="writing shards", unit="shard"))
     entries = {path: entries[path][0] if path in entries else shard_entry(path) for path in paths}
     splits = {}
     for split in SPLITS:
         of_split = [entries[path] for path in shards[split]]
         n_images = plan.n_images[split]
-        splits[split] = {"samples": n_images, "captions": captions[split], "shards": of_split}
+        splits[split] = {"samples": n_images, **totals[split].entry(), "shards": of_split}
         assert sum(entry["samples"] for entry in of_split) == n_images, (split, of_split)
         # open_clip_train reads this file beside the tars for the number of samples.
         write_json(
@@ -69,18 +102,18 @@ def _is_written(path: Path) -> bool:
     return path.exists() and path.with_suffix(".index.tsv").exists()
 
 
-def _shard_jobs(plan: Plan, shards: dict[str, list[Path]], captions: dict[str, int]) -> Iterator[tuple]:
+def _shard_jobs(plan: Plan, shards: dict[str, list[Path]], totals: dict[str, "Totals"]) -> Iterator[tuple]:
     """(path, [(path, its samples)]) of each shard that is not written yet. Shards of a split differ by one
     image at most.
 
     Args:
-        captions: of each split; they are counted here.
+        totals: of each split; they are counted here.
     """
     pending: dict[str, list] = {split: [] for split in SPLITS}
     seen, finished = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     for image in plan.images():
         split = image.split
-        captions[split] += len(image.captions)
+        totals[split].add(image)
         seen[split] += 1
         location = plan.locate(plan.parts[image.part], image)
         pending[split].append((location, image.content, _member(image)))
@@ -102,6 +135,7 @@ def _member(image: PlannedImage) -> Member:
         "width": image.width,
         "height": image.height,
     }
+    meta |= {name: values for name in ("kinds", "weights") if (values := getattr(image, name))}
     if image.columns:
         meta["columns"] = json.loads(image.columns)
     return Member(image.key, b"", image.extension, image.captions, meta, image.group)
@@ -130,7 +164,7 @@ def index_in_place(folder: Path, out: Path, plan: Plan, settings: dict) -> dict:
     Returns:
         The `splits` of the manifest.
     """
-    splits = {split: {"samples": plan.n_images[split], "captions": 0, "shards": []} for split in SPLITS}
+    totals, entries = {split: Totals() for split in SPLITS}, {split: [] for split in SPLITS}
     for split in SPLITS:
         (folder / split).mkdir(exist_ok=True)
     tars = list(settings["inputs"])
@@ -143,7 +177,7 @@ def index_in_place(folder: Path, out: Path, plan: Plan, settings: dict) -> dict:
                 [image.key, image.group, image.offset, image.length, json_offset, len(meta), 0, 0]
             )
             metas[image.split] += meta + b"\n"
-            splits[image.split]["captions"] += len(image.captions)
+            totals[image.split].add(image)
         for split in SPLITS:
             if rows[split]:
                 path = folder / split / f"{number:06d}-{Path(tar).stem}"
@@ -153,8 +187,11 @@ def index_in_place(folder: Path, out: Path, plan: Plan, settings: dict) -> dict:
                     "bytes": os.path.getsize(tar),
                     "sha256": settings["inputs"][tar],
                 }
-                splits[split]["shards"].append(entry)
-    return splits
+                entries[split].append(entry)
+    return {
+        split: {"samples": plan.n_images[split], **totals[split].entry(), "shards": entries[split]}
+        for split in SPLITS
+    }
 
 
 def _write_index(path: Path, rows: list[list], metas: bytes) -> dict:

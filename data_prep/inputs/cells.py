@@ -4,6 +4,7 @@ import base64
 import json
 import math
 from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from data_prep.inputs.names import Problem
 from data_prep.inputs.storage import is_url
@@ -55,8 +56,8 @@ class ImageCell(NamedTuple):
 
 
 def image_of(cell) -> ImageCell:
-    """The image of a cell: a path, bytes, base64, the text of an SVG, or {"bytes": ..., "path": ...} as in
-    data sets on the Hugging Face hub.
+    """The image of a cell: a path, bytes, base64, a data: URL, the text of an SVG, or
+    {"bytes": ..., "path": ...} as in data sets on the Hugging Face hub.
     """
     if isinstance(cell, dict):
         if isinstance(cell.get("bytes"), bytes):
@@ -69,22 +70,34 @@ def image_of(cell) -> ImageCell:
     text = as_text(cell)
     if text.lstrip("\ufeff \t\r\n").startswith(("<svg", "<?xml")):
         return ImageCell(data=text.encode("utf-8", "surrogateescape"))
+    if text[:5].lower() == "data:":
+        return _of_data_url(text)
     if len(text) < MIN_BASE64_CHARACTERS:
         return ImageCell(text)
-    if (data := _from_base64(text)) is not None:
+    if text[:16].translate(URL_SAFE).startswith(BASE64_STARTS) and (data := _from_base64(text)):
         return ImageCell(data=data)
-    if text.startswith("data:") or (len(text) > MAX_PATH_CHARACTERS and not is_url(text)):
+    if len(text) > MAX_PATH_CHARACTERS and not is_url(text):
         detail = f"{len(text):,} characters that are neither a path nor the base64 of an image"
         return ImageCell(shortened(text), problem=Problem("image is not a path", detail))
     return ImageCell(text)
 
 
+def _of_data_url(text: str) -> ImageCell:
+    """The image of data:[TYPE][;base64],DATA (RFC 2397); the type is not asked, as the bytes show it."""
+    head, comma, body = text.partition(",")
+    data = unquote_to_bytes(body.encode("utf-8", "surrogateescape"))
+    is_base64 = "".join(head.split()).lower().endswith(";base64")
+    if is_base64:
+        data = _from_base64(data.decode("latin-1"))
+    if data:
+        return ImageCell(data=data)
+    problem = "its base64 is damaged" if is_base64 and body else "it holds no bytes"
+    detail = f"{len(text):,} characters: {problem if comma else 'it has no comma before its data'}"
+    return ImageCell(shortened(text), problem=Problem("broken data: URL", detail))
+
+
 def _from_base64(text: str) -> bytes | None:
-    """The bytes of an image in base64 or in a data: URL; None if it is neither."""
-    if text.startswith("data:image/"):
-        text = text.partition(";base64,")[2]
-    elif not text[:16].translate(URL_SAFE).startswith(BASE64_STARTS):
-        return None
+    """The bytes; None if the text is no base64, or empty."""
     text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True) or None
@@ -99,6 +112,21 @@ def as_text(value) -> str:
     if isinstance(value, bytes):  # some tools write text to Parquet without saying that it is text
         return value.decode("utf-8", "surrogateescape")
     return "" if value is None or isinstance(value, (list, dict)) or is_nan(value) else str(value)
+
+
+def weight_of(cell) -> float | Problem:
+    """The weight in a cell: a finite number of 0 or more; 1 where the cell is empty."""
+    text = as_text(cell).strip()
+    if cell is None or (isinstance(cell, (str, bytes)) and not text):
+        return 1.0
+    try:
+        weight = float(text)
+    except ValueError:  # as_text() leaves nothing of a list, a struct or NaN
+        weight = math.nan
+    if 0 <= weight < math.inf:
+        return abs(weight)  # -0 is 0
+    shown = shortened(text or str(cell))
+    return Problem("invalid weight", f"it is {shown!r}, but must be a finite number from 0, or empty for 1")
 
 
 def is_nan(value) -> bool:

@@ -10,6 +10,7 @@ from data_prep.inputs.rows import Ignore, Input, Row, ignore_nothing
 from data_prep.inputs.storage import IMAGE_EXTENSIONS, SIDE_EXTENSIONS, walk
 from data_prep.inputs.texts import rows_of_txt
 from data_prep.signatures import HEAD_BYTES, kind_of
+from data_prep.terminal import say
 
 
 def read_folder(folder: Input) -> Iterator[Row]:
@@ -28,7 +29,7 @@ def read_folder(folder: Input) -> Iterator[Row]:
             hint = "" if folder.caption_ext else "; see --caption-ext"
             yield row._replace(problem=Problem("no caption file", f"{name} does not exist{hint}"))
     if captions > number:
-        print(
+        say(
             f"{folder.source}: each line of a .{extension} is a caption:"
             f" {captions} captions of {number} images"
         )

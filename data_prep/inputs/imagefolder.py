@@ -73,7 +73,7 @@ def _columns(table: Input) -> Columns:
     """The columns that were asked for where the table has them, else those of the convention."""
     names, columns = _names(table), table.columns
     image = columns.image if columns.image in names else FILE_NAME
-    if not columns.caption or columns.caption.partition(".")[0] in names:
+    if all(name.partition(".")[0] in names for name in columns.captions):
         return replace(columns, image=image)
     usual = [name for name in USUAL_NAMES["caption"] if name in names]
     if columns.caption != Columns.caption or not usual:

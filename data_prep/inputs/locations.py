@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +11,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from fsspec import AbstractFileSystem
+
 from data_prep.below import open_below
 from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.inputs.names import OUTSIDE, missing_hint
 from data_prep.inputs.storage import is_http, is_url, remote
+from data_prep.masked import masked_url
 
 MAX_BYTES = 1 << 30
 PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 CONNECTIONS, ATTEMPTS = 16, 3
+PIECE_S = 60  # after which no other image of a piece is asked for, so that progress is seen
 
 
 class ImageLocation(NamedTuple):
@@ -47,51 +52,134 @@ class ImageLocation(NamedTuple):
         return self.root + name if self.root.endswith("/") else f"{self.root}/{name}"
 
 
-def read_all(locations: list[ImageLocation]) -> Iterator[bytes | BadImage]:
-    """The bytes at each location, or why they cannot be read; remote files are fetched in parallel."""
+class _Later(Exception):
+    """An image is fetched in a later piece."""
+
+
+class _Piece:
+    """What may still be fetched.
+
+    Args:
+        max_bytes: that are held at once; 0 for any number, and any time.
+    """
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.ends_at, self.held = max_bytes, time.monotonic() + PIECE_S, 0
+        self._lock = threading.Lock()
+
+    def cat(self, files: AbstractFileSystem, url: str, is_first: bool) -> bytes:
+        """The bytes at a URL.
+
+        Raises:
+            _Later: no more may be fetched; the first one always is.
+        """
+        is_bounded = bool(self.max_bytes) and not is_first
+        if is_bounded and (self.held > self.max_bytes or time.monotonic() > self.ends_at):
+            raise _Later
+        taken, is_whole = [], False
+
+        def take(n_bytes: int) -> None:
+            taken.append(n_bytes)
+            if self._hold(n_bytes) > self.max_bytes and is_bounded:
+                raise _Later
+
+        try:
+            if is_http(url):
+                data = files.cat_file(url, take=take)
+            else:  # whole in memory already
+                data = files.cat_file(url)
+                self._hold(len(data))
+            is_whole = True
+            return data
+        finally:
+            if not is_whole:
+                self._hold(-sum(taken))
+
+    def _hold(self, n_bytes: int) -> int:
+        with self._lock:
+            self.held += n_bytes
+            return self.held
+
+
+def read_all(locations: list[ImageLocation], max_bytes: int = 0) -> Iterator[bytes | BadImage]:
+    """The bytes at each location, or why they cannot be read; remote files are fetched in parallel.
+
+    Args:
+        max_bytes: after about so many bytes, or PIECE_S, the rest is left out, but never the first location.
+    """
+    piece = _Piece(max_bytes)
     by_root: dict[str, list[str]] = {}
     for location in locations:
         if location.is_remote:
             by_root.setdefault(location.root, []).append(location.url)
-    fetched = {root: _fetch(root, list(dict.fromkeys(urls))) for root, urls in by_root.items()}
-    return (
-        fetched[location.root][location.url] if location.is_remote else read_local(location)
-        for location in locations
-    )
+    fetched = {root: _fetch(root, list(dict.fromkeys(urls)), piece) for root, urls in by_root.items()}
+    return _until_left_out(locations, fetched)
 
 
-def _fetch(root: str, urls: list[str]) -> dict[str, bytes | BadImage]:
-    # Of the root: fsspec takes `::` in the URL of an image for a chain of file systems.
-    files = remote(any_host(root))
-    outside = BadImage(OUTSIDE, f"not under {root}; see --images")
+def _until_left_out(locations: list[ImageLocation], fetched: dict[str, dict]) -> Iterator[bytes | BadImage]:
+    for location in locations:
+        if location.is_remote and location.url not in fetched[location.root]:
+            return
+        yield fetched[location.root][location.url] if location.is_remote else read_local(location)
+
+
+def _fetch(root: str, urls: list[str], piece: _Piece) -> dict[str, bytes | BadImage]:
+    """What is at each URL; without those of a later piece."""
+    files, refused = _file_system(root)
+    outside = BadImage(OUTSIDE, f"not under {masked_url(root)}; see --images")
     fetched: dict[str, bytes | BadImage] = {url: outside for url in urls if leaves_url(root, url)}
+    later: set[str] = set()
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for attempt in range(ATTEMPTS):
-            if len(fetched) == len(urls):
+            if len(fetched) + len(later) == len(urls):
                 break
             time.sleep(attempt)  # a busy server gets one second, then two
             for url, future in [
-                (url, pool.submit(files.cat_file, url)) for url in urls if url not in fetched
+                (url, pool.submit(piece.cat, files, url, url == urls[0]))
+                for url in urls
+                if url not in fetched and url not in later
             ]:
                 error = future.exception()
-                if error is None:
+                if isinstance(error, _Later):
+                    later.add(url)
+                elif error is None:
                     fetched[url] = future.result()
                 elif isinstance(error, FileNotFoundError):
-                    fetched[url] = _fetch_quoted(files, url, pool)
+                    if (found := _fetch_quoted(files, url, pool, piece, url == urls[0])) is None:
+                        later.add(url)
+                    else:
+                        fetched[url] = found
+                elif isinstance(error, refused):
+                    fetched[url] = BadImage("not fetched", f"{masked_url(url)}: {error}")
                 elif attempt == ATTEMPTS - 1:
-                    fetched[url] = BadImage("unreadable file", f"{url}: {type(error).__name__}: {error}")
+                    detail = f"{masked_url(url)}: {type(error).__name__}: {masked_url(str(error))}"
+                    fetched[url] = BadImage("unreadable file", detail)
     return fetched
 
 
-def _fetch_quoted(files, url: str, pool: ThreadPoolExecutor) -> bytes | BadImage:
-    """The bytes of a file whose name has `%20` in it: its URL has `%2520`."""
+def _file_system(root: str) -> tuple[AbstractFileSystem, tuple[type[Exception], ...]]:
+    """That of a root, and errors after which no other attempt is made."""
+    if not is_http(root):
+        # Of the root: fsspec takes `::` in the URL of an image for a chain of file systems.
+        return remote(any_host(root)), ()
+    from data_prep.inputs.image_server import ImageServer, NotFetched  # imports aiohttp, which is slow
+
+    return ImageServer(root), (NotFetched,)
+
+
+def _fetch_quoted(
+    files, url: str, pool: ThreadPoolExecutor, piece: _Piece, is_first: bool
+) -> bytes | BadImage | None:
+    """The bytes of a file whose name has `%20` in it: its URL has `%2520`; None for a later piece."""
     scheme, _, rest = url.partition("://")
     host, _, path = rest.partition("/")
     if is_http(url) and "%" in path:
-        again = pool.submit(files.cat_file, f"{scheme}://{host}/{path.replace('%', '%25')}")
-        if again.exception() is None:
+        again = pool.submit(piece.cat, files, f"{scheme}://{host}/{path.replace('%', '%25')}", is_first)
+        if (error := again.exception()) is None:
             return again.result()
-    return BadImage("missing file", url)
+        if isinstance(error, _Later):
+            return None
+    return BadImage("missing file", masked_url(url))
 
 
 def leaves_url(root: str, url: str) -> bool:

@@ -7,12 +7,14 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from data_prep.inputs.storage import is_http, is_url
+from data_prep.masked import masked_url
 
 OUTSIDE = "outside of the images folder"
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+LOGIN = re.compile(r"(?<=://)[^/]*@")
 UNQUOTED = 3  # servers and proxies may unquote a path more than once
 
 
@@ -54,6 +56,9 @@ class Names:
     def __init__(self, root: str):
         self.is_url = is_url(root)
         self.root = root if not self.is_url or root.endswith("/") else f"{root}/"
+        self.shown = masked_url(self.root)
+        # A table names the images without the login of their server.
+        self.starts = (self.root, LOGIN.sub("", self.root)) if self.is_url else ()
         self.real = root if self.is_url else os.path.realpath(root)
 
     def resolve(self, image: str) -> tuple[str, Problem | None]:
@@ -69,10 +74,10 @@ class Names:
                 name = name.partition("#")[0]  # a fragment is for the reader's browser, not for the server
             if name.startswith("file://"):
                 name = name.removeprefix("file://")
-            elif not self.is_url or not name.startswith(self.root):
-                return name, Problem(OUTSIDE, f"not under {self.root}; pass --images, for example https://")
+            elif not (start := next(filter(name.startswith, self.starts), "")):
+                return name, Problem(OUTSIDE, f"not under {self.shown}; pass --images, for example https://")
             else:
-                name = name[len(self.root) :]
+                name = name[len(start) :]
                 if self.root.endswith("://"):
                     return name, None
         if self.is_url:
@@ -81,7 +86,7 @@ class Names:
         else:
             name = self._relative(name)
             leaves_root = name == ".." or name.startswith("../")
-        return name, Problem(OUTSIDE, f"not under {self.root}; see --images") if leaves_root else None
+        return name, Problem(OUTSIDE, f"not under {self.shown}; see --images") if leaves_root else None
 
     def _relative(self, name: str) -> str:
         """A local path relative to the root, normalized."""

@@ -1,6 +1,9 @@
-"""Parquet: paths in a column, or the images themselves, as data sets on the Hugging Face hub are stored."""
+"""Parquet: paths in a column, or the images themselves, as data sets on the Hugging Face hub are stored.
 
-import json
+A value that is stored once can be in any number of rows, so that a file of 2 KB can be gigabytes of text.
+What rows become is counted before they are made: see _batches() and _pieces().
+"""
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,13 +12,19 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.images import BadImage
-from data_prep.inputs.cells import field_of, image_of
+from data_prep.inputs.cells import field_of, image_of, shortened
 from data_prep.inputs.locations import ImageLocation, read_all
-from data_prep.inputs.names import Names
-from data_prep.inputs.opened import open_bytes
-from data_prep.inputs.rows import Columns, Input, Row, check_header, rows_of
+from data_prep.inputs.names import Names, Problem
+from data_prep.inputs.opened import FREE_BYTES, MAX_RATIO, open_bytes
+from data_prep.inputs.rows import MAX_CHARACTERS, Columns, Input, Row, check_header, rows_of
+from data_prep.strict_json import parse_json
 
-BATCH_ROWS = 64  # a batch is held in memory, images included
+# A batch is held in memory, images included. pyarrow copies all values of coded texts for each batch, so that
+# batches of texts alone have many rows.
+BATCH_ROWS, IMAGE_ROWS, BATCH_BYTES = 1 << 16, 64, 1 << 26
+MAX_CELL = 4 * MAX_CHARACTERS  # bytes; UTF-8 has up to 4 for a character
+MAX_TEXT, MAX_IMAGE = 1 << 24, 1 << 28  # bytes of the texts, and of the image, of a row
+VALUE_BYTES = 64  # about what a value is in Python, besides its text
 
 
 def read_parquet(table: Input) -> Iterator[Row]:
@@ -29,25 +38,193 @@ def read_parquet(table: Input) -> Iterator[Row]:
 
     try:
         with open_bytes(table.source) as file:
-            reader = parquet.ParquetFile(file)
-            schema = reader.schema_arrow
+            plain = parquet.ParquetFile(file)
+            schema, reader = plain.schema_arrow, _coded(file, plain.metadata)
             _check_schema(table.source, schema, table.columns)
             class_names = {
                 name: names for name in schema.names if (names := _class_names(schema.metadata, name))
             }
             number = 0
-            for batch in reader.iter_batches(batch_size=BATCH_ROWS):
-                # pandas stores its index as columns of this name
-                names = [name for name in batch.schema.names if not name.startswith("__index_level_")]
-                cells = {name: _values(batch.column(name)) for name in names}
-                for name in class_names.keys() & cells.keys():
-                    cells[name] = [_named(value, class_names[name]) for value in cells[name]]
-                for position in range(batch.num_rows):
-                    number += 1
-                    row = {name: values[position] for name, values in cells.items()}
-                    yield from rows_of(table, number, row)
-    except (OSError, pyarrow.ArrowException) as error:
+            for batch in _batches(reader, file.seek(0, 2), _needed(schema, table.columns)):
+                for piece, problem in _pieces(batch, table.columns):
+                    cells = {name: _values(piece.column(name)) for name in piece.schema.names}
+                    for name in class_names.keys() & cells.keys():
+                        cells[name] = [_named(value, class_names[name]) for value in cells[name]]
+                    for position in range(1 if problem else piece.num_rows):
+                        number += 1
+                        row = {name: values[position] for name, values in cells.items()}
+                        yield from _rejected(rows_of(table, number, row), problem)
+    except (OSError, UnicodeError, pyarrow.ArrowException) as error:
         raise UserError(f"{table.source}: cannot be read as Parquet ({str(error).strip()})") from None
+
+
+def _rejected(rows: Iterator[Row], problem: Problem | None) -> Iterator[Row]:
+    """The rows, with a problem if there is one."""
+    for row in rows:
+        image = shortened(row.image)
+        yield row._replace(image=image, columns="", data=None, problem=problem) if problem else row
+
+
+def _coded(source, metadata, binary: bool = False):
+    """A reader of a file that keeps texts as they are coded, each value once.
+
+    Args:
+        binary: also bytes; images, which are hardly ever equal, are slower to read so.
+    """
+    from pyarrow import parquet
+
+    leaves = [metadata.schema.column(number) for number in range(len(metadata.schema))]
+    texts = [
+        leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and (binary or _is_text(leaf))
+    ]
+    return parquet.ParquetFile(source, metadata=metadata, read_dictionary=texts)
+
+
+def _is_text(leaf) -> bool:
+    return leaf.logical_type.type == "STRING"
+
+
+def _needed(schema, columns: Columns) -> list[str]:
+    """The columns that are used, and others that a row keeps, see rows_of()."""
+    from pyarrow import types
+
+    used = {part for name in columns.names for part in (name, name.partition(".")[0])}
+    # pandas stores its index as columns of this name
+    names = [name for name in schema.names if not name.startswith("__index_level_")]
+    kinds = {name: schema.field(name).type for name in names}
+    return [
+        name
+        for name, kind in kinds.items()
+        if name in used or not (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+    ]
+
+
+def _batches(reader, file_bytes: int, names: list[str]) -> Iterator:
+    """The rows of a file in batches that are small, coded as in the file.
+
+    Args:
+        reader: see _coded().
+        file_bytes: of the file; one that becomes many times that is read by single rows.
+    """
+    groups = range(reader.num_row_groups)
+    total = sum(reader.metadata.row_group(group).total_byte_size for group in groups)
+    is_suspect = total > max(FREE_BYTES, MAX_RATIO * file_bytes)
+    for group in groups:
+        rows = (
+            1 if is_suspect else _batch_rows(reader.metadata.row_group(group), reader.metadata.schema, names)
+        )
+        for batch in reader.iter_batches(batch_size=rows, row_groups=[group], columns=names):
+            yield batch.select(names)
+
+
+def _batch_rows(group, schema, names: list[str]) -> int:
+    """How many rows of a row group are a batch of at most about BATCH_BYTES."""
+    top = tuple(f"{name}." for name in names)
+    rows = BATCH_ROWS
+    for number in range(len(schema)):
+        leaf, stored = schema.column(number), group.column(number)
+        if not f"{leaf.path}.".startswith(top):
+            continue
+        held = max(stored.total_uncompressed_size, 1)
+        if leaf.physical_type == "BYTE_ARRAY" and not _is_text(leaf):
+            rows = min(rows, IMAGE_ROWS, BATCH_BYTES // held)  # each row can have the same large value
+        else:
+            values = max(held, 16 * (stored.num_values - group.num_rows), 1)
+            rows = min(rows, BATCH_BYTES * group.num_rows // values)
+    return max(rows, 1)
+
+
+def _pieces(batch, columns: Columns) -> Iterator[tuple]:
+    """Slices of a batch that become at most BATCH_BYTES, each with None; and single rows that have too much,
+    without the cells that have it, with the problem.
+    """
+    names = batch.schema.names
+    image = columns.image if columns.image in names else columns.image.partition(".")[0]
+    sizes = {name: _sizes(batch.column(name)) for name in names}
+    nothing = np.zeros(batch.num_rows, np.int64)
+    texts = sum((sizes[name] for name in names if name != image), nothing)
+    total = (texts + sizes.get(image, nothing)).tolist()
+    problems = {}
+    for row in np.flatnonzero(texts > MAX_TEXT).tolist():
+        detail = f"its columns have {texts[row]:,} bytes; at most {MAX_TEXT:,}"
+        problems[row] = Problem("text too long", detail)
+    for use, name in columns.used:
+        if use in ("image", "weight") or name not in names or not _is_of_text(batch.column(name).type):
+            continue
+        for row in np.flatnonzero(sizes[name] > MAX_CELL).tolist():
+            detail = f"its {use} has {sizes[name][row]:,} bytes; at most {MAX_CHARACTERS:,} characters"
+            problems[row] = Problem("text too long", detail)
+    for row in np.flatnonzero(sizes.get(image, nothing) > MAX_IMAGE).tolist():
+        problems[row] = Problem("file too large", f"{sizes[image][row]} bytes")
+    start, held = 0, 0
+    for row in range(batch.num_rows):
+        if start < row and (row in problems or held + total[row] > BATCH_BYTES):
+            yield batch.slice(start, row - start), None
+            start, held = row, 0
+        held += total[row]
+        if row in problems:
+            # the name of its image, if that is not what is too large
+            kept = [image] if image in names and sizes[image][row] <= MAX_CELL else []
+            yield batch.slice(row, 1).select(kept), problems[row]
+            start, held = row + 1, 0
+    if start < batch.num_rows:
+        yield batch.slice(start), None
+
+
+def _is_of_text(kind) -> bool:
+    """Whether the values of a column are single texts or bytes."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return any(
+        test(kind)
+        for test in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    )
+
+
+def _sizes(column) -> np.ndarray:
+    """The bytes that each value of a column becomes, int64 [rows]."""
+    import pyarrow.compute as pc
+    from pyarrow import types
+
+    kind, fixed = column.type, np.full(len(column), VALUE_BYTES, np.int64)
+    if types.is_dictionary(kind):
+        sizes = _sizes(column.dictionary)
+        return np.append(sizes, VALUE_BYTES)[pc.fill_null(column.indices, len(sizes)).to_numpy(False)]
+    if types.is_struct(kind):
+        return sum((_sizes(field) for field in column.flatten()), fixed)
+    if types.is_fixed_size_list(kind):
+        each = _sizes(column.flatten())  # without those of nulls
+        ends = np.cumsum(np.where(column.is_valid().to_numpy(False), kind.list_size, 0))
+        sums = np.concatenate([[0], np.cumsum(each)])
+        return fixed + sums[ends] - sums[np.concatenate([[0], ends[:-1]])[: len(ends)]]
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
+        parts = [column.keys, column.items] if types.is_map(kind) else [column.values]
+        sums = np.concatenate([[0], np.cumsum(sum(map(_sizes, parts)))])
+        return fixed + np.diff(sums[column.offsets.to_numpy(False)])
+    if _is_of_text(kind):
+        return pc.fill_null(pc.binary_length(column), VALUE_BYTES).to_numpy(False)
+    return fixed
+
+
+def read_table(path: Path):
+    """A local Parquet file of texts, as a table of pyarrow.
+
+    Raises:
+        OSError, pyarrow.ArrowException: it cannot be read.
+        ValueError: it becomes many times its size, see opened.MAX_RATIO.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    plain, file_bytes = parquet.ParquetFile(path), path.stat().st_size
+    schema, held, batches = plain.schema_arrow, 0, []
+    for batch in _batches(_coded(path, plain.metadata), file_bytes, schema.names):
+        held += sum(int(_sizes(column).sum()) for column in batch.columns)
+        if held > max(FREE_BYTES, MAX_RATIO * file_bytes):
+            raise ValueError(f"{path.name} becomes more than {MAX_RATIO} times its size")
+        batches.append(pyarrow.Table.from_batches([batch]).cast(schema))
+    return pyarrow.concat_tables(batches) if batches else schema.empty_table()
 
 
 def column_names(path: str) -> list[str]:
@@ -57,7 +234,7 @@ def column_names(path: str) -> list[str]:
 
     try:
         return parquet.read_schema(path).names
-    except (OSError, pyarrow.ArrowException):
+    except (OSError, UnicodeError, pyarrow.ArrowException):
         return []
 
 
@@ -79,7 +256,7 @@ def _check_schema(source: str, schema, columns: Columns) -> None:
 
     structs = {name for name in schema.names if types.is_struct(_item(schema.field(name).type))}
     check_header(source, schema.names, columns, structs=structs)
-    for use, column in columns.by_use.items():
+    for use, column in columns.used:
         kind = _type_of(schema, column)
         if kind is None:
             name, _, field = column.partition(".")
@@ -129,6 +306,8 @@ def _named(value, names: list[str]):
 def _values(column) -> list:
     import pyarrow
 
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     try:
         return column.to_pylist()
     except (ValueError, OverflowError):  # bad UTF-8, or a date beyond the year 9999
@@ -155,11 +334,13 @@ class LabelColumn(NamedTuple):
         values: by row.
         class_names: if the schema declares a ClassLabel, whose values are numbers of classes.
         group_rows: rows of each row group.
+        problems: by row, why it has no label.
     """
 
     values: list
     class_names: list[str] | None
     group_rows: list[int]
+    problems: dict[int, Problem]
 
 
 def read_label_column(path: Path, columns: Columns) -> LabelColumn:
@@ -174,22 +355,28 @@ def read_label_column(path: Path, columns: Columns) -> LabelColumn:
     try:
         file = parquet.ParquetFile(path)
         _check_schema(str(path), file.schema_arrow, columns)
-        table = file.read(columns=[columns.label])
-        values = [
-            field_of({table.column_names[0]: value}, columns.label)
-            for chunk in table.column(0).chunks
-            for value in _values(chunk)
-        ]
+        name = columns.label if columns.label in file.schema_arrow.names else columns.label.partition(".")[0]
+        values, problems, shared = [], {}, {}
+        for batch in _batches(_coded(path, file.metadata), path.stat().st_size, [name]):
+            for piece, problem in _pieces(batch, Columns("", "", label=columns.label)):
+                if problem:
+                    problems[len(values)] = problem
+                    values.append(None)
+                    continue
+                for value in _values(piece.column(0)):
+                    label = field_of({name: value}, columns.label)
+                    # equal labels are one text in memory
+                    values.append(shared.setdefault(label, label) if isinstance(label, str) else label)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        return LabelColumn(values, _class_names(file.schema_arrow.metadata, columns.label), sizes)
-    except (OSError, pyarrow.ArrowException) as error:
+        return LabelColumn(values, _class_names(file.schema_arrow.metadata, columns.label), sizes, problems)
+    except (OSError, UnicodeError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).strip()})") from None
 
 
 def _class_names(metadata: dict | None, column: str) -> list[str] | None:
     """The names of a ClassLabel, which the library `datasets` writes into the schema as JSON."""
     try:
-        schema = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+        schema = parse_json((metadata or {}).get(b"huggingface", b"{}"))
         feature = schema.get("info", schema)["features"][column]
         return list(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else None
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -216,14 +403,14 @@ class ParquetImages:
         return {**self.__dict__, "_loaded": (None, None)}
 
     def __call__(self, row: int) -> bytes | BadImage:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException
 
         number = int(np.searchsorted(self._ends, row, side="right"))
         file, group = self._groups[number]
         if self._loaded[0] != number:
             try:
-                table = parquet.ParquetFile(self.files[file]).read_row_group(group, columns=[self.column])
-            except (OSError, ArrowException) as error:
+                table = _read_group(self.files[file], group, self.column)
+            except (OSError, UnicodeError, ArrowException) as error:
                 return BadImage("unreadable file", f"{self.files[file]}: {error}")
             self._loaded = (number, table)
         column = self._loaded[1].column(0)
@@ -234,3 +421,20 @@ class ParquetImages:
         name, problem = Names(self.roots[file]).resolve(image.path)
         problem = image.problem or problem
         return BadImage(*problem) if problem else next(read_all([ImageLocation(self.roots[file], name)]))
+
+
+def _read_group(path: Path, group: int, column: str):
+    """A column of a row group, as a table of at most about twice the bytes that the file says."""
+    import pyarrow
+    from pyarrow import parquet
+
+    metadata = parquet.read_metadata(path)
+    limit, held, batches = BATCH_BYTES + 2 * metadata.row_group(group).total_byte_size, 0, []
+    reader = _coded(path, metadata)
+    rows = _batch_rows(metadata.row_group(group), metadata.schema, [column])
+    for batch in reader.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
+        batches.append(batch)
+        held += batch.nbytes
+        if held > limit:  # the same bytes in many rows
+            return _coded(path, metadata, binary=True).read_row_group(group, columns=[column])
+    return pyarrow.Table.from_batches(batches)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from data_prep.errors import UserError
-from data_prep.inputs.cells import as_text, field_of, image_of, kind_of, shortened
+from data_prep.inputs.cells import as_text, field_of, image_of, is_nan, kind_of, shortened, weight_of
 from data_prep.inputs.names import Problem
 from data_prep.inputs.storage import COMPRESSED, is_url
 from data_prep.strict_json import strict_json
@@ -33,6 +33,8 @@ class Row(NamedTuple):
         data: the image, if the input contains it.
         offset: the byte of the input at which `data` begins, if it is stored there unchanged.
         problem: why the row cannot be used.
+        kind: of the caption, the name of its column, if captions are in several columns; else "".
+        weight: in the training loss; None if the input has none.
     """
 
     line: int
@@ -45,32 +47,44 @@ class Row(NamedTuple):
     data: bytes | None = None
     offset: int | None = None
     problem: Problem | None = None
+    kind: str = ""
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns in a table; "" for a column that is not used."""
+    """The names of the columns in a table; "" for a column that is not used. Of captions there may be several
+    columns, by commas.
+    """
 
     image: str = "image"
     caption: str = "caption"
     group: str = ""
     split: str = ""
     label: str = ""
+    weight: str = ""
 
     @cached_property
-    def by_use(self) -> dict[str, str]:
-        """Use ("image", "caption", ...) -> name of the column; used ones only."""
-        return {field.name: name for field in fields(self) if (name := getattr(self, field.name))}
+    def captions(self) -> list[str]:
+        """The names of the columns of captions."""
+        return list(dict.fromkeys(name for text in self.caption.split(",") if (name := text.strip())))
+
+    @cached_property
+    def used(self) -> list[tuple[str, str]]:
+        """Uses ("image", "caption", ...) with their columns; used ones only."""
+        names = {field.name: [getattr(self, field.name)] for field in fields(self)}
+        names["caption"] = self.captions
+        return [(use, name) for use, of_use in names.items() for name in of_use if name]
 
     @cached_property
     def extra(self) -> list[tuple[str, str]]:
-        """Uses besides image and caption, with their columns; used ones only."""
-        return [(use, name) for use, name in self.by_use.items() if use not in ("image", "caption")]
+        """Uses of columns of text besides image and caption, with their columns; used ones only."""
+        return [(use, name) for use, name in self.used if use not in ("image", "caption", "weight")]
 
     @cached_property
     def names(self) -> frozenset[str]:
         """The names of the columns that are used, and "", the name of an index column that pandas writes."""
-        return frozenset({"", *self.by_use.values()})
+        return frozenset({"", *(name for _, name in self.used)})
 
 
 Ignore = Callable[[str, str], None]  # with the reason, and the path of a file or the name of a member
@@ -145,13 +159,47 @@ def rows_of(table: Input, line: int, cells: dict) -> Iterator[Row]:
         problem=image.problem or problem,
         **texts,
     )
-    captions = field_of(cells, columns.caption) if columns.caption else None
-    for caption in (captions or [None]) if isinstance(captions, list) else [captions]:
+    if columns.weight:
+        row = with_weight(row, field_of(cells, columns.weight))
+    for column, caption in captions_of(cells, columns.captions):
+        captioned = row._replace(kind=column) if len(columns.captions) > 1 else row
         if caption is None or isinstance(caption, (str, bytes)):
-            yield check_text(row._replace(caption=as_text(caption)))
+            yield check_text(captioned._replace(caption=as_text(caption)))
         else:
-            detail = kind_of(caption, "caption", columns.caption)
-            yield row._replace(problem=row.problem or Problem("caption is not text", detail))
+            detail = kind_of(caption, "caption", column)
+            yield captioned._replace(problem=row.problem or Problem("caption is not text", detail))
+
+
+def captions_of(cells: dict, columns: list[str]) -> list[tuple[str, object]]:
+    """The captions of a line, which may be lists, each with its column; an empty one where there is none.
+
+    Of several columns some may be empty, and a text that is in two of them is one caption, of the first.
+    """
+    found = []
+    for column in columns:
+        value = field_of(cells, column)
+        found += [(column, caption) for caption in (value if isinstance(value, list) else [value])]
+    return (list(_distinct(found)) if len(columns) > 1 else found) or [("", None)]
+
+
+def _distinct(captions: list[tuple[str, object]]) -> Iterator[tuple[str, object]]:
+    """Without empty ones and texts that are there before; what is no text stays, to be rejected."""
+    seen = {""}
+    for column, caption in captions:
+        is_text = caption is None or is_nan(caption) or isinstance(caption, (str, bytes))
+        text = " ".join(as_text(caption).split())
+        if not is_text or text not in seen:
+            yield column, caption
+        if is_text:
+            seen.add(text)
+
+
+def with_weight(row: Row, cell: object) -> Row:
+    """The row with the weight in a cell; if it is none, with a problem."""
+    weight = weight_of(cell)
+    if isinstance(weight, Problem):
+        return row._replace(problem=row.problem or weight)
+    return row._replace(weight=weight)
 
 
 def malformed(line: int, detail: str) -> Row:
@@ -163,10 +211,10 @@ def check_text(row: Row) -> Row:
     """Give a row a problem if its text is too long, or has bytes that are not UTF-8, decoded as lone
     surrogates (PEP 383), or a NUL, which databases refuse: none of these may reach a shard.
     """
-    text = row.image + row.caption + row.group + row.split + row.label
+    text = row.image + row.caption + row.kind + row.group + row.split + row.label
     if len(text) <= MAX_CHARACTERS and text.isascii() and row.columns.isascii() and "\0" not in text:
         return row  # nearly all rows
-    for use in ("image", "caption", "group", "split", "label", "columns"):
+    for use in ("image", "caption", "kind", "group", "split", "label", "columns"):
         cell = getattr(row, use)
         if len(cell) > MAX_CHARACTERS and use != "columns":
             detail = f"its {use} has {len(cell):,} characters; at most {MAX_CHARACTERS:,}"
@@ -215,7 +263,7 @@ def check_header(
             f"{source}:1: the header is not {encoding}; pass --encoding, for example utf-16 or latin-1"
         )
     check_columns(source, names, columns, structs)
-    if repeated := [name for name in columns.by_use.values() if names.count(name) > 1]:
+    if repeated := [name for _, name in columns.used if names.count(name) > 1]:
         raise UserError(
             f"{source}: the header has {', '.join(map(repr, repeated))} more than once; rename all but one"
         )
@@ -230,23 +278,23 @@ def check_columns(source: str, names: list[str], columns: Columns, structs: Cont
     Raises:
         UserError: a column is missing.
     """
-    missing = {
-        use: name
-        for use, name in columns.by_use.items()
+    missing = [
+        (use, name)
+        for use, name in columns.used
         if name not in names and not ("." in name and name.partition(".")[0] in structs)
-    }
+    ]
     if not missing:
         return
-    usual = {use: [name for name in USUAL_NAMES.get(use, ()) if name in names] for use in missing}
+    usual = {use: [name for name in USUAL_NAMES.get(use, ()) if name in names] for use, _ in missing}
     if any(usual.values()):
         options = " ".join(f"--{use}-column {(found or ['NAME'])[0]}" for use, found in usual.items())
     else:
-        options = ", ".join(f"--{use}-column" for use in missing)
+        options = ", ".join(f"--{use}-column" for use in usual)
     hint = " (and --delimiter if that looks like one column)" if len(names) == 1 else ""
     if any(len(name) > 64 for name in names):
         hint += "; if its first line is data, put a line with the names of the columns before it"
     shown = [repr(shortened(name)) for name in names[:20]] + ["..."] * (len(names) > 20)
+    lacking = ", ".join(repr(name) for _, name in missing)
     raise UserError(
-        f"{source}: no column {', '.join(map(repr, missing.values()))}; it has {', '.join(shown) or 'none'};"
-        f" pass {options}{hint}"
+        f"{source}: no column {lacking}; it has {', '.join(shown) or 'none'}; pass {options}{hint}"
     )

@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import json
 import os
 from collections.abc import Iterator
 from itertools import chain
@@ -12,6 +11,7 @@ from data_prep.errors import UserError
 from data_prep.inputs.opened import lines_of, open_bytes
 from data_prep.inputs.rows import Input, Row, check_columns, check_header, malformed, rows_of
 from data_prep.inputs.texts import codec_of
+from data_prep.strict_json import parse_json
 
 MAX_FIELD_CHARACTERS = 1 << 26  # images in base64 are long; a quote that is never closed must not fill memory
 MAX_FIRST_LINE = 1 << 20
@@ -87,8 +87,8 @@ def _check_is_text(source: str, first_line: str) -> None:
 
 def _object(line: str) -> dict | None:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_json(line)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 
@@ -100,7 +100,7 @@ def _delimiter(table: Input, header: str) -> str:
         delimiter: next(csv.reader([header], delimiter=delimiter), [])
         for delimiter in dict.fromkeys((*default, *DELIMITERS))
     }
-    used = set(table.columns.by_use.values())
+    used = table.columns.names - {""}
     fitting = [delimiter for delimiter in names if used <= set(names[delimiter])]
     return fitting[0] if fitting else max(names, key=lambda delimiter: len(names[delimiter]))
 
@@ -131,8 +131,8 @@ def read_jsonl(table: Input) -> Iterator[Row]:
                 if not line.strip():
                     continue
                 try:
-                    cells = json.loads(line)
-                except (ValueError, RecursionError) as error:
+                    cells = parse_json(line)
+                except ValueError as error:
                     yield malformed(number, f"not JSON: {error}")
                     continue
                 if isinstance(cells, dict):

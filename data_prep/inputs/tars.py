@@ -1,6 +1,5 @@
 """WebDataset tars of any origin, read sample by sample; nothing is extracted to disk."""
 
-import json
 import lzma
 import os
 import tarfile
@@ -16,20 +15,22 @@ from data_prep.inputs.cells import kind_of as kind_of_cell
 from data_prep.inputs.locations import MAX_BYTES
 from data_prep.inputs.names import Problem, key_of
 from data_prep.inputs.opened import open_bytes
-from data_prep.inputs.rows import Ignore, Input, Row, check_text, ignore_nothing
+from data_prep.inputs.rows import Ignore, Input, Row, captions_of, check_text, ignore_nothing, with_weight
 from data_prep.inputs.storage import IMAGE_EXTENSIONS, SIDE_EXTENSIONS, SYSTEM_FILE, is_system_file
 from data_prep.inputs.texts import rows_of_txt
 from data_prep.signatures import HEAD_BYTES, kind_of
-from data_prep.strict_json import strict_json
+from data_prep.strict_json import parse_json, strict_json
 
 MAX_PENDING = 64  # samples of one name up to the first dot that are held in memory
+MAX_EMPTY_READS = 100  # at the end of a tar
 # Members that hold what the next member's header has no room for: names, and attributes (POSIX pax, GNU tar).
 EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 EXTENDED += (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 MAX_EXTENDED_BYTES = 1 << 20
 TEXTS = {"txt", "json", "cls"}  # extensions of what describes an image
 # Keys of KEY.json that our own tars store elsewhere, or that say nothing about the image.
-KNOWN = {"caption", "captions", "key", "image", "sha256", "width", "height", "group", "columns"}
+KNOWN = {"caption", "captions", "kinds", "weights", "key", "image", "sha256", "width", "height", "group"}
+KNOWN |= {"columns"}
 
 
 def read_tar(tar: Input) -> Iterator[Row]:
@@ -70,6 +71,8 @@ def _rows_of_sample(tar: Input, number: int, sample: "TarSample") -> Iterator[Ro
         data=sample.image.data,
         offset=sample.image.offset,
     )
+    if tar.columns.weight:
+        row = with_weight(row, sample.cell(tar.columns.weight))
     if tar.columns.caption:
         yield from _captioned(tar, row, sample)
     else:
@@ -78,19 +81,30 @@ def _rows_of_sample(tar: Input, number: int, sample: "TarSample") -> Iterator[Ro
 
 def _captioned(tar: Input, row: Row, sample: "TarSample") -> Iterator[Row]:
     """One row per caption: the lines of a text, or the texts in a .json."""
-    text, captions = sample.captions(tar.columns.caption, tar.caption_ext)
+    text, captions = sample.captions(tar.columns.captions, tar.caption_ext)
     if text is not None:
         yield from rows_of_txt(tar, row, f"{row.image}.{tar.caption_ext or 'txt'}", text)
     elif not captions:
         hint = "" if tar.caption_ext else "; see --caption-ext and --caption-column"
         detail = f"the sample has {', '.join(sample.members)}{hint}"
         yield check_text(row._replace(problem=Problem("empty caption", detail)))
-    for caption in captions:
+    for kind, caption, weight in captions:
+        captioned = row._replace(kind=kind)
+        if weight is not None:
+            captioned = with_weight(captioned, weight)
         if caption is None or isinstance(caption, str):
-            yield check_text(row._replace(caption=caption or ""))
+            yield check_text(captioned._replace(caption=caption or ""))
         else:
-            detail = kind_of_cell(caption, "caption", tar.columns.caption)
-            yield row._replace(problem=Problem("caption is not text", detail))
+            detail = kind_of_cell(caption, "caption", kind or tar.columns.caption)
+            yield captioned._replace(problem=Problem("caption is not text", detail))
+
+
+class TarCaption(NamedTuple):
+    """A caption of a sample; the cell of its weight, if data_prep wrote one."""
+
+    kind: str
+    caption: object
+    weight: object = None
 
 
 class TarMember(NamedTuple):
@@ -113,26 +127,36 @@ class TarSample:
     problem: Problem | None = None
     image: TarMember | None = None
 
-    def captions(self, column: str, extension: str = "") -> tuple[bytes | None, list]:
+    def captions(self, columns: list[str], extension: str = "") -> tuple[bytes | None, list[TarCaption]]:
         """A text whose lines are the captions; or a list of captions from a .json: the list `captions` of
-        data_prep's own, else `column`, which may be a text or a list, else the .json is the list.
+        data_prep's own, else a column, which may be a text or a list, else the .json is the list.
 
-        A .txt comes before all but data_prep's list. If it repeats the caption of the .json, as img2dataset
-        writes it, it is one caption: line breaks in it separate none.
+        A .txt comes before all but data_prep's list and several columns. If it repeats the caption of the
+        .json, as img2dataset writes it, it is one caption: line breaks in it separate none.
 
         Args:
             extension: of the member with the captions; "" for txt and json.
         """
         values = _parsed(self.members.get(extension if extension.endswith("json") else "json"))
         text = self.members.get(extension or "txt") if not extension.endswith("json") else None
-        captions = field_of(values, column) if isinstance(values, dict) else values
+        captions = field_of(values, columns[0]) if isinstance(values, dict) else values
         if isinstance(values, dict) and isinstance(values.get("captions"), list) and not extension:
-            return None, values["captions"]
+            return None, _own_captions(values)
+        if len(columns) > 1 and isinstance(values, dict):
+            of_columns = [TarCaption(*found) for found in captions_of(values, columns) if found[0]]
+            if of_columns:
+                return None, of_columns
         if text and not (isinstance(captions, str) and captions.split() == _decoded(text).split() != []):
             return text.data, []
         if extension and not text and not extension.endswith("json"):
             return None, []
-        return None, captions if isinstance(captions, list) else [captions] if captions else []
+        captions = captions if isinstance(captions, list) else [captions] if captions else []
+        return None, [TarCaption("", caption) for caption in captions]
+
+    def cell(self, column: str) -> object:
+        """The column that data_prep kept in the .json; else the key of that name; None if there is none."""
+        kept = self._json.get("columns")
+        return kept[column] if isinstance(kept, dict) and column in kept else field_of(self._json, column)
 
     def label(self, column: str) -> str:
         """The column that data_prep kept in the .json; else the key of that name; else the .cls."""
@@ -168,11 +192,21 @@ class TarSample:
         return bool(texts & self.members.keys()) and bool(self.members.keys() - texts)
 
 
+def _own_captions(values: dict) -> list[TarCaption]:
+    """The captions in a .json of data_prep's own, with their kinds and weights, where it has them."""
+    captions, n = values["captions"], len(values["captions"])
+    kinds, weights = (
+        found if isinstance(found := values.get(name), list) and len(found) == n else [None] * n
+        for name in ("kinds", "weights")
+    )
+    return [TarCaption(_if_text(kind), *rest) for kind, *rest in zip(kinds, captions, weights, strict=True)]
+
+
 def _parsed(member: TarMember | None):
     """The value of a JSON member; None if there is none."""
     try:
-        return json.loads(member.data) if member else None
-    except (ValueError, RecursionError):
+        return parse_json(member.data) if member else None
+    except ValueError:
         return None
 
 
@@ -206,7 +240,8 @@ class _Header(tarfile.TarInfo):
             raise
         except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
             what = "it ends without the two blocks of zeros that end a tar" if offset else "not a tar"
-        except tarfile.HeaderError as error:
+        # tarfile takes the numbers of a sparse member, in four notations, for numbers
+        except (tarfile.HeaderError, ValueError, OverflowError) as error:
             what = f"no header of a member, {error}" if offset else "not a tar"
         raise tarfile.ReadError(f"byte {offset}: {what}")
 
@@ -231,6 +266,24 @@ def _check_end(archive: tarfile.TarFile) -> None:
         block = stream.read(1 << 20)
 
 
+class _Ending:
+    """A stream that ends a reader which goes on and on at its end.
+
+    To pass over a member, tarfile reads as many blocks as its header claims, for hours where that is an
+    exabyte, and looks at what it got only then.
+    """
+
+    def __init__(self, file):
+        self.file, self.empty_reads = file, 0
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.empty_reads += not data
+        if self.empty_reads > MAX_EMPTY_READS:
+            raise tarfile.ReadError("unexpected end of data")
+        return data
+
+
 def tar_samples(
     file, image_ext: str = "", caption_ext: str = "", ignore: Ignore = ignore_nothing
 ) -> Iterator[TarSample]:
@@ -244,7 +297,7 @@ def tar_samples(
     """
     seen: set[str] = set()
     texts = TEXTS | ({caption_ext} - {""})
-    with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as archive:
+    with tarfile.open(fileobj=_Ending(file), mode="r|", tarinfo=_Header) as archive:
         for sample in _grouped(archive, image_ext, texts, ignore):
             if sample.problem or _choose_image(sample, image_ext, texts, sample.key in seen):
                 yield sample

@@ -24,7 +24,7 @@ from data_prep.build.records import LongCaption, Reject, StoredImage, StoredRow
 from data_prep.build.scan import in_order
 from data_prep.build.split import SPLITS
 from data_prep.html import write_page
-from data_prep.images import DAMAGE, BadImage, open_image, parse_color
+from data_prep.images import DAMAGE, DECODER_DIED, BadImage, open_image, parse_color
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.tables import counted
 
@@ -70,7 +70,13 @@ def write_report_page(path: Path, plan: Plan, summary: dict, settings: dict) -> 
     figures = _Figures(plan, settings["check"])
     for images in (*samples.values(), *(group.images for group in groups)):
         figures.want(images)
-    figures.load(rejects=[reject for examples in rejects.values() for reject in examples], leaks=leaks)
+    shown = [
+        reject
+        for reason, examples in rejects.items()
+        for reject in examples
+        if reason not in DECODER_DIED.values()
+    ]
+    figures.load(rejects=shown, leaks=leaks)
     write_page(
         path,
         TEMPLATE,
@@ -160,7 +166,7 @@ class _Figures:
     def of_reject(self, reject: Reject, inputs: list[str]) -> Figure:
         line = f"line {reject.line}" + (f" of {inputs[reject.input]}" if len(inputs) > 1 else "")
         lines = [text for text in (line, reject.image, reject.detail) if text]
-        return Figure(self._uris[reject.ordinal], reject.image, lines, is_wide=True)
+        return Figure(self._uris.get(reject.ordinal, ""), reject.image, lines, is_wide=True)
 
 
 def _first_rejects(plan: Plan, reasons: Iterable[str]) -> dict[str, list[Reject]]:

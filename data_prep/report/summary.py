@@ -1,22 +1,22 @@
 """The report of a build: report.json (counts), rejects.csv and leaks.csv (lists), report.html (a page)."""
 
-import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.atomic import atomic_file, write_json
+from data_prep.atomic import write_json
 from data_prep.build.database import select
 from data_prep.build.decisions import ACTIONS, Decision, write_decisions
 from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
 from data_prep.report.warnings import ASKED, warnings
+from data_prep.sheets import write_csv
 from data_prep.tables import counted
+from data_prep.terminal import say
 
 UNUSED, IGNORED = "unused_decisions.csv", "ignored.csv"
 SIDES_PX = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -107,7 +107,7 @@ def write_report(folder: Path, plan: Plan, summary: dict, settings: dict) -> Non
     write_rejects(folder / "rejects.csv", plan, inputs)
     if summary["ignored"]:
         ignored = ([entry.name, entry.reason, inputs[entry.input]] for entry in plan.ignored())
-        _write_csv(folder / IGNORED, ["path", "reason", "input"], ignored)
+        write_csv(folder / IGNORED, ["path", "reason", "input"], ignored)
     leaks = (
         [
             plan.row(leak.a)[1].image,
@@ -119,7 +119,7 @@ def write_report(folder: Path, plan: Plan, summary: dict, settings: dict) -> Non
         for leak in plan.leaks()
     )
     header = ["image", "split", "near_identical_image", "its_split", "difference"]
-    _write_csv(folder / "leaks.csv", header, leaks)
+    write_csv(folder / "leaks.csv", header, leaks)
     if unused := _decision_counts(plan)["unused"]:
         write_decisions(folder / UNUSED, (Decision(*cells) for cells in unused))
     write_report_page(folder / "report.html", plan, summary, settings)
@@ -131,38 +131,31 @@ def write_rejects(path: Path, plan: Plan, inputs: list[str]) -> None:
         [reject.line, reject.image, reject.reason, reject.detail, inputs[reject.input]]
         for reject in plan.rejects()
     )
-    _write_csv(path, ["line", "path", "reason", "detail", "input"], rows)
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+    write_csv(path, ["line", "path", "reason", "detail", "input"], rows)
 
 
 def print_report(out: Path, report: dict) -> None:
     """Print the report in a few lines, what deserves attention, and which file to open next."""
     asked = f", {report['asked']} of them as asked" if report["asked"] else ""
-    print(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects{asked}")
+    say(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects{asked}")
     for reason, count in report["reasons"].items():
-        print(f"  {'left out' if reason in ASKED else 'rejected'}: {count} x {reason}")
+        say(f"  {'left out' if reason in ASKED else 'rejected'}: {count} x {reason}")
     for reason, count in report["ignored"].items():
-        print(f"  ignored: {count} x {reason}; see {out / IGNORED}")
+        say(f"  ignored: {count} x {reason}; see {out / IGNORED}")
     for fix, count in report["fixes"].items():
-        print(f"  fixed: {count} x {fix}")
+        say(f"  fixed: {count} x {fix}")
     if report["nonfinite"]:
-        print(f"  {report['nonfinite']} values of other columns are NaN or Infinity, stored as text")
+        say(f"  {report['nonfinite']} values of other columns are NaN or Infinity, stored as text")
     if any(report["decisions"].values()):
         applied = ", ".join(f"{report['decisions'][action]} {action}" for action in ACTIONS)
-        print(f"  decisions applied: {applied}")
+        say(f"  decisions applied: {applied}")
     for split, counts in report["splits"].items():
-        print(
+        say(
             f"  {split:5} {counted(counts['images'], 'image')}, {counted(counts['captions'], 'caption')},"
             f" {counted(counts['groups'], 'group')}"
         )
     for warning in report["warnings"]:
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
     lists = {"rejects.csv": report["rejects"], "leaks.csv": report["leaks"]}
     listed = "".join(f"; {name} lists {count}" for name, count in lists.items() if count)
-    print(f"open {quote(str(out / 'report.html'))}{listed}")
+    say(f"open {quote(str(out / 'report.html'))}{listed}")

@@ -5,7 +5,6 @@ numbered in the order in which they appear, so reading further only adds groups 
 images are read on request.
 """
 
-import json
 import os
 import threading
 import time
@@ -16,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.shards import json_file, read_index, shard_file
+from data_prep.shards import json_file, parse_meta, read_index, read_piece, shard_file
 
+MIN_ROW_BYTES = 31  # of an index: a key of 16 digits, seven numbers, and what separates them
 CLOCK_EVERY = 256  # images between two readings of the clock
 
 
@@ -71,6 +71,14 @@ class Gallery:
     def __init__(self, folder: Path, split: str, entries: list[dict]):
         self.folder, self.split, self.entries = folder, split, entries
         self._ends = np.cumsum([entry["samples"] for entry in entries], dtype=np.int64)
+        indexes = (shard_file(folder, entry, "index") for entry in entries)
+        sizes = [file.stat().st_size if file.is_file() else None for file in indexes]
+        rows = 0 if None in sizes else sum(size // MIN_ROW_BYTES for size in sizes)
+        if len(self) > rows and None not in sizes:  # memory is taken for so many
+            raise UserError(
+                f"{folder}: the manifest says {len(self):,} images in split {split!r}, but the indexes have"
+                f" at most {rows:,}; build the shards again"
+            )
         self._table = lru_cache(64)(lambda shard: read_index(folder, entries[shard]))
         self._keys = np.zeros(len(self), np.uint64)
         self._groups, self._error, self._has_read = Groups(np.zeros(0, np.int64)), None, threading.Event()
@@ -121,9 +129,9 @@ class Gallery:
     def meta(self, number: int) -> dict:
         """KEY.json of an image, and the number of its group as `group_number`."""
         entry, keys, row = self._row(number)
-        data = _read_piece(json_file(self.folder, entry), *row[3:5])
-        meta = json.loads(data, parse_constant=str)  # NaN, of earlier versions, is text
-        return {**meta, "key": str(keys), "group_number": int(row[0])}
+        file = json_file(self.folder, entry)
+        meta = parse_meta(_read_piece(file, *row[3:5]), file, str(keys))
+        return {"image": "", **meta, "key": str(keys), "group_number": int(row[0])}
 
     def image(self, number: int) -> bytes:
         """The stored bytes of an image."""
@@ -151,13 +159,14 @@ class Gallery:
         until, text, number = time.monotonic() + seconds, text.casefold(), start
         while number < len(self):
             shard = int(np.searchsorted(self._ends, number, side="right"))
-            entry, table = self.entries[shard], self._table(shard)[1]
+            entry, (keys, table) = self.entries[shard], self._table(shard)
             first = int(self._ends[shard]) - len(table)
             with _OpenFile(json_file(self.folder, entry)) as file:
                 for row in table[number - first :].tolist():
-                    meta = json.loads(file.read(*row[3:5]), parse_constant=str)
+                    meta = parse_meta(file.read(*row[3:5]), file.path, str(keys[number - first]))
                     matches = len(meta["captions"]) > several and any(
-                        text in candidate.casefold() for candidate in (*meta["captions"], meta["image"])
+                        text in candidate.casefold()
+                        for candidate in (*meta["captions"], meta.get("image", ""))
                     )
                     number += 1
                     yield number, row[0] if matches else None
@@ -188,10 +197,7 @@ class _OpenFile:
         os.close(self._file)
 
     def read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._file, size, offset)
-        if len(data) != size:
-            raise UserError(f"{self.path}: ends before byte {offset + size}; build the shards again")
-        return data
+        return read_piece(self._file, self.path, offset, size)
 
 
 def _read_piece(path: Path, offset: int, size: int) -> bytes:

@@ -5,7 +5,6 @@ page itself.
 """
 
 import io
-import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,10 +19,12 @@ from starlette.routing import Route
 from data_prep import web
 from data_prep.build.decisions import ACTIONS, KEY, Decision, normalized
 from data_prep.errors import UserError
-from data_prep.images import DAMAGE, EXTENSIONS
+from data_prep.images import DAMAGE, EXTENSIONS, BadImage, Rules, check_parts
 from data_prep.review.decision_store import DecisionStore
 from data_prep.review.gallery import Gallery
 from data_prep.shards import read_manifest
+from data_prep.signatures import kind_of
+from data_prep.suspects import Suspect
 from data_prep.web import Refused
 
 PAGE = Path(__file__).with_name("page.html")
@@ -38,9 +39,9 @@ MAX_JSON_BYTES = 1 << 20
 class Review:
     """The routes of the page over one folder of shards."""
 
-    def __init__(self, shards: Path, decisions: Path):
+    def __init__(self, shards: Path, decisions: Path, suspects: dict[str, list[Suspect]]):
         manifest = read_manifest(shards)
-        self.shards, self.max_pixels = shards, manifest["check"]["max_pixels"]
+        self.shards, self.max_pixels = shards, manifest.get("check", {}).get("max_pixels", Rules.max_pixels)
         self.splits = {
             name: Gallery(shards, name, entry["shards"])
             for name, entry in manifest["splits"].items()
@@ -48,6 +49,7 @@ class Review:
         }
         if not self.splits:
             raise UserError(f"{shards}: no samples in any split, so there is nothing to review")
+        self.suspects, self.suspect_keys = suspects, list(suspects)
         self.store = DecisionStore(decisions)
 
     def routes(self) -> list[Route]:
@@ -69,7 +71,12 @@ class Review:
                 "n_read": groups.n_images,
                 "groups": len(groups.listed(False, 1)),
             }
-        return {"shards": str(self.shards), "splits": splits, **self.store.state()}
+        return {
+            "shards": str(self.shards),
+            "splits": splits,
+            "suspects": len(self.suspects),
+            **self.store.state(),
+        }
 
     def groups(self, request: Request) -> dict:
         """A page of groups: all, those that match a search, or that of one key.
@@ -90,6 +97,8 @@ class Review:
             return {"groups": tiles, "next": None, "total": len(tiles), "n_read": n_read}
         if text or several:
             return self._search(gallery, text, several, start, min_images)
+        if query.get("sort") == "suspects":
+            return self._suspects(gallery, start)
         groups = gallery.groups()
         listed = groups.listed(query.get("sort") == "size", min_images)
         end = start + PAGE_GROUPS
@@ -98,6 +107,21 @@ class Review:
             "next": end if end < len(listed) else None,
             "total": len(listed),
             "n_read": groups.n_images,
+        }
+
+    def _suspects(self, gallery: Gallery, start: int) -> dict:
+        """A page of the list of suspects: the groups of those images that are in this split."""
+        end = start + PAGE_GROUPS
+        numbers = [
+            number for key in self.suspect_keys[start:end] if (number := gallery.find(key)) is not None
+        ]
+        return {
+            "groups": [
+                self._tile(gallery, gallery.meta(number)["group_number"], number) for number in numbers
+            ],
+            "next": end if end < len(self.suspect_keys) else None,
+            "total": len(self.suspect_keys),
+            "n_read": gallery.groups().n_images,
         }
 
     def _search(self, gallery: Gallery, text: str, several: bool, start: int, min_images: int) -> dict:
@@ -134,6 +158,7 @@ class Review:
             "changed": sum(map(bool, decided)) - dropped,
             "image": meta["image"],
             "captions": meta["captions"][:2],
+            "reason": next((suspect.reason for suspect in self.suspects.get(meta["key"], ())), ""),
         }
 
     def _tiles_of(self, key: str) -> list[dict]:
@@ -177,6 +202,7 @@ class Review:
             "captions": [
                 {"caption": caption, "new": new_captions.get(caption)} for caption in meta["captions"]
             ],
+            "suspects": [suspect._asdict() for suspect in self.suspects.get(meta["key"], ())],
             "added": [decision.new_caption for decision in decisions if decision.action == "add"],
         }
 
@@ -232,14 +258,19 @@ class Review:
         return Response(data, media_type="image/webp", headers={"cache-control": "private, max-age=600"})
 
     def _gallery(self, split: str | None) -> Gallery:
-        if split not in self.splits:
+        if not isinstance(split, str) or split not in self.splits:
             raise Refused(f"no split {split!r}; the splits are {', '.join(self.splits)}", 404)
         return self.splits[split]
 
 
-def app(shards: Path, decisions: Path, host: str = web.LOOPBACK[0]) -> Starlette:
-    """The page over `shards`, which writes to the file `decisions`."""
-    review = Review(shards, decisions)
+def app(
+    shards: Path,
+    decisions: Path,
+    host: str = web.LOOPBACK[0],
+    suspects: dict[str, list[Suspect]] | None = None,
+) -> Starlette:
+    """The page over `shards`, which writes to the file `decisions`; with a list, its images are first."""
+    review = Review(shards, decisions, suspects or {})
     return web.application(PAGE, review.routes(), host, is_private=True, on_end=review.store.close)
 
 
@@ -250,6 +281,8 @@ def webp(data: bytes, px: int, max_pixels: int) -> bytes:
         Refused: it cannot be decoded, which can happen if the shards were built with --skip-decode.
     """
     try:
+        if kind := kind_of(data):
+            check_parts(data, kind.name)
         image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
         if image.width * image.height > max_pixels:
             raise Refused("this image has too many pixels to show", 404)
@@ -261,7 +294,7 @@ def webp(data: bytes, px: int, max_pixels: int) -> bytes:
         options = {"quality": 85, "method": 2} if is_larger else {"lossless": True, "method": 0}
         image.convert("RGBA" if image.has_transparency_data else "RGB").save(buffer, "WEBP", **options)
         return buffer.getvalue()
-    except (Image.DecompressionBombError, *DAMAGE) as error:
+    except (BadImage, Image.DecompressionBombError, *DAMAGE) as error:
         raise Refused(f"this image cannot be decoded ({error})", 404) from None
 
 
@@ -294,12 +327,7 @@ def _get(method: Callable[[Request], dict]) -> Callable:
 def _post(method: Callable[[dict], dict]) -> Callable:
     async def answer(request: Request) -> Response:
         web.require_json(request)
-        try:
-            payload = json.loads(await web.body(request, MAX_JSON_BYTES))
-        except ValueError:
-            raise Refused("the request must be JSON") from None
-        if not isinstance(payload, dict):
-            raise Refused("the request must be a JSON object")
+        payload = await web.json_body(request, MAX_JSON_BYTES)
         return JSONResponse(await run_in_threadpool(method, payload))
 
     return answer

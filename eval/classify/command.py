@@ -7,6 +7,7 @@ import tyro
 
 from data_prep.cli import Model, OptionalFile, OptionalOutputFile, OptionalOutputFolder, OutputFolder
 from data_prep.errors import UserError
+from data_prep.terminal import say
 from eval.options import INFERENCE, TABLE, Inference, LabelledTable, Split
 
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL [MODEL ...]")]
@@ -77,7 +78,7 @@ def zeroshot(
             result = {"models": zeroshot.evaluate_models(models, task, inference, world, out)}
             text = text_of(zeroshot_page.result_parts(result["models"]))
         if world.is_first:
-            print(text)
+            say(text)
             if json:
                 write_json(json, result)
 
@@ -137,13 +138,13 @@ def linear_probe(
         result, heads = linear_probe.evaluate_heads(model, task, inference, world, cache)
         if not world.is_first:
             return
-        print(text_of(linear_probe_page.result_parts(result)))
+        say(text_of(linear_probe_page.result_parts(result)))
         if out:
             for head in heads:
                 head.save(out)
-            print(f"heads: {', '.join(str(out / f'{head.kind}.json') for head in heads)}")
+            say(f"heads: {', '.join(str(out / f'{head.kind}.json') for head in heads)}")
         if json:
             write_json(json, result)
         if page:
             linear_probe_page.write_page(page, result)
-            print(f"page: {page}")
+            say(f"page: {page}")

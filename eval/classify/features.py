@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,15 +13,15 @@ from torch.utils.data import Dataset, default_collate
 
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
-from data_prep.images import BadImage, Rules, check
+from data_prep.images import BadImage, Rules, rgb
 from data_prep.inputs.hub import is_data_set
 from data_prep.inputs.storage import is_url
 from data_prep.progress import progress
+from eval.arrays import load_arrays
 from eval.classify.labelled import SPLITS, Labelled
-from eval.embed import batches
+from eval.embed import batches, pixel_bytes
 from eval.options import Inference
 from eval.retrieval.ranking import check_finite
-from train.data.decode import decode
 from train.data.loader import loader
 from train.model.clip import Clip
 from train.world import World
@@ -40,7 +39,7 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, bool]:
         try:
-            return self.transform(decode(checked(self.read(number), self.background))), True
+            return self.transform(in_rgb(self.read(number), self.background)), True
         except BadImage:
             return torch.zeros(3, *self.size, dtype=torch.uint8), False
 
@@ -62,8 +61,8 @@ def has_splits(data: str | Path) -> bool:
     )
 
 
-def checked(data: bytes | BadImage, background: tuple[int, int, int] = RULES.background) -> bytes:
-    """The bytes of an image, re-encoded where needed: EXIF orientation applied, transparency composited.
+def in_rgb(data: bytes | BadImage, background: tuple[int, int, int] = RULES.background) -> Image.Image:
+    """An image in RGB: checked, EXIF orientation applied, transparency composited.
 
     Args:
         background: RGB under transparent parts; a model's own is Clip.background.
@@ -73,7 +72,7 @@ def checked(data: bytes | BadImage, background: tuple[int, int, int] = RULES.bac
     """
     if isinstance(data, BadImage):
         raise data
-    return check(data, replace(RULES, background=background)).data or data
+    return Image.fromarray(rgb(data, replace(RULES, background=background)))
 
 
 def read_file(path: Path, option: str) -> bytes:
@@ -92,14 +91,14 @@ def open_image(data: bytes, name: str, background: tuple[int, int, int] = RULES.
     """An image from the user, in RGB.
 
     Args:
-        background: As in checked().
+        background: As in in_rgb().
         name: What error messages call it.
 
     Raises:
         UserError: It cannot be used.
     """
     try:
-        return decode(checked(data, background))
+        return in_rgb(data, background)
     except BadImage as bad:
         raise UserError(f"{name}: {bad}; use another image") from None
 
@@ -159,7 +158,8 @@ def embed_rows(
     """image_features fp32 [n, d], and which rows are usable, bool [n]; the same on every rank."""
     clip.towers.eval()
     own = batches(len(data), inference.batch_size)[world.rank :: world.world_size]
-    images = loader(LabelledImages(data, clip), own, inference.workers, world, default_collate)
+    batch_bytes = pixel_bytes(clip, inference.batch_size)
+    images = loader(LabelledImages(data, clip), own, inference.readers, world, default_collate, batch_bytes)
     bar = progress(
         images,
         total=len(own),
@@ -170,7 +170,10 @@ def embed_rows(
         disable=not world.is_first,
     )
     with torch.inference_mode():
-        parts = [(clip.towers.image_features(pixels.to(world.device)), usable) for pixels, usable in bar]
+        parts = [
+            (clip.towers.image_features(pixels.to(world.device, non_blocking=True)), usable)
+            for pixels, usable in bar
+        ]
     width = int(world.max(torch.tensor([parts[0][0].shape[1] if parts else 0])).item())
     rows = torch.zeros(len(data), width, device=world.device)
     is_usable = torch.zeros(len(data), dtype=torch.int32, device=world.device)
@@ -201,7 +204,7 @@ def usable_rows(data: Labelled, rows: torch.Tensor, usable: torch.Tensor) -> Fea
 
 def _reason(data: bytes | BadImage) -> str:
     try:
-        checked(data)
+        in_rgb(data)
     except BadImage as bad:
         return str(bad)
     return "could not be read the first time"
@@ -210,9 +213,9 @@ def _reason(data: bytes | BadImage) -> str:
 def read_cached(path: Path, n: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """image_features fp32 [n, d] and usable bool [n] from a cached file; None if missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            rows, usable = arrays["image_features"], arrays["usable"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = load_arrays(path)
+        rows, usable = arrays["image_features"], arrays["usable"]
+    except (OSError, ValueError, KeyError):
         return None
     fits = (
         rows.ndim == 2

@@ -9,7 +9,6 @@ Sources: the linear probe is from Radford et al. 2021 (arXiv:2103.00020), append
 from a tutorial on Stanford Cars.
 """
 
-import json
 import warnings
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,12 +23,18 @@ from torch import nn
 from data_prep.atomic import atomic_file, write_json
 from data_prep.errors import UserError
 from data_prep.progress import progress
+from data_prep.strict_json import read_json
 from eval.classify.features import Features
 
 HIDDEN, DROPOUTS, LR, EPOCHS, BATCH = 980, (0.25, 0.3), 2e-4, 6, 64
 # scikit-learn's C, the inverse of the regularization; large values matter because features are L2-normed
 C_VALUES = np.logspace(-2, 6, 9)
 SEED = 0
+
+
+# KIND.json
+ABOUT = {"kind": lambda kind: kind in ("linear", "mlp"), "classes": [str], "weights_sha256": str}
+ABOUT |= {"width": lambda width: type(width) is int and width > 0}
 
 
 class Head(nn.Module):
@@ -86,15 +91,18 @@ def load_head(path: Path) -> Head:
     Raises:
         UserError: There is none, or it is damaged.
     """
+    make = "make a head: python -m eval linear-probe MODEL --data DATA --out FOLDER"
+    about, weights = read_json(path, ABOUT, make), path.with_suffix(".safetensors")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        state = load_file(weights)
+        # The width sizes the layers: it must be what the file has, before memory is taken for it.
+        head_width = state["layers.weight" if about["kind"] == "linear" else "text_features"].shape[-1]
+        if head_width != about["width"]:
+            raise ValueError(f"features of {head_width} numbers, but {path.name} says {about['width']}")
         head = Head(about["kind"], about["classes"], about["width"], about["weights_sha256"])
-        head.load_state_dict(load_file(path.with_suffix(".safetensors")))
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: not a head ({error}); make one: python -m eval linear-probe MODEL --data DATA --out"
-            " FOLDER"
-        ) from None
+        head.load_state_dict(state)
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{weights}: not the weights of a head ({error}); {make}") from None
     return head.eval()
 
 

@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from data_prep.atomic import PLACE, sweep
 from data_prep.errors import UserError
 from data_prep.images import DAMAGE, BadImage
 from data_prep.inputs.cells import as_text
@@ -39,6 +40,7 @@ from data_prep.inputs.rows import Columns, Row, is_in_place
 from data_prep.inputs.storage import expand, is_url
 from data_prep.progress import progress
 from data_prep.shards import Shards, read_manifest
+from data_prep.terminal import say
 
 SPLITS = ("train", "val", "valid", "validation", "test")
 IMAGENETTE = {  # WordNet ids of the ten classes of github.com/fastai/imagenette
@@ -306,7 +308,9 @@ class _TableImages(_Located):
 
     def _copy(self, row: Row) -> ImageLocation:
         if self._copies is None:
-            descriptor, self._copies = tempfile.mkstemp(prefix="labelled-images-")
+            sweep(Path(tempfile.gettempdir()))
+            left = f".{PLACE}-{os.getpid()}.partial"
+            descriptor, self._copies = tempfile.mkstemp(left, ".labelled-images-")
             os.close(descriptor)
             weakref.finalize(self, _delete, self._copies, os.getpid())
         with open(self._copies, "ab") as file:
@@ -342,7 +346,7 @@ def _table(
 
 def _parquet(place: str, files: list[Path], columns: Columns, images: str) -> Labelled:
     """Parquet files, without reading their images; those are read by row, one row group at a time."""
-    labels, group_rows, classes = [], [], None
+    labels, group_rows, classes, problems = [], [], None, {}
     for number, path in enumerate(files):
         column = read_label_column(path, columns)
         if number and column.class_names != classes:
@@ -350,11 +354,12 @@ def _parquet(place: str, files: list[Path], columns: Columns, images: str) -> La
                 f"{path}: its schema has other class names than {files[0]}; all files must be of one data set"
             )
         classes = column.class_names
+        problems |= {len(labels) + row: str(BadImage(*why)) for row, why in column.problems.items()}
         labels += column.values
         group_rows.append(column.group_rows)
     read_row = ParquetImages(files, columns.image, group_rows, images)
     names = [f"row {row}" for row in range(1, len(labels) + 1)]
-    return _labelled(place, labels, names, read_row, classes)
+    return _labelled(place, labels, names, read_row, classes, problems=problems)
 
 
 class _Selected:
@@ -416,7 +421,7 @@ def _class_folders(folder: Path) -> Labelled:
         if len(empty) == len(classes):
             raise UserError(f"{folder}: none of its {len(empty)} folders has an image ({listed})")
         if os.environ.get("RANK", "0") == "0":
-            print(f"{folder}: folders without an image are not counted as classes: {len(empty)} ({listed})")
+            say(f"{folder}: folders without an image are not counted as classes: {len(empty)} ({listed})")
         classes = [name for name in classes if images[name]]
     names = [image for name in classes for image in images[name]]
     labels = [label for label, name in enumerate(classes) for _ in images[name]]

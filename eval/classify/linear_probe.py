@@ -20,7 +20,7 @@ from eval.classify.labelled import Labelled, read_labelled, selected
 from eval.classify.metrics import predict, summarize
 from eval.classify.templates import read_names, read_templates
 from eval.classify.zeroshot import text_features
-from eval.embed import load_for_eval
+from eval.embed import load_for_eval, precision_of
 from eval.options import Inference, LabelledTable
 from eval.retrieval.ranking import TIE
 from train.model.clip import Clip
@@ -95,7 +95,7 @@ def evaluate_heads(
         "mlp": (mlp.logits(features), 0.0),
     }
     result = {
-        **identity(model, clip, task, inference),
+        **identity(model, clip, task),
         "n_images": len(test.labels),
         "n_train": [len(split.fit), len(split.val)],
         "n_classes": len(task.train.classes),
@@ -111,17 +111,10 @@ def evaluate_heads(
     return result, [linear, mlp]
 
 
-def identity(model: str, clip: Clip, task: Task, inference: Inference) -> dict:
+def identity(model: str, clip: Clip, task: Task) -> dict:
     """What the result is of: an id, the model and the data."""
     weights = clip.fingerprint()
-    settings = [
-        weights,
-        clip.config,
-        task.train.sha256,
-        task.test.sha256,
-        inference.precision,
-        task.sentences,
-    ]
+    settings = [weights, clip.config, task.train.sha256, task.test.sha256, precision_of(clip), task.sentences]
     return {
         "id": hashlib.sha256(dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
         "model": model,

@@ -5,7 +5,6 @@ likely. All metrics come from the expected confusion matrix: entry (i, j) is the
 class i that are predicted as class j.
 """
 
-import csv
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
+from data_prep.sheets import write_csv
 from eval.classify.templates import read_map
 from eval.retrieval.intervals import mean_interval
 
@@ -258,10 +257,5 @@ def hierarchy(
 
 def write_confusion_csv(path: Path, confusion: np.ndarray, classes: list[str]) -> None:
     """A row per true class, a column per predicted class; ties give fractions."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true class", *classes])
-        writer.writerows(
-            [name, *(f"{value:.10g}" for value in row)] for name, row in zip(classes, confusion, strict=True)
-        )
+    rows = ([name, *(f"{value:.10g}" for value in row)] for name, row in zip(classes, confusion, strict=True))
+    write_csv(path, ["true class", *classes], rows)

@@ -1,13 +1,13 @@
 """Class names and sentences around them: open_clip's templates, some for other domains, or files."""
 
 import difflib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 
 from data_prep.errors import UserError
+from data_prep.strict_json import parse_json
 
 DOMAINS = {
     "plain": ["{}"],
@@ -117,7 +117,7 @@ def read_map(path: Path) -> dict[str, str]:
     """
     example = 'write an object of texts, such as {"siamese": "cat"}'
     try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"))
+        given = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); {example}") from None
     if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):

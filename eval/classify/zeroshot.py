@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from data_prep.atomic import write_json
+from data_prep.terminal import say
 from eval.classify.features import Features, image_features, split_of
 from eval.classify.labelled import Labelled, read_labelled
 from eval.classify.metrics import (
@@ -100,7 +101,7 @@ def write_files(out: Path, result: dict, classified: "Classified", data: Labelle
     write_json(path.with_suffix(".json"), result)
     write_confusion_csv(path.with_suffix(".csv"), confusion, data.classes)
     write_page(path, result, confusion, classified.mistakes, data)
-    print(f"page: {path}; beside it the result as .json, the confusion matrix as .csv and .png")
+    say(f"page: {path}; beside it the result as .json, the confusion matrix as .csv and .png")
 
 
 class Classified(NamedTuple):

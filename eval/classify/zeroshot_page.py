@@ -7,12 +7,11 @@ import numpy as np
 from data_prep.html import data_uri
 from data_prep.html import write_page as write_html
 from data_prep.tables import Table, are, counted, percent
-from eval.classify.features import checked
+from eval.classify.features import in_rgb
 from eval.classify.labelled import Labelled
 from eval.classify.metrics import NAMES, TOP, Mistake
 from eval.report.names import with_display_names
 from eval.report.plots import matrix, svg, write_png
-from train.data.decode import decode
 from train.metrics import METRICS, show, show_difference, show_of
 
 TEMPLATE = Path(__file__).with_name("zeroshot.html")
@@ -26,7 +25,7 @@ def write_page(
     (shown,), figure = with_display_names([result]), matrix(confusion, data.classes)
     examples = [
         {
-            "image": data_uri(decode(checked(data.read(mistake.number))), SIDE_PX),
+            "image": data_uri(in_rgb(data.read(mistake.number)), SIDE_PX),
             "name": data.names[mistake.number],
             "label": data.classes[mistake.label],
             "predicted": data.classes[mistake.predicted],

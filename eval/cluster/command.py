@@ -6,6 +6,7 @@ import tyro
 
 from data_prep.cli import Index, OptionalOutputFile, OutputFile
 from data_prep.errors import UserError
+from data_prep.terminal import say
 
 
 def cluster(
@@ -42,16 +43,17 @@ def cluster(
     if not -1 <= threshold <= 1:
         raise UserError(f"--threshold {threshold}: must be a cosine, at most 1, such as 0.97")
     from data_prep.atomic import write_json
+    from data_prep.sheets import write_csv
     from eval.cluster.near_duplicates import PAIR_COLUMNS
-    from eval.cluster.summary import analyze, report, write_csv
+    from eval.cluster.summary import analyze, report
 
     analysis = analyze(index, None if k == "auto" else k, label_column, threshold)
     result = analysis.write_page(page)
-    print(report(result))
+    say(report(result))
     if csv:
         write_csv(csv, ["key", "path", "cluster", "name"], analysis.cluster_rows())
     if pairs:
         write_csv(pairs, PAIR_COLUMNS, analysis.pairs.rows(analysis.index))
     if json:
         write_json(json, result)
-    print(f"page: {page}")
+    say(f"page: {page}")

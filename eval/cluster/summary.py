@@ -1,14 +1,12 @@
 """The analysis of an index: clusters, agreement with labels, near duplicates, and all figures as a dict."""
 
-import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.tables import markdown_table, percent
 from eval.cluster.clusters import FIT_ROWS, SILHOUETTE_ROWS, TOLERANCE, Clusters, best_k, clusters
@@ -150,11 +148,3 @@ def report(result: dict) -> str:
         counts = f"({values['values']:,} {unit}, {values['images']:,} images)"
         lines.append(f"NMI {values['nmi']:.3f}, ARI {values['ari']:.3f} with {description} {counts}{whole}")
     return "\n".join([*lines, result["near_duplicates"]["message"]])
-
-
-def write_csv(path: Path, header: list[str], rows: Iterable[list]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)

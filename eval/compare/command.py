@@ -7,6 +7,7 @@ import tyro
 
 from data_prep.cli import OptionalOutputFile, OptionalShards, OutputFolder, Shards
 from data_prep.errors import UserError
+from data_prep.terminal import say
 from eval.options import INFERENCE, TABLE, Inference, LabelledTable, Split
 
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL [MODEL ...]")]
@@ -85,8 +86,8 @@ def compare(
             folder = out / "wise_ft"
             add_wise_ft(result, (models[0], models[-1]), wise_ft, save, folder, inputs, inference, world)
         if world.is_first:
-            print(write_comparison(out, result, evaluated, inputs.shards))
-            print(f"page: {out / 'compare.html'}")
+            say(write_comparison(out, result, evaluated, inputs.shards))
+            say(f"page: {out / 'compare.html'}")
 
 
 def confusion(
@@ -136,9 +137,9 @@ def confusion(
         answers = [ask(model, asked, inference, world) for model in models]
         result = result_of(answers, asked, f"{data}, {split}", k, seed)
         if world.is_first:
-            print(text_of(confusion_parts(result)))
+            say(text_of(confusion_parts(result)))
             if json:
                 write_json(json, result)
             if page:
                 write_confusion_page(page, result, asked.shards)
-                print(f"page: {page}; plot: {page.with_suffix('.png')}")
+                say(f"page: {page}; plot: {page.with_suffix('.png')}")

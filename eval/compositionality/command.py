@@ -6,6 +6,7 @@ import tyro
 
 from data_prep.cli import Model, OptionalOutputFile, OptionalShards
 from data_prep.errors import UserError
+from data_prep.terminal import say
 from eval.options import INFERENCE, Inference, Split
 
 
@@ -58,9 +59,9 @@ def compositionality(
             result |= {"data": f"{data}, {split}", "data_sha256": shards.fingerprint}
             result["swaps"] = evaluate_swaps(clip, shards, swaps, world, inference)
         if world.is_first:
-            print(text_of(result_parts(result)))
+            say(text_of(result_parts(result)))
             if json:
                 write_json(json, result)
             if page:
                 write_compositionality_page(page, result, drawings, swaps)
-                print(f"page: {page}")
+                say(f"page: {page}")

@@ -24,4 +24,6 @@ def thumbnail(shards: Shards, number: int, side_px: int = 64) -> Thumbnail:
     sample = shards.read(number)
     title = (*sample.captions, sample.key)[0]
     title += f" ({sample.path})" if sample.path else ""
-    return Thumbnail(data_uri(decode(sample.image), side_px), title)
+    with shards.naming(number):
+        image = decode(sample.image)
+    return Thumbnail(data_uri(image, side_px), title)

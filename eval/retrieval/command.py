@@ -5,6 +5,7 @@ from typing import Annotated
 import tyro
 
 from data_prep.cli import Model, OptionalFile, OptionalOutputFile, OutputFile, Shards
+from data_prep.terminal import say
 from eval.options import INFERENCE, Inference, Split
 
 
@@ -38,12 +39,14 @@ def retrieval(
         robustness: Also query with downscaled, blurred and cropped images; embeds the images nine more times.
         inference: How models are run.
     """
-    from eval.embed import embed, load_for_eval, open_shards
-    from eval.retrieval.page import write_retrieval_page
+    from eval.embed import embed, load_for_eval, open_shards, precision_of
     from eval.retrieval.queries import read_queries
     from eval.retrieval.robustness import curves
     from eval.retrieval.run import evaluate_split, read_baseline, report
     from train.world import joined_world
+
+    if page:  # only a page needs matplotlib
+        from eval.retrieval.page import write_retrieval_page
 
     def prepare() -> tuple:
         """The cheap checks first, so that a mistake is reported before a model is loaded."""
@@ -59,6 +62,7 @@ def retrieval(
         source = {
             "model": model,
             "weights_sha256": clip.fingerprint(),
+            "precision": precision_of(clip),
             "data": f"{data}, {split}",
             "data_sha256": shards.fingerprint,
         }
@@ -69,7 +73,7 @@ def retrieval(
             report(result, scores, against, baseline, json)
             if page:
                 write_retrieval_page(page, embedded, shards, result, baseline)
-                print(f"\npage: {page}; plot: {page.with_suffix('.png')}")
+                say(f"\npage: {page}; plot: {page.with_suffix('.png')}")
 
 
 def leaks(
@@ -115,4 +119,4 @@ def leaks(
                 counts.append(f"{int((cosines >= threshold).sum())} of {len(shards)} images of {split}")
         if world.is_first:
             write_leaks(csv, sorted(rows, key=lambda row: -float(row[3])))
-            print(f"{', '.join(counts)} have a training image with a cosine of {threshold} or more: {csv}")
+            say(f"{', '.join(counts)} have a training image with a cosine of {threshold} or more: {csv}")

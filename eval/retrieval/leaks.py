@@ -2,14 +2,13 @@
 pixels.
 """
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from data_prep.atomic import atomic_file
 from data_prep.shards import Shards
+from data_prep.sheets import write_csv
 
 HEADER = ["image", "split", "train_image", "cosine"]
 
@@ -49,8 +48,4 @@ def leaks(
 
 
 def write_leaks(path: Path, rows: list[list]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(HEADER)
-        writer.writerows(rows)
+    write_csv(path, HEADER, rows)

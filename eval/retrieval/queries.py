@@ -1,6 +1,5 @@
 """Queries that are no captions, from a JSONL file; and slices of the data by the values of a column."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
+from data_prep.strict_json import parse_json
 from eval.embed import Embedded
 from train.metrics import DIRECTIONS
 
@@ -82,9 +82,9 @@ def read_queries(path: Path, shards: Shards) -> QueryFile:
 def _parse(line: str) -> tuple[str, list[str]]:
     """Text and keys of a line; a ValueError says what is wrong with it."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         text, keys = str(row["text"]), [str(key) for key in row["keys"]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"not a JSON object with text and keys ({type(error).__name__}: {error})") from None
     if not text.strip():
         raise ValueError("an empty text")

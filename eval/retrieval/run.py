@@ -6,6 +6,7 @@ from data_prep.atomic import write_json
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from data_prep.tables import text_of
+from data_prep.terminal import say
 from eval.embed import Embedded, embed_texts
 from eval.options import Inference
 from eval.retrieval.queries import QueryFile, slices
@@ -65,7 +66,7 @@ def report(
     """Add the paired differences to the result, print the tables, and write the JSON."""
     if against and queries_file(against).is_file():
         result["differences"] = differences(QueryScores.load(queries_file(against)), scores)
-    print(text_of(result_parts(result, baseline)))
+    say(text_of(result_parts(result, baseline)))
     if json:
         write_json(json, result)
         scores.save(queries_file(json))

@@ -4,7 +4,6 @@ embed -> ranks -> evaluate             both directions, by group and by instance
       -> positions -> evaluate_full    also mAP, nDCG, recall@k, image to image, intervals, query scores
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +13,23 @@ import torch
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.shards import Shards
+from data_prep.strict_json import load_json
+from eval.arrays import load_arrays
 from eval.embed import Captions, Embedded, embed
 from eval.options import INFERENCE, Inference
 from eval.retrieval.intervals import mean_interval, paired_difference
 from eval.retrieval.metrics import all_relevant, chance, instance_upper_bounds
 from eval.retrieval.ranking import Relevance, first_of, positions, query_values, ranks, summarize
-from train.metrics import ALL_DIRECTIONS, CHANCE, COMPARE, DIRECTIONS, INSTANCE, OWN_CAPTIONS, metrics_in
+from train.metrics import (
+    ALL_DIRECTIONS,
+    CHANCE,
+    COMPARE,
+    DIRECTIONS,
+    INSTANCE,
+    OWN_CAPTIONS,
+    RESULT,
+    metrics_in,
+)
 from train.model.clip import Clip
 from train.world import World
 
@@ -94,8 +104,16 @@ class QueryScores:
 
     @classmethod
     def load(cls, path: Path) -> "QueryScores":
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = dict(stored.items())
+        """Raises:
+        UserError: the file is damaged.
+        """
+        try:
+            arrays = load_arrays(path)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: damaged ({error}); make the result again: python -m eval retrieval MODEL --data"
+                " SHARDS --json FILE"
+            ) from None
         is_group = {name: name.startswith("groups/") for name in arrays}
         return cls(
             {name: values for name, values in arrays.items() if not is_group[name]},
@@ -240,6 +258,18 @@ def differences(first: QueryScores, second: QueryScores) -> dict[str, list[float
     return found
 
 
+def pooled(queries: QueryScores, *directions: str, metric: str = "R@1") -> tuple[np.ndarray, np.ndarray]:
+    """The queries of several directions as one sample, for an interval of the mean of the directions' means.
+
+    Returns:
+        What each query scores, float [n], so weighted that their mean is that mean; the groups, int64 [n].
+    """
+    values = [queries.values[f"{direction}/{metric}"] for direction in directions]
+    groups = [queries.groups[direction] for direction in directions]
+    share = sum(map(len, values)) / len(values)
+    return np.concatenate([each * share / len(each) for each in values]), np.concatenate(groups)
+
+
 def queries_file(path: Path) -> Path:
     """The file beside a result with its QueryScores."""
     return path.with_suffix(".queries.npz")
@@ -252,16 +282,10 @@ def read_json(path: Path) -> dict:
         UserError: it cannot be read, or is no result of retrieval.
     """
     try:
-        result = json.loads(path.read_text())
+        return load_json(path, RESULT)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{path}: not a result ({reason}); make one with: python -m eval retrieval MODEL --data SHARDS"
-            f" --json {path}"
+            f"{path}: not a result of retrieval ({reason}); make one with: python -m eval retrieval MODEL"
+            f" --data SHARDS --json {path}"
         ) from None
-    if not isinstance(result, dict) or not {"model", "metrics"} <= result.keys():
-        raise UserError(
-            f"{path}: not a result of retrieval; make one with: python -m eval retrieval MODEL --data SHARDS"
-            f" --json {path}"
-        )
-    return result

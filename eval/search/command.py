@@ -1,31 +1,18 @@
 """The commands embed, search, serve and export: options and help. Torch is imported when they run."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from data_prep.cli import Index, Model, OptionalFile, OptionalOutputFile, OutputFile
 from data_prep.errors import UserError
-from eval.options import Inference, Split
+from data_prep.terminal import say
+from eval.options import INFERENCE, Inference, Split
 
 OneModel = Annotated[Model, tyro.conf.Positional]
 OneIndex = Annotated[Index, tyro.conf.Positional]
 Indexes = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INDEX [INDEX ...]")]
-
-
-@dataclass(frozen=True)
-class IndexInference(Inference):
-    """How the model is run. No feature depends on batch_size or workers.
-
-    Attributes:
-        batch_size: Images embedded at once.
-        workers: Processes that read images; 0 reads them in the main process.
-        precision: Of the model. auto is bf16 on a GPU and fp32 on a CPU. An index holds fp16 features.
-    """
-
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
 
 
 def embed(
@@ -34,7 +21,7 @@ def embed(
     out: Index,
     split: Split = "",
     overwrite: bool = False,
-    inference: Inference = IndexInference(),
+    inference: Inference = INFERENCE,
 ) -> None:
     """Make an index of the images of a corpus, for search, serve, cluster and export.
 
@@ -109,16 +96,16 @@ def search(
     queries = list(query.read_queries(queries_csv)) if queries_csv else []
     searcher = query.open_searcher(index, model, filter, k, not all_variants, approximate)
     if approximate:
-        print(f"approximate index: recall@10 {searcher.nearest.recall():.3f} against exact search")
+        say(f"approximate index: recall@10 {searcher.nearest.recall():.3f} against exact search")
     if queries_csv:
-        print(query.write_results(searcher, queries, queries_csv.parent, out))
+        say(query.write_results(searcher, queries, queries_csv.parent, out))
         return
     if text:
         features = query.text_query(searcher.clip, [text])
     else:
         features = query.image_query(searcher.clip, data, f"--image {image}")
     (results,) = searcher.find(features)
-    print(query.table(results))
+    say(query.table(results))
     if json:
         asked = {"text": text} if text else {"image": str(image)}
         described = {"index": str(index), "model": searcher.index.manifest["model"], **asked}

@@ -11,7 +11,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -21,8 +20,8 @@ from data_prep.images import BadImage
 from data_prep.inputs.folders import images_below
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.inputs.texts import txt_captions
-from data_prep.shards import Shards, read_manifest
-from eval.classify.features import checked
+from data_prep.shards import Joined, Shards, read_manifest
+from eval.classify.features import in_rgb
 from train.data.decode import decode
 from train.model.clip import Clip
 
@@ -30,25 +29,16 @@ THUMBNAIL_PX = 192
 WHITE = (255, 255, 255)
 
 
-class ShardsCorpus:
+class ShardsCorpus(Joined):
     """All splits of a folder of shards, or one; their images were checked by the build."""
 
     def __init__(self, folder: Path, split: str):
         splits = [name for name, entry in read_manifest(folder)["splits"].items() if entry["samples"]]
-        self.parts = [Shards(folder, name) for name in ([split] if split else splits)]
+        super().__init__([Shards(folder, name) for name in ([split] if split else splits)])
         if not self.parts:
             raise UserError(f"{folder}: no samples in any split; build the shards again")
-        self.ends = np.cumsum([len(part) for part in self.parts])
         self.place = f"{folder}, {split}" if split else str(folder)
         self.sha256 = hashlib.sha256(f"{self.parts[0].fingerprint} {split}".encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def locate(self, number: int) -> tuple[Shards, int]:
-        """The split of an image, and its number there."""
-        part = int(np.searchsorted(self.ends, number, side="right"))
-        return self.parts[part], number - int(self.ends[part]) + len(self.parts[part])
 
     def read(self, number: int, background: tuple[int, int, int] = WHITE) -> tuple[Image.Image, dict]:
         """An image that the build has composited on the shards' own background."""
@@ -91,7 +81,7 @@ class FolderCorpus:
 
     def read(self, number: int, background: tuple[int, int, int] = WHITE) -> tuple[Image.Image, dict]:
         name = self.names[number]
-        image = decode(checked(read_local(ImageLocation(self.folder, name)), background))
+        image = in_rgb(read_local(ImageLocation(self.folder, name)), background)
         text = read_local(ImageLocation(self.folder, f"{os.path.splitext(name)[0]}.txt"))
         lines = [] if isinstance(text, BadImage) else txt_captions(text)
         captions = [line.strip().encode("utf-8", "replace").decode() for line in lines]

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.progress import progress
+from data_prep.terminal import say
 from eval.search.index import OWN_COLUMNS, Index, open_index
 
 ROWS_AT_ONCE = 4096
@@ -36,7 +37,7 @@ def export_index(folder: Path, out: Path, table: str) -> None:
     if out.suffix == ".npy":
         write_keys(out.with_suffix(".csv"), index)
     load = f"    load it: psql -v ON_ERROR_STOP=1 -1 -f {out} DATABASE" if out.suffix == ".sql" else ""
-    print(f"{len(index)} images: {out}{load}")
+    say(f"{len(index)} images: {out}{load}")
 
 
 def parts(index: Index) -> Iterator[tuple[list[dict], np.ndarray]]:

@@ -11,7 +11,7 @@
 Images are numbered from 0 in the order of the data, on any number of ranks.
 """
 
-import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,9 @@ import pyarrow.parquet as pq
 
 from data_prep.below import file_below
 from data_prep.errors import UserError
+from data_prep.inputs.parquet import read_table
+from data_prep.strict_json import load_json
+from eval.arrays import map_array
 from eval.embed import load_for_eval
 from eval.options import INFERENCE
 from train.model.clip import Clip
@@ -30,7 +33,15 @@ from train.world import World
 
 FORMAT = 2
 FORMATS = (1, FORMAT)  # format 1 has no paths: there, a column "path" is one of the data
-OWN_COLUMNS = ("key", "path", "split", "group", "captions")
+# Columns of metadata.parquet beside those of the data, which are texts.
+SCHEMA = {
+    "key": pa.string(),
+    "path": pa.string(),
+    "split": pa.string(),
+    "group": pa.int64(),
+    "captions": pa.list_(pa.string()),
+}
+OWN_COLUMNS = tuple(SCHEMA)
 MAKE = "python -m eval embed MODEL --data SHARDS --out INDEX"
 
 
@@ -53,19 +64,16 @@ class Index:
         self.manifest = read_manifest(folder)
         n, d = self.manifest["n"], self.manifest["d"]
         try:
-            self.features = np.load(
-                file_below(folder, "features.npy"), mmap_mode="c" if n else None, allow_pickle=False
-            )
-            self._table = pq.read_table(file_below(folder, "metadata.parquet"), memory_map=True)
-            self._thumbnail_starts = starts = np.load(
-                file_below(folder, "thumbnails.npy"), allow_pickle=False
-            )
+            self.features = map_array(file_below(folder, "features.npy"), "c")
+            self._thumbnail_starts = starts = map_array(file_below(folder, "thumbnails.npy"))
             stored = file_below(folder, "thumbnails.bin").stat().st_size
-        except (OSError, ValueError, EOFError, pa.ArrowException) as error:
+            metadata = file_below(folder, "metadata.parquet")
+            rows, schema = pq.read_metadata(metadata).num_rows, pq.read_schema(metadata)
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(
                 f"{folder}: a file of the index cannot be read ({error}); make the index again: {MAKE}"
             ) from None
-        sizes = (self.features.shape, self.features.dtype, self._table.num_rows, starts.size, stored)
+        sizes = (self.features.shape, self.features.dtype, rows, starts.size, stored)
         ascends = (
             starts.dtype == np.int64 and starts.shape == (n + 1,) and (np.diff(starts, prepend=0) >= 0).all()
         )
@@ -73,19 +81,49 @@ class Index:
             raise UserError(
                 f"{folder}: the sizes of the index's files do not match {sizes}; make the index again: {MAKE}"
             )
-        own = OWN_COLUMNS if self.has_paths else tuple(name for name in OWN_COLUMNS if name != "path")
-        if missing := set(own) - set(self._table.column_names):
+        self._table = self._read_table(metadata, schema)
+
+    def _read_table(self, metadata: Path, schema: pa.Schema) -> pa.Table:
+        """The metadata, which is read only if there are as many features, and if its columns are of an index:
+        a few bytes can be any number of rows.
+        """
+        own = self._own_columns
+        if missing := set(own) - set(schema.names):
             raise UserError(
-                f"{folder / 'metadata.parquet'}: has no column {', '.join(sorted(missing))}; make the index"
-                f" again: {MAKE}"
+                f"{metadata}: has no column {', '.join(sorted(missing))}; make the index again: {MAKE}"
             )
+        wrong = [
+            field.name
+            for field in schema
+            if field.type != (SCHEMA[field.name] if field.name in own else pa.string())
+        ]
+        table = pa.table({})
+        if not wrong and len(set(schema.names)) == len(schema.names):
+            try:
+                table = read_table(metadata)
+                table.validate(full=True)
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise UserError(
+                    f"{self.folder}: a file of the index cannot be read ({error}); make the index again:"
+                    f" {MAKE}"
+                ) from None
+            wrong = [name for name in own if table[name].null_count]
+        if wrong or not table.num_columns:
+            raise UserError(
+                f"{metadata}: its columns {', '.join(wrong) or 'have a name twice'} are not of an index; make"
+                f" the index again: {MAKE}"
+            )
+        return table
 
     def __len__(self) -> int:
         return self.manifest["n"]
 
     @cached_property
     def group_of(self) -> np.ndarray:
-        return self._table["group"].to_numpy()
+        groups = self._table["group"].to_numpy()
+        if len(groups) and not 0 <= groups.min() <= groups.max() < 16 * len(groups) + (1 << 20):
+            return np.unique(groups, return_inverse=True)[1]  # they are counted in an array of that length
+        return groups
 
     @cached_property
     def _own_columns(self) -> tuple[str, ...]:
@@ -163,7 +201,7 @@ class Index:
         Raises:
             UserError: There is no such model, or its weights differ.
         """
-        made_by = self.manifest["model"]
+        made_by = self.made_by
         clip = load_for_eval(name or made_by, INFERENCE, World())
         if clip.fingerprint() != self.manifest["model_sha256"]:
             raise UserError(
@@ -174,6 +212,18 @@ class Index:
                 f" {quote(str(self.folder))}"
             )
         return clip
+
+    @property
+    def made_by(self) -> str:
+        """The model of the manifest, as a command in any folder opens it."""
+        place = self.manifest.get("model_place")
+        names = ("relative", "absolute", "before", "after")
+        if not isinstance(place, dict) or not all(isinstance(place.get(name), str) for name in names):
+            return self.manifest["model"]  # without a path, or of an earlier version
+        for path in (os.path.normpath(self.folder.resolve() / place["relative"]), place["absolute"]):
+            if "\0" not in path and path != str(self.folder.resolve()) and os.path.exists(path):
+                return f"{place['before']}{path}{place['after']}"
+        return self.manifest["model"]
 
     def same_corpus(self, other: "Index") -> bool:
         """Whether both hold the same images in the same order, so that models can be shown side by side."""
@@ -187,15 +237,15 @@ def read_manifest(folder: Path) -> dict:
         UserError: There is none that this version can read.
     """
     try:
-        manifest = json.loads(file_below(folder, "manifest.json").read_text(encoding="utf-8"))
+        manifest = load_json(file_below(folder, "manifest.json"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder}: no index there; make one: python -m eval embed MODEL --data SHARDS --out"
             f" {quote(str(folder))}"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(
-            f"{folder / 'manifest.json'}: not JSON ({error}); make the index again: {MAKE}"
+            f"{folder / 'manifest.json'}: damaged ({error}); make the index again: {MAKE}"
         ) from None
     if not isinstance(manifest, dict) or "model_sha256" not in manifest:
         is_shards = isinstance(manifest, dict) and "splits" in manifest

@@ -9,9 +9,7 @@ A rank takes every world_size-th missing block, so a stopped command resumes on 
 are cut by number within a block, so features are the same bit for bit in any world.
 """
 
-import csv
-import dataclasses
-import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -24,28 +22,33 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data_prep.atomic import atomic_file, atomic_folder, check_replaceable, local_paths, locked, write_json
+from data_prep.atomic import (
+    atomic_file,
+    atomic_folder,
+    check_replaceable,
+    local_paths,
+    locked,
+    sweep,
+    write_json,
+)
 from data_prep.errors import NotFinite, UserError
 from data_prep.progress import progress
-from data_prep.strict_json import strict_json
+from data_prep.sheets import write_csv
+from data_prep.strict_json import parse_json, read_json, strict_json
 from data_prep.tables import counted
-from eval.embed import load_for_eval
+from data_prep.terminal import say
+from eval.arrays import load_arrays
+from eval.embed import load_for_eval, pixel_bytes, precision_of
 from eval.options import Inference
 from eval.search.corpus import THUMBNAIL_PX, Corpus, CorpusImages, ShardsCorpus, collate, open_corpus
-from eval.search.index import FORMAT, OWN_COLUMNS
+from eval.search.index import FORMAT, OWN_COLUMNS, SCHEMA
 from train.data.loader import loader
-from train.device import has_bf16
 from train.model.clip import Clip
+from train.model.source import path_in
 from train.world import World
 
 BLOCK_IMAGES = 2048  # about: whole batches
-SCHEMA = {
-    "key": pa.string(),
-    "path": pa.string(),
-    "split": pa.string(),
-    "group": pa.int64(),
-    "captions": pa.list_(pa.string()),
-}
+CONTENT, SAME_CONTENT = ("model_sha256", "data_sha256"), {"model", "model_place", "data"}  # other paths
 UNREADABLE = ("key", "path", "reason")  # the columns of unreadable.csv
 
 
@@ -53,18 +56,14 @@ def make_index(
     model: str, data: Path, out: Path, split: str, overwrite: bool, inference: Inference, world: World
 ) -> None:
     """Embed a corpus, or resume; see eval.search.command.embed."""
-    if inference.precision == "auto":
-        # bf16 costs no quality here: an index holds fp16 features. On CPUs it is slow.
-        device = world.device
-        precision = "bf16" if device.type != "cpu" and has_bf16(device) else "fp32"
-        inference = dataclasses.replace(inference, precision=precision)
     corpus, clip = world.all_or_raise(lambda: prepare(model, data, out, split, overwrite, inference, world))
     unfinished = out.with_name(f".{out.name}.unfinished")
-    started = describe(model, corpus, clip, inference)
+    started = describe(model, corpus, clip, inference, out)
 
     def begin() -> None:
         check_unfinished(unfinished)
         lock.enter_context(locked(unfinished, "embedding into"))
+        sweep(unfinished, is_locked=True)
         # Another command may have finished since prepare().
         check_replaceable(out, "index", overwrite, local_paths(model, data))
         start(unfinished, started)
@@ -86,11 +85,11 @@ def make_index(
 
 def print_summary(out: Path, n: int, unreadable: int, embedded: int, seconds: float) -> None:
     rate = f"{embedded} embedded now, {embedded / seconds:.1f}/s" if embedded else "all embedded before"
-    print(f"{counted(n, 'image')} ({rate}): {out}")
+    say(f"{counted(n, 'image')} ({rate}): {out}")
     if unreadable:
-        print(f"{counted(unreadable, 'image')} cannot be read: {out / 'unreadable.csv'}")
+        say(f"{counted(unreadable, 'image')} cannot be read: {out / 'unreadable.csv'}")
     index = quote(str(out))
-    print(f"search: python -m eval search {index} --text '...'    page: python -m eval serve {index}")
+    say(f"search: python -m eval search {index} --text '...'    page: python -m eval serve {index}")
 
 
 def prepare(
@@ -104,18 +103,30 @@ def prepare(
     return corpus, load_for_eval(model, inference, world)
 
 
-def describe(model: str, corpus: Corpus, clip: Clip, inference: Inference) -> dict:
+def describe(model: str, corpus: Corpus, clip: Clip, inference: Inference, out: Path) -> dict:
     """The part of the manifest that is known before embedding."""
     return {
         "index_format": FORMAT,
         "model": model,
+        "model_place": place_of(model, out),
         "model_sha256": clip.fingerprint(),
-        "precision": inference.precision,
-        "data": corpus.place,
+        "precision": precision_of(clip),
+        "data": os.path.abspath(corpus.place),
         "data_sha256": corpus.sha256,
         "block_size": block_size(inference),
         "thumbnail_px": THUMBNAIL_PX,
     }
+
+
+def place_of(model: str, out: Path) -> dict[str, str] | None:
+    """Where a MODEL with a path is for commands in another folder: relative to the index, which may be moved
+    with it, and absolute, for an index that is moved alone.
+    """
+    if not (parts := path_in(model)):
+        return None
+    before, path, after = parts
+    relative = os.path.relpath(os.path.realpath(path), os.path.realpath(out))
+    return {"before": before, "relative": relative, "absolute": os.path.abspath(path), "after": after}
 
 
 def check_unfinished(unfinished: Path) -> None:
@@ -138,14 +149,14 @@ def start(unfinished: Path, started: dict) -> None:
     """Make the folder of an unfinished index, or resume the one that is there if it is of the same."""
     file = unfinished / "started.json"
     if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file, dict, "delete this folder, and run the same command again")
         changed = [name for name, value in started.items() if before.get(name) != value]
-        if not changed:
-            print(f"resuming {unfinished}")
+        if set(changed) <= SAME_CONTENT and all(before.get(name) == started[name] for name in CONTENT):
+            say(f"resuming {unfinished}")
             return
         if n_blocks := len(list(unfinished.glob("block-*.npz"))):
             what = ", ".join(changes(before, started, changed))
-            print(f"{unfinished}: of another {what}; starting again, without its {n_blocks} blocks of images")
+            say(f"{unfinished}: of another {what}; starting again, without its {n_blocks} blocks of images")
         for entry in unfinished.iterdir():
             if not entry.name.startswith("."):  # the lock stays: it is held
                 entry.unlink()
@@ -156,6 +167,8 @@ def changes(before: dict, started: dict, changed: Sequence[str]) -> list[str]:
     """What differs, in words; a hash tells a person nothing, so only what it is of is named."""
     texts = []
     for name in changed:
+        if name == "model_place":  # said by its name
+            continue
         if not name.endswith("_sha256"):
             texts.append(f"{name} ({before.get(name)}, now {started[name]})")
         elif (what := name.removesuffix("_sha256")) not in changed:
@@ -186,7 +199,8 @@ def write_blocks(
         for numbers in ranges
         for first in range(0, len(numbers), batch_size)
     ]
-    inputs = iter(loader(CorpusImages(corpus, clip), batches, inference.workers, world, collate))
+    batch_bytes = pixel_bytes(clip, batch_size)
+    inputs = iter(loader(CorpusImages(corpus, clip), batches, inference.readers, world, collate, batch_bytes))
     total, readable, started = sum(map(len, ranges)), 0, None
     bar = progress(total=total, desc="embedding", unit="image", smoothing=0.05, disable=not world.is_first)
     with torch.inference_mode(), bar:
@@ -248,8 +262,12 @@ def _bytes(data: bytes) -> np.ndarray:
 def read_blocks(blocks: Sequence[Path]) -> Iterator[tuple[list[dict], dict[str, np.ndarray]]]:
     """The metadata of each block, and its arrays."""
     for path in blocks:
-        with np.load(path, allow_pickle=False) as arrays:
-            yield json.loads(arrays["metadata"].tobytes()), arrays
+        try:
+            arrays = load_arrays(path)
+            metadata = parse_json(arrays["metadata"].tobytes())
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: damaged ({error}); delete it, and run the same command again") from None
+        yield metadata, arrays
 
 
 def join(blocks: Sequence[Path], out: Path, started: dict) -> tuple[int, int]:
@@ -272,8 +290,7 @@ def join(blocks: Sequence[Path], out: Path, started: dict) -> tuple[int, int]:
     columns = {f"{name} of the data" if name in OWN_COLUMNS else name: name for name in sorted(names)}
     with atomic_folder(out, "index") as folder:
         write_arrays(folder, blocks, columns, n, d)
-        with open(folder / "unreadable.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([UNREADABLE, *unreadable])
+        write_csv(folder / "unreadable.csv", UNREADABLE, unreadable)
         write_json(folder / "manifest.json", {**started, "n": n, "d": d, "unreadable": len(unreadable)})
     return n, len(unreadable)
 

@@ -13,7 +13,7 @@ import torch
 from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.progress import progress
-from eval.search.index import Index
+from eval.search.index import MAKE, Index
 
 try:
     import faiss
@@ -80,6 +80,10 @@ class Nearest:
             count = min(searched, 4 * k if grouped else k)
             while True:  # until there are enough groups among the nearest images
                 scores, numbers = self.nearest(part, count, rows)
+                if not np.isfinite(scores[numbers >= 0]).all():
+                    raise UserError(
+                        f"{self.index.folder}: holds features that are not finite; make it again: {MAKE}"
+                    )
                 hits = [
                     _best_of_groups(*query, groups, sizes, k) for query in zip(scores, numbers, strict=True)
                 ]

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from data_prep.atomic import atomic_file
 from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.inputs.locations import ImageLocation, read_local
+from data_prep.sheets import write_csv
 from data_prep.tables import markdown_table
 from eval.classify.features import open_image
 from eval.embed import embed_texts
@@ -79,9 +79,13 @@ def image_query(clip: Clip, data: bytes, name: str) -> torch.Tensor:
     Raises:
         UserError: The image is damaged, blank, or has too many pixels according to its header.
     """
-    pixels = clip.eval_transform(open_image(data, name, clip.background))[None]
+    return pixels_query(clip, clip.eval_transform(open_image(data, name, clip.background)))
+
+
+def pixels_query(clip: Clip, pixels: torch.Tensor) -> torch.Tensor:
+    """image_features fp32 [1, d] of a preprocessed image, uint8 [3, H, W]; L2-normed, on the CPU."""
     with torch.inference_mode():
-        return clip.towers.image_features(pixels.to(clip.towers.mean.device)).cpu()
+        return clip.towers.image_features(pixels[None].to(clip.towers.mean.device)).cpu()
 
 
 def filter_rows(index: Index, filters: Sequence[str]) -> np.ndarray | None:
@@ -155,28 +159,31 @@ def write_results(searcher: Searcher, queries: Sequence[TextOrImage], root: Path
     Returns:
         A summary for the terminal.
     """
-    failed = 0
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        for start in range(0, len(queries), QUERIES_AT_ONCE):
-            part = queries[start : start + QUERIES_AT_ONCE]
-            features = query_features(searcher.clip, root, part)
-            valid = [tensor for tensor in features if isinstance(tensor, torch.Tensor)]
-            results = iter(searcher.find(torch.stack(valid)) if valid else [])
-            for query, tensor in zip(part, features, strict=True):
-                name = query.text or query.image
-                if isinstance(tensor, str):
-                    failed += 1
-                    writer.writerow({"query": name, "problem": tensor})
-                    continue
-                for result in next(results):
-                    caption = result["captions"][0] if result["captions"] else ""
-                    score = f"{result['score']:.6f}"
-                    writer.writerow({**result, "query": name, "score": score, "caption": caption})
-    problems = f"; {failed} failed, see the column problem" if failed else ""
-    return f"{len(queries) - failed} of {len(queries)} queries answered{problems}: {out}"
+    failed = []
+    rows = _result_rows(searcher, queries, root, failed)
+    write_csv(out, CSV_COLUMNS, ([row.get(column, "") for column in CSV_COLUMNS] for row in rows))
+    problems = f"; {len(failed)} failed, see the column problem" if failed else ""
+    return f"{len(queries) - len(failed)} of {len(queries)} queries answered{problems}: {out}"
+
+
+def _result_rows(
+    searcher: Searcher, queries: Sequence[TextOrImage], root: Path, failed: list[str]
+) -> Iterator[dict]:
+    """Rows of CSV_COLUMNS; the names of queries without results are appended to `failed`."""
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        part = queries[start : start + QUERIES_AT_ONCE]
+        features = query_features(searcher.clip, root, part)
+        valid = [tensor for tensor in features if isinstance(tensor, torch.Tensor)]
+        results = iter(searcher.find(torch.stack(valid)) if valid else [])
+        for query, tensor in zip(part, features, strict=True):
+            name = query.text or query.image
+            if isinstance(tensor, str):
+                failed.append(name)
+                yield {"query": name, "problem": tensor}
+                continue
+            for result in next(results):
+                caption = result["captions"][0] if result["captions"] else ""
+                yield {**result, "query": name, "score": f"{result['score']:.6f}", "caption": caption}
 
 
 def query_features(clip: Clip, root: Path, queries: Sequence[TextOrImage]) -> list[torch.Tensor | str]:

@@ -2,20 +2,24 @@
 
     text, image, or number of an image -> features, by each index's model -> Nearest -> hits, per index
 
+An uploaded image is decoded in a child process with limits of time and memory, and its search waits for it
+without holding up the others.
 The indexes are of one corpus: keys, columns and thumbnails come from the first. The page is serve.html.
 """
 
 import asyncio
 import hashlib
 import json
+import queue
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -23,15 +27,18 @@ from starlette.routing import Route
 
 from data_prep import web
 from data_prep.errors import UserError
+from data_prep.images import BadImage, child_decoder, rgb
 from data_prep.web import Refused
+from eval.classify.features import RULES
 from eval.search.index import Index
 from eval.search.nearest import Nearest
-from eval.search.query import filter_rows, image_query, text_query
+from eval.search.query import filter_rows, pixels_query, text_query
 from train.model.clip import Clip, public_name
 
 PAGE = Path(__file__).with_name("serve.html")
 MAX_K, MAX_TEXT, MAX_FILTERS, MAX_JSON_BYTES = 100, 2000, 20, 1 << 20
 TEXTS_KEPT, SEARCHES_AT_ONCE, EXAMPLES, SAMPLES = 4096, 32, 4, 32
+UPLOADS_AT_ONCE, UPLOAD_SECONDS = 2, 10  # images that are decoded at once; CPU time for each
 NO_IMAGES = "This index holds no images."
 
 
@@ -41,7 +48,7 @@ class Column:
     Args:
         clip: None if the index is empty.
         forward: One thread in which models run, shared by all columns. So one forward runs at a time, on all
-            cores, and one uploaded image is in memory at its full size.
+            cores.
     """
 
     def __init__(
@@ -68,17 +75,52 @@ class Column:
             del self._cached[next(iter(self._cached))]
         return features
 
-    def image(self, data: bytes) -> torch.Tensor:
-        """image_features fp32 [1, d] of an uploaded file.
-
-        Raises:
-            UserError: It is not an image, damaged, or has too many pixels.
-        """
-        return self.forward.submit(image_query, self.clip, data, "the image").result()
+    def image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """image_features fp32 [1, d] of an image, uint8 [3, H, W], see Uploads."""
+        return self.forward.submit(pixels_query, self.clip, pixels).result()
 
     def like(self, number: int) -> torch.Tensor:
         """image_features fp32 [1, d] of an image of the index."""
         return torch.from_numpy(self.index.features[[number]].astype(np.float32))
+
+
+class Uploads:
+    """Decodes uploaded images, each in one of a few child processes.
+
+    Attributes:
+        threads: The threads in which decoded() is called; as many as there are children, so at most so many
+            images are in memory at their full size.
+    """
+
+    def __init__(self):
+        self.threads = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="upload")
+        self._children = [child_decoder(UPLOAD_SECONDS, RULES) for _ in range(UPLOADS_AT_ONCE)]
+        self._idle = queue.SimpleQueue()
+        for child in self._children:
+            self._idle.put(child)
+
+    def decoded(self, data: bytes, columns: Sequence[Column]) -> list[torch.Tensor]:
+        """uint8 [3, H, W] of a file, for the model of each column.
+
+        Raises:
+            UserError: It is not an image, damaged, has too many pixels, or takes too much time or memory.
+        """
+        images: dict[tuple, Image.Image] = {}  # by background
+        child = self._idle.get()
+        try:
+            for background in dict.fromkeys(column.clip.background for column in columns):
+                pixels = rgb(data, replace(RULES, background=background), child)
+                images[background] = Image.fromarray(pixels)
+        except BadImage as bad:
+            raise UserError(f"the image: {bad}; use another image") from None
+        finally:
+            self._idle.put(child)
+        return [column.clip.eval_transform(images[column.clip.background]) for column in columns]
+
+    def end(self) -> None:
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for child in self._children:
+            child.end()
 
 
 def open_columns(
@@ -175,15 +217,7 @@ async def read(request: Request, n: int) -> Search:
         Refused: The request is not valid.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
-        try:
-            fields = json.loads(await web.body(request, MAX_JSON_BYTES))
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"the request is not valid JSON ({error!s:.80})") from None
-        if not isinstance(fields, dict):
-            raise Refused(
-                f"the request must be a JSON object with text or like, not {json.dumps(fields):.80}"
-            )
-        return checked(fields, n)
+        return checked(await web.json_body(request, MAX_JSON_BYTES), n)
     fields = dict(request.query_params.items())
     fields.pop("filter", None)
     if filters := request.query_params.getlist("filter"):
@@ -195,14 +229,17 @@ async def read(request: Request, n: int) -> Search:
     return checked(fields, n, await web.body(request))
 
 
-def results_of(columns: Sequence[Column], search: Search) -> dict:
+def results_of(columns: Sequence[Column], search: Search, pixels: Sequence[torch.Tensor] = ()) -> dict:
     """{"searched": number of images searched, "results": hits per index, "images": number -> row}.
 
     A hit has "number", "score" (cosine) and "variants" (eval.search.nearest.Hit). Results of `like` exclude
     the image itself, and its group if variants are grouped.
 
+    Args:
+        pixels: uint8 [3, H, W] of search.image, for each column.
+
     Raises:
-        UserError: A filter names no column, or the file is not an image.
+        UserError: A filter names no column, or no image matches all filters.
     """
     first = columns[0].index
     rows = filter_rows(first, search.filters)
@@ -213,11 +250,11 @@ def results_of(columns: Sequence[Column], search: Search) -> dict:
             others = np.arange(len(first)) != search.like
         rows = others if rows is None else rows & others
     results = []
-    for column in columns:
+    for number, column in enumerate(columns):
         if search.text is not None:
             features = column.text(search.text)
         elif search.image is not None:
-            features = column.image(search.image)
+            features = column.image(pixels[number])
         else:
             features = column.like(search.like)
         results.append(column.nearest.top(features, search.k, rows, search.grouped)[0])
@@ -258,18 +295,24 @@ def about(columns: Sequence[Column]) -> dict:
 def app(columns: Sequence[Column], host: str = web.LOOPBACK[0]) -> Starlette:
     """The page and its API: GET /api/about, POST /api/search, GET /thumbnail/N?v=VERSION.
 
-    Searches wait for the model in their own threads, so thumbnails do not wait for searches.
+    Searches wait for the model in their own threads, so thumbnails do not wait for searches; and uploads are
+    decoded in theirs, so other searches do not wait for them.
     """
     index, page_data = columns[0].index, about(columns)
-    threads = ThreadPoolExecutor(SEARCHES_AT_ONCE, thread_name_prefix="search")
+    threads, uploads = ThreadPoolExecutor(SEARCHES_AT_ONCE, thread_name_prefix="search"), Uploads()
 
     async def get_about(_: Request) -> Response:
         return JSONResponse(page_data, headers={"cache-control": "no-store"})
 
     async def post_search(request: Request) -> Response:
-        search = await read(request, len(index))
+        search, pixels = await read(request, len(index)), ()
         loop = asyncio.get_running_loop()
-        return JSONResponse(await loop.run_in_executor(threads, results_of, columns, search))
+        try:
+            if search.image is not None:
+                pixels = await loop.run_in_executor(uploads.threads, uploads.decoded, search.image, columns)
+            return JSONResponse(await loop.run_in_executor(threads, results_of, columns, search, pixels))
+        except asyncio.CancelledError:  # the server stops, and has waited a while for this
+            raise Refused("the server was stopped", 503) from None
 
     async def get_thumbnail(request: Request) -> Response:
         number = request.path_params["number"]
@@ -287,4 +330,4 @@ def app(columns: Sequence[Column], host: str = web.LOOPBACK[0]) -> Starlette:
         Route("/api/search", post_search, methods=["POST"]),
         Route("/thumbnail/{number}", get_thumbnail),
     ]
-    return web.application(PAGE, routes, host)
+    return web.application(PAGE, routes, host, on_end=uploads.end)

@@ -14,6 +14,7 @@ from data_prep.errors import UserError
 from data_prep.inputs import opened
 from data_prep.inputs.formats import read
 from data_prep.inputs.rows import Columns
+from data_prep.inputs.tars import tar_samples
 
 PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 ROW = b"a.png,a\n"
@@ -80,3 +81,17 @@ def test_a_sparse_tar_that_claims_gigabytes_is_one_sentence(kind, tmp_path):
         file.truncate(2 << 30)
     with pytest.raises(UserError, match=r"a\.tar: cannot be read \(a header of 2,147,483,648 bytes"):
         list(read(str(path), Columns()))
+
+
+def test_a_member_that_claims_an_exabyte_ends_a_tar_at_once(tmp_path):
+    """tarfile would read ten kilobytes 10^14 times, each time nothing."""
+    about = tarfile.TarInfo("a.png")
+    about.size = 1 << 60
+    header = about.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes(header + b"x" * 1024)
+    with open(tmp_path / "a.tar", "rb") as file, pytest.raises(tarfile.ReadError, match="unexpected end"):
+        list(tar_samples(file))
+    about.name = "a.unknown"  # passed over, not read
+    (tmp_path / "a.tar").write_bytes(about.tobuf(tarfile.GNU_FORMAT) + b"x" * 1024)
+    with open(tmp_path / "a.tar", "rb") as file, pytest.raises(tarfile.ReadError, match="unexpected end"):
+        list(tar_samples(file))

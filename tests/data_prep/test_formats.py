@@ -19,7 +19,7 @@ from evil import encoded, header, noise, png_of
 from other_formats import HALF, RECT, drawing, heic
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from data_prep import images, svg
+from data_prep import child, images, svg
 from data_prep.build.pipeline import Parallelism, Reading, build
 from data_prep.images import BadImage, Rules, check
 from data_prep.signatures import kind_of
@@ -175,7 +175,7 @@ def test_time_and_memory_of_an_svg_are_bounded():
 
 def test_a_renderer_that_is_killed_from_outside_is_started_again():
     expected = pixels(drawing(HALF), svg_px=32)
-    os.kill(svg._current._child.pid, signal.SIGTERM)
+    os.kill(child.own("data_prep.svg:_answer", svg.MAX_SECONDS, svg.MAX_MEMORY)._child.pid, signal.SIGTERM)
     np.testing.assert_array_equal(pixels(drawing(HALF), svg_px=32), expected)
 
 
@@ -190,10 +190,10 @@ def test_threads_and_forks_have_a_renderer_of_their_own():
         thread.join()
     assert len(found) == 8
     assert all((image == expected).all() for image in found)
-    child = os.fork()
-    if not child:
+    fork = os.fork()
+    if not fork:
         os._exit(0 if (pixels(drawing(HALF), svg_px=32) == expected).all() else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    assert os.waitpid(fork, 0)[1] == 0
     np.testing.assert_array_equal(pixels(drawing(HALF), svg_px=32), expected)
 
 

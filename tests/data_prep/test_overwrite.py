@@ -54,6 +54,24 @@ def test_what_another_command_made_is_not_deleted(commands, tmp_path, icon_shard
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "index", "shards"]
 
 
+def test_a_folder_to_make_is_not_below_a_device(commands):
+    for command in commands.values():
+        with pytest.raises(
+            UserError, match="/dev/null is a device or pipe, not a folder; pass another --out"
+        ):
+            command(Path("/dev/null/out"))
+
+
+@pytest.mark.parametrize("out", [".", "/", "..", "a/.."])
+def test_a_folder_to_make_has_a_name(out, commands, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for command in (*commands.values(), merge):
+        with pytest.raises(UserError, match=r"must end in the name of a folder to make, such as .*new$"):
+            command(Path(out))
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
 @pytest.mark.parametrize("name", ["build", "index", "icons", "embed"])
 def test_a_file_that_was_added_stops_it_and_its_own_folder_is_replaced(name, commands, tmp_path):
     out = tmp_path / "out"

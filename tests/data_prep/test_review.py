@@ -36,10 +36,10 @@ JSON = {"content-type": "application/json"}
 
 
 @contextlib.contextmanager
-def reviewing(shards, decisions):
+def reviewing(shards, decisions, suspects=None):
     """The page's url, get_json(path, ...) -> JSON, and post(path, ...) -> (status, JSON)."""
     listening = web.socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app(shards, decisions), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app(shards, decisions, suspects=suspects), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import tarfile
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -160,13 +161,37 @@ def test_a_string_that_is_no_image_is_named_without_printing_it(tmp_path):
     images = [long, "data:image/png;base64,???" + long, ["a.png", "b.png"], "https://host/" + long]
     path = jsonl(tmp_path, *({"image": image, "caption": "a"} for image in images))
     rows = list(read(path, Columns()))
-    assert [row.problem and row.problem.reason for row in rows] == [*["image is not a path"] * 3, None]
+    reasons = ["image is not a path", "broken data: URL", "image is not a path", None]
+    assert [row.problem and row.problem.reason for row in rows] == reasons
     assert "5,000 characters that are neither a path nor the base64 of an image" in rows[0].problem.detail
     assert max(len(row.image) for row in rows[:3]) < 50
     headerless = write(tmp_path, f"1000002\t{base64.b64encode(png(noise(1)[0])).decode()}\n", name="imgs.tsv")
     with pytest.raises(UserError, match="put a line with the names of the columns before it") as raised:
         list(read(headerless, Columns()))
     assert len(str(raised.value)) < 400
+
+
+def test_data_urls_of_each_kind(tmp_path):
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="100%"/>'
+    gif = base64.b64encode(png(noise(1)[0], "GIF")).decode()
+    read_as = {
+        f"data:image/svg+xml;utf8,{svg}": svg.encode(),
+        f"data:image/svg+xml,{quote(svg)}": svg.encode(),
+        f"DATA:image/gif;BASE64,{quote(gif)}": base64.b64decode(gif),
+        "data:image/png;base64,AAAA": bytes(3),  # short; no image, which the check of images says
+    }
+    broken = {
+        "data:image/png;base64,A": "23 characters: its base64 is damaged",
+        "data:image/png;base64,": "it holds no bytes",
+        "data:,": "it holds no bytes",
+        "data:image/png;base64": "it has no comma before its data",
+    }
+    images = [*read_as, *broken]
+    rows = list(read(jsonl(tmp_path, *({"image": image, "caption": "a"} for image in images)), Columns()))
+    assert [row.data for row in rows] == [*read_as.values(), *[None] * len(broken)]
+    for row, words in zip(rows[len(read_as) :], broken.values(), strict=True):
+        assert row.problem.reason == "broken data: URL"
+        assert row.problem.detail.endswith(words)
 
 
 @pytest.mark.parametrize("sign", ["\t", ";", "|", ","])

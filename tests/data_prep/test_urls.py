@@ -9,7 +9,7 @@ from conftest import noise_images
 
 from data_prep.build.pipeline import Checking, Parallelism, Reading, build
 from data_prep.inputs.locations import ImageLocation, leaves_url, read_all
-from data_prep.inputs.names import Names
+from data_prep.inputs.names import OUTSIDE, Names
 
 LEAVING = ("../secret.png", ".\t./secret.png", ".\n./secret.png", ".\r./secret.png", "..\\secret.png")
 LEAVING += ("%2e%2e/secret.png", ".%2E/secret.png", "%252e%252e/secret.png", "a/..%5csecret.png")
@@ -42,6 +42,19 @@ def test_what_the_client_makes_of_a_url_is_judged(url):
     assert not leaves_url("https://", "https://b.example/a.png")
     for name in ("a.png", "ä b.png", "a%20b.png", "100%.png", "a::b.png", "a?size=../x", "..a/b..png"):
         assert not leaves_url("https://a.example/images", ImageLocation("https://a.example/images", name).url)
+
+
+def test_a_table_names_images_without_the_login_of_their_server():
+    names = Names("http://me:word@a.example/base/")
+    for url in ("http://a.example/base/img/7.png", "http://me:word@a.example/base/img/7.png", "img/7.png"):
+        assert names.resolve(url) == ("img/7.png", None)
+    for url in (
+        "http://a.example/7.png",
+        "http://you@a.example/base/7.png",
+        "http://a.example/base/../7.png",
+    ):
+        assert names.resolve(url)[1].reason == OUTSIDE
+    assert Names("http://a.example/base").resolve("http://me@a.example/base/7.png")[1].reason == OUTSIDE
 
 
 def test_a_name_of_each_kind_fails_alone(served, tmp_path):

@@ -86,7 +86,7 @@ def test_blocks_ranks_and_stops_change_no_byte(icon_shards, tiny_model, tmp_path
             load_for_eval(tiny_model, small, World()),
         )
         unfinished = out.with_name(f".{out.name}.unfinished")
-        indexing.start(unfinished, indexing.describe(tiny_model, corpus, clip, small))
+        indexing.start(unfinished, indexing.describe(tiny_model, corpus, clip, small, out))
         blocks = indexing.block_files(unfinished, corpus, small)
         assert len(blocks) == -(-len(corpus) // 32)
         mine = range(len(blocks))[1::world_size]
@@ -202,7 +202,7 @@ def test_a_wrong_model_or_folder_does_not_block_the_right_one(
     unfinished = out.with_name(f".{out.name}.unfinished")
     for model, data in ((other, icon_shards), (tiny_model, noise_images(tmp_path, 40).parent)):
         corpus, clip = indexing.open_corpus(data, ""), load_for_eval(model, small, World())
-        indexing.start(unfinished, indexing.describe(model, corpus, clip, small))
+        indexing.start(unfinished, indexing.describe(model, corpus, clip, small, out))
         blocks = indexing.block_files(unfinished, corpus, small)
         indexing.write_blocks(blocks, [0], corpus, clip, small, World())
     corpus = ShardsCorpus(icon_shards, "")

@@ -233,7 +233,7 @@ def test_mistakes_get_messages(tiny_model, halves, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             run_probe(tiny_model, "--data", halves, *options)
-    with pytest.raises(UserError, match="not a head"):
+    with pytest.raises(UserError, match="make a head"):
         load_head(tmp_path / "linear.json")
     with pytest.raises(UserError, match="at least two groups"):
         validation_split(np.arange(5), np.arange(5))

@@ -124,6 +124,7 @@ def test_any_number_of_ranks_and_workers_gives_the_same_json(
     assert results[0].keys() == {
         "model",
         "weights_sha256",
+        "precision",
         "data",
         "data_sha256",
         "n_images",
@@ -211,6 +212,8 @@ def test_mistakes_are_sentences(tiny_model, gallery, icon_shards, tmp_path):
         call_here(main, "retrieval", tiny_model, "--data", altered, "--split", "val"),
         "val-000000.tar: altered since it was built",
     )
-    (tmp_path / "other.json").write_text('{"model": "x", "n_images": 3, "n_texts": 3, "metrics": {}}')
+    other = {"model": "x", "weights_sha256": "0", "data": "b, val", "data_sha256": "0"}
+    other |= {"n_images": 3, "n_texts": 3, "metrics": {}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
     options = ["--data", gallery, "--split", "val", "--workers", 0, "--against", tmp_path / "other.json"]
-    assert_mistake(call_here(main, "retrieval", tiny_model, *options), "made on other data (None, 3 images)")
+    assert_mistake(call_here(main, "retrieval", tiny_model, *options), "other data (b, val, 3 images)")

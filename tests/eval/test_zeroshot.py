@@ -16,8 +16,10 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_s
 
 from data_prep.cli import run_command
 from data_prep.errors import NotFinite, UserError
+from data_prep.images import check
 from eval.classify.caption_match import probabilities
 from eval.classify.command import zeroshot
+from eval.classify.features import RULES
 from eval.classify.labelled import read_labelled
 from eval.classify.metrics import hierarchy, per_class, predict, read_parents, summarize
 from eval.classify.templates import read_names, read_templates
@@ -151,9 +153,8 @@ def test_logits_are_open_clips_and_every_format_gives_the_same_result(tiny_model
 
 
 def decode_on_white(data: bytes) -> Image.Image:
-    from eval.classify.features import checked
-
-    return decode(checked(data))
+    """By the path of the build: checked, stored, and decoded as in training."""
+    return decode(check(data, RULES).data or data)
 
 
 def test_intervals_are_over_groups():

@@ -147,6 +147,14 @@ def test_mistakes_are_reported_before_anything_is_queued(tmp_path, shards):
         (["submit", RECIPE, *paths, "--gpus", -1], "--gpus -1: must be 0"),
         (["submit", RECIPE, *paths, "--chain", 0], "--chain 0: must be at least 1"),
         (["submit", "no.yaml", *paths], "no such recipe file"),
+        (
+            ["submit", RECIPE, "--run", tmp_path / "run", "--data", f"{shards}=0.7", f"{tmp_path / 'b'}=0.3"],
+            "b: no manifest.json",
+        ),
+        (
+            ["submit", RECIPE, "--run", tmp_path / "run", "--data", f"{shards}=0.7", "b=0.4"],
+            "must be above 0 and sum to 1",
+        ),
         (["submit", RECIPE, *paths, "--", "--epochs", 0], "--epochs 0"),
         (["sweep", RECIPE, RECIPE, *sweep_paths], "two runs of the sweep have this name"),
         (["sweep", RECIPE, *sweep_paths, "--vary", "lr"], "--vary lr"),
@@ -277,6 +285,14 @@ def test_status_shows_the_state_and_what_to_do(tmp_path, capsys, monkeypatch):
         ("running", [], True, 9, "nothing; it stops"),
         ("running", [], False, 900, "if its process has ended, to resume"),
         ("stopped", [], False, 0, "last checkpoint: python -m train 'a run/recipe.yaml'"),
+        (
+            "failed",
+            [],
+            False,
+            0,
+            "it failed, and said why where it was started; after fixing that, to resume",
+        ),
+        ("failed", ["FAILED"], False, 0, "it ended and was not requeued"),
         ("finished", [], False, 0, "eval retrieval 'a run' --data"),
     ],
 )

@@ -4,6 +4,8 @@ training can end leads to the right exit code, and to a requeue or not.
 test_slurm_lab.py tests it on a real Slurm.
 """
 
+import hashlib
+import json
 import os
 import re
 import signal
@@ -17,6 +19,7 @@ from conftest import ROOT
 
 from slurm.script import Resources
 from slurm.submit import submit
+from train.data.shares import Sets
 from train.recipe import Recipe
 from train.run.folder import Run
 from train.world import World
@@ -56,11 +59,12 @@ def shards(tmp_path) -> Path:
 class Batch:
     """The batch script, started as Slurm would."""
 
-    def __init__(self, folder: Path, shards: Path, chain: int = 1, **site: int):
+    def __init__(self, folder: Path, shards: Path | Sets, chain: int = 1, stage: str = "", **site: int):
         self.run, self.bin, self.restart = folder / "run", folder / "bin", 0
         site_file = folder / "site.yaml"
         site_file.write_text(yaml.safe_dump(site))
-        submit(RECIPE, self.run, shards, Resources(1, 1), chain=chain, dry_run=True, site=site_file)
+        options = {"chain": chain, "stage": stage, "dry_run": True, "site": site_file}
+        submit(RECIPE, self.run, shards, Resources(1, 1), **options)
         self.bin.mkdir()
 
     def start(self, srun: str, preempted: str = "None", job: str = "12") -> subprocess.Popen:
@@ -250,3 +254,35 @@ def test_shards_are_staged_once(batch, tmp_path, shards):
         (copy / "used").touch()
     assert (copy / "manifest.json").read_text() == "{}"
     assert f"--data {copy} --run" in (batch.run / "srun").read_text()
+
+
+# Copies as Slurm would; the training is finished at once.
+COPIES = """
+if [[ $* == *'mv -T'* ]]; then
+  while [[ $1 != bash ]]; do shift; done
+  exec "$@"
+fi
+status finished
+"""
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_several_data_sets_are_copied_to_the_nodes_and_passed_with_their_shares(tmp_path, staged):
+    folders = [tmp_path / "icons", tmp_path / "a general=0.5 set"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "manifest.json").write_text(f'{{"x": "{folder.name}"}}')
+    data = {str(folder): share for folder, share in zip(folders, (0.7, 0.3), strict=True)}
+    disk = tmp_path / "own disk"
+    batch = Batch(tmp_path, data, stage=str(disk) if staged else "")
+    assert batch.result(COPIES) == FINISHED, batch.log()
+    if staged:
+        read = [hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest() for folder in folders]
+        folders = [disk / digest[:16] for digest in read]
+        assert sorted(disk.iterdir()) == sorted(folders)
+        assert [json.loads((folder / "manifest.json").read_text())["x"] for folder in folders] == [
+            "icons",
+            "a general=0.5 set",
+        ]
+    words = f" --data {folders[0]}=0.7 {folders[1]}=0.3 --run {batch.run}"
+    assert words in batch.starts()[-1], batch.starts()

@@ -4,7 +4,7 @@
       starts three nodes with four cores and two GPUs each (in Slurm's books only); to use them:
       export SLURM_CONF=/tmp/slurm-lab/slurm.conf
   python -m tests.slurm_lab drills
-      starts a cluster, runs every drill (about 40 minutes), prints a line for each, and stops the cluster
+      starts a cluster, runs every drill (an hour or more), prints a line for each, and stops the cluster
   python -m tests.slurm_lab drills --quick
       three short drills, about a minute and a half
   python -m tests.slurm_lab drills hang faults

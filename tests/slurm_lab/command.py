@@ -19,7 +19,7 @@ import tyro
 from data_prep.atomic import atomic_file
 from data_prep.cli import OptionalFile
 from data_prep.errors import UserError
-from tests.slurm_lab import cluster, drills_path, drills_training
+from tests.slurm_lab import cluster, drills_path, drills_signals, drills_training
 from tests.slurm_lab.faults import faults
 from tests.slurm_lab.fixtures import Fixtures
 
@@ -43,6 +43,8 @@ DRILLS: tuple[Drill, ...] = (
     drills_training.split_brain,
     drills_training.hang,
     drills_training.cancelled,
+    drills_signals.signals_to_a_job,
+    drills_signals.signals_through_srun,
     drills_training.stopped_by_hand,
     drills_training.always_crashes,
     drills_training.mistake,
@@ -52,6 +54,7 @@ DRILLS: tuple[Drill, ...] = (
     drills_path.whole_path,
     drills_path.kills,
     faults,
+    drills_signals.signals,
 )
 
 
@@ -82,7 +85,7 @@ def drills(
     Args:
         names: Drills to run; all by default.
         quick: Run only three short ones.
-        out: JSON file of the results.
+        out: JSON file of the results, written after each drill.
     """
     known = {drill.__name__: drill for drill in DRILLS}
     if unknown := [name for name in names if name not in known]:
@@ -96,12 +99,12 @@ def drills(
         for drill in chosen:
             results.append(run_drill(drill, fixtures))
             print(summary(results[-1]), flush=True)
+            if out:
+                with atomic_file(out) as partial:
+                    partial.write_text(json.dumps(results, indent=1) + "\n")
     failed = [result["drill"] for result in results if not result["passed"]]
     seconds = sum(result["seconds"] for result in results)
     print(f"{len(results) - len(failed)} of {len(results)} drills passed in {seconds:.0f} s")
-    if out:
-        with atomic_file(out) as partial:
-            partial.write_text(json.dumps(results, indent=1) + "\n")
     if failed:
         print(f"failed: {', '.join(failed)}; their runs and logs are in {folder}")
         sys.exit(1)

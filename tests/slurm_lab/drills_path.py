@@ -14,7 +14,7 @@ from slurm.pipeline import job, pipeline
 from slurm.queue import ENDED, job_info
 from slurm.script import Resources
 from tests.slurm_lab import cluster
-from tests.slurm_lab.fixtures import BUILD, Fixtures, Training, digests, python
+from tests.slurm_lab.fixtures import BUILD, Fixtures, Training, digests, kind_of, python
 
 TASKS, KILLS = 6, 30
 
@@ -72,7 +72,7 @@ def whole_path(fixtures: Fixtures) -> str:
         site=fixtures.site("path"),
     )
     jobs = [Training(fixtures, run, number, ranks=2) for number in numbers]
-    jobs[-1].until_ended(600)
+    jobs[-1].until_ended(1500)
     infos = [job_info(number) for number in numbers]
     states = [(info["JobState"], info["Restarts"]) for info in infos]
     assert states == [("COMPLETED", "0")] * 4, f"{states}\n{jobs[-1].log[-3000:]}"
@@ -147,7 +147,7 @@ def kills(fixtures: Fixtures) -> str:
     training = RepeatedKills(fixtures, seed)
     while training.killed.total() < KILLS:
         training.kill_once()
-    while training.run.until_ended(600)["JobState"] != "COMPLETED":
+    while training.run.until_ended(1500)["JobState"] != "COMPLETED":
         training.submit_again()
     restarts, submissions = training.restarts + training.run.restarts, training.submissions
     assert training.attempts == restarts + submissions, (training.attempts, restarts, submissions)
@@ -197,8 +197,6 @@ def _kill_something(run: Training, rng: random.Random) -> str:
     if not processes:
         return ""
     pid, line = rng.choice(processes)
+    kind = kind_of(pid, line)
     _kill_pid(pid)
-    program = _program(line)
-    if program.startswith("python"):
-        return "torchrun" if "torch.distributed.run" in line else "a rank"
-    return "the batch script" if "slurm_script" in line else program.rstrip(":")
+    return kind or ("the batch script" if "slurm_script" in line else _program(line).rstrip(":"))

@@ -20,6 +20,7 @@ from tests.slurm_lab.fixtures import (
     THREADS,
     TRAIN_MODULE,
     Fixtures,
+    kind_of,
     logged,
     nonfinite_samples,
     weights_sha256,
@@ -62,7 +63,7 @@ class FaultyTraining:
     def start_and_progress(self) -> subprocess.Popen:
         """Start the training, and wait until it has written two more checkpoints."""
         newest = self.checkpoints()[-1:]
-        process, deadline = self.start(), time.monotonic() + 120
+        process, deadline = self.start(), time.monotonic() + 300
         for _ in range(2):
             while self.checkpoints()[-1:] == newest:
                 assert process.poll() is None, self.log.read_text()[-3000:]
@@ -73,7 +74,7 @@ class FaultyTraining:
 
     def assert_exits(self, process: subprocess.Popen, code: int, words: str) -> None:
         """Wait for the end of the process; its log must contain `words`."""
-        actual = process.wait(120)
+        actual = process.wait(300)
         assert actual == code, f"exit code {actual}, {code} expected\n{self.log.read_text()[-3000:]}"
         self.expected.append(words)
 
@@ -83,6 +84,15 @@ def terminated(training: FaultyTraining, rng: random.Random) -> None:
     time.sleep(rng.uniform(0, 1))
     process.send_signal(signal.SIGTERM)
     training.assert_exits(process, 0, "stopped after")
+
+
+def killed_worker(training: FaultyTraining, rng: random.Random) -> None:
+    process = training.start_and_progress()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") for pid in children}
+    workers = [pid for pid, line in lines.items() if kind_of(pid, line.decode()) == "a worker"]
+    os.kill(rng.choice(workers), signal.SIGKILL)
+    training.assert_exits(process, 1, "a worker process that reads images was killed")
 
 
 def truncated_checkpoint(training: FaultyTraining, rng: random.Random) -> None:
@@ -115,11 +125,19 @@ def full_disk(training: FaultyTraining, rng: random.Random) -> None:
     filler.unlink()
 
 
-FAULT_TYPES: tuple[Callable, ...] = (terminated, truncated_checkpoint, corrupt_shard, full_disk)
+FAULT_TYPES: tuple[Callable, ...] = (
+    terminated,
+    killed_worker,
+    truncated_checkpoint,
+    corrupt_shard,
+    full_disk,
+)
 
 
 def faults(fixtures: Fixtures) -> str:
-    """Twenty faults in one run without Slurm: non-finite steps, damaged files, a full disk, SIGTERM."""
+    """Twenty faults in one run without Slurm: non-finite steps, damaged files, a full disk, SIGTERM, a
+    killed worker.
+    """
     seed = random.randrange(10**6)
     rng = random.Random(seed)
     drawn = Counter(rng.choice(["nan", *(fault.__name__ for fault in FAULT_TYPES)]) for _ in range(FAULTS))
@@ -128,7 +146,7 @@ def faults(fixtures: Fixtures) -> str:
     nan = " ".join(map(str, nan_samples))
     data = shutil.copytree(fixtures.shards, fixtures.folder / "faults-shards")
     reference = FaultyTraining(fixtures, fixtures.folder / "faults-undisturbed", data, nan)
-    assert reference.start(step_s=0).wait(600) == 0, reference.log.read_text()[-3000:]
+    assert reference.start(step_s=0).wait(1500) == 0, reference.log.read_text()[-3000:]
     with small_disk(fixtures.folder / "small") as disk:
         training = FaultyTraining(fixtures, disk / "faults", data, nan)
         training.start_and_progress().kill()
@@ -136,7 +154,7 @@ def faults(fixtures: Fixtures) -> str:
         rng.shuffle(causes)
         for cause in causes:
             cause(training, rng)
-        assert training.start(step_s=0).wait(600) == 0, training.log.read_text()[-3000:]
+        assert training.start(step_s=0).wait(1500) == 0, training.log.read_text()[-3000:]
         log = training.log.read_text()
         missing = [words for words in training.expected if words not in log]
         assert not missing, f"seed {seed}: not in the log: {missing}\n{log[-3000:]}"

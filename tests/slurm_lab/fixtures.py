@@ -2,6 +2,7 @@
 runs.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -44,7 +45,7 @@ RECIPE = {
     "micro_batch_size": 16,
     "precision": "fp32",
     "activation_checkpointing": "none",
-    "workers": 0,
+    "workers": 1,  # processes that a signal to a group, a node or a job reaches too
     "log_every_steps": 1,
     "save_every_minutes": 0.05,
     "optim": {"lr": 1e-3, "warmup_fraction": 0.1},
@@ -210,7 +211,7 @@ class Training:
         names = [path.name for path in (self.run / "checkpoints").glob("samples-*")]
         return max((int(name.split("-")[1]) for name in names), default=0)
 
-    def until(self, condition: Callable[[], bool], description: str, timeout_s: float = 240) -> None:
+    def until(self, condition: Callable[[], bool], description: str, timeout_s: float = 600) -> None:
         """Wait for a condition. The job must not end before.
 
         Raises:
@@ -233,7 +234,7 @@ class Training:
     def until_restart(self, number: int) -> None:
         self.until(lambda: self.restarts >= number and self.state == "RUNNING", f"restart {number}")
 
-    def until_ended(self, timeout_s: float = 400) -> dict[str, str]:
+    def until_ended(self, timeout_s: float = 900) -> dict[str, str]:
         """Wait for the end of the job; returns Slurm's fields of it.
 
         A job that requeues itself is in a final state for a moment, so the state must last for two seconds.
@@ -248,7 +249,7 @@ class Training:
             time.sleep(0.5)
         return info
 
-    def assert_finishes(self, restarts: int, timeout_s: float = 400) -> None:
+    def assert_finishes(self, restarts: int, timeout_s: float = 900) -> None:
         """Wait for the end: finished after exactly so many restarts, and equal to the undisturbed run."""
         info = self.until_ended(timeout_s)
         assert (info["JobState"], info["ExitCode"]) == ("COMPLETED", "0:0"), f"{info}\n{self.log[-3000:]}"
@@ -262,14 +263,28 @@ class Training:
         assert weights_sha256(self.run) == weights_sha256(reference)
         assert logged(self.run) == logged(reference)
 
-    def ranks_on(self, node: int) -> list[int]:
-        """Process ids of the ranks on a node, without torchrun."""
+    def ranks_on(self, node: int, workers: bool = False) -> list[int]:
+        """Process ids of the ranks on a node; with `workers`, of the workers that read their images."""
         processes = cluster.processes_of(self.job, f"n{node}")
         return [
             pid
             for pid, line in processes.items()
-            if TRAIN_MODULE in line and "torch.distributed.run" not in line
+            if kind_of(pid, line) == ("a worker" if workers else "a rank")
         ]
+
+
+def kind_of(pid: int, line: str) -> str:
+    """What a process of a training is, by its command line: "torchrun", "a rank", "a worker", or ""."""
+    if TRAIN_MODULE not in line or not os.path.basename(line.split()[0]).startswith("python"):
+        return ""
+    if "torch.distributed.run" in line:
+        return "torchrun"
+    # A worker is forked from its rank, and has the same command line.
+    with contextlib.suppress(OSError, IndexError):
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        of_parent = Path(f"/proc/{parent}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return "a worker" if of_parent == line else "a rank"
+    return ""
 
 
 def weights_sha256(run: Path) -> str:

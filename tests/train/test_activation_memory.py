@@ -8,7 +8,7 @@ from conftest import TINY, save_tiny
 from ranks_script import BASIC, global_batch, gradients, train_state
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.memory import count_products
+from benchmarks.memory import count_products, saved_bytes
 from data_prep.errors import UserError
 from train.model import activation_memory
 from train.model.activation_memory import (
@@ -16,7 +16,7 @@ from train.model.activation_memory import (
     blocks,
     dummy_batch,
     fit_micro_batch,
-    saved_bytes,
+    needed_bytes,
     uncompiled,
 )
 from train.model.clip import Clip, load
@@ -63,7 +63,7 @@ def gradients_in(clip: Clip, mode: str, compiled: bool = False) -> dict[str, tor
 
 
 def test_the_blocks_of_both_towers_are_found(clip):
-    assert [type(block).__name__ for block in blocks(clip.towers.model)] == ["ResidualAttentionBlock"] * 4
+    assert [type(block).__name__ for block in blocks(clip.towers.model)] == ["PackedAttentionBlock"] * 4
 
 
 def test_gradients_are_equal(clip, eager_kernels):
@@ -107,13 +107,9 @@ def test_evaluation_compiles_nothing(clip, eager_kernels):
 def bytes_for(clip: Clip, mode: str, pairs: int) -> float:
     """The free memory into which `pairs` just fit."""
     apply_checkpointing(clip.towers.model, mode, compiled=False)
-    batch = dummy_batch(clip.towers, 4, torch.device("cpu"))
-    each = saved_bytes(clip.towers, batch) / 4
-    if mode == "full":
-        apply_checkpointing(clip.towers.model, "none", compiled=False)
-        each += saved_bytes(clip.towers, batch) / 4 / len(blocks(clip.towers.model))
+    needed = needed_bytes(clip.towers, mode, pairs, torch.device("cpu"))
     weights = sum(parameter.nbytes for parameter in clip.towers.parameters())
-    return (each * pairs + 3 * weights) / activation_memory.SPARE + 1000
+    return (needed + 3 * weights) / activation_memory.SPARE + 1000
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_mistake, call, call_here, noise_images, save_tiny
+from conftest import TINY, assert_mistake, call, call_here, noise_images, save_tiny
 from PIL import Image
 
 from data_prep.build.options import Parallelism, Reading, Splitting
@@ -18,7 +18,7 @@ from data_prep.errors import Fault
 from train.bench import peer
 from train.bench.__main__ import main
 from train.bench.rows import OutOfMemory, in_fresh_process
-from train.bench.timing import COUNTED_PAIRS, PARTS, Stepper, flop_per_pair
+from train.bench.timing import COUNTED_PAIRS, PARTS, Stepper, flop_per_pair, graphs, measure_step
 from train.recipe import Optim, Recipe
 
 
@@ -33,16 +33,14 @@ def noise_shards(tmp_path_factory) -> str:
 
 @pytest.mark.slow
 def test_every_option_in_one_call(noise_shards, tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(peer, "TURNS", 1)
-    monkeypatch.setattr(peer, "WAYS", {"cpu": [["--grad-checkpointing"]]})
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = {
         "global-batch-size": 16,
-        "micro-batch-size": 8,
         "precision": "fp32",
-        "activation-checkpointing": "none",
         "workers": 1,
         "steps": 1,
+        "turns": 1,
+        "ways": "grad-checkpointing",
         # 16 of 16 images, uncropped and unchanged, are the same batch in both trainers
         "augment.color-jitter-prob": 0,
         "augment.gray-scale-prob": 0,
@@ -88,8 +86,11 @@ def test_the_documented_call(icon_shards, monkeypatch, capsys):
     main()
     *table, line = capsys.readouterr().out.strip().splitlines()
     result = json.loads(line)
-    (row,) = result["steps"]
+    row, full = result["steps"]  # the captions as they are, and as long as the context
     assert (result["global_batch_size"], row["micro_batch_size"]) == (16, 8)
+    assert row["tokens"][0] % 8 == 0
+    assert row["tokens"][1] < full["tokens"][0] == full["tokens"][1] == result["context_length"]
+    assert full["share_of_peak"] / full["pairs_per_s"] > row["share_of_peak"] / row["pairs_per_s"]
     assert (row["activation_checkpointing"], result["whole_path"]) == ("none", [])
     # 4 + 1 blocks of 12 width^2 weights, 17 and 8 or 12 tokens, and the two projections; attention's products
     # come on top
@@ -167,6 +168,28 @@ def test_steps_are_those_of_training(noise_shards, tiny_model):
     assert {part: parts.count(part) for part in parts} == counts
 
 
+def test_no_timed_step_compiles(noise_shards, tmp_path, monkeypatch):
+    """The fifth step, the first that is timed, compiles all again, as captions of a new length may do."""
+    model = f"local-dir:{save_tiny(tmp_path, text_cfg={**TINY['text_cfg'], 'layers': 2})}"
+    compile_in_place, take_step, found = torch.nn.Module.compile, Stepper.__call__, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_in_place(self, backend="eager"))
+
+    def step(self):
+        if len(found) == 4:
+            torch.compiler.reset()
+        before = graphs()
+        take_step(self)
+        found.append(graphs() > before)
+
+    monkeypatch.setattr(Stepper, "__call__", step)
+    options = {"global_batch_size": 16, "micro_batch_size": 16, "activation_checkpointing": "none"}
+    options |= {"precision": "fp32", "workers": 0, "compile": "always"}
+    row = measure_step(Recipe(model, noise_shards, "", **options), 1)
+    torch.compiler.reset()
+    assert found == [True, False, False, False, True, False]
+    assert row["compiled"] == 0
+
+
 @pytest.mark.parametrize(
     ("function", "argument"), [(torch.empty, 1 << 58), (signal.raise_signal, signal.SIGKILL)]
 )
@@ -181,6 +204,9 @@ def test_too_little_memory_is_reported_and_does_not_end_the_benchmark(function, 
     [
         (["--global-batch-size", 999], ["999", "fewer than one batch"]),
         (["--steps", 0], ["--steps 0", "at least 1"]),
+        (["--peer", "--turns", 0], ["--turns 0", "at least 1"]),
+        (["--ways", "torchcompile"], ["--ways", "pass --peer"]),
+        (["--peer", "--ways", "fast"], ["fast", "torchcompile"]),
         (
             ["--peer", "--workers", 1, "--micro-batch-size", 9],
             ["--micro-batch-size 9", "divisor of --global-batch-size 16"],

@@ -198,7 +198,7 @@ def test_results_of_separate_files_share_a_table(tuned_run, folder, tmp_path):
 
 def test_mistakes_are_sentences(folder, tmp_path):
     (tmp_path / "other.json").write_text("[]")
-    for name, problem in (("gone.json", "cannot be read"), ("other.json", "must be the JSON of")):
+    for name, problem in (("gone.json", "No such file"), ("other.json", "must be the JSON of")):
         with pytest.raises(UserError, match=problem):
             write_card(folder, "me/clip", None, (tmp_path / name,))
     for name in ("gone.png", "other.json"):
@@ -234,11 +234,14 @@ def test_the_recipe_names_no_local_folders():
             "data": "/home/me/d",
             "retention_set": "/home/me/general",
             "replay": "/home/me/old",
+            "replay_texts": "/home/me/sentences.txt",
+            "teacher": "/home/me/runs/large",
             "lock": "text",
         }
     )
     assert "/home" not in table
-    assert all(name in table for name in ("`base`", "`general`", "`old`", "`text`"))
+    names = ("base", "general", "old", "sentences.txt", "large", "text")
+    assert all(f"`{name}`" in table for name in names)
 
 
 def test_the_base_of_a_chain_of_runs(tmp_path):

@@ -144,7 +144,8 @@ def evil(tmp_path_factory, icon_index):
     folder = tmp_path_factory.mktemp("evil")
     model, marker = evil_model(folder / "model")
     shutil.copytree(icon_index, folder / "index")
-    changed(folder / "index" / "manifest.json", model=f"local-dir:{model}")
+    place = {"before": "local-dir:", "relative": "../model", "absolute": str(model), "after": ""}
+    changed(folder / "index" / "manifest.json", model=f"local-dir:{model}", model_place=place)
     (folder / "recipe.yaml").write_text(
         yaml.safe_dump({"model": f"local-dir:{model}", "global_batch_size": 16})
     )

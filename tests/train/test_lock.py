@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train.step
+from benchmarks.memory import saved_bytes
 from data_prep.errors import UserError
-from train.model.activation_memory import dummy_batch, saved_bytes
+from train.model.activation_memory import dummy_batch
 from train.model.clip import load
 from train.model.towers import Towers, tower_of
 from train.optim import build_optimizer

@@ -7,7 +7,8 @@ import pytest
 import torch
 from runs import metrics, recipe
 
-from train.run.logger import Logger, cores_per_rank, crop_hint, data_wait_hint, reopened
+from data_prep.cores import cores_per_rank
+from train.run.logger import Logger, crop_hint, data_wait_hint, reopened
 from train.setup import setup
 from train.world import World
 

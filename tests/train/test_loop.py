@@ -207,6 +207,12 @@ def test_a_recipe_that_does_not_fit_is_an_error_before_anything_is_written(tiny_
     (tmp_path / "letters" / "a.txt").touch()
     assert "exists and is not a run; pass another --run" in error(folder=tmp_path / "letters")
     assert "exists and is not a run; pass another --run" in error(folder=tmp_path / "letters" / "a.txt")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    for place, kind in ((Path("/dev/null"), "a device or pipe"), (tmp_path / "letters" / "a.txt", "a file")):
+        assert f"{place} is {kind}, not a folder; pass another --run" in error(folder=place / "new" / "run")
+    assert "gone is a link to nothing, not a folder; pass another --run" in error(
+        folder=tmp_path / "gone" / "run"
+    )
     assert "no manifest.json" in error(data=tmp_path / "letters" / "a.txt")
     indivisible = short(tiny_model, icon_shards, run, global_batch_size=25)
     expected = "--global-batch-size 25: cannot be divided evenly among 2 ranks; pass --global-batch-size 24"

@@ -20,6 +20,7 @@ from train.recipe import Augment, Captions, Recipe
 from train.world import World
 
 SAME_GROUP = ("negative", "positive")
+LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 
 def random_outputs(n: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -110,6 +111,51 @@ def test_same_group_matters_only_where_pairs_share_an_id(loss):
     torch.testing.assert_close(distinct[0], distinct[1])
     assert torch.equal(shared[0], distinct[0])
     assert abs(shared[0] - shared[1]) > 1e-2
+
+
+def losses_of_pairs(name: str, outputs: list[torch.Tensor], ids: torch.Tensor, same_group: str):
+    """[n]: half of what image i is asked about all texts, and half of what text i is about all images."""
+    logits = outputs[2] * outputs[0] @ outputs[1].T + (outputs[3] if name == "siglip" else 0)
+    positive = (ids[:, None] == ids).any(2) if same_group == "positive" else torch.eye(len(ids)).bool()
+    if name == "siglip":
+        each = torch.log(1 + torch.exp(torch.where(positive, -logits, logits)))
+        return (each.sum(1) + each.sum(0)) / 2
+    targets = positive / positive.sum(1, keepdim=True)
+    each = [-(targets * (rows - rows.logsumexp(1, keepdim=True))).sum(1) for rows in (logits, logits.T)]
+    return (each[0] + each[1]) / 2
+
+
+@pytest.mark.parametrize("same_group", ["negative", "positive"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_is_the_weighted_mean_over_pairs(name, same_group):
+    weights = torch.tensor([1, 0, 0.5, 0.25, 1, 0, 0.1, 0.2, 0.3, 1, 0.7, 0.6])
+    outputs, exact = random_outputs(12), random_outputs(12, torch.float64)
+    loss = LOSSES[name](outputs, shared_ids(), World(), same_group, weights)
+    pairs = losses_of_pairs(name, exact, shared_ids(), same_group)
+    expected = (weights * pairs).sum() / weights.sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    for output, other in zip(outputs[: 3 + (name == "siglip")], exact, strict=False):
+        torch.testing.assert_close(output.grad.double(), other.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_count_in_every_block_of_texts():
+    n = COLUMNS + 7
+    ids, weights = torch.arange(2 * n).view(n, 2), torch.arange(n) / n
+    outputs = random_outputs(n, torch.float64)
+    pairs = losses_of_pairs("siglip", outputs, ids, "negative")
+    loss = siglip_loss(outputs, ids, World(), weights=weights)
+    torch.testing.assert_close(loss, (weights * pairs).sum() / weights.sum(), check_dtype=False)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_batch_of_weight_zero_changes_nothing(name):
+    outputs = random_outputs(12)
+    loss = LOSSES[name](outputs, shared_ids(), World(), weights=torch.zeros(12))
+    loss.backward()
+    assert loss == 0
+    assert all(output.grad is None or not output.grad.any() for output in outputs)
 
 
 def test_a_recipe_names_its_loss():

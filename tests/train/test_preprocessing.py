@@ -127,6 +127,15 @@ def test_params_of_open_clip_train_are_read(demo):
         preprocessing_of("ViT-B-32", demo)
 
 
+@pytest.mark.parametrize(
+    "mean", ["[1, 2", "[1, 2]", "[0.5, 'x', 0.5]", "__import__('os').getpid()", "(" * 999]
+)
+def test_invalid_values_in_params_are_one_sentence(mean, demo):
+    params(demo, image_mean=mean)
+    with pytest.raises(UserError, match=r"params.txt: preprocess_cfg.mean is .* a list of 3, each a number"):
+        preprocessing_of("demo-vit", demo)
+
+
 def test_a_folder_and_a_file_without_their_prefix_are_explained(tmp_path, demo):
     save_tiny(tmp_path)
     with pytest.raises(UserError, match=f"a folder; use local-dir:{tmp_path}"):

@@ -213,7 +213,7 @@ def test_a_dry_run_needs_neither_token_nor_network(hub, tuned_run, tmp_path, mon
     other = tuned_run[1].read_text().replace('"weights_sha256": "', '"weights_sha256": "0')
     (tmp_path / "other.json").write_text(other)
     for options, words in (
-        ({"results": (tmp_path / "gone.json",)}, r"--results .*gone\.json: cannot be read"),
+        ({"results": (tmp_path / "gone.json",)}, r"--results .*gone\.json: not a result"),
         ({"results": (tmp_path / "other.json",)}, "none of which has the weights to publish"),
         ({"images": (tmp_path / "gone.png",)}, r"--images .*gone\.png: must be an existing file"),
     ):

@@ -4,12 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, environment
+from conftest import ROOT, environment
 from runs import flags, recipe
 from torch.utils.data import Dataset
 
@@ -97,15 +98,14 @@ def test_a_file_that_is_gone_may_come_back():
         assert caught.value.exit_code == 1
 
 
-def test_full_shared_memory_is_named(tiny_model, icon_shards, tmp_path):
-    plan = recipe(tiny_model, icon_shards, tmp_path / "run", workers=1, global_batch_size=96)
-    words = command(*flags(plan, tmp_path / "recipe.yaml"))
+def with_little_shared_memory(*words: str) -> subprocess.CompletedProcess:
+    """Run a command where /dev/shm has 64 kB; the test is skipped where that cannot be."""
     script = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
     if subprocess.run(
         ["unshare", "-m", "sh", "-c", script, "sh", "true"], capture_output=True, check=False
     ).returncode:
         pytest.skip("/dev/shm cannot be replaced here (not root)")
-    ended = subprocess.run(
+    return subprocess.run(
         ["unshare", "-m", "sh", "-c", script, "sh", *words],
         cwd=ROOT,
         env=environment(),
@@ -113,6 +113,29 @@ def test_full_shared_memory_is_named(tiny_model, icon_shards, tmp_path):
         text=True,
         check=False,
     )
+
+
+def test_full_shared_memory_is_named(tiny_model, icon_shards, tmp_path):
+    """As where something else fills it after the start: room is taken for what is not there."""
+    plan = recipe(tiny_model, icon_shards, tmp_path / "run", workers=1, global_batch_size=96)
+    code = (
+        "import sys, train.__main__, train.data.loader as loader; from data_prep.errors import *;"
+        " loader.free_shared_bytes = lambda: 1e12; sys.argv[1:] = sys.argv[2:];"
+        " exit_on_user_error(train.__main__.main)"
+    )
+    ended = with_little_shared_memory(sys.executable, "-c", code, *flags(plan, tmp_path / "recipe.yaml"))
     assert ended.returncode == 1, ended.stderr
     assert "found no room in /dev/shm (" in ended.stderr
     assert "  File" not in ended.stderr  # the worker may be killed while it prints the head of a traceback
+
+
+def test_too_little_shared_memory_is_not_used():
+    code = (
+        "import torch; from train.data.loader import loader; from train.world import World;"
+        " images = [torch.full([30_000], number) for number in range(3)];"
+        " batches = loader(images, [[0], [1], [2]], 2, World(), batch_bytes=240_000);"
+        " print([batch[0, 0].item() for batch in batches])"
+    )
+    ended = with_little_shared_memory(sys.executable, "-c", code)
+    assert ended.stdout == "[0, 1, 2]\n", ended.stderr
+    assert "/dev/shm has little room for batches of 0.2 MB: no worker reads, but the process" in ended.stderr

@@ -27,13 +27,7 @@ def test_the_defaults_are_those_of_spectrum_icons():
     augment = recipe.augment
     assert augment.color_jitter == (0.2, 0.2, 0.1, 0.0)
     assert (augment.color_jitter_prob, augment.gray_scale_prob) == (0.7, 0.2)
-    assert recipe == Recipe(
-        model="ViT-L-14:laion2b_s32b_b82k",
-        data="d",
-        run="r",
-        micro_batch_size=64,
-        activation_checkpointing="full",
-    )
+    assert recipe == Recipe("ViT-L-14:laion2b_s32b_b82k", data="d", run="r", micro_batch_size=64)
 
 
 def test_typed_flags_win_and_have_types(tmp_path):
@@ -86,6 +80,8 @@ def test_a_recipe_of_the_project_is_found_by_its_name(tmp_path, monkeypatch):
         ("--epochs 0", "must be at least 1"),
         ("--global-batch-size 1", "must be at least 2"),
         ("--seed -1", "must be at least 0"),
+        ("--seed 9223372036854775808", "must be at most 9223372036854775807"),
+        ("--workers 1000000", "must be at most 1024"),
         ("--optim.lr -0.1", "must be at least 0"),
         ("--optim.betas 0.9 1.0", "both must be at least 0 and below 1"),
         ("--optim.max-grad-norm 0.0", "must be above 0"),

@@ -47,7 +47,7 @@ def test_gradient_equals_the_formula(tiny_model, icon_shards, other_shards, tmp_
     results = []
     for micro_batch_size in (6, 4, 1):
         clip = load(tiny_model)
-        replay = Replay(pairs, base, clip, plan, World(), 48, 480)
+        replay = Replay(pairs, [], base, clip, plan, World(), 48, 480)
         clip.towers.train()
         # not exactly 0: torch uses another attention kernel where no gradient is needed
         assert replay.backward(clip.towers, micro_batch_size) < 1e-12
@@ -61,7 +61,7 @@ def test_gradient_equals_the_formula(tiny_model, icon_shards, other_shards, tmp_
         results.append({"loss": loss, **gradients})
 
     first, second = (
-        next(Replay(pairs, base, clip, plan, World(), samples, 480).batches) for samples in (48, 72)
+        next(Replay(pairs, [], base, clip, plan, World(), samples, 480).batches) for samples in (48, 72)
     )
     assert len(second.images) == 6
     assert not torch.equal(first.images, second.images)

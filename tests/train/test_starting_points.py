@@ -173,7 +173,7 @@ def test_a_text_tower_of_transformers_recomputes_only_when_asked(tmp_path):
 def test_a_folder_with_another_config_is_one_sentence(content, tmp_path):
     save_tiny(tmp_path)
     (tmp_path / "open_clip_config.json").write_text(content)
-    with pytest.raises(UserError, match=r"open_clip_config.json: (cannot be read as|must be a JSON object)"):
+    with pytest.raises(UserError, match=r"open_clip_config.json: (damaged|cannot be read)"):
         load(f"local-dir:{tmp_path}")
 
 

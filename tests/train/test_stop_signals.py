@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT, environment
 from runs import flags, launch, newest, recipe, state_of, status_of, until_logged
 
+from train.run.stop import Stop
+
 
 @pytest.mark.parametrize(
     ("ranks", "whom", "number"),
@@ -37,6 +39,21 @@ def test_a_signal_saves_a_checkpoint(tiny_model, icon_shards, tmp_path, ranks, w
     if ranks == 0:
         assert process.returncode == 0, output
         assert "Traceback" not in output
+
+
+def test_signals_of_one_request_are_one(tmp_path, monkeypatch):
+    """As of timeout(1), which signals its child and then its group. A later one has its usual effect."""
+    # a shell without job control starts what it puts into the background with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Stop(tmp_path / "stop") as stop:
+        assert not stop.requested()
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert stop.requested()
+        monkeypatch.setattr("train.run.stop.ONE_REQUEST_S", 0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 LEFT_AT_EXIT = """

@@ -132,6 +132,7 @@ def test_a_full_disk_is_named_and_loses_no_checkpoint(tiny_model, icon_shards, s
         errors = call(*arguments, ranks=2, expect=1).stderr
     for words in ("cannot be written", "No space left on device", "last whole checkpoint", "Make room"):
         assert words in errors
+    assert status_of(run)["state"] == "failed"
     assert errors.count("\nerror: ") == 1, errors  # both ranks end with it, and neither loses the other
     assert not [words for words in ("is silent", "lost the others", "on rank 1") if words in errors]
     checkpoints = list((run / "checkpoints").iterdir())

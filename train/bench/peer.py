@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,20 +31,21 @@ from open_clip.transform import AugmentationCfg
 from data_prep.errors import Fault, UserError, exit_on_user_error
 from data_prep.rooms import environment, importable
 from data_prep.shards import Shards, shard_file
+from data_prep.terminal import say
+from train.device import OUT_OF_MEMORY
 from train.loop import fit
 from train.model.clip import load
-from train.recipe import Recipe, parse, to_yaml
+from train.recipe import Recipe, flag, parse, to_yaml
 from train.world import World
 
-TURNS, WARMUP_LINES, WINDOWS = 2, 2, 5
+WARMUP_LINES, WINDOWS = 2, 5
 POLL_S = 0.005
-WAYS = {"cpu": [[], ["--grad-checkpointing"]]}  # to run open_clip_train
-WAYS["cuda"] = [*WAYS["cpu"], ["--torchcompile"], ["--torchcompile", "--grad-checkpointing"]]
+WAYS = {"cpu": ("plain", "grad-checkpointing")}  # to run open_clip_train, where none are asked for
+WAYS["cuda"] = (*WAYS["cpu"], "torchcompile", "torchcompile+grad-checkpointing")
 THEIR_LINE = re.compile(
     r"Train Epoch: 0 \[ *(\d+)/.*?Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+).*? Loss: ([\d.]+)"
 )
 PEAK = re.compile(r"^peak memory ([\d.]+) GB$", re.MULTILINE)
-OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory")
 
 
 class Line(NamedTuple):
@@ -70,13 +71,16 @@ class Command(NamedTuple):
     stop_file: Path | None = None
 
 
-def whole_path(recipe: Recipe, steps: int, device: torch.device, folder: Path) -> list[dict]:
-    """A row for ours, and one for each of WAYS.
+def whole_path(
+    recipe: Recipe, steps: int, device: torch.device, folder: Path, turns: int, ways: Sequence[str]
+) -> list[dict]:
+    """A row for ours, and one for each of `ways`.
 
     Args:
         recipe: Its weights are not used: both trainers begin with the same random ones.
         steps: optimizer steps that a turn measures, in five windows.
         folder: for the model, and for what the runs write.
+        ways: flags of open_clip_train, joined by "+", or "plain"; those of WAYS where there are none.
 
     Raises:
         Fault: a run failed, and not for lack of memory.
@@ -90,17 +94,18 @@ def whole_path(recipe: Recipe, steps: int, device: torch.device, folder: Path) -
     model.mkdir()
     original.save(model)
     found: dict[tuple[str, str], list[dict]] = {}
-    for turn in range(TURNS):
-        for number, extra in enumerate([None, *WAYS[device.type]]):
+    flags = [[f"--{flag}" for flag in way.split("+") if flag != "plain"] for way in ways or WAYS[device.type]]
+    for turn in range(turns):
+        for number, extra in enumerate([None, *flags]):
             place = folder / f"{turn}-{number}"
             place.mkdir()
             command = our_command(recipe, place) if extra is None else their_command(theirs, extra, place)
-            turns = found.setdefault((command.trainer, command.options), [])
-            if {} not in turns:  # one that ran out of memory would do so again
-                turns.append(run(command, place))
-                result = turns[-1] or "out of memory"
-                print(f"{command.trainer} {command.options} {turn + 1} of {TURNS}: {result}", file=sys.stderr)
-    return [_row(*key, turns) for key, turns in found.items()]
+            results = found.setdefault((command.trainer, command.options), [])
+            if {} not in results:  # one that ran out of memory would do so again
+                results.append(run(command, place))
+                result = results[-1] or "out of memory"
+                say(f"{command.trainer} {command.options} {turn + 1} of {turns}: {result}", file=sys.stderr)
+    return [_row(*key, results) for key, results in found.items()]
 
 
 def check_peer(recipe: Recipe) -> None:
@@ -109,6 +114,11 @@ def check_peer(recipe: Recipe) -> None:
     Raises:
         UserError: it cannot.
     """
+    if not isinstance(recipe.data, str):
+        raise UserError(
+            f"{flag('data', recipe.data)}: open_clip_train cannot give data sets shares of a batch; leave out"
+            " --peer, or pass one folder"
+        )
     tars, chunk = len(Shards(recipe.data, "train").entries), their_chunk(recipe)
     if tars < recipe.workers:
         raise UserError(
@@ -291,7 +301,7 @@ def main() -> None:
             # webdataset 1.0 marks the end of a shard by an empty sample, a KeyError in open_clip_train 3.3.
             open_clip_train.data.tar_file_expander = functools.partial(expander, eof_value=None)
         open_clip_train.main.main(arguments)
-    print(f"\npeak memory {peak_memory_gb():.3f} GB", flush=True)
+    say(f"\npeak memory {peak_memory_gb():.3f} GB", flush=True)
 
 
 if __name__ == "__main__":

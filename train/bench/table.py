@@ -50,10 +50,15 @@ def plot(result: dict, path: Path) -> None:
 
 
 def _step_name(row: dict) -> str:
-    return (
+    name = (
         f"step: micro_batch_size {row['micro_batch_size']}, activation_checkpointing"
         f" {row['activation_checkpointing']}"
     )
+    if "tokens" not in row:  # out of memory
+        return name
+    least, most = row["tokens"]
+    compiles = f", compiled {row['compiled']} graphs meanwhile" if row["compiled"] else ""
+    return f"{name}, captions of {least if least == most else f'{least} to {most}'} tokens{compiles}"
 
 
 def _path_name(row: dict) -> str:

@@ -5,10 +5,13 @@ import time
 
 import torch
 import torch.backends.mha
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from train.bench.peer import peak_memory_gb
+from train.data.loader import PREFETCH_BATCHES, Batch
 from train.device import device_name, own_device
 from train.recipe import Recipe
 from train.setup import setup
@@ -17,6 +20,7 @@ from train.world import World
 
 PARTS = ("data", "forward", "backward", "optimizer")
 WARMUP_STEPS, LOADER_SECONDS, COUNTED_PAIRS = 2, 3.0, 8
+ATTEMPTS = 3  # to time steps of which none compiles; each of them compiles for sizes that the others lack
 # batches never run out, and the learning rate and patch dropout stay those of the beginning
 MANY_EPOCHS = 1 << 20
 
@@ -43,12 +47,18 @@ class Clock:
 class Stepper:
     """train_step with marks around its parts, by hooks.
 
+    Args:
+        full_context: whether captions are padded to the context length, which costs as much as captions that
+            fill it: a causal tower computes every position.
+
     Attributes:
         spans: (part, start, end) of all steps since it was last cleared.
+        lengths: tokens of a caption, of each of these steps.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, full_context: bool = False):
         self.state = bench_state(recipe)
+        self.full_context, self.lengths = full_context, []
         self.state.towers.train()
         self.clock, self.spans = Clock(self.state.world.device), []
         self._forward_began = self._optimizer_began = None
@@ -58,7 +68,11 @@ class Stepper:
 
     def __call__(self) -> None:
         began = self.clock.mark()
-        batch = next(self.state.batches).to(self.state.world.device)
+        batch = next(self.state.batches)
+        if self.full_context:
+            batch = with_full_context(batch, self.state)
+        self.lengths.append(batch.tokens.shape[1])
+        batch = batch.to(self.state.world.device)
         loaded = self.clock.mark()
         train_step(self.state, batch)
         ended = self.clock.mark()
@@ -67,6 +81,10 @@ class Stepper:
             ("forward and backward", loaded, self._optimizer_began),
             ("optimizer", self._optimizer_began, ended),
         ]
+
+    def clear(self) -> None:
+        self.spans.clear()
+        self.lengths.clear()
 
     def seconds(self) -> dict[str, float]:
         """Of each of PARTS, summed over `spans`. The loss, recomputation and gradient clipping are in
@@ -95,24 +113,36 @@ def bench_state(recipe: Recipe) -> TrainState:
     return setup(dataclasses.replace(recipe, epochs=MANY_EPOCHS), None, World(device=device()))
 
 
-def measure_step(recipe: Recipe, steps: int) -> dict:
+def with_full_context(batch: Batch, state: TrainState) -> Batch:
+    """The same pairs, with captions padded to the context length."""
+    missing = state.clip.towers.context_length - batch.tokens.shape[1]
+    return batch._replace(tokens=F.pad(batch.tokens, (0, missing)))
+
+
+def measure_step(recipe: Recipe, steps: int, full_context: bool = False) -> dict:
     """Seconds of a step and of its parts, pairs/s and peak memory; `data_s` is how long the device had no
-    batch.
+    batch, "tokens" the length of the shortest and of the longest captions, "compiled" how many graphs were
+    compiled while steps were timed (0, unless new sizes appear again and again).
     """
-    step = Stepper(recipe)
-    for _ in range(WARMUP_STEPS):
-        step()
+    step = Stepper(recipe, full_context)
+    warm_up(step)
     for _ in range(_prefetched(recipe)):
         next(step.state.batches)
     step()  # waits for its batch; from here on the loader is ahead, if it can be
-    step.spans.clear()
-    for _ in range(steps):
-        step()
+    for _ in range(ATTEMPTS):  # captions of a length that was not there before may compile
+        step.clear()
+        before = graphs()
+        for _ in range(steps):
+            step()
+        if not (compiled := graphs() - before):
+            break
     parts = step.seconds()
     step_s = sum(parts.values()) / steps
     return {
         "micro_batch_size": step.state.micro_batch_size,
         "activation_checkpointing": step.state.activation_checkpointing,
+        "tokens": [min(step.lengths), max(step.lengths)],
+        "compiled": compiled,
         "step_s": step_s,
         "pairs_per_s": recipe.global_batch_size / step_s,
         **{f"{part}_s": parts[part] / steps for part in PARTS},
@@ -120,11 +150,24 @@ def measure_step(recipe: Recipe, steps: int) -> dict:
     }
 
 
+def warm_up(step: Stepper) -> None:
+    """Take steps until WARMUP_STEPS in a row compile nothing."""
+    idle = 0
+    while idle < WARMUP_STEPS:
+        before = graphs()
+        step()
+        idle = idle + 1 if graphs() == before else 0
+
+
+def graphs() -> int:
+    """Graphs that torch has compiled in this process."""
+    return counters["stats"]["unique_graphs"]
+
+
 def profile_steps(recipe: Recipe, file: str) -> None:
     """Write a trace of two steps, after warm-up."""
     step = Stepper(recipe)
-    for _ in range(WARMUP_STEPS):
-        step()
+    warm_up(step)
     with torch.profiler.profile(record_shapes=True) as profiler:
         for _ in range(2):
             step()
@@ -147,12 +190,13 @@ def measure_reference(recipe: Recipe) -> dict:
     return {
         "device": device_name() if device().type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "loader_samples_per_s": samples / elapsed_s,
+        "context_length": state.clip.towers.context_length,
         "gflop_per_pair": flop_per_pair(recipe) / 1e9,
         "matmul_tflop_per_s": best_matmul_flop_per_s(device(), dtype) / 1e12,
     }
 
 
-def flop_per_pair(recipe: Recipe) -> float:
+def flop_per_pair(recipe: Recipe, full_context: bool = False) -> float:
     """FLOP of a train_step per pair of the batch: what the recipe drops, freezes, adapts or replays is
     counted.
 
@@ -169,6 +213,8 @@ def flop_per_pair(recipe: Recipe) -> float:
     state = bench_state(counted)
     state.towers.train()
     batch = next(state.batches)
+    if full_context:
+        batch = with_full_context(batch, state)
     # The counter does not know all fused attention kernels, nor the fast path of nn.MultiheadAttention, which
     # locked towers and replay's initial model take; it knows their plain form.
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -204,5 +250,5 @@ def device() -> torch.device:
 
 
 def _prefetched(recipe: Recipe) -> int:
-    """Batches that the workers have prefetched."""
-    return 2 + 4 * recipe.workers
+    """Batches that the workers have prefetched, at most (read_ahead())."""
+    return 2 + PREFETCH_BATCHES * recipe.workers

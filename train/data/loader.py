@@ -6,24 +6,32 @@ rank r of W, step k:  positions k*B + r*B/W ...  ->  Order  ->  Shards.read  -> 
 
 import contextlib
 import hashlib
+import math
 import multiprocessing.util
 import os
+import shutil
 import signal
+import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import repeat
 from multiprocessing.queues import Queue
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from data_prep.child import exit_with_parent
+from data_prep.cores import ranks_here
 from data_prep.errors import Fault, UserError
 from data_prep.images import DAMAGE
 from data_prep.shards import Shards, altered
+from data_prep.terminal import say
 from train.data.augment import N_UNIFORMS, Augmentation, crop
-from train.data.captions import caption
+from train.data.captions import caption, draw
 from train.data.decode import decode
 from train.data.order import Order, random_bits
 from train.device import has_streams
@@ -31,7 +39,11 @@ from train.recipe import Augment, Captions
 from train.world import World
 
 SAMPLE = 2  # a stream of random bits beside the two of train.data.order
-PREFETCH_BATCHES = 4  # per worker
+PREFETCH_BATCHES = 4  # per worker, at most
+SHARED_MEMORY = "/dev/shm"
+SHARED_PART = 0.5  # of what is free: replay, and validation during training, have loaders of their own
+BYTES_BESIDE_AN_IMAGE = 2048  # of a pair, at most: tokens, augmentation, ids
+BYTES_OF_A_WORKER, BYTES_OF_PAGES = 1 << 17, 1 << 15  # its queues; each tensor of a batch takes whole pages
 
 
 class Batch(NamedTuple):
@@ -44,6 +56,7 @@ class Batch(NamedTuple):
         patch_seeds: int64 [b], one per sample, from which patch dropout draws its mask.
         ids: int64 [b, 2], group and caption id; pairs that share one of them are positives if same_group says
             so.
+        weights: fp32 [b], of the pairs in the loss, relative to the largest of all; None if all are equal.
     """
 
     images: torch.Tensor
@@ -51,13 +64,15 @@ class Batch(NamedTuple):
     augment_rows: torch.Tensor
     patch_seeds: torch.Tensor
     ids: torch.Tensor
+    weights: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(*(each if each is None else each.to(device, non_blocking=True) for each in self))
 
     def split(self, n: int) -> list["Batch"]:
         """Chunks of n pairs; the last one has what is left."""
-        return [Batch(*chunk) for chunk in zip(*(tensor.split(n) for tensor in self), strict=True)]
+        chunks = zip(*(repeat(None) if each is None else each.split(n) for each in self), strict=False)
+        return [Batch(*chunk) for chunk in chunks]
 
 
 class Pair(NamedTuple):
@@ -68,6 +83,7 @@ class Pair(NamedTuple):
     augment_row: list[float]
     patch_seed: int
     group: int
+    weight: float | None  # None if all are equal
 
 
 class TrainPairs(Dataset):
@@ -78,22 +94,29 @@ class TrainPairs(Dataset):
     ):
         self.shards, self.order, self.size, self.captions = shards, order, size, captions
         self.augmentation = Augmentation(augment)
+        least, self.largest_weight = shards.weight_range
+        self.is_weighted = least < self.largest_weight
 
     def __getitem__(self, position: int) -> Pair:
         number = self.order.sample_at(position)
         sample = self.shards.read(number)
         bits = random_bits(1 + N_UNIFORMS, self.order.seed, position, SAMPLE)
         uniforms = ((bits[1:] >> 11) * 2.0**-53).tolist()
+        with self.shards.naming(number):
+            image = crop(sample.image, self.size, self.augmentation.augment, uniforms)
+        drawn = draw(sample.kinds, self.captions, int(bits[0]))
         return Pair(
-            crop(sample.image, self.size, self.augmentation.augment, uniforms),
-            caption(sample.captions, self.captions, int(bits[0])),
+            image,
+            caption(sample.captions[drawn], self.captions, int(bits[0])),
             self.augmentation.draw(uniforms),
             int(bits[0]) >> 1,  # the caption's bits too; PatchDropout hashes them, so the two are independent
             int(self.shards.groups[number]),
+            sample.weights[drawn] / self.largest_weight if self.is_weighted else None,
         )
 
     def shard_of(self, position: int) -> tuple[Shards, dict]:
-        return self.shards, self.shards.entry(self.order.sample_at(position))
+        shards, number = self.shards.locate(self.order.sample_at(position))
+        return shards, shards.entry(number)
 
     def key_at(self, position: int) -> str:
         """The key of the sample at a position of the stream."""
@@ -107,7 +130,9 @@ class EvalImages(Dataset):
         self.shards, self.transform = shards, transform
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        return self.transform(decode(self.shards.read(number).image))
+        with self.shards.naming(number):
+            image = decode(self.shards.read(number).image)
+        return self.transform(image)
 
     def shard_of(self, number: int) -> tuple[Shards, dict]:
         return self.shards, self.shards.entry(number)
@@ -130,7 +155,7 @@ class _Collate:
         self.tokenize = tokenize
 
     def __call__(self, pairs: list[Pair]) -> Batch:
-        images, captions, augment_rows, patch_seeds, groups = zip(*pairs, strict=True)
+        images, captions, augment_rows, patch_seeds, groups, weights = zip(*pairs, strict=True)
         ids = torch.tensor([groups, [caption_id(caption) for caption in captions]]).T.contiguous()
         return Batch(
             # made contiguous on the device, which is faster
@@ -139,6 +164,7 @@ class _Collate:
             torch.tensor(augment_rows, dtype=torch.float32),
             torch.tensor(patch_seeds),
             ids,
+            None if None in weights else torch.tensor(weights, dtype=torch.float32),
         )
 
 
@@ -155,7 +181,8 @@ def train_loader(
     run.
     """
     positions = RankPositions(samples, end, pairs.order.global_batch_size, world)
-    return loader(pairs, positions, workers, world, _Collate(tokenize))
+    batch_bytes = positions.share * (3 * math.prod(pairs.size) + BYTES_BESIDE_AN_IMAGE)
+    return loader(pairs, positions, workers, world, _Collate(tokenize), batch_bytes)
 
 
 def loader(
@@ -164,13 +191,20 @@ def loader(
     workers: int,
     world: World,
     collate: Callable = torch.stack,
+    batch_bytes: int = 0,
 ) -> Iterator:
     """The collated samples of each batch of numbers, in order.
+
+    Args:
+        batch_bytes: of a batch; so many are read ahead as shared memory has room for.
 
     Raises:
         Fault: a shard can no longer be read.
         UserError: a shard is damaged, which another attempt would not change.
     """
+    if isinstance(batches, Sequence):
+        workers = min(workers, len(batches))
+    workers, prefetch = read_ahead(workers, batch_bytes, free_shared_bytes(), warn=world.is_first)
     if workers:
         _kill_workers_at_exit(os.getpid())
     loaded = DataLoader(
@@ -180,13 +214,51 @@ def loader(
         num_workers=workers,
         pin_memory=has_streams(world.device),
         worker_init_fn=_quiet_worker,
-        prefetch_factor=PREFETCH_BATCHES if workers else None,
+        prefetch_factor=prefetch if workers else None,
     )
     with contextlib.closing(_received(loaded)) as received:
         for batch in received:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def read_ahead(workers: int, batch_bytes: int, free: float, warn: bool) -> tuple[int, int]:
+    """How many workers read, and how many batches each has ready or in work; fewer of both where shared
+    memory, through which batches are passed, has no room.
+
+    A page that is written beyond that room ends the worker.
+
+    Args:
+        workers: as asked for.
+        free: bytes of shared memory, for this rank.
+    """
+    known = batch_bytes and free < math.inf
+    room = (SHARED_PART * free - BYTES_OF_A_WORKER * workers) / (batch_bytes + BYTES_OF_PAGES)
+    batches = int(room) - 1 if known else sys.maxsize  # one is in use
+    readers = max(0, min(workers, batches))
+    if readers < workers and warn:
+        _warn_of_shared_memory(readers, workers, batch_bytes)
+    return readers, min(PREFETCH_BATCHES, batches // readers) if readers else 0
+
+
+@lru_cache  # once for each case, though every validation has loaders
+def _warn_of_shared_memory(readers: int, workers: int, batch_bytes: int) -> None:
+    reading = f"{readers} of {workers} workers read" if readers else "no worker reads, but the process itself"
+    say(
+        f"warning: {SHARED_MEMORY} has little room for batches of {batch_bytes / 1e6:,.1f} MB:"
+        f" {reading}; give the machine or container more shared memory",
+        file=sys.stderr,
+    )
+
+
+def free_shared_bytes() -> float:
+    """Shared memory for this rank; infinite where torch uses no files for it."""
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return math.inf
+    return min(free, psutil.virtual_memory().available) / ranks_here()
 
 
 def _received(loaded: DataLoader) -> Iterator:
@@ -272,7 +344,9 @@ def _kill_workers() -> None:
 
 def _quiet_worker(_: int) -> None:
     # Stop requests are for the main process, but torchrun, srun, timeout and terminals send them to the whole
-    # process group. A worker ends with the loader, at exit, or by itself when the main process is gone.
+    # process group. A worker ends with the loader, at exit, or by itself when the main process is gone (torch
+    # watches its parent alone, which a forkserver is, where the main process is of one).
+    exit_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 
+GROUPS = 6  # a stream of random bits beside those of orders, of train.data.loader and sets, and of train.step
 WINDOW_SHARDS = 16  # mixed with each other; an epoch reads each shard in one stretch
 
 
@@ -29,6 +30,18 @@ def epoch_order(shard_sizes: np.ndarray, seed: int, epoch: int, window: int = WI
         window_keys, keys = keys[: len(samples)], keys[len(samples) :]
         order.append(samples[np.argsort(window_keys, kind="stable")])
     return np.concatenate(order)
+
+
+def part_of_groups(groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which samples are in a fraction of the groups: bool [n]. Of two fractions, the smaller is a part of the
+    larger.
+
+    Args:
+        groups: int64 [n].
+    """
+    names, members = np.unique(groups, return_inverse=True)
+    places = np.argsort(np.argsort(random_bits(len(names), seed, 0, GROUPS), kind="stable"), kind="stable")
+    return (places < round(fraction * len(names)))[members]
 
 
 class Order:

@@ -17,6 +17,7 @@ import tyro
 
 from data_prep.cli import Folder, Model, OptionalShards, print_guide, run_command
 from data_prep.errors import exit_on_user_error
+from data_prep.terminal import say
 
 PROG = "python -m train.export"
 
@@ -50,6 +51,7 @@ def command(
         read_manifest(data)  # fails early: opening the model takes longer
 
     from eval.validation import features_metrics
+    from train.data.shares import first_of
     from train.export.folder import RECORD, export, shards_of, table
     from train.export.snippets import blocks, use
     from train.model.clip import load
@@ -58,11 +60,11 @@ def command(
     run = Path(model)
     data = data or shards_of(run)
     if data is None and (run / "recipe.yaml").is_file():
-        name = parse(flags_of(run / "recipe.yaml")).data
-        print(f"the run's data {name} is not here, or has changed; to compare on it, pass --data")
+        name = first_of(parse(flags_of(run / "recipe.yaml")).data)
+        say(f"the run's data {name} is not here, or has changed; to compare on it, pass --data")
     record = export(load(model), out, dtype, onnx, data, features_metrics)
     code = "\n".join(blocks(use(record, str(out)))[:2])
-    print(f"{table(record)}\n\n{code}\nwritten: {out}; details in {out / RECORD}")
+    say(f"{table(record)}\n\n{code}\nwritten: {out}; details in {out / RECORD}")
 
 
 def main() -> None:

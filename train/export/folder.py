@@ -7,7 +7,7 @@ for the user's own files, transparent and rotated ones among them.
 """
 
 import contextlib
-import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -19,17 +19,22 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from data_prep.atomic import atomic_folder, write_json
+from data_prep.below import file_below
 from data_prep.errors import UserError
 from data_prep.images import WHITE
 from data_prep.shards import Shards, sha256_of
+from data_prep.strict_json import read_json
 from data_prep.tables import markdown_table
+from data_prep.terminal import say
+from train.data.shares import shares_of
 from train.export import int8, snippets, to_onnx, to_sentence_transformers, to_transformers
 from train.export.int8 import Recall
 from train.export.reference import File, Outputs, Samples, max_difference, outputs, samples
 from train.model.clip import Clip, create
 from train.model.preprocessing import CONFIG_FILE
-from train.model.source import HERE
+from train.model.source import HERE, read_config
 from train.recipe import flags_of, parse
+from train.run.records import read_environment
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORD = "export.json"
@@ -38,7 +43,19 @@ SENTENCE_TRANSFORMERS = ("sentence-transformers>=5.1",)
 ONNX = ("onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22")
 PACKAGES = ("torch", "open_clip_torch", "transformers", "sentence-transformers", "onnx", "onnxruntime")
 FORMATS = ("open_clip", "transformers", "sentence_transformers", "onnx")
+TEXT_KEYS = ("hf_model_name", "hf_tokenizer_name")
 FEATURES = ("image_features", "text_features")
+# Of export.json.
+SHAPE = {
+    "files": {str: {"format": str, "bytes": int, "sha256": str}},
+    "dtype": lambda dtype: dtype in tuple(DTYPES),
+    "differences": {str: {str: (float, type(None))}},
+    "weights_sha256?": str,
+    "background?": lambda color: isinstance(color, str) and bool(re.fullmatch("#[0-9a-f]{6}", color)),
+    "compared_files?": {str: int},
+    "in_folder?": [lambda key: key in TEXT_KEYS],
+    "int8?": {"n_images": int, "min_cosine?": float, "fp32": {str: float}, "int8": {str: float}},
+}
 # In units of eps. Rounding changes each product by about eps / 2, and these errors accumulate with the root
 # of the depth: 0.1 to 0.3 were measured with random weights. The margin is for trained weights.
 ROUNDING_BOUND = 8
@@ -107,20 +124,20 @@ def export(
         require(*ONNX)
     clip.towers.eval()
     inputs = samples(data, clip.background)
-    print(f"export: compares {clip.name} on {inputs.source}", flush=True)
+    say(f"export: compares {clip.name} on {inputs.source}", flush=True)
     pixels = torch.stack([clip.preprocess(image) for image in inputs.images])
     tokens = clip.tokenizer(inputs.captions)
     with atomic_folder(out, "export") as folder:
         comparison = Comparison(folder)
-        print("export: writes the open_clip files and loads them back", flush=True)
+        say("export: writes the open_clip files and loads them back", flush=True)
         model, expected = _write_open_clip(clip, comparison, dtype, inputs.images[0], pixels, tokens)
         answers = _answers(clip, model, inputs.files)
         if onnx:
-            print("export: writes the onnxruntime files and loads them back", flush=True)
+            say("export: writes the onnxruntime files and loads them back", flush=True)
             _write_onnx(clip, model, comparison, inputs.captions, pixels, tokens, expected)
         del model  # before transformers loads its own, so that memory holds two models and not three
         if not reason:
-            print("export: writes the transformers files and loads them back", flush=True)
+            say("export: writes the transformers files and loads them back", flush=True)
             _write_transformers(clip, comparison, dtype, inputs, pixels, tokens, expected)
         comparison.check(clip.name)
         record = {  # it is published, so it contains no paths
@@ -140,13 +157,25 @@ def export(
                 for name in names
             },
         }
-        print("export: runs the snippets of the model card on your files", flush=True)
+        say("export: runs the snippets of the model card on your files", flush=True)
         _run_snippets(comparison, record, inputs.files, answers)
         comparison.check(clip.name)
         if onnx and data and recall:
-            print(f"export: measures what int8 costs, on up to {int8.N_IMAGES} images", flush=True)
+            say(f"export: measures what int8 costs, on up to {int8.N_IMAGES} images", flush=True)
             record["int8"] = int8.compare(clip, folder, data, recall)
         write_json(folder / RECORD, record)
+    return record
+
+
+def read_record(folder: Path) -> dict:
+    """The content of FOLDER/export.json.
+
+    Raises:
+        UserError: it is damaged, or names a file that is not in the folder.
+    """
+    record = read_json(folder / RECORD, SHAPE, "export the model again: python -m train.export MODEL --out X")
+    for name in record["files"]:
+        file_below(folder, name)
     return record
 
 
@@ -169,15 +198,21 @@ def is_installed(package: str) -> bool:
     return bool(installed) and requirement.specifier.contains(installed, prereleases=True)
 
 
-def shards_of(run: Path | None) -> Path | None:
+def shards_of(run: Path | None, number: int = 0) -> Path | None:
     """The shards that a run was trained on; None if `run` is no run, or they are gone or have changed.
 
     A relative path is looked for in the working folder, and in the folders that the run is in.
+
+    Args:
+        number: of the data set, where there are several; they are validated and compared on the first.
     """
     if run is None or not (run / "recipe.yaml").is_file():
         return None
-    name = parse(flags_of(run / "recipe.yaml")).data
-    fingerprint = json.loads((run / "environment.json").read_text())["data_fingerprint"]
+    names = [*shares_of(parse(flags_of(run / "recipe.yaml")).data)]
+    fingerprints = read_environment(run).get("data_fingerprint", "").split()
+    if len(names) != len(fingerprints):
+        return None
+    name, fingerprint = names[number], fingerprints[number]
     for data in (folder / name for folder in (Path(), *run.resolve().parents)):
         with contextlib.suppress(UserError):  # something else that has the name
             if (data / "manifest.json").is_file() and Shards(data, "train").fingerprint == fingerprint:
@@ -311,7 +346,7 @@ def _write_transformers(
     )
     comparison.bounds["transformers"] = to_transformers.bounds(clip)
     if is_installed(*SENTENCE_TRANSFORMERS):
-        print("export: writes the sentence-transformers files and loads them back", flush=True)
+        say("export: writes the sentence-transformers files and loads them back", flush=True)
         to_sentence_transformers.write(comparison.folder)
         comparison.add_files("sentence_transformers")
         captions = [clip.tokenizer.clean_fn(caption) for caption in inputs.captions]
@@ -358,8 +393,8 @@ def _read_back(
 
 def _in_folder(folder: Path) -> list[str]:
     """The keys of text_cfg that name the folder itself: its text tower or tokenizer is of Hugging Face's."""
-    text = json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]["text_cfg"]
-    return [key for key in ("hf_model_name", "hf_tokenizer_name") if text.get(key) == HERE]
+    text = read_config(folder / CONFIG_FILE)["model_cfg"]["text_cfg"]
+    return [key for key in TEXT_KEYS if text.get(key) == HERE]
 
 
 def _entry(path: Path, file_format: str) -> dict:

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from train.data.decode import decode
 from train.export import to_onnx
-from train.export.reference import evenly, first_split
+from train.export.reference import decoded_samples, evenly, first_split
 from train.metrics import DIRECTIONS
 from train.model.clip import Clip
 
@@ -36,7 +35,8 @@ def compare(clip: Clip, folder: Path, data: Path, recall: Recall) -> dict:
     numbers = evenly(len(shards), N_IMAGES)
     samples = [shards.read(number) for number in numbers]
     captions = [sample.captions[0] for sample in samples]
-    images = torch.stack([clip.preprocess(decode(sample.image)) for sample in samples]).split(BATCH_SIZE)
+    images = torch.stack([clip.preprocess(image) for image in decoded_samples(shards, numbers)])
+    images = images.split(BATCH_SIZE)
     texts = clip.tokenizer(list(dict.fromkeys(captions))).split(BATCH_SIZE)
     result, features = {"n_images": len(samples)}, []
     for name, suffix in (("fp32", ""), ("int8", to_onnx.QUANTIZED)):

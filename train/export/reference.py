@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 from data_prep.images import EXIF_ORIENTATION, LARGE_TEXT, BadImage, Rules, check
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.inputs.storage import is_url
-from data_prep.shards import Sample, Shards, read_manifest
+from data_prep.shards import Shards, read_manifest
 from data_prep.signatures import HEAD_BYTES, kind_of
 from train.data.decode import decode
 
@@ -88,8 +89,9 @@ def samples(data: Path | None, background: tuple[int, int, int]) -> Samples:
         source = f"{N_IMAGES} synthetic images and {len(FIXED_CAPTIONS)} fixed captions (without shards)"
         return Samples(images, list(FIXED_CAPTIONS), made_files(images, background), source)
     shards = first_split(data)
-    read = [shards.read(number) for number in evenly(len(shards), N_IMAGES)]
-    images = [decode(sample.image) for sample in read]
+    numbers = evenly(len(shards), N_IMAGES)
+    read = [shards.read(number) for number in numbers]
+    images = list(decoded_samples(shards, numbers))
     captions = [sample.captions[0] for sample in read] + FIXED_CAPTIONS
     source = (
         f"{len(images)} images and captions of the {shards.split} split of {data.resolve().name}"
@@ -97,6 +99,18 @@ def samples(data: Path | None, background: tuple[int, int, int]) -> Samples:
     )
     files = original_files(shards) + made_files(images, background)
     return Samples(images, captions, files, f"{source} and {len(FIXED_CAPTIONS)} fixed captions")
+
+
+def decoded_samples(shards: Shards, numbers: Iterable[int]) -> Iterator[Image.Image]:
+    """The images of these samples, in RGB.
+
+    Raises:
+        UserError: one cannot be decoded; it is named.
+    """
+    for number in numbers:
+        with shards.naming(number):
+            image = decode(shards.read(number).image)
+        yield image
 
 
 def first_split(data: Path) -> Shards:
@@ -123,7 +137,7 @@ def original_files(shards: Shards) -> list[File]:
     options = shards.manifest.get("check", {})
     rules = Rules(ImageColor.getrgb(shards.background)[:3], options.get("max_pixels", Rules.max_pixels))
     numbers = evenly(len(shards), MOST_SEARCHED)
-    found = filter(None, (_original(shards.read(number), root, rules) for number in numbers))
+    found = filter(None, (_original(shards, number, root, rules) for number in numbers))
     return sorted(found, key=lambda file: not {"transparency", "orientation"} & {*file.fixes})[:N_FILES]
 
 
@@ -138,9 +152,9 @@ def _root_of(shards: Shards) -> str | None:
     return next((str(folder) for folder in folders if folder.is_dir()), None)
 
 
-def _original(sample: Sample, root: str, rules: Rules) -> File | None:
+def _original(shards: Shards, number: int, root: str, rules: Rules) -> File | None:
     """The file of a sample; None if it is gone or has changed, or if Pillow does not open it (SVG)."""
-    data = read_local(ImageLocation(root, sample.meta.get("image", "")))
+    data = read_local(ImageLocation(root, shards.meta(number).get("image", "")))
     try:
         checked = check(data, rules) if isinstance(data, bytes) else None
     except BadImage:
@@ -149,7 +163,8 @@ def _original(sample: Sample, root: str, rules: Rules) -> File | None:
     if checked is None or not _opens(data) or {"16 bit", LARGE_TEXT} & {*checked.fixes}:
         return None
     image = decode(checked.data or data)
-    return File("original", data, image, checked.fixes) if _equal(image, decode(sample.image)) else None
+    (stored,) = decoded_samples(shards, [number])
+    return File("original", data, image, checked.fixes) if _equal(image, stored) else None
 
 
 def _opens(data: bytes) -> bool:

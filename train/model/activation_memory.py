@@ -15,17 +15,20 @@ import contextlib
 import functools
 import logging
 import math
-import os
+import weakref
 from collections.abc import Iterator
 
 import psutil
 import torch
 from open_clip.hf_model import HFTextEncoder
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from data_prep.cores import ranks_here
 from data_prep.errors import UserError
-from train.device import can_compile, counts_memory
+from train.device import can_compile, counts_memory, is_out_of_memory
 from train.recipe import Recipe
 from train.world import World
 
@@ -40,7 +43,12 @@ ATTENTION = {
 }
 ATTENTION |= {ATEN._scaled_dot_product_cudnn_attention}
 SPARE = 0.85  # of the free memory; the rest is for workspaces, the loss and fragments
+# Of one function. Beyond torch's own 8, blocks stay eager for good, after one warning. A block has a graph
+# for each tower, with and without gradients (chunks), in training and evaluation (replay), for inputs that
+# need no gradient (locked towers, LoRA), each for fixed sizes, for dynamic ones, and for sizes of 1.
+RECOMPILE_LIMIT = 64
 SMALLEST_CHUNK = 16  # pairs; smaller chunks leave a GPU idle, and recomputing blocks costs less
+MEASURED_PAIRS, MEASURED_PAIRS_ON_CPU = 16, 4  # and half of them; on a CPU a pair of ViT-L/14 takes a second
 
 
 def should_compile(recipe: Recipe, device: torch.device) -> bool:
@@ -55,6 +63,9 @@ def should_compile(recipe: Recipe, device: torch.device) -> bool:
 def apply_checkpointing(model: nn.Module, mode: str, compiled: bool) -> None:
     """Make an open_clip model recompute what `mode` says; equal blocks are compiled once for all of them."""
     torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    # DDP's buckets would cut each block into several graphs, and blocks overlap with reductions as they are.
+    torch._dynamo.config.optimize_ddp = False
     set_grad_checkpointing(model, mode == "full")
     for block in blocks(model):
         kind = getattr(type(block), "kind_before", type(block))
@@ -114,8 +125,7 @@ def fit_micro_batch(towers: nn.Module, recipe: Recipe, world: World) -> tuple[st
     pairs.
 
     The fastest that fits: this rank's share of the batch at once, in the first of MODES in which it fits;
-        else
-    in the fewest chunks. All ranks get the same.
+    else in the fewest chunks. All ranks get the same.
 
     Args:
         towers: on the device, as they were loaded; their gradients are cleared.
@@ -131,7 +141,7 @@ def fit_micro_batch(towers: nn.Module, recipe: Recipe, world: World) -> tuple[st
         return modes[0], asked
     fits = {}
     for mode in modes:
-        mine = torch.tensor([pairs_that_fit(towers, mode, recipe, world, min(8, share))])
+        mine = torch.tensor([pairs_that_fit(towers, mode, world, asked)])
         fits[mode] = -int(world.max(-mine))
         if fits[mode] >= asked:
             return mode, asked
@@ -139,62 +149,139 @@ def fit_micro_batch(towers: nn.Module, recipe: Recipe, world: World) -> tuple[st
         return modes[-1], asked
     mode = next((mode for mode in modes if fits[mode] >= SMALLEST_CHUNK), modes[-1])
     if fits[mode] < 1:
+        smaller = "" if mode == MODES[-1] else f"pass --activation-checkpointing {MODES[-1]}, "
         raise UserError(
             f"{recipe.model}: with activation_checkpointing {mode}, weights, moments and one pair do not fit"
-            f" into {free_bytes(world.device) / 1e9:.1f} GB of free memory; free some, or use a smaller model"
+            f" into {free_bytes(world.device) / 1e9:.1f} GB of free memory; {smaller}free some, or use a"
+            " smaller model"
         )
     return mode, math.ceil(share / math.ceil(share / fits[mode]))
 
 
-def pairs_that_fit(towers: nn.Module, mode: str, recipe: Recipe, world: World, n: int) -> int:
-    """How many pairs one forward and backward pass can hold beside weights, gradients and moments, measured
-    on n of them.
+def pairs_that_fit(towers: nn.Module, mode: str, world: World, asked: int) -> int:
+    """How many pairs, at most `asked`, one forward and backward pass can hold beside weights, gradients and
+    moments.
+
+    Measured at two sizes, because part of the memory does not grow with the pairs (casts of weights are 0.9
+    GB for ViT-L/14), and at the result, where the device counts its memory. Without compiled blocks, which
+    keep a little less (6 % in a ViT's block, mode none): compiling takes longer than all else here, and would
+    have to be done again for the real batch.
     """
-    free = free_bytes(world.device)
+    counted = counts_memory(world.device)
     trained = sum(parameter.nbytes for parameter in towers.parameters() if parameter.requires_grad)
-    apply_checkpointing(towers.model, mode, should_compile(recipe, world.device))
+    available = SPARE * free_bytes(world.device) - 3 * trained
+    apply_checkpointing(towers.model, mode, compiled=False)
     towers.train()
-    batch = dummy_batch(towers, n, world.device)
     # Restored below, or a BatchNorm's statistics would contain the noise.
     buffers = {name: buffer.clone() for name, buffer in towers.named_buffers()}
-    if counts_memory(world.device):
-        memory = torch.get_device_module(world.device)
-        for _ in range(2):  # the first also allocates gradients and compiles
-            memory.reset_peak_memory_stats(world.device)
-            before = memory.memory_allocated(world.device)
-            dummy_loss(towers(*batch)).backward()
-        each = (memory.max_memory_allocated(world.device) - before) / n
-        towers.zero_grad()
-        memory.empty_cache()
-    else:
-        each = saved_bytes(towers, batch) / n
-        if mode == "full":  # one block at a time is kept whole
-            apply_checkpointing(towers.model, "none", compiled=False)
-            each += saved_bytes(towers, batch) / n / max(1, len(blocks(towers.model)))
+    needed = functools.cache(lambda n: needed_bytes(towers, mode, n, world.device))
+    size = min(asked, MEASURED_PAIRS if counted else MEASURED_PAIRS_ON_CPU)
+    while size and needed(size) == math.inf:
+        size //= 2
+    most, half = 0, size // 2 if size > 3 else 0  # BatchNorm may not take a single pair
+    if size:
+        each = max(1.0, (needed(size) - needed(half)) / (size - half))
+        most = max(0, min(asked, size + int((available - needed(size)) // each)))
+    if counted and most > size and needed(most) > available:
+        each = (needed(most) - needed(size)) / (most - size)
+        most = size + int((available - needed(size)) // each)
     for name, buffer in towers.named_buffers():
         buffer.copy_(buffers[name])
-    return int((SPARE * free - 3 * trained) / each)
+    return most
 
 
-def saved_bytes(towers: nn.Module, batch: tuple) -> int:
-    """Bytes that a forward pass keeps for the backward pass, and that grow with the batch: no weights, nor
-    casts of them.
+def needed_bytes(towers: nn.Module, mode: str, n: int, device: torch.device) -> float:
+    """Memory that a forward and backward pass of n pairs takes beside weights and gradients; infinity where
+    there is less.
     """
-    kept: dict[int, tuple[int, torch.Tensor]] = {}
-    weights = {tuple(parameter.shape) for parameter in towers.parameters()}
-    weights |= {shape[::-1] for shape in weights}
+    if not n:
+        return 0.0
+    try:
+        batch = dummy_batch(towers, n, device)
+        return _peak_bytes(towers, batch) if counts_memory(device) else _kept_bytes(towers, mode, batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return math.inf
+    finally:
+        towers.zero_grad()
+        if counts_memory(device):
+            torch.get_device_module(device).empty_cache()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tuple(tensor.shape) not in weights:
-            storage = tensor.untyped_storage()
-            # The tensor keeps its address from being reused.
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+def _peak_bytes(towers: nn.Module, batch: tuple) -> int:
+    device = batch[0].device
+    memory = torch.get_device_module(device)
+    for _ in range(2):  # the first also allocates gradients
+        memory.reset_peak_memory_stats(device)
+        before = memory.memory_allocated(device)
+        dummy_loss(towers(*batch)).backward()
+    return memory.max_memory_allocated(device) - before
+
+
+def _kept_bytes(towers: nn.Module, mode: str, batch: tuple) -> float:
+    """What the forward pass keeps for the backward pass, and of blocks that are computed again, one."""
+    with LiveBytes() as live:
         outputs = towers(*batch)
-    del outputs
-    return sum(size for size, _ in kept.values())
+        kept = live.now
+        del outputs
+    if mode == "full":
+        apply_checkpointing(towers.model, "none", compiled=False)
+        kept += _kept_bytes(towers, "none", batch) / max(1, len(blocks(towers.model)))
+        apply_checkpointing(towers.model, mode, compiled=False)
+    return kept
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of tensors that are made inside, on devices that do not count their own.
+
+    Attributes:
+        now: bytes of the tensors that are alive.
+        peak: the most that were alive at once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        outputs = operation(*arguments, **(options or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((arguments, options))}
+        for tensor in _tensors(outputs):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._alive:  # no view
+                self._count(storage)
+        return outputs
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+
+        def forget(_) -> None:
+            del self._alive[address]
+            self.now -= size
+
+        self._alive[address] = weakref.ref(storage, forget)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def less_memory(mode: str = "", micro_batch_size: int = 0) -> str:
+    """What to change where training runs out of memory.
+
+    Args:
+        mode, micro_batch_size: those in use, where they are known.
+    """
+    smaller = f"--micro-batch-size {micro_batch_size // 2}" if mode else "a smaller --micro-batch-size"
+    changes = [smaller] if micro_batch_size != 1 else []
+    changes += [f"--activation-checkpointing {MODES[-1]}"] if mode != MODES[-1] else []
+    advice = f"pass {' or '.join(changes)}, and the run resumes" if changes else "use a smaller model"
+    in_use = f"micro_batch_size is {micro_batch_size} and activation_checkpointing {mode}: " if mode else ""
+    return in_use + advice
 
 
 def dummy_batch(towers: nn.Module, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,7 +302,7 @@ def free_bytes(device: torch.device) -> int:
         memory = torch.get_device_module(device)
         unused = memory.memory_reserved(device) - memory.memory_allocated(device)
         return memory.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return psutil.virtual_memory().available // ranks_here()
 
 
 def dummy_loss(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -24,6 +24,7 @@ from torchvision.transforms import Compose, Normalize, PILToTensor
 
 from data_prep.errors import UserError
 from data_prep.images import WHITE
+from data_prep.masked import one_line
 from train.model.foreign import check_tower, no_remote_code
 from train.model.hub import wants_network, without_retries
 from train.model.preprocessing import CONFIG_FILE, KEYS
@@ -171,9 +172,8 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
                     f"{name}: needs code of the model's folder or repository, which is never run; use a model"
                     " that open_clip and transformers open without it"
                 ) from None
-            raise UserError(
-                f"{name}: cannot be loaded: {' '.join(str(error).split())[:600]}; {advice(name)}"
-            ) from None
+            reason = one_line(error, 600) or type(error).__name__  # an assertion may have no message
+            raise UserError(f"{name}: cannot be loaded: {reason}; {advice(name)}") from None
     if weights and source.has_weights:
         check_finite(model, name)
     preprocess = model.visual.preprocess_cfg

@@ -7,6 +7,7 @@ from huggingface_hub import constants
 
 from data_prep.atomic import atomic_folder
 from data_prep.errors import UserError
+from data_prep.terminal import say
 from train.model.clip import load
 from train.model.source import NOTATION
 
@@ -27,16 +28,16 @@ def fetch(model: str, out: Path | None = None) -> None:
         raise UserError(f"{out}: already exists; pass another --out")
     clip = load(model)
     parameters = sum(parameter.numel() for parameter in clip.towers.parameters())
-    print(
+    say(
         f"{model}: {parameters / 1e6:.1f} million parameters, sha256 of the weights {clip.fingerprint()[:12]}"
     )
     if out is None:
-        print(f"in the cache, {constants.HF_HOME}; to train without a network:")
-        print(f"  HF_HUB_OFFLINE=1 python -m train RECIPE --model {quote(model)} --data SHARDS --run RUN")
+        say(f"in the cache, {constants.HF_HOME}; to train without a network:")
+        say(f"  HF_HUB_OFFLINE=1 python -m train RECIPE --model {quote(model)} --data SHARDS --run RUN")
         return
     with atomic_folder(out) as folder:
         clip.save(folder)
     written = load(f"local-dir:{out}").fingerprint()
     assert written == clip.fingerprint(), (written, clip.fingerprint())
-    print(f"written: {out}; it loads without a network:")
-    print(f"  python -m train RECIPE --model {quote(f'local-dir:{out}')} --data SHARDS --run RUN")
+    say(f"written: {out}; it loads without a network:")
+    say(f"  python -m train RECIPE --model {quote(f'local-dir:{out}')} --data SHARDS --run RUN")

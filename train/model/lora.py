@@ -44,13 +44,15 @@ def adapt(towers: Towers, rank: int, seed: int) -> None:
     layers = [
         layer for layer in towers.model.modules() if isinstance(layer, (nn.Linear, nn.MultiheadAttention))
     ]
+    shared: dict[tuple[type, tuple[str, ...]], type] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in layers:
-            for name in [
-                name for name, parameter in layer.named_parameters(recurse=False) if parameter.ndim == 2
-            ]:
+            kind, names = type(layer), _matrices(layer)
+            for name in names:
                 register_parametrization(layer, name, LowRank(getattr(layer, name), rank))
+            # torch makes a class for each layer, and compiled code belongs to one class.
+            layer.__class__ = shared.setdefault((kind, names), type(layer))
         for name, parameter in towers.model.named_parameters():
             parameter.requires_grad_(name in ("logit_scale", "logit_bias") or name.endswith((ROWS, COLUMNS)))
         dummy_loss(towers(*dummy_batch(towers, 2, torch.device("cpu")))).backward()
@@ -65,6 +67,11 @@ def adapt(towers: Towers, rank: int, seed: int) -> None:
         unused = f"features do not depend on {', '.join(dead[:5])}"
         which = unused if dead else "this model has no matrix to adapt"
         raise UserError(f"--lora-rank {rank}: {which}; leave it out, to train all weights")
+
+
+def _matrices(layer: nn.Module) -> tuple[str, ...]:
+    """The names of a layer's own matrices."""
+    return tuple(name for name, parameter in layer.named_parameters(recurse=False) if parameter.ndim == 2)
 
 
 def merged(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

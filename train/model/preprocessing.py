@@ -10,6 +10,7 @@ FILE           open_clip_config.json beside it
 import ast
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 
 from data_prep.errors import UserError
+from data_prep.strict_json import load_json, problem_of
+from train.model.foreign import MAX_CONFIG_BYTES, check_preprocessing
 
 CONFIG_FILE = "open_clip_config.json"
 KEYS = ("mean", "std", "interpolation", "resize_mode")
@@ -120,23 +123,29 @@ def _tags(architecture: str) -> dict[str, dict]:
 def _read(path: Path) -> dict:
     """preprocess_cfg of an open_clip_config.json, or a JSON file that holds it alone."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path, dict, MAX_CONFIG_BYTES, is_ours=False)
         config = content.get("preprocess_cfg", content)
         read = {key: config.get(key) or DEFAULTS[key] for key in KEYS}
         for key in ("mean", "std"):
             read[key] = [float(value) for value in read[key]]
             assert len(read[key]) == 3
-    except (OSError, ValueError, TypeError, AttributeError, AssertionError):
+            assert all(map(math.isfinite, read[key]))
+    except (OSError, ValueError, TypeError, AttributeError, AssertionError, OverflowError):
         raise UserError(
             f'{path}: holds no preprocessing; it must be JSON such as {{"mean": [0.5, 0.5, 0.5], "std": [0.5,'
             ' 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "shortest"}'
         ) from None
+    check_preprocessing(path, read)
     return read | ({"background": config["background"]} if "background" in config else {})
 
 
 def _of_config(architecture: str, file: Path, beside: Path) -> Preprocessing:
     preprocessing = Preprocessing(_read(beside), f"of {beside}")
-    model_cfg = json.loads(beside.read_text(encoding="utf-8")).get("model_cfg")
+    model_cfg = load_json(beside, dict, MAX_CONFIG_BYTES, is_ours=False).get("model_cfg")
+    if model_cfg and (
+        problem := problem_of(model_cfg, {"vision_cfg?": dict, "text_cfg?": dict}, "model_cfg")
+    ):
+        raise UserError(f"{beside}: {problem}; restore it, or write the preprocessing after the file: @NAME")
     differences = _differences(model_cfg, open_clip.get_model_config(architecture)) if model_cfg else []
     if differences:
         raise UserError(
@@ -187,8 +196,17 @@ def _of_params(architecture: str, file: Path, params: Path) -> Preprocessing | N
     for key in KEYS:
         given = values.get(f"image_{key}", "None")
         if given != "None":
-            config[key] = ast.literal_eval(given) if key in ("mean", "std") else given
+            config[key] = _tuple_of(given) if key in ("mean", "std") else given
+    check_preprocessing(params, config)
     return Preprocessing(config, f"of {params}")
+
+
+def _tuple_of(text: str) -> object:
+    """What a Python literal says; the text itself where it is none, which no mean and std is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 def other_activation(architecture: str) -> str:

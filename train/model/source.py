@@ -14,7 +14,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from data_prep.errors import UserError
 from data_prep.images import WHITE
-from train.model.foreign import check_folder, check_model_cfg, read_object
+from data_prep.terminal import say
+from train.model.foreign import check_folder, check_model_cfg, check_preprocessing, read_object
 from train.model.preprocessing import CONFIG_FILE, KEYS, other_activation, preprocessing_of, split_name
 from train.model.transformers_clip import FILES as TRANSFORMERS_FILES
 from train.model.transformers_clip import is_transformers
@@ -72,6 +73,19 @@ def source_of(name: str) -> Source:
     return _parse_name(name)
 
 
+def path_in(name: str) -> tuple[str, str, str] | None:
+    """What is before, in and after the path of this machine in a MODEL's name; None without a path."""
+    scheme, colon, rest = name.partition(":")
+    if scheme == "local-dir":
+        return f"{scheme}:", rest, ""
+    if Path(name).is_dir():  # a run
+        return "", name, ""
+    if colon and scheme != "hf-hub" and (found := split_name(rest)):
+        after = f"@{found[1]}" if found[1] else ""
+        return f"{scheme}:", rest.removesuffix(after), after
+    return None
+
+
 def _parse_name(name: str) -> Source:
     """NAME:PRETRAINED, with the preprocessing of the tag or file."""
     architecture, colon, pretrained = name.partition(":")
@@ -90,7 +104,7 @@ def _parse_name(name: str) -> Source:
         preprocessing = preprocessing_of(architecture, *found)
         if os.environ.get("RANK", "0") == "0":
             activation = "QuickGELU" if open_clip.get_model_config(architecture).get("quick_gelu") else "GELU"
-            print(
+            say(
                 f"{name}: {preprocessing} ({preprocessing.source}); activation of {architecture}:"
                 f" {activation}",
                 file=sys.stderr,
@@ -150,7 +164,7 @@ def on_disk(source: Source) -> Source:
     patterns = ["*.json", "*.txt", "*.model", WEIGHTS_FILE]
     try:
         config = hf_hub_download(model_id, CONFIG_FILE, revision=revision or None)
-        text = _read_config(Path(config))["model_cfg"]["text_cfg"]
+        text = read_config(Path(config))["model_cfg"]["text_cfg"]
         own = {text.get(key) for key in ("hf_model_name", "hf_tokenizer_name")} & {HERE, model_id}
         if not revision and not own:
             return source
@@ -233,10 +247,10 @@ def config_of(identifier: str) -> dict:
     """open_clip_config.json of a local-dir: or hf-hub: model that was just loaded, so it is in the cache."""
     scheme, _, place = identifier.partition(":")
     file = hf_hub_download(place, CONFIG_FILE) if scheme == "hf-hub" else Path(place) / CONFIG_FILE
-    return _read_config(Path(file))
+    return read_config(Path(file))
 
 
-def _read_config(file: Path) -> dict:
+def read_config(file: Path) -> dict:
     """An open_clip_config.json, with what transformers reads beside it checked.
 
     Raises:
@@ -252,5 +266,6 @@ def _read_config(file: Path) -> dict:
             " and text_cfg in it"
         ) from None
     check_model_cfg(file, config["model_cfg"])
+    check_preprocessing(file, config.get("preprocess_cfg"))
     check_folder(file.parent)
     return config

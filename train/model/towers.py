@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from train.model.attention import pack_attention
 from train.model.patch_dropout import PatchDropout
 from train.model.text import encode_text
 
@@ -17,7 +18,7 @@ class Towers(nn.Module):
     """An open_clip model whose features are fp32 and L2-normed.
 
     Args:
-        model: any open_clip model with encode_image, encode_text and logit_scale.
+        model: any open_clip model with encode_image, encode_text and logit_scale; its attention is packed.
         mean, std: per channel, of the model's preprocessing.
         context_length: tokens of a caption, as the tokenizer makes them; that of the model by default, which
             for Hugging Face's towers is the number of positions.
@@ -31,6 +32,7 @@ class Towers(nn.Module):
         context_length: int | None = None,
     ):
         super().__init__()
+        pack_attention(model)
         self.model = model
         self.context_length = context_length or model.context_length
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)

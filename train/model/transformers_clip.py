@@ -16,7 +16,13 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import nn
 
 from data_prep.errors import UserError
-from train.model.foreign import MAX_VOCABULARY_BYTES, check_folder, read_object
+from train.model.foreign import (
+    MAX_VOCABULARY_BYTES,
+    check_folder,
+    check_model_cfg,
+    check_preprocessing,
+    read_object,
+)
 from train.model.preprocessing import DEFAULTS, Preprocessing
 from train.model.weights import State, read_weights
 
@@ -110,6 +116,7 @@ def open_clip_config(folder: Path) -> tuple[dict, Preprocessing]:
         model_cfg["quick_gelu"] = True
     if not _has_clips_vocabulary(folder):
         text_cfg["hf_tokenizer_name"] = "."  # open_clip takes the tokenizer from the folder
+    check_model_cfg(folder / "config.json", model_cfg)
     return model_cfg, _preprocessing(folder)
 
 
@@ -128,15 +135,14 @@ def _preprocessing(folder: Path) -> Preprocessing:
         return Preprocessing(DEFAULTS, f"of OpenAI's CLIP, since {file} is missing")
     content = read_object(file)
     crops = content.get("do_center_crop", True)
-    return Preprocessing(
-        {
-            "mean": content.get("image_mean") or DEFAULTS["mean"],
-            "std": content.get("image_std") or DEFAULTS["std"],
-            "interpolation": INTERPOLATIONS.get(content.get("resample", 3), "bicubic"),
-            "resize_mode": "shortest" if crops else "squash",
-        },
-        f"of {file}",
-    )
+    config = {
+        "mean": content.get("image_mean") or DEFAULTS["mean"],
+        "std": content.get("image_std") or DEFAULTS["std"],
+        "interpolation": INTERPOLATIONS.get(content.get("resample", 3), "bicubic"),
+        "resize_mode": "shortest" if crops else "squash",
+    }
+    check_preprocessing(file, config)
+    return Preprocessing(config, f"of {file}")
 
 
 def load_transformers(folder: Path, model_cfg: dict) -> nn.Module:

@@ -7,6 +7,7 @@ import sys
 
 from open_clip.coca_model import CoCa
 
+from data_prep.terminal import say
 from train.model.activation_memory import dummy_batch, dummy_loss
 from train.model.clip import Clip
 from train.model.towers import tower_of
@@ -38,7 +39,7 @@ def freeze_unused(clip: Clip, world: World) -> list[str]:
         trained[name].requires_grad_(False)
     if unused and world.is_first:
         why = "; CoCa's caption loss is not trained" if isinstance(towers.model, CoCa) else ""
-        print(
+        say(
             f"{clip.name}: no loss reaches {', '.join(_modules(unused, list(trained)))} ({len(unused)} of"
             f" {len(trained)} parameters), so their weights stay as they are{why}",
             file=sys.stderr,

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data_prep.errors import UserError
+from data_prep.masked import masked
+from data_prep.terminal import say
 
 State = dict[str, torch.Tensor]
 BIG_VISION = (".npz", ".npy")  # Google's SigLIP
@@ -34,7 +36,7 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's
 SHOWN = 3
 # What the readers of safetensors and of pickles raise for bytes that are neither.
 DAMAGED = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError)
-DAMAGED += (KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, struct.error)
+DAMAGED += (KeyError, IndexError, TypeError, AttributeError, AssertionError, ArithmeticError, struct.error)
 
 
 class Inert(dict):
@@ -84,7 +86,7 @@ def load_weights(model: nn.Module, architecture: str, file: Path) -> None:
         )
     model.load_state_dict(state)
     for sentence in resized:
-        print(f"warning: {file}: {sentence}", file=sys.stderr)
+        say(f"warning: {file}: {sentence}", file=sys.stderr)
 
 
 def check_finite(model: nn.Module, name: str) -> None:
@@ -116,7 +118,7 @@ def read_weights(file: Path) -> State:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = _unpickled(file)
-    except DAMAGED as error:
+    except (OSError, *DAMAGED) as error:  # a damaged zip seeks to before its beginning
         raise UserError(
             f"{file}: cannot be read as weights ({_short(error)}); it must be a .safetensors file or what"
             " torch.save has written of a state_dict"
@@ -187,7 +189,7 @@ def clip_state(weights: State, file: Path) -> State:
     prefix = chosen[0]
     state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     if left := [name for name in weights if not name.startswith(prefix)]:
-        print(f"{file}: {len(left)} tensors are of no CLIP and not used: {_some(left)}", file=sys.stderr)
+        say(f"{file}: {len(left)} tensors are of no CLIP and not used: {_some(left)}", file=sys.stderr)
     if any(name.startswith(("vision_model.", "text_model.")) for name in state):
         raise UserError(
             f"{file}: has transformers' names of weights; with its config.json and preprocessor_config.json"
@@ -278,4 +280,4 @@ def _some(names: list[str]) -> str:
 
 def _short(error: Exception) -> str:
     """The first sentence of an error: torch adds advice to switch off weights_only, which is not followed."""
-    return re.split(r"\. |\n", str(error).strip())[0][:200] or type(error).__name__
+    return re.split(r"\. |\n", masked(str(error)).strip())[0][:200] or type(error).__name__

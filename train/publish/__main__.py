@@ -17,6 +17,7 @@ import tyro
 
 from data_prep.cli import Model, OptionalFolder, print_guide, run_command
 from data_prep.errors import UserError, exit_on_user_error
+from data_prep.terminal import say
 
 PROG = "python -m train.publish"
 
@@ -71,18 +72,16 @@ def publish(
     card = write_card(folder, repo, run, results, images, dataset, license)
     files = hub.to_upload(folder)
     if api is None:
-        print(
+        say(
             f"{card}\n{hub.listing(files)}\nnothing was uploaded; without --dry-run it goes to"
             f" {hub.url(repo)}"
         )
     else:
         if not yes:
             confirm(repo, hub.listing(files), hub.url(repo))
-        print(hub.upload(api, repo, files, version, private))
+        say(hub.upload(api, repo, files, version, private))
     if not license:
-        print(
-            "the card names no license, so others may not use the model; pass --license mit, or another one"
-        )
+        say("the card names no license, so others may not use the model; pass --license mit, or another one")
 
 
 def confirm(repo: str, listing: str, url: str) -> None:
@@ -91,7 +90,7 @@ def confirm(repo: str, listing: str, url: str) -> None:
     Raises:
         UserError: the answer is not yes.
     """
-    print(listing)
+    say(listing)
     try:
         answer = input(f"upload these files to {url}? [y/N] ")
     except EOFError:

@@ -6,7 +6,7 @@ FOLDER/README.md, FOLDER/images/
 The text is in card.md. Files and models are named without local folders.
 """
 
-import json
+import itertools
 import math
 import re
 import shutil
@@ -20,18 +20,25 @@ from safetensors import safe_open
 
 from data_prep.atomic import add_to_mark, atomic_file
 from data_prep.errors import UserError
+from data_prep.shards import read_manifest
+from data_prep.strict_json import read_json
 from data_prep.tables import markdown_table
-from train.export.folder import FEATURES, FORMATS, RECORD, shards_of
+from train.data.shares import Sets, shares_of, to_words
+from train.export.folder import FEATURES, FORMATS, read_record, shards_of
 from train.export.snippets import use
-from train.metrics import DIRECTIONS, title_of
+from train.metrics import DIRECTIONS, METRICS, title_of
 from train.model.clip import CONFIG_FILE, WEIGHTS_FILE, load, public_name
+from train.model.source import read_config
 from train.publish.card_tables import Table, read_tables
-from train.recipe import RESUME_SAFE, leaves
+from train.recipe import RESUME_SAFE, flags_of, leaves, parse, to_yaml
 from train.retain.select import EMA, TRAINED
+from train.run.records import read_environment, read_metrics, read_state
 
 TEMPLATE = Path(__file__).parent / "card.md"
 IMAGES, CURVE = "images", "validation.png"
 EVAL_RESULTS = ".eval_results"
+# Of report.json.
+REPORT = {"rows": int, "rejects": int, "splits": {str: dict.fromkeys(("images", "captions", "groups"), int)}}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".webp", ".gif")
 
 
@@ -58,7 +65,7 @@ def write_card(
     Raises:
         UserError: a result or an image cannot be read, or a result is of other weights.
     """
-    record = json.loads((folder / RECORD).read_text())
+    record = read_record(folder)
     recipe = recipe_of(run) if run else {}
     data = data_facts(run) if run else {}
     tables = read_tables(results, weights_of(folder)) if results else []
@@ -123,6 +130,7 @@ def int8_table(record: dict) -> dict:
     rows = [
         [title_of(name), *(f"{100 * measured[dtype][name]:.1f} %" for dtype in ("fp32", "int8"))]
         for name in measured["fp32"]
+        if name in measured["int8"] and name.rpartition("/")[2] in METRICS
     ]
     return {"n_images": f"{measured['n_images']:,}", "table": markdown_table(("", "fp32", "int8"), rows)}
 
@@ -141,13 +149,25 @@ def write_eval_results(folder: Path, repo: str, tables: list[Table], datasets: l
 
 
 def recipe_of(run: Path) -> dict:
-    return yaml.safe_load((run / "recipe.yaml").read_text())
+    """The keys of RUN/recipe.yaml, with the defaults of those that it lacks.
+
+    Raises:
+        UserError: it is no recipe.
+    """
+    recipe = parse([*flags_of(run / "recipe.yaml"), "--run", str(run)])
+    return yaml.safe_load(to_yaml(recipe))
 
 
 def base_of(model: str) -> str:
     """The MODEL that the first run of a chain started from."""
+    seen = []
     while (Path(model) / "recipe.yaml").is_file():
-        model = recipe_of(Path(model))["model"]
+        flags = flags_of(Path(model) / "recipe.yaml")
+        if "--model" not in flags or model in seen:
+            why = "names a run that started from it" if seen else "names no model"
+            raise UserError(f"{model}: its recipe.yaml {why}; restore it from a copy")
+        seen.append(model)
+        model = flags[flags.index("--model") + 1]
     return model
 
 
@@ -164,32 +184,43 @@ def recipe_table(recipe: dict) -> str:
     if not recipe:
         return ""
     # No local folders: the card is published.
-    folders = {key: Path(recipe[key]).name for key in ("replay", "retention_set") if recipe.get(key)}
-    values = leaves(recipe | folders | {"model": public_name(recipe["model"])})
-    shown = [key for key in values if key not in RESUME_SAFE or (key == "replay" and values[key])]
+    replayed = ("replay", "replay_texts")
+    folders = {key: Path(recipe[key]).name for key in (*replayed, "retention_set") if recipe.get(key)}
+    if len(sets := public_sets(recipe["data"])) > 1:
+        folders["data"] = " ".join(to_words(sets))
+    models = {key: public_name(recipe[key]) for key in ("model", "teacher") if recipe.get(key)}
+    values = leaves(recipe | folders | models)
+    shown = [
+        key
+        for key in values
+        if key not in RESUME_SAFE or (key in replayed and values[key]) or (key == "data" and key in folders)
+    ]
     rows = [[key, f"`{values[key]}`"] for key in shown if values[key] != ""]
     return markdown_table(("key", "value"), rows)
 
 
+def public_sets(data: Sets) -> dict[str, float]:
+    """Shares by the folders' own names, which are numbered where they are the same."""
+    names = [Path(folder).name for folder in shares_of(data)]
+    numbered = [f"{name} {n}" if names.count(name) > 1 else name for n, name in enumerate(names, 1)]
+    return dict(zip(numbered, shares_of(data).values(), strict=True))
+
+
 def weights_of(folder: Path) -> str:
     """The fingerprint of the exported model, by which results of eval are matched."""
-    return (
-        json.loads((folder / RECORD).read_text()).get("weights_sha256")
-        or load(f"local-dir:{folder}").fingerprint()
-    )
+    return read_record(folder).get("weights_sha256") or load(f"local-dir:{folder}").fingerprint()
 
 
 def model_facts(folder: Path) -> dict:
     """Facts of the model, from the exported files."""
-    config = json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]
+    config = read_config(folder / CONFIG_FILE)["model_cfg"]
     with safe_open(folder / WEIGHTS_FILE, "pt") as weights:
         names = weights.keys()  # safe_open gives no dict to iterate over
         parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-    record = json.loads((folder / RECORD).read_text())
-    differences = {}
+    record, differences = read_record(folder), {}
     for file_format in FORMATS:
         measured = record["differences"].get(file_format, {})
-        if values := [measured[name] for name in FEATURES if name in measured]:
+        if values := [measured[name] for name in FEATURES if measured.get(name) is not None]:
             name = "sentence-transformers" if file_format == "sentence_transformers" else file_format
             differences[name] = f"{max(values):.2g}"
     min_cosine = record["differences"].get("transformers", {}).get("from_images_min_cosine")
@@ -206,17 +237,28 @@ def model_facts(folder: Path) -> dict:
 
 
 def data_facts(run: Path) -> dict:
-    """Facts of the training data; its sha256 alone if the shards are gone or have changed."""
-    facts = {"sha256": json.loads((run / "environment.json").read_text())["data_fingerprint"]}
-    if (folder := shards_of(run)) is None:
-        return facts
-    inputs = list(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["inputs"])
-    matches = [re.match(r"hf://datasets/([^/@]+/[^/@]+)", source) for source in inputs]
-    names = [re.split(r"[?#]", source.rstrip("/"))[0].rsplit("/", 1)[-1] for source in inputs]
+    """Facts of the training data, of the first of several sets; its sha256 alone if the shards are gone or
+    have changed.
+    """
+    shares = public_sets(recipe_of(run)["data"])
+    sha256 = read_environment(run).get("data_fingerprint", "").split()
+    facts = {"sha256": " ".join(sha256[:1]), "sets": []}
+    folders = [shards_of(run, number) for number in range(len(shares))]
+    sources = [list(read_manifest(folder).get("inputs", {})) if folder else [] for folder in folders]
+    matches = [re.match(r"hf://datasets/([^/@]+/[^/@]+)", source) for source in itertools.chain(*sources)]
     facts["hub_datasets"] = [match[1] for match in matches if match]
+    if len(shares) > 1:
+        facts["sets"] = [
+            {"name": name, "percent": f"{100 * share:g} %", "sha256": digest}
+            for (name, share), digest in itertools.zip_longest(shares.items(), sha256, fillvalue="")
+        ]
+    if (folder := folders[0]) is None:
+        return facts
+    inputs = sources[0]
+    names = [re.split(r"[?#]", source.rstrip("/"))[0].rsplit("/", 1)[-1] for source in inputs]
     facts |= {"inputs": names[:5], "more_inputs": max(0, len(names) - 5)}
     if (folder / "report.json").is_file():
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = read_json(folder / "report.json", REPORT, "build the shards again")
         columns = ("images", "captions", "groups")
         rows = [
             [split, *(f"{counts[column]:,}" for column in columns)]
@@ -229,19 +271,23 @@ def data_facts(run: Path) -> dict:
 
 def training_facts(run: Path) -> dict:
     """Pairs seen, exported weights, machine and training time."""
-    environment = json.loads((run / "environment.json").read_text())
-    state = json.loads((run / "checkpoints" / "best" / "state.json").read_text())
-    device, ranks = environment["device"], environment["world_size"]
+    environment, best = read_environment(run), run / "checkpoints" / "best"
+    try:
+        state = read_state(best.resolve())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{best}: damaged ({error}); restore the run from a copy") from None
+    device, ranks = environment.get("device", "unknown device"), environment.get("world_size", 1)
     if device == "cpu":
-        device = f"CPU with {environment['threads']} threads"
+        device = f"CPU with {environment.get('threads', 'unknown')} threads"
+    packages = environment.get("packages", {})
     facts = {
         "device": f"{ranks} x {device}",
         "packages": ", ".join(
-            f"{name} {environment['packages'][name]}" for name in ("torch", "open_clip_torch")
+            f"{name} {packages[name]}" for name in ("torch", "open_clip_torch") if name in packages
         ),
-        "weights": weights_in_words(state.get("weights", TRAINED)),
+        "weights": weights_in_words(state.get("weights") or TRAINED),
         "samples": f"{state['samples']:,}",
-        "commit": (environment["git_commit"] or "")[:12],
+        "commit": (environment.get("git_commit") or "")[:12],
     }
     if seconds := seconds_of_steps(_log(run)):
         units = (("hours", 3600), ("minutes", 60), ("seconds", 1))
@@ -254,18 +300,18 @@ def weights_in_words(weights: str) -> str:
     """Exported weights that are not the trained ones: "ema", "wise_ft 0.50" -> "WiSE-FT, alpha 0.50"."""
     if weights in (TRAINED, EMA):
         return {TRAINED: "", EMA: "exponential moving average (EMA)"}[weights]
-    return f"WiSE-FT, alpha {weights.split()[-1]}"
+    return f"WiSE-FT, alpha {weights.rpartition(' ')[2]}"
 
 
 def _log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(run / "metrics.jsonl")
 
 
 def seconds_of_steps(log: list[dict]) -> float:
     """Duration of the logged steps, waiting for data included, validation and checkpoints excluded."""
     seconds, before = 0.0, 0
     for line in log:
-        if "time/pairs_per_s" in line:
+        if line.get("time/pairs_per_s"):
             seconds += (line["samples"] - before) / line["time/pairs_per_s"]
             before = line["samples"]
     return seconds
@@ -308,7 +354,8 @@ def draw_curve(log: list[dict], path: Path) -> bool:
     figure = Figure(figsize=(6.4, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots()
     for direction in DIRECTIONS:
-        values = [100 * line[f"val/{direction}/R@1"] for line in lines]
+        recalls = [line.get(f"val/{direction}/R@1") for line in lines]
+        values = [math.nan if recall is None else 100 * recall for recall in recalls]
         axes.plot(
             [line["samples"] for line in lines],
             values,

@@ -1,19 +1,21 @@
 """Results of eval for the model card: a table per split with other models, and metadata for the hub."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import EvalResult
 
 from data_prep.errors import UserError
+from data_prep.strict_json import load_json, problem_of
 from data_prep.tables import markdown_table
 from train.metrics import (
     CARD,
     CHANCE,
+    COMPARISON,
     DIRECTIONS,
     GROUP_DIRECTIONS,
     INSTANCE,
     METRICS,
+    RESULT,
     metrics_in,
     show_difference,
     show_of,
@@ -50,18 +52,16 @@ def read_tables(paths: tuple[Path, ...], weights: str) -> list["Table"]:
 
 def _read(path: Path) -> dict:
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = load_json(path, dict)
+        problem = problem_of(result, COMPARISON if "models" in result else RESULT)
+        if not problem and not result.get("models", True):
+            problem = "models is empty"
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        problem = str(getattr(error, "strerror", None) or error)
+    if problem:
         raise UserError(
-            f"--results {path}: cannot be read ({reason}); make one with: python -m eval retrieval MODEL"
-            " --data SHARDS --json FILE"
-        ) from None
-    if not isinstance(result, dict) or not (
-        {"models", "n_images"} <= result.keys() or {"model", "metrics"} <= result.keys()
-    ):
-        raise UserError(
-            f"--results {path}: must be the JSON of python -m eval retrieval --json or python -m eval compare"
+            f"--results {path}: not a result ({problem}); it must be the JSON of python -m eval compare, or"
+            " of python -m eval retrieval MODEL --data SHARDS --json FILE"
         )
     return result
 

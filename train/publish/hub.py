@@ -5,7 +5,7 @@ exported folder -> files whose content differs -> one commit -> downloaded and c
 
 import glob
 import hashlib
-import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -17,12 +17,16 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from data_prep.atomic import check_replaceable, local_paths, write_json
+from data_prep.atomic import PLACE, check_replaceable, local_paths, sweep, write_json
 from data_prep.errors import UserError
+from data_prep.masked import one_line
 from data_prep.shards import sha256_of
+from data_prep.strict_json import load_json
 from data_prep.tables import markdown_table
-from train.export.folder import RECORD, export, shards_of
+from data_prep.terminal import say
+from train.export.folder import RECORD, export, read_record, shards_of
 from train.model.clip import CONFIG_FILE, Clip, load
+from train.model.source import read_config
 from train.publish.card import EVAL_RESULTS, IMAGES, weights_of
 from train.publish.card_tables import read_tables
 
@@ -95,7 +99,7 @@ def exported(
     clip = load(model)
     read_tables(results, clip.fingerprint())
     if is_export_of(clip, out):
-        print(f"{out}: already exported from these weights")
+        say(f"{out}: already exported from these weights")
     else:
         check_replaceable(out, "export", overwrite=True, inputs=local_paths(model))
         export(clip, out, data=shards_of(run))
@@ -113,14 +117,14 @@ def name_text_tower(folder: Path, repo: str) -> None:
     """Where the model's own folder holds its Hugging Face text tower or tokenizer, name the repository as its
     place: on the hub open_clip takes hf_model_name and hf_tokenizer_name for names of repositories.
     """
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    record = json.loads((folder / RECORD).read_text())
+    config, record = read_config(folder / CONFIG_FILE), read_record(folder)
     text, in_folder = config["model_cfg"]["text_cfg"], record.get("in_folder", [])
-    if all(text[key] == repo for key in in_folder):
+    if all(text.get(key) == repo for key in in_folder):
         return
     text |= dict.fromkeys(in_folder, repo)
     write_json(folder / CONFIG_FILE, config)
-    record["files"][CONFIG_FILE] |= {
+    record["files"][CONFIG_FILE] = {
+        "format": "open_clip",
         "bytes": (folder / CONFIG_FILE).stat().st_size,
         "sha256": sha256_of(folder / CONFIG_FILE),
     }
@@ -129,7 +133,7 @@ def name_text_tower(folder: Path, repo: str) -> None:
 
 def check_export(folder: Path) -> None:
     """Raise UserError if files have changed since the export compared them."""
-    for name, entry in json.loads((folder / RECORD).read_text())["files"].items():
+    for name, entry in read_record(folder)["files"].items():
         if not (folder / name).is_file() or sha256_of(folder / name) != entry["sha256"]:
             raise UserError(
                 f"{folder / name}: has changed since the export (its sha256 is not the one in {RECORD});"
@@ -139,7 +143,7 @@ def check_export(folder: Path) -> None:
 
 def to_upload(folder: Path) -> dict[str, Path]:
     """Files of the export, the card and its images; other files in the folder are not uploaded."""
-    names = [*json.loads((folder / RECORD).read_text())["files"], RECORD, "README.md"]
+    names = [*read_record(folder)["files"], RECORD, "README.md"]
     for written in (IMAGES, EVAL_RESULTS):
         names += [f"{written}/{path.name}" for path in (folder / written).glob("*")]
     return {name: folder / name for name in sorted(names)}
@@ -203,12 +207,10 @@ def _commit(
 ) -> str:
     """Commit changes and deletions on top of `parent`; the new commit, or `parent` if there are none."""
     if not changed and not outdated:
-        print(f"{repo}: nothing has changed since commit {parent[:12]}; nothing was committed", flush=True)
+        say(f"{repo}: nothing has changed since commit {parent[:12]}; nothing was committed", flush=True)
         return parent
     additions = [CommitOperationAdd(name, str(files[name])) for name in changed]
-    print(
-        f"uploading to {url(repo)}: {len(changed)} of {len(files)} files are new or have changed", flush=True
-    )
+    say(f"uploading to {url(repo)}: {len(changed)} of {len(files)} files are new or have changed", flush=True)
     with hub_errors(api, repo):
         operations = [*additions, *(CommitOperationDelete(name) for name in outdated)]
         return api.create_commit(repo, operations, commit_message="Publish a model", parent_commit=parent).oid
@@ -224,7 +226,10 @@ def outdated_files(
         return []
     with tempfile.TemporaryDirectory() as cache:
         record_file = api.hf_hub_download(repo, RECORD, revision=commit, cache_dir=cache)
-        before = json.loads(Path(record_file).read_text()).get("files", {})
+        try:
+            before = load_json(Path(record_file), {"files": dict})["files"]
+        except ValueError:  # somebody else's: what it has published is not known
+            before = {}
     return [
         name
         for name in published
@@ -250,7 +255,9 @@ def next_version(tags: dict[str, str]) -> str:
 
 def check_download(api: HfApi, repo: str, commit: str, files: dict[str, Path]) -> None:
     """Download the commit into an empty cache and compare it file by file."""
-    with tempfile.TemporaryDirectory(dir=files[RECORD].parent.parent, prefix=".download-") as cache:
+    parent, left = files[RECORD].parent.parent, f".{PLACE}-{os.getpid()}.partial"
+    sweep(parent)  # a download that was killed has the size of the model
+    with tempfile.TemporaryDirectory(left, ".download-", parent) as cache:
         with hub_errors(api, repo):
             patterns = [glob.escape(name) for name in files]
             snapshot = Path(
@@ -276,13 +283,13 @@ def hub_errors(api: HfApi, repo: str = "") -> Iterator[None]:
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         # An upload wraps its reason in a RuntimeError.
         reason = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
-        raise UserError(explained(reason, repo).replace(api.token, "(the token)")) from None
+        raise UserError(explained(reason, repo, api.token)) from None
 
 
-def explained(error: BaseException, repo: str) -> str:
-    """What went wrong and what to do."""
+def explained(error: BaseException, repo: str, token: str) -> str:
+    """What went wrong and what to do, without the token."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    message = " ".join(str(error).split())[:300]
+    message = one_line(error, 300, token)
     if status == 401:
         return f"{constants.ENDPOINT} does not accept this token: {TOKEN_ADVICE}"
     if status in (403, 404):

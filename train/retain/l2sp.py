@@ -32,6 +32,7 @@ class L2SP:
         """
         for group in optimizer.param_groups:
             fraction = min(1.0, group["lr"] * self.strength) * (1 - found_inf)
-            for parameter in group["params"]:
-                if parameter in self.initial:
-                    parameter.lerp_(self.initial[parameter], fraction)
+            pulled = [parameter for parameter in group["params"] if parameter in self.initial]
+            if pulled:
+                initial = [self.initial[parameter] for parameter in pulled]
+                torch._foreach_lerp_(pulled, initial, [fraction] * len(pulled))

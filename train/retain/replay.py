@@ -7,21 +7,30 @@ a quarter of a batch:
 
 This is the feature distillation of CLIP-KD (Yang et al. 2024) with the model's own past as the teacher, as in
 Learning without Forgetting (Li & Hoiem 2016). Pairs do not interact, so ranks and chunks need no exchange to
-be exact.
+be exact, and images and texts need not belong together:
+
+    replay: SHARDS                     images and captions of these pairs
+    replay: own                        images of the training pairs, and no texts
+    and replay_texts: FILE             the images of either, and sentences of this file
 """
+
+import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from data_prep.errors import UserError
+from data_prep.inputs.texts import txt_captions
 from data_prep.shards import Shards
 from train.data.augment import Augmentation
-from train.data.loader import TrainPairs, train_loader
+from train.data.captions import caption
+from train.data.loader import Pair, TrainPairs, train_loader
 from train.data.order import Order
 from train.loss import fp32_products
 from train.model.clip import Clip
 from train.model.towers import Towers
-from train.recipe import Recipe
+from train.recipe import OWN, Recipe
 from train.world import World, no_sync
 
 PART = 4  # a step replays 1/PART of a batch; with the initial model's forward, a third more work per step
@@ -46,20 +55,65 @@ def check_replay(recipe: Recipe, n_pairs: int, world: World) -> None:
         )
 
 
+def read_texts(file: str) -> tuple[list[str], str | None]:
+    """The lines of a file that are not blank, and the sha256 of them; nothing and None for no file.
+
+    Raises:
+        UserError: it cannot be read, is not in UTF-8, or has no sentence.
+    """
+    if not file:
+        return [], None
+    try:
+        data = Path(file).read_bytes()
+        texts = [line.strip() for line in txt_captions(data)]
+        joined = "\n".join(texts).encode()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); pass another --replay-texts") from None
+    except UnicodeError:
+        raise UserError(f"{file}: not in UTF-8, as --replay-texts must be; convert it") from None
+    if not texts:
+        raise UserError(f"{file}: has no sentence; --replay-texts must have one per line")
+    return texts, hashlib.sha256(joined).hexdigest()
+
+
+class WithTexts(TrainPairs):
+    """Pairs with one of `texts` as their caption, drawn by the position."""
+
+    def __init__(self, texts: list[str], *pairs):
+        super().__init__(*pairs)
+        self.texts = texts
+
+    def __getitem__(self, position: int) -> Pair:
+        pair = super().__getitem__(position)
+        bits = pair.patch_seed
+        return pair._replace(caption=caption(self.texts[bits % len(self.texts)], self.captions, bits))
+
+
 class Replay:
-    """The stream of general pairs, and the frozen initial model."""
+    """The stream of pairs, and the frozen initial model."""
 
     def __init__(
-        self, pairs: Shards, base: Towers, clip: Clip, recipe: Recipe, world: World, samples: int, end: int
+        self,
+        pairs: Shards,
+        texts: list[str],
+        base: Towers,
+        clip: Clip,
+        recipe: Recipe,
+        world: World,
+        samples: int,
+        end: int,
     ):
         """Args:
+        texts: in the place of the pairs' captions; none where they stay.
         base: the initial towers, on the device, frozen.
         samples, end: training pairs seen, and at the end of the run.
         """
         self.base, self.weight, self.device = base, recipe.replay_weight, world.device
         self.augmentation = Augmentation(recipe.augment)
         order = Order(pairs.shard_sizes, recipe.global_batch_size // PART, recipe.seed)
-        replayed = TrainPairs(pairs, order, clip.image_size, recipe.augment, recipe.captions)
+        stream = pairs, order, clip.image_size, recipe.augment, recipe.captions
+        replayed = WithTexts(texts, *stream) if texts else TrainPairs(*stream)
+        self.n_towers = 1 if recipe.replay == OWN and not texts else 2  # captions of one's own are to change
         workers = -(-recipe.workers // PART)
         self.batches = train_loader(replayed, clip.tokenize, samples // PART, end // PART, world, workers)
 
@@ -84,7 +138,7 @@ class Replay:
                 current = towers(images, chunk.tokens)
                 squares = [
                     (now - before).square().sum()
-                    for now, before in zip(current[:2], initial[:2], strict=True)
+                    for now, before in zip(current[: self.n_towers], initial[: self.n_towers], strict=True)
                 ]
                 part = sum(squares) / len(batch.images)
                 (self.weight * part).backward()

@@ -4,7 +4,6 @@ after each epoch   candidates -> each validated -> the best one -> open_clip_mod
                    training.safetensors, ema.safetensors, where these differ: what training resumes from
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,11 +15,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from data_prep.errors import UserError
+from train.data.shares import first_of
 from train.metrics import metric_of
 from train.model.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from train.model.lora import ROWS, merged
 from train.model.towers import Towers
 from train.recipe import Recipe
+from train.run.records import read_state
 from train.world import World
 
 State = dict[str, torch.Tensor]
@@ -54,6 +55,26 @@ class Selection(NamedTuple):
     score: Score | None = None
 
 
+class Averages:
+    """The tensors of an EMA and of its model, listed once: state_dict() takes milliseconds in each step."""
+
+    def __init__(self, ema: nn.Module, model: nn.Module):
+        pairs = list(zip(ema.state_dict().values(), model.state_dict().values(), strict=True))
+        self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    def update(self, weight: torch.Tensor) -> None:
+        """Move each average by `weight`, fp32 [], of its distance to the model; counters are copied.
+
+        timm's own foreach form copies the weight to the host, which would wait for the GPU in each step.
+        """
+        if self.averaged:
+            averages, weights = zip(*self.averaged, strict=True)
+            torch._foreach_lerp_(averages, weights, [weight] * len(averages))
+        if self.copied:
+            torch._foreach_copy_(*zip(*self.copied, strict=True))
+
+
 class WeightSelector:
     """The candidates of one run: "trained", "ema" and "wise_ft 0.50", which mixes the EMA where there is one.
 
@@ -68,8 +89,8 @@ class WeightSelector:
         base: the frozen initial towers, needed for WiSE-FT.
         """
         self.clip, self.recipe, self.model = clip, recipe, clip.towers.model
-        # foreach=False, because the foreach form copies the decay to the host; see after_step().
-        self.ema = ModelEmaV3(self.model, recipe.ema, use_warmup=True, foreach=False) if recipe.ema else None
+        self.ema = ModelEmaV3(self.model, recipe.ema, use_warmup=True) if recipe.ema else None
+        self.averages = Averages(self.ema.module, self.model) if self.ema else None
         self.alphas = {f"wise_ft {alpha:.2f}": alpha for alpha in recipe.wise_ft}
         initial = base.model.state_dict() if base and self.alphas else {}
         # Without LoRA's A: mixing B and keeping A mixes the product B A itself.
@@ -84,8 +105,8 @@ class WeightSelector:
         Args:
             found_inf: fp32 [], 1 where the step was skipped; then the EMA stays. It stays on the device.
         """
-        if self.ema:
-            self.ema.apply_update_(self.model, torch.where(found_inf.bool(), 1.0, self.ema.get_decay(step)))
+        if self.averages:
+            self.averages.update(1.0 - torch.where(found_inf.bool(), 1.0, self.ema.get_decay(step)))
 
     def baseline(self, validate: Validate, world: World) -> dict[str, float]:
         """Validate the initial model.
@@ -156,7 +177,7 @@ class WeightSelector:
         for name, module in self.resumable.items():
             file = folder / FILES[name]
             module.load_state_dict(load_file(file if file.is_file() else folder / WEIGHTS_FILE))
-        self.initial_retention = json.loads((folder / "state.json").read_text()).get("initial_retention")
+        self.initial_retention = read_state(folder).get("initial_retention")
 
 
 def check_best_metric(recipe: Recipe, metrics: Iterable[str]) -> None:
@@ -176,8 +197,9 @@ def check_best_metric(recipe: Recipe, metrics: Iterable[str]) -> None:
         )
     if recipe.ema or recipe.wise_ft or recipe.retention_set or recipe.best_metric != Recipe.best_metric:
         raise UserError(
-            f"{recipe.data}: has no val split, which --ema, --wise-ft, --retention-set and --best-metric"
-            " need; leave them out, or build shards with one: python -m data_prep build ... --val 0.1"
+            f"{first_of(recipe.data)}: has no val split, which --ema, --wise-ft, --retention-set and"
+            " --best-metric need; leave them out, or build shards with one: python -m data_prep build ..."
+            " --val 0.1"
         )
 
 

@@ -14,6 +14,7 @@ from concurrent import futures
 import torch
 from torch import nn
 
+from data_prep.terminal import say
 from train.device import has_streams, on_stream
 
 
@@ -102,7 +103,7 @@ class AsyncWriter:
             self.snapshot = Snapshot(model, optimizer)
         except (MemoryError, RuntimeError) as error:  # torch raises a plain RuntimeError on the CPU
             reason = " ".join(str(error).split())[:200]
-            print(
+            say(
                 f"warning: not enough memory to copy weights and moments ({reason}); training waits for each"
                 " checkpoint",
                 file=sys.stderr,

@@ -12,6 +12,7 @@ from pathlib import Path
 from data_prep.atomic import atomic_folder, write_json
 from data_prep.shards import sha256_of
 from data_prep.strict_json import as_null, strict_json
+from data_prep.terminal import say
 from train.model.clip import CONFIG_FILE, WEIGHTS_FILE
 from train.run.records import read_state, seal
 
@@ -54,7 +55,7 @@ def newest(folder: Path, warn: bool) -> tuple[Path, dict] | None:
         if not damaged:
             return path, state
         if warn:
-            print(f"warning: {path} is damaged ({', '.join(damaged)}); using an older one", file=sys.stderr)
+            say(f"warning: {path} is damaged ({', '.join(damaged)}); using an older one", file=sys.stderr)
     return None
 
 

@@ -2,7 +2,7 @@
 
 RUN/recipe.yaml            the merged recipe; itself a recipe
 RUN/environment.json       versions, git commit, machine, sha256 of the data, what "auto" chose
-RUN/status.json            running, stopped or finished; samples, speed, ETA, last checkpoint, time of writing
+RUN/status.json            running, stopped, failed or finished; samples, speed, ETA, last checkpoint, time
 RUN/metrics.jsonl          a line per logged step and validation; RUN/tensorboard holds the same
 RUN/nonfinite_steps.jsonl  skipped steps, whose loss or gradient was not finite, and the samples in them
 RUN/checkpoints/samples-000123456/
@@ -15,6 +15,7 @@ RUN/stop                   make this file, and the run ends at the next step, wh
 RUN/lock, RUN/attempt      who may write here (train.run.lock)
 """
 
+import contextlib
 import dataclasses
 import platform
 import shutil
@@ -31,16 +32,18 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from data_prep.atomic import atomic_file, write_json
-from data_prep.errors import Fault, NotFinite, UserError
+from data_prep.atomic import atomic_file, check_parents, sweep, write_json
+from data_prep.errors import Fault, Fenced, NotFinite, UserError
+from data_prep.masked import one_line
 from data_prep.rooms import CLONE
-from train.device import device_name
+from data_prep.terminal import say
+from train.device import cpu_name, device_name
 from train.recipe import Recipe, differences, flags_of, parse, to_yaml
 from train.retain.select import NO_SCORE, Score, Selection, WeightSelector
 from train.run.async_writer import AsyncWriter
 from train.run.checkpoint import clear, link_best, link_model, newest, prune, write
 from train.run.lock import RunLock
-from train.run.records import read_environment, read_state, read_status
+from train.run.records import other_rounding, read_environment, read_state, read_status
 from train.world import World
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
 
 # What a folder may hold before it is a run: of a submission, and of a start that was killed.
 BEFORE = ("slurm", "attempt", "stop", "lock", "checkpoints", "environment.json")
+KINDS = {"model": "weights", "teacher": "weights", "replay_texts": "sentences"}  # else shards
+OTHER_WEIGHTS = "weights will differ from an uninterrupted run's, by rounding at least"
 STATUS_EVERY_S = 10
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "timm", "numpy", "pillow")
 
@@ -78,6 +83,7 @@ class Run:
         self.writer = AsyncWriter()
         self._write_error: Fault | None = None  # kept until all ranks can hear of it
         self.fingerprints: dict[str, str | None] = {}  # of what check_data() has seen
+        check_parents(self.folder, "--run")
         if (self.folder / "recipe.yaml").is_file():
             old = parse([*flags_of(self.folder / "recipe.yaml"), "--run", recipe.run])
             if changed := differences(old, recipe):
@@ -117,14 +123,15 @@ class Run:
             UserError: it has not.
         """
         self.fingerprints[f"{key}_fingerprint"] = fingerprint
-        if self.checkpoint and self._environment().get(f"{key}_fingerprint") != fingerprint:
-            value, kind = (
-                getattr(self.recipe, key) or f"no --{key}",
-                "weights" if key == "model" else "shards",
-            )
+        if self.checkpoint and (before := self._environment().get(f"{key}_fingerprint")) != fingerprint:
+            flag, kind = f"--{key.replace('_', '-')}", KINDS.get(key, "shards")
+            value = getattr(self.recipe, key) or f"no {flag}"
+            if isinstance(value, dict):  # several data sets
+                pairs = zip(value, fingerprint.split(), str(before).split(), strict=False)
+                value = ", ".join([folder for folder, now, old in pairs if now != old] or value)
             raise UserError(
                 f"{value}: not the {kind} that {self.folder} was started with; pass another --run, or the old"
-                f" --{key}"
+                f" {flag}"
             )
 
     def with_fitted(self, recipe: Recipe) -> Recipe:
@@ -153,9 +160,11 @@ class Run:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
             clear(self.folder / "checkpoints")
-            environment = (self._environment() if self.samples else {}) or (
-                _describe_environment(self.world) | self.fingerprints
-            )
+            sweep(self.folder, is_locked=True)
+            now, environment = _describe_environment(self.world), self._environment() if self.samples else {}
+            if changed := ", another ".join(other_rounding(environment, now)):
+                say(f"warning: resuming with another {changed}; {OTHER_WEIGHTS}", file=sys.stderr)
+            environment = environment or now | self.fingerprints
             environment["fitted"] = self._conditions() | {name: getattr(state, name) for name in FITTED}
             write_json(self.folder / "environment.json", environment)
             if self.samples:
@@ -300,7 +309,7 @@ class Run:
         self._write_error = self.cannot_write(path, error)
 
     def cannot_write(self, path: Path, error: Exception) -> Fault:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         return Fault(
             f"{path}: cannot be written ({reason}). Make room and run the same command again: it resumes from"
             f" the last whole checkpoint ({self.checkpoint or 'none yet'})"
@@ -346,7 +355,7 @@ class Run:
         # The exported weights stay the same.
         values = read_state(self.checkpoint) | self._checkpoint_values(samples, None)
         write(self._checkpoint_path(samples), fill, values, self.lock.check)
-        print(
+        say(
             f"warning: {problem}; rolling back to {self.checkpoint.name} and skipping the pairs since",
             file=sys.stderr,
         )
@@ -355,11 +364,20 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        """Join the writer. After an error in training, that error is raised, and not the writer's."""
-        if kind is None:
-            self.wait()
-        else:
-            self.writer.join()
+        """Join the writer. After an error in training, that error is raised, and not the writer's; then
+        status.json says "failed", if there is room for it.
+        """
+        has_failed = True
+        try:
+            if kind is None:
+                self.wait()
+            else:
+                self.writer.join()
+            has_failed = kind is not None and issubclass(kind, Exception) and not issubclass(kind, Fenced)
+        finally:
+            if has_failed and self.world.is_first:
+                with contextlib.suppress(OSError, UserError):  # a full disk; Fenced
+                    self._write_status("failed", self._status().get("samples", self.samples))
 
 
 FITTED = ("activation_checkpointing", "micro_batch_size")  # keys of the recipe that can be "auto"
@@ -384,7 +402,9 @@ def _describe_environment(world: World) -> dict:
         "git_commit": commit,
         "world_size": world.world_size,
         "device": device_name(),
+        "cpu": cpu_name(),
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
         "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from data_prep.atomic import atomic_file
+from data_prep.cores import cores_per_rank
 from data_prep.progress import progress
 from data_prep.tables import counted
+from data_prep.terminal import safe
 from train.data.loader import Batch
+from train.data.sets import described
 from train.metrics import CROP_GAIN, CROP_GAIN_LOW
 from train.model.activation_memory import should_compile
 from train.model.towers import batch_dependent_layers
@@ -174,7 +177,7 @@ class Logger:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self.first:
-            self.bar.write(text)
+            self.bar.write(safe(text))
 
     def __enter__(self) -> "Logger":
         state, recipe = self.state, self.run.recipe
@@ -183,6 +186,8 @@ class Logger:
             f"{recipe.model} on {counted(state.order.n_samples, 'image')}, {world.world_size} x"
             f" {world.device.type}: {counted(state.steps, 'step')} of {recipe.global_batch_size} pairs"
         )
+        for line in described(recipe, state.order, state.steps):
+            self.say(line)
         self.say(
             f"micro_batch_size {state.micro_batch_size}, activation_checkpointing"
             f" {state.activation_checkpointing}, {'compiled' if compiled else 'not compiled'}"
@@ -212,12 +217,6 @@ def reopened(path: Path, samples: int) -> TextIO:
     with atomic_file(path) as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return open(path, "a")
-
-
-def cores_per_rank() -> int:
-    """CPU cores that this process may use, shared with the other ranks of its node."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def data_wait_hint(share: float, workers: int, cores: int) -> str:

@@ -4,9 +4,12 @@ import hashlib
 import json
 import math
 import re
+from datetime import datetime
 from pathlib import Path
 
+from data_prep.atomic import local_paths
 from data_prep.errors import UserError
+from data_prep.strict_json import STRICT, load_json, parse_json, problem_of
 
 CHECKPOINT = re.compile("samples-[0-9]{1,18}")
 
@@ -14,11 +17,9 @@ CHECKPOINT = re.compile("samples-[0-9]{1,18}")
 def read_status(run: Path) -> dict:
     """status.json; {} where there is none, or a damaged one: a running run writes it again."""
     try:
-        found = _json(run / "status.json")
+        return load_json(run / "status.json", STATUS)
     except (OSError, ValueError):
         return {}
-    is_ours = isinstance(found, dict) and isinstance(found.get("state"), str)
-    return found if is_ours and _is_count(found.get("samples")) else {}
 
 
 def read_environment(run: Path) -> dict:
@@ -29,21 +30,44 @@ def read_environment(run: Path) -> dict:
     """
     path = run / "environment.json"
     try:
-        found = _json(path)
+        return load_json(path, ENVIRONMENT)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from None
-    if not isinstance(found, dict) or not isinstance(found.get("fitted", {}), dict):
-        raise _damaged(path, "not the environment of a run")
-    return found
+        raise UserError(
+            f"{path}: damaged ({error}); it says what the run was started with: restore it from a copy, or"
+            " pass another --run"
+        ) from None
 
 
-def _damaged(path: Path, why: str) -> UserError:
-    return UserError(
-        f"{path}: damaged ({why}); it says what the run was started with: restore it from a copy, or pass"
-        " another --run"
-    )
+def run_trained_on(model: str, fingerprint: str) -> Path | None:
+    """The run that a MODEL is of, or a folder of weights is in, if it was trained on these shards.
+
+    Args:
+        fingerprint: Shards.fingerprint.
+    """
+    for place in local_paths(model):
+        for folder in (place, *place.absolute().parents):
+            if (folder / "recipe.yaml").is_file():
+                return folder if fingerprint in read_environment(folder).get("data_fingerprint", "") else None
+    return None
+
+
+def other_rounding(before: dict, now: dict) -> list[str]:
+    """What differs between two environments that numbers depend on: "number of threads (2 before, 1 now)".
+
+    Args:
+        before: of the run; what it does not have is not compared.
+    """
+    is_cpu = now["device"] == "cpu"
+    names = {"device": "device", "world_size": "number of ranks", "cuda": "CUDA", "rocm": "ROCm"}
+    names |= {"threads": "number of threads", "cpu": "processor"} if is_cpu else {}
+    values = [(text, before[name], now[name]) for name, text in names.items() if name in before]
+    if isinstance(packages := before.get("packages"), dict):
+        values += [
+            (name, packages[name], version) for name, version in now["packages"].items() if name in packages
+        ]
+    return [f"{text} ({old} before, {new} now)" for text, old, new in values if old != new]
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -59,12 +83,15 @@ def read_metrics(path: Path) -> list[dict]:
     lines = []
     for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict) or not _is_count(found.get("samples")):
-            raise UserError(f"{path}:{number}: not a line that a run writes ({line:.60}); remove this line")
-        lines.append(found)
+            # NaN, which earlier versions wrote, is null
+            lines.append(parse_json(line, **STRICT | {"parse_constant": lambda _: None}))
+            problem = problem_of(lines[-1], LINE) or problem_of(list(lines[-1].items()), [_is_metric])
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise UserError(
+                f"{path}:{number}: not a line that a run writes ({problem:.200}); remove this line"
+            )
     return lines
 
 
@@ -81,9 +108,7 @@ def read_state(checkpoint: Path) -> dict:
         ValueError: it is damaged: not JSON, of another shape, or changed since it was written.
         OSError: it cannot be read.
     """
-    state = _json(checkpoint / "state.json")
-    if not isinstance(state, dict):
-        raise ValueError("state.json is no object")
+    state = load_json(checkpoint / "state.json", dict)
     wrong = [name for name, is_valid in STATE.items() if not is_valid(state.get(name))]
     if wrong:
         raise ValueError(f"state.json has no valid {', '.join(wrong)}")
@@ -93,13 +118,6 @@ def read_state(checkpoint: Path) -> dict:
     if CHECKPOINT.fullmatch(checkpoint.name) and int(checkpoint.name[8:]) != state["samples"]:
         raise ValueError(f"state.json is of {state['samples']} samples")
     return state
-
-
-def _json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def _is_count(value: object) -> bool:
@@ -125,6 +143,34 @@ def _is_digests(value: object) -> bool:
     )
 
 
+def _is_metric(item: tuple[str, object]) -> bool:
+    """A name, and a number or null; a skipped step's line has texts, and the keys of its samples."""
+    name, value = item
+    return value is None or _is_number(value) or (name in SKIPPED and not isinstance(value, dict))
+
+
+def _is_time(value: object) -> bool:
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
+
+
+SKIPPED = ("loss", "grad_norm", "keys")
+LINE = {"samples": _is_count}  # of metrics.jsonl
+STATUS = {"state": str, "samples": _is_count, "time?": _is_time}
+ENVIRONMENT = {
+    "fitted?": {
+        "micro_batch_size?": lambda value: _is_count(value) and value > 0,
+        "activation_checkpointing?": lambda value: value in ("none", "selective", "full"),
+    },
+    "packages?": {str: str},
+    "world_size?": int,
+    "threads?": int,
+    "device?": str,
+    "data_fingerprint?": str,
+    "git_commit?": (str, type(None)),
+}
 STATE = {
     "samples": _is_count,
     "score": _is_score,

@@ -6,13 +6,14 @@ cannot, are not given it again (see Logger.write).
 
 import dataclasses
 import importlib.util
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_prep.atomic import write_json
 from data_prep.errors import UserError
+from data_prep.masked import one_line
+from data_prep.strict_json import read_json
 from train.recipe import Recipe, leaves
 
 PROJECT = "cliptune"  # unless WANDB_PROJECT says otherwise
@@ -104,7 +105,7 @@ class Wandb:
             )
         except wandb.Error as error:
             raise UserError(
-                f"--log wandb: {' '.join(str(error).split())}; run `wandb login`, or set WANDB_MODE=offline"
+                f"--log wandb: {one_line(error, 600)}; run `wandb login`, or set WANDB_MODE=offline"
             ) from None
         # Its own step counts calls and must not go back; the axis of the curves is `samples`.
         self.run.define_metric("samples", hidden=True)
@@ -133,7 +134,7 @@ def open_trackers(folder: Path, recipe: Recipe, samples: int) -> dict[str, Track
     check_installed(recipe.log)
     path = folder / NAMES_FILE
     if path.is_file():
-        names = json.loads(path.read_text())
+        names = read_json(path, {"name": str, "id": str}, "restore it from a copy, or delete it")
     else:
         names = {"name": folder.absolute().name, "id": secrets.token_hex(4)}
         if set(recipe.log) - {"tensorboard"}:

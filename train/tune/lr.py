@@ -10,6 +10,8 @@ from data_prep.atomic import atomic_file
 from data_prep.errors import NotFinite
 from data_prep.shards import Shards
 from data_prep.tables import counted
+from data_prep.terminal import say
+from train.data.shares import first_of
 from train.recipe import Recipe, differences
 from train.retain.select import RETENTION
 from train.tune.sweep import report_rest, train_all
@@ -30,7 +32,7 @@ def find_rate(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
         Fault: runs failed for another reason than divergence.
     """
     first = next(iter(recipes.values()))
-    n_groups = len(np.unique(Shards(first.data, "val").groups))
+    n_groups = len(np.unique(Shards(first_of(first.data), "val").groups))
     failed, stopped = train_all(folder, recipes, nproc)
     known = {
         name: recipe
@@ -54,7 +56,7 @@ def find_rate(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
         text += "\n\nEvery rate diverged; try smaller ones with --rates."
     else:
         text += f"\n\n{_recommend(folder, finished, diverged, known, n_groups)}"
-    print(text)
+    say(text)
     write(folder, rows, text)
     report_rest(folder, {name: code for name, code in failed.items() if name not in diverged}, stopped)
 

@@ -13,8 +13,9 @@ from shlex import quote
 from data_prep.atomic import atomic_file
 from data_prep.errors import Fault, UserError
 from data_prep.rooms import environment, importable
-from data_prep.shards import Shards
 from data_prep.tables import counted
+from data_prep.terminal import say
+from train.data.sets import open_pairs
 from train.recipe import Recipe, to_yaml
 from train.run.folder import Run
 from train.run.stop import Stop
@@ -35,7 +36,7 @@ def print_table(folder: Path) -> None:
             f" {quote(str(folder))} --vary KEY=VALUES"
         )
     rows = results(folder, recipes)
-    print(text := markdown(rows))
+    say(text := markdown(rows))
     write(folder, rows, text)
 
 
@@ -48,7 +49,7 @@ def train_grid(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
     """
     failed, stopped = train_all(folder, recipes, nproc)
     rows = results(folder, recipes_in(folder) | recipes, failed)
-    print(text := markdown(rows))
+    say(text := markdown(rows))
     write(folder, rows, text)
     report_rest(folder, failed, stopped)
 
@@ -56,7 +57,7 @@ def train_grid(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
 def report_rest(folder: Path, failed: dict[str, int], stopped: bool) -> None:
     """Say how to continue after a stop or a failure."""
     if stopped:
-        print(
+        say(
             "stopped; the same command resumes; the table at any time: python -m train.sweep --table"
             f" {quote(str(folder))}"
         )
@@ -107,7 +108,7 @@ def train_all(folder: Path, recipes: dict[str, Recipe], nproc: int) -> tuple[dic
             if stop.requested():
                 break
             state = " is finished" if name in finished else ""
-            print(f"== {number} of {len(recipes)}: {name}{state}", flush=True)
+            say(f"== {number} of {len(recipes)}: {name}{state}", flush=True)
             if name in finished:
                 continue
             code = train_one(folder / f"{name}.yaml", recipe, nproc, stop)
@@ -125,10 +126,10 @@ def is_finished(recipe: Recipe, nproc: int) -> bool:
         UserError: it can neither start nor resume: its folder holds a run of another recipe or of other data,
             another process trains it, or the batch is too large.
     """
-    shards, run = Shards(recipe.data, "train"), Run(recipe, World())
+    pairs, run = open_pairs(recipe), Run(recipe, World())
     try:
-        check_batch(recipe, len(shards), World(world_size=nproc))
-        run.check_data(shards.fingerprint)
+        check_batch(recipe, len(pairs), World(world_size=nproc))
+        run.check_data(pairs.fingerprint)
         return run.is_finished
     finally:
         run.close()

@@ -6,7 +6,9 @@ import statistics
 from pathlib import Path
 
 from data_prep.atomic import atomic_file
+from data_prep.errors import UserError
 from data_prep.tables import markdown_table, percent
+from train.data.shares import shares_of
 from train.metrics import DIRECTIONS
 from train.recipe import RESUME_SAFE, Recipe, flags_of, leaves, parse
 from train.retain.select import RETENTION, TRAINED, prefix
@@ -43,7 +45,12 @@ def results(
             `score`, `metrics`, `epoch`, `samples` and `weights` (trained, ema or a WiSE-FT mixture) of its
             best checkpoint; `before`, the metrics before training; `pairs_per_s`, the median.
     """
-    all_leaves = {name: leaves(dataclasses.asdict(recipe)) for name, recipe in recipes.items() if recipe}
+    all_leaves = {
+        name: leaves(dataclasses.asdict(recipe))
+        | {"shares": " ".join(map(str, shares_of(recipe.data).values()))}
+        for name, recipe in recipes.items()
+        if recipe
+    }
     keys = list(
         dict.fromkeys(key for values in all_leaves.values() for key in values if key not in WITHOUT_COLUMN)
     )
@@ -66,11 +73,14 @@ def _reached(run: Path) -> dict:
     lines = read_metrics(metrics_file)
     validations = [line for line in lines if SCORE in line]
     trained = [line for line in validations if line["samples"]]  # the first is of the weights before training
-    state = read_state(state_file.parent.resolve()) if state_file.is_file() else {}
+    try:
+        state = read_state(state_file.parent.resolve()) if state_file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{state_file.parent}: damaged ({error}); restore the run from a copy") from None
     best = next((line for line in trained if line["samples"] == state["samples"]), None) if state else None
     weights = state.get("weights", TRAINED)
     metrics = _metrics(best or {}, prefix(weights))
-    speeds = [line["time/pairs_per_s"] for line in lines if "time/pairs_per_s" in line]
+    speeds = [speed for line in lines if (speed := line.get("time/pairs_per_s")) is not None]
     reached = {
         "score": metrics.get(SCORE),
         "epoch": best and 1 + trained.index(best),

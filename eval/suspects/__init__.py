@@ -1,0 +1,1 @@
+"""Captions and groups of a data set that look wrong."""

@@ -1,0 +1,54 @@
+"""The rows of a list of suspects."""
+
+import numpy as np
+import torch
+
+from data_prep.shards import Shards
+from eval.bases.projections import Pairs
+from eval.suspects.score import PairFeatures, cross_fitted, hub_counts, lemon, numbers_of, same_things
+
+REASONS = {
+    "does not fit": "this caption does not fit this image, or its neighbours have others",
+    "fits many": "this caption is near to images of many groups: it says too little",
+    "same thing": "two groups with images and captions that are nearest to each other: one thing?",
+}
+LEAST_HUB = 5  # groups
+
+
+def find(pairs: Pairs, shards: Shards, chosen: np.ndarray, most: int) -> list[dict]:
+    """Rows of data_prep.suspects.COLUMNS, up to `most` for each of REASONS, the worst first.
+
+    Args:
+        chosen: int64 [n_images], the sample numbers of the images of `pairs`.
+    """
+    numbers = numbers_of(pairs)
+    features = PairFeatures(
+        pairs.image_features[torch.from_numpy(numbers.image)],
+        pairs.text_features[torch.from_numpy(numbers.text)],
+    )
+    scores = lemon(features, numbers.image, cross_fitted(pairs, numbers)).cpu().numpy()
+
+    def row(image: int, reason: str, score: float, text: str, other: int | None = None) -> dict:
+        sample = int(chosen[image])
+        about = {"key": shards.key(sample), "image": shards.meta(sample)["image"], "caption": text}
+        more = {"other_key": "", "other": ""}
+        if other is not None:
+            meta = shards.meta(int(chosen[other]))
+            more = {"other_key": shards.key(int(chosen[other])), "other": meta["captions"][0]}
+        return {**about, "reason": reason, "score": f"{score:.4f}", **more}
+
+    def caption(image: int, text: int) -> str:
+        return shards.captions(int(chosen[image]))[pairs.texts[image].index(text)]
+
+    rows = []
+    for pair in np.argsort(-scores, kind="stable")[:most].tolist():
+        image, text = int(numbers.image[pair]), int(numbers.text[pair])
+        rows.append(row(image, "does not fit", scores[pair], caption(image, text)))
+    hubs, first = hub_counts(pairs, numbers), dict(zip(numbers.text[::-1], numbers.image[::-1], strict=True))
+    for text in np.argsort(-hubs, kind="stable")[:most].tolist():
+        if hubs[text] >= LEAST_HUB:
+            image = int(first[text])
+            rows.append(row(image, "fits many", float(hubs[text]), caption(image, text)))
+    for image, other, cosine in same_things(pairs, numbers)[:most]:
+        rows.append(row(image, "same thing", cosine, shards.captions(int(chosen[image]))[0], other))
+    return rows

@@ -1,0 +1,98 @@
+"""`data` of a recipe: one folder of shards, or several, each with its share of every batch.
+
+    data: shards                                      --data shards
+    data: {shards/icons: 0.7, shards/general: 0.3}    --data shards/icons=0.7 shards/general=0.3
+
+One typed word is always a folder, so its path may contain "=".
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+TOLERANCE = 1e-6  # of the shares' sum
+Sets = str | dict[str, float]  # a folder, or shares by folder
+
+
+def from_words(words: list[str]) -> Sets:
+    """The value of --data. One word is a folder, whatever characters it has.
+
+    Raises:
+        ValueError: several words are not all FOLDER=SHARE.
+    """
+    if len(words) == 1:
+        return words[0]
+    shares: dict[str, float] = {}
+    for word in words:
+        folder, _, share = word.rpartition("=")
+        try:
+            number = float(share)
+        except ValueError:
+            number = None
+        if not folder or number is None:
+            raise ValueError(f"{word}: several data sets have a share each, as icons=0.7 general=0.3")
+        if folder in shares:
+            raise ValueError(f"{folder}: is named twice")
+        shares[folder] = number
+    if not shares:
+        raise ValueError("must be a folder of shards, or several with shares: icons=0.7 general=0.3")
+    return shares
+
+
+def to_words(data: Sets) -> list[str]:
+    """`data` as typed after --data; from_words() reads it."""
+    if isinstance(data, str):
+        return [data]
+    if len(data) == 1:  # one word is a folder
+        return [str(folder) for folder in data]
+    return [f"{folder}={share}" for folder, share in data.items()]
+
+
+Data = Annotated[
+    Sets,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="SHARDS",
+        instance_from_str=from_words,
+        is_instance=lambda value: isinstance(value, (str, dict)),
+        str_from_instance=to_words,
+    ),
+]
+
+
+def shares_of(data: Sets) -> dict[str, float]:
+    """Shares by folder."""
+    return {data: 1.0} if isinstance(data, str) else data
+
+
+def first_of(data: Sets) -> str:
+    """The folder that defines the epoch, and is validated."""
+    return next(iter(shares_of(data)))
+
+
+def are_valid(data: Sets) -> bool:
+    """Whether the shares are above 0 and sum to 1."""
+    shares = shares_of(data).values()
+    return all(share > 0 for share in shares) and abs(sum(shares) - 1) <= TOLERANCE
+
+
+def pairs_of(data: Sets, global_batch_size: int) -> dict[str, int]:
+    """Pairs of each set in every batch, by folder: their sum is the batch.
+
+    Rounded by largest remainder: down, and up again for those that lose most, until the batch is full.
+    """
+    total = sum(shares_of(data).values())  # 1 to rounding
+    exact = {folder: share / total * global_batch_size for folder, share in shares_of(data).items()}
+    pairs = {folder: int(value + TOLERANCE) for folder, value in exact.items()}
+    by_loss = sorted(exact, key=lambda folder: round(pairs[folder] - exact[folder], 6))
+    for folder in by_loss[: global_batch_size - sum(pairs.values())]:
+        pairs[folder] += 1
+    return pairs
+
+
+def absolute(data: Sets | Path) -> Sets:
+    """`data` with the absolute path of each folder."""
+    if isinstance(data, dict):
+        return {str(Path(folder).absolute()): share for folder, share in data.items()}
+    return str(Path(data).absolute())
