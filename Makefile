@@ -8,6 +8,13 @@ DATA := data/icons
 RUN := runs/demo
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Servers, signals and browsers are real, and a busy machine answers late: what fails beside other tests is run
+# once more, alone. What fails there too is a failure, and so is a run that did not come to its end.
+define tests
+	$(PYTEST) -m "$(1)" || { [ $$? = 1 ] && echo "== Once more, alone: the tests that failed" \
+	  && $(PY) -m pytest -m "$(1)" --last-failed --last-failed-no-failures none; }
+endef
+
 .PHONY: demo lint test test-all bench env clean
 
 env: .venv/installed
@@ -43,10 +50,10 @@ lint: | .venv/installed
 	$(PY) -m ruff format --check .
 
 test: lint
-	$(PYTEST) -m "not slow"
+	$(call tests,not slow)
 
 test-all: test
-	$(PYTEST) -m slow
+	$(call tests,slow)
 
 bench: $(DATA)/shards/manifest.json
 	$(PY) -m train.bench train/recipes/demo.yaml --data $(DATA)/shards
