@@ -75,8 +75,8 @@ BASE += ["--augment.scale", 0.7, 1, "--captions.tag-dropout", 0.5]
 
 # The recipe: the seed's with these ingredients, named as in quality.md. Words of PLACES, and a domain before
 # "=", are replaced by files in OUT.
-A, SENTENCES, THE_BASE = "A", "A's sentences", "the base"
-PLACES = {A: "{}/A", "B": "{}/B", SENTENCES: "{}/A.txt", THE_BASE: "local-dir:{}/base/model"}
+A, SENTENCES = "A", "A's sentences"
+PLACES = {A: "{}/A", "B": "{}/B", SENTENCES: "{}/A.txt"}
 PLACES[quality_data.WEIGHTED] = "{}/" + quality_data.WEIGHTED
 OURS = {
     "mates are positives": ["--same-group", "positive"],
@@ -98,10 +98,6 @@ MORE = {
     # for people who have no general pairs, in the place of A's
     "replay of its own images": ["--replay", "own"],
     "replay of its own images and A's sentences": ["--replay", "own", "--replay-texts", SENTENCES],
-    "taught by the base, no replay": ["--replay", "", "--teacher", THE_BASE],
-    "taught by the base": ["--teacher", THE_BASE],
-    "filled moments": ["--optim.moments-fraction", 0.05],
-    "filled moments, no warm-up": ["--optim.moments-fraction", 0.05, "--optim.warmup-fraction", 0],
     "names three times as often": ["--captions.weights", "name=3"],
     "synonyms three times as often": ["--captions.weights", "synonyms=3"],
     "groups of equal weight": ["--data", quality_data.WEIGHTED],
@@ -133,8 +129,6 @@ WITH_CURVE = (
     "ours with four times the replay",
     "ours with replay of its own images",
     "ours with replay of its own images and A's sentences",
-    "ours with taught by the base, no replay",
-    "ours with taught by the base",
 )
 SOUP = "soup of "  # NAME: the mean of the weights of its seeds
 # The best on validation of 3e-4 and 1e-3, for ours of 2e-3 too; see --arms "ours@2e-3".

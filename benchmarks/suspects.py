@@ -2,13 +2,12 @@
 
     python -m benchmarks.suspects --data SHARDS --models MODEL [MODEL ...]
 
-AUROC and precision among the first 100, of the plain CLIP score, of the cross-fitted one, and of the list.
+AUROC and precision among the first 100, of the CLIP score alone and of the list, which asks neighbours too.
 """
 
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 from scipy.stats import rankdata
 
@@ -18,7 +17,7 @@ from eval.bases.projections import Pairs
 from eval.bases.rank import features_of_pairs
 from eval.embed import load_for_eval
 from eval.options import Inference
-from eval.suspects.score import PairFeatures, cross_fitted, lemon, numbers_of
+from eval.suspects.score import distances_of, features_of, lemon, numbers_of
 from train.world import World
 
 SHARE, FIRST = 0.05, 100
@@ -56,18 +55,12 @@ def main(
         for seed in seeds:
             changed, is_wrong = planted(pairs, seed)
             numbers = numbers_of(changed)
-            features = PairFeatures(
-                pairs.image_features[torch.from_numpy(numbers.image)],
-                pairs.text_features[torch.from_numpy(numbers.text)],
-            )
-            plain = 1 - (features.images * features.texts).sum(1)
-            fitted = cross_fitted(changed, numbers)
+            features = features_of(changed, numbers)
+            distances = distances_of(features)
             wrong = is_wrong[numbers.image]
             for name, scores in (
-                ("CLIP score", plain),
-                ("CLIP score, cross-fitted", fitted),
-                ("neighbours, plain score", lemon(features, numbers.image, plain)),
-                ("neighbours, cross-fitted score (the list)", lemon(features, numbers.image, fitted)),
+                ("CLIP score", distances),
+                ("the list", lemon(features, numbers.image, distances)),
             ):
                 order = np.argsort(-scores.numpy(), kind="stable")[:FIRST]
                 found.setdefault(name, []).append((auroc(scores.numpy(), wrong), wrong[order].mean()))

@@ -7,7 +7,7 @@ from conftest import save_tiny
 from test_quality import recipe_of
 
 from benchmarks import quality
-from benchmarks.quality import ARMS, MORE, PLACES, SENTENCES, THE_BASE, WITH_CURVE, folder_of, soup
+from benchmarks.quality import ARMS, MORE, PLACES, SENTENCES, WITH_CURVE, folder_of, soup
 from train.model.clip import load
 
 
@@ -22,9 +22,7 @@ def test_an_arm_of_more_differs_from_ours_in_its_flags_alone(name):
 def test_the_places_of_words(tmp_path):
     without = recipe_of("ours with replay of its own images and A's sentences")
     assert (without["replay"], without["replay_texts"]) == ("own", SENTENCES)
-    taught = recipe_of("ours with taught by the base, no replay")
-    assert (taught["replay"], taught["teacher"]) == ("", THE_BASE)
-    assert PLACES[THE_BASE].format(tmp_path) == f"local-dir:{tmp_path}/base/model"
+    assert PLACES[SENTENCES].format(tmp_path) == f"{tmp_path}/A.txt"
 
 
 def test_a_soup_is_the_mean_of_the_seeds_weights(tmp_path, monkeypatch):

@@ -67,14 +67,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def lr_at(step: int, steps: int, optim: Optim) -> float:
     """The learning rate of step `step` (from 0) of `steps`: linear warm-up to the peak, then half a cosine to
     zero.
-
-    0 in the first moments_fraction of the run: AdamW's moments and step count advance, and no weight moves.
-    The warm-up is a fraction of the rest (stage 1 of TuneCLIP, Mehta et al. 2026, arXiv:2601.09859).
     """
-    moment_steps = round(optim.moments_fraction * steps)
-    if step < moment_steps:
-        return 0.0
-    step, steps = step - moment_steps, steps - moment_steps
     warmup_steps = round(optim.warmup_fraction * steps)
     if step < warmup_steps:
         return optim.lr * (step + 1) / warmup_steps

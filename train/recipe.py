@@ -45,9 +45,6 @@ class Optim:
     """Peak learning rate. Usual: 1e-6 to 3e-5 for fine-tuning, 1e-3 from random weights."""
     warmup_fraction: float = 0.05
     """Fraction of the run in which the learning rate rises to its peak."""
-    moments_fraction: float = 0.0
-    """Fraction of the run, before the warm-up, in which AdamW's moments are filled and the weights stay. Its
-    pairs count as seen."""
     weight_decay: float = 0.2
     """Applies to matrices; not to biases, norms, positional embeddings or logit_scale."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -155,11 +152,6 @@ class Recipe:
     replayed."""
     replay_weight: float = 1.0
     """Weight of the replay loss beside the contrastive loss."""
-    teacher: Model = ""
-    """A larger or an earlier MODEL, with the same tokenizer. Its similarities of the pairs in a batch are
-    distilled (KL divergence of the softmax over the batch); train/loss is the sum of both losses."""
-    teacher_weight: float = 1.0
-    """Weight of the divergence beside the contrastive loss."""
     optim: Optim = field(default_factory=Optim)
     augment: Augment = field(default_factory=Augment)
     captions: Captions = field(default_factory=Captions)
@@ -386,13 +378,13 @@ def _flag(type_: object, key: str, value: object, path: Path) -> list[str]:
 
 
 AT_LEAST = {"epochs": 1, "global_batch_size": 2, "workers": 0, "log_every_steps": 1, "keep_checkpoints": 1}
-AT_LEAST |= {"max_nonfinite_steps": 1, "lora_rank": 0, "l2_sp": 0, "replay_weight": 0, "teacher_weight": 0}
+AT_LEAST |= {"max_nonfinite_steps": 1, "lora_rank": 0, "l2_sp": 0, "replay_weight": 0}
 AT_LEAST |= {"seed": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.eps": 0}
 # torch, numpy and JSON of other programs take seeds up to this; more workers only fill the memory.
 AT_MOST = {"seed": (1 << 63) - 1, "workers": 1024}
 ABOVE_ZERO = ("optim.max_grad_norm", "timeout_minutes")
 BELOW_ONE = ("patch_dropout", "ema", "captions.tag_dropout")
-BELOW_ONE += ("optim.warmup_fraction", "optim.moments_fraction")
+BELOW_ONE += ("optim.warmup_fraction",)
 
 
 def _check_values(recipe: Recipe) -> None:

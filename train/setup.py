@@ -28,7 +28,6 @@ from train.retain.base import frozen_copy
 from train.retain.l2sp import L2SP
 from train.retain.replay import Replay, check_replay, read_texts
 from train.retain.select import WeightSelector
-from train.retain.teacher import Teacher, load_teacher
 from train.run.folder import Run
 from train.run.nonfinite import NonFiniteGuard
 from train.run.trackers import check_installed
@@ -54,13 +53,12 @@ def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
     clip.towers.to(world.device)
     freeze_unused(clip, world)  # before all that asks which parameters are trained
     # The copy of the initial weights comes before a checkpoint is restored and before blocks are compiled.
-    # That, EMA, replay and teacher come before the micro batch is fitted, which measures what memory is left.
+    # That, EMA and replay come before the micro batch is fitted, which measures what memory is left.
     base = frozen_copy(clip.towers, recipe, world.device)
     selector = WeightSelector(clip, recipe, base)
     l2_sp = L2SP(clip.towers, base, recipe.l2_sp) if recipe.l2_sp else None
     replayed = inputs.replay_pairs, inputs.replay_texts
     replay = Replay(*replayed, base, clip, recipe, world, samples, end) if recipe.replay else None
-    teacher = Teacher(inputs.teacher, recipe, world) if recipe.teacher else None
     mode, micro_batch_size = fit_micro_batch(clip.towers, run.with_fitted(recipe) if run else recipe, world)
     apply_checkpointing(clip.towers.model, mode, should_compile(recipe, world.device))
     optimizer = world.all_or_raise(lambda: build_optimizer(clip.towers, recipe.optim))
@@ -87,7 +85,6 @@ def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
         guard=NonFiniteGuard(),
         l2_sp=l2_sp,
         replay=replay,
-        teacher=teacher,
     )
     if recipe.deterministic:
         compile_first(state)
@@ -101,11 +98,10 @@ class Inputs(NamedTuple):
     replay_pairs: Shards | None
     replay_texts: list[str]
     clip: Clip
-    teacher: Clip | None
 
 
 def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
-    """The training and replay pairs, and the initial model and its teacher on the CPU.
+    """The training and replay pairs, and the initial model on the CPU.
 
     Ranks do not communicate here. Each rank verifies its part of the shards' bytes.
 
@@ -130,9 +126,6 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     clip = load(recipe.model, weights=run is not None, seed=recipe.seed)
     if run and (recipe.replay or recipe.l2_sp):  # these need the same initial weights after a resume
         run.check_data(clip.fingerprint(), "model")
-    teacher = load_teacher(recipe, clip, weights=run is not None) if recipe.teacher else None
-    if run and teacher:
-        run.check_data(teacher.fingerprint(), "teacher")
     clip.config["preprocess_cfg"]["background"] = pairs.background
     if recipe.lora_rank:
         adapt(clip.towers, recipe.lora_rank, recipe.seed)
@@ -140,7 +133,7 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     train_logit_bias(clip, recipe.loss)
     if recipe.patch_dropout:
         PatchDropout.install(clip.towers.model.visual)
-    return Inputs(pairs, replay_pairs, texts, clip, teacher)
+    return Inputs(pairs, replay_pairs, texts, clip)
 
 
 def check_batch(recipe: Recipe, n_pairs: int, world: World) -> None:

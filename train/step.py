@@ -20,7 +20,6 @@ from train.recipe import Recipe
 from train.retain.l2sp import L2SP
 from train.retain.replay import Replay
 from train.retain.select import WeightSelector
-from train.retain.teacher import Teacher
 from train.run.nonfinite import NonFiniteGuard
 from train.world import World, no_sync
 
@@ -61,7 +60,6 @@ class TrainState:
     guard: NonFiniteGuard
     l2_sp: L2SP | None = None
     replay: Replay | None = None
-    teacher: Teacher | None = None
 
     @property
     def step(self) -> int:
@@ -121,20 +119,17 @@ def backward(state: TrainState, batch: Batch) -> torch.Tensor:
     chunks = batch.split(state.micro_batch_size)
     seeds = random_bits(len(chunks), state.recipe.seed, state.samples, state.world.rank, DROPOUT).tolist()
     with fp32_products("high", batch.images.device):
-        batch_loss = state.loss
-        if state.teacher:
-            batch_loss = state.teacher.beside(batch_loss, chunks, state.augmentation)
         if len(chunks) == 1:
             torch.manual_seed(seeds[0])
             outputs = forward(state, state.towers, batch)
-            loss = batch_loss(outputs, batch.ids, state.world, weights=batch.weights)
+            loss = state.loss(outputs, batch.ids, state.world, weights=batch.weights)
             loss.backward()
             return loss.detach()
-        return _backward_in_chunks(state, batch_loss, batch, chunks, seeds)
+        return _backward_in_chunks(state, batch, chunks, seeds)
 
 
 def _backward_in_chunks(
-    state: TrainState, batch_loss: Loss, batch: Batch, chunks: list[Batch], seeds: list[int]
+    state: TrainState, batch: Batch, chunks: list[Batch], seeds: list[int]
 ) -> torch.Tensor:
     features = []
     with torch.no_grad():
@@ -146,7 +141,7 @@ def _backward_in_chunks(
     leaves = [torch.cat(image_features), torch.cat(text_features)]
     leaves += [scalar[0].detach().clone() for scalar in scalars]
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    loss = batch_loss(leaves, batch.ids, state.world, weights=batch.weights)
+    loss = state.loss(leaves, batch.ids, state.world, weights=batch.weights)
     loss.backward()
     image_gradients, text_gradients = (leaf.grad.split(state.micro_batch_size) for leaf in leaves[:2])
     for number, (chunk, seed) in enumerate(zip(chunks, seeds, strict=True)):

@@ -24,9 +24,8 @@ def suspects(
       python -m eval suspects ViT-B-32:laion2b_s34b_b79k --data data/icons/shards --csv suspects.csv
       python -m data_prep review data/icons/shards --suspects suspects.csv
 
-    Three reasons: a caption does not fit its image (by the model, fitted to the other groups of this data,
-    and by the captions and images of its neighbours); a caption is near to images of many groups; two groups
-    look like one thing.
+    Three reasons: a caption does not fit its image (by the model, and by the captions and images of its
+    neighbours); a caption is near to images of many groups; two groups look like one thing.
 
     Args:
         model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder. Not one that was trained on this

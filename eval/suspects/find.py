@@ -1,11 +1,10 @@
 """The rows of a list of suspects."""
 
 import numpy as np
-import torch
 
 from data_prep.shards import Shards
 from eval.bases.projections import Pairs
-from eval.suspects.score import PairFeatures, cross_fitted, hub_counts, lemon, numbers_of, same_things
+from eval.suspects.score import distances_of, features_of, hub_counts, lemon, numbers_of, same_things
 
 REASONS = {
     "does not fit": "this caption does not fit this image, or its neighbours have others",
@@ -22,11 +21,8 @@ def find(pairs: Pairs, shards: Shards, chosen: np.ndarray, most: int) -> list[di
         chosen: int64 [n_images], the sample numbers of the images of `pairs`.
     """
     numbers = numbers_of(pairs)
-    features = PairFeatures(
-        pairs.image_features[torch.from_numpy(numbers.image)],
-        pairs.text_features[torch.from_numpy(numbers.text)],
-    )
-    scores = lemon(features, numbers.image, cross_fitted(pairs, numbers)).cpu().numpy()
+    features = features_of(pairs, numbers)
+    scores = lemon(features, numbers.image, distances_of(features)).cpu().numpy()
 
     def row(image: int, reason: str, score: float, text: str, other: int | None = None) -> dict:
         sample = int(chosen[image])

@@ -1,6 +1,6 @@
 """Which captions of a data set are probably wrong, by a model's features and by neighbours in both towers.
 
-    pairs -> cross-fitted projections -> distance of image and caption, by a model that has not seen the group
+    pairs -> distance of image and caption
           -> nearest images, nearest captions -> lemon(): do neighbours have captions and images like these?
           -> hub_counts(): captions near to many images      -> same_things(): two groups that are one
 
@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from eval.bases.projections import Pairs, fit
+from eval.bases.projections import Pairs
 
-FOLDS = 3
 # LEMoN (Zhang et al. 2024, arXiv:2407.18941, equations 1 to 3); its values for use without labelled errors
 K, BETA, GAMMA, TAU_NEIGHBOUR, TAU_PAIR = 30, 5.0, 5.0, 0.1, 5.0
 NEAR_CAPTIONS = 5  # of an image; a caption near to many images is a hub
@@ -43,28 +42,16 @@ def numbers_of(pairs: Pairs) -> Numbers:
     return Numbers(image, np.concatenate(pairs.texts), pairs.groups[image])
 
 
-def cross_fitted(pairs: Pairs, numbers: Numbers, seed: int = 0) -> torch.Tensor:
-    """The distance 1 - cosine of each pair, fp32 [p], after projections fitted without its group."""
-    groups = np.random.default_rng(seed).permutation(np.unique(pairs.groups))
-    distances = torch.zeros(len(numbers.image), device=pairs.image_features.device)
-    for fold in range(FOLDS):
-        inside = np.isin(pairs.groups, groups[fold::FOLDS])
-        others = Pairs(
-            pairs.image_features[torch.from_numpy(~inside)],
-            pairs.text_features,
-            [texts for texts, is_in in zip(pairs.texts, inside, strict=True) if not is_in],
-            pairs.groups[~inside],
-        )
-        rows = torch.from_numpy(np.flatnonzero(inside[numbers.image]))
-        if not len(rows):
-            continue
-        fitted = fit(others, seed) if len(others.texts) else None
-        images = pairs.image_features[torch.from_numpy(numbers.image)[rows]]
-        texts = pairs.text_features[torch.from_numpy(numbers.text)[rows]]
-        if fitted:
-            images, texts = fitted.images(images), fitted.texts(texts)
-        distances[rows] = 1 - (images * texts).sum(1)
-    return distances
+def features_of(pairs: Pairs, numbers: Numbers) -> PairFeatures:
+    return PairFeatures(
+        pairs.image_features[torch.from_numpy(numbers.image)],
+        pairs.text_features[torch.from_numpy(numbers.text)],
+    )
+
+
+def distances_of(features: PairFeatures) -> torch.Tensor:
+    """1 - cosine of each image and its own caption, fp32 [p]."""
+    return 1 - (features.images * features.texts).sum(1)
 
 
 def lemon(features: PairFeatures, image: np.ndarray, distances: torch.Tensor) -> torch.Tensor:

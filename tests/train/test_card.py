@@ -235,12 +235,11 @@ def test_the_recipe_names_no_local_folders():
             "retention_set": "/home/me/general",
             "replay": "/home/me/old",
             "replay_texts": "/home/me/sentences.txt",
-            "teacher": "/home/me/runs/large",
             "lock": "text",
         }
     )
     assert "/home" not in table
-    names = ("base", "general", "old", "sentences.txt", "large", "text")
+    names = ("base", "general", "old", "sentences.txt", "text")
     assert all(f"`{name}`" in table for name in names)
 
 

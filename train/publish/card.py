@@ -188,8 +188,7 @@ def recipe_table(recipe: dict) -> str:
     folders = {key: Path(recipe[key]).name for key in (*replayed, "retention_set") if recipe.get(key)}
     if len(sets := public_sets(recipe["data"])) > 1:
         folders["data"] = " ".join(to_words(sets))
-    models = {key: public_name(recipe[key]) for key in ("model", "teacher") if recipe.get(key)}
-    values = leaves(recipe | folders | models)
+    values = leaves(recipe | folders | {"model": public_name(recipe["model"])})
     shown = [
         key
         for key in values

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 # What a folder may hold before it is a run: of a submission, and of a start that was killed.
 BEFORE = ("slurm", "attempt", "stop", "lock", "checkpoints", "environment.json")
-KINDS = {"model": "weights", "teacher": "weights", "replay_texts": "sentences"}  # else shards
+KINDS = {"model": "weights", "replay_texts": "sentences"}  # else shards
 OTHER_WEIGHTS = "weights will differ from an uninterrupted run's, by rounding at least"
 STATUS_EVERY_S = 10
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "timm", "numpy", "pillow")
