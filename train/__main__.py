@@ -70,8 +70,8 @@ def summary(run: "Run") -> str:
             key = f"val/{direction}/R@1"
             before, after = f"{100 * validations[0][key]:.1f} %", f"{100 * line[prefix(weights) + key]:.1f} %"
             words.append(
-                f"  {direction} R@1 on val: {before} before training, {after} at best (after"
-                f" {best['samples']} pairs{name})"
+                f"  {direction} R@1 on val: {before} before training, {after} in the best"
+                f" checkpoint (after {best['samples']} pairs{name})"
             )
         metric = run.recipe.best_metric
         before, after = validations[0].get(metric), line.get(prefix(weights) + metric)

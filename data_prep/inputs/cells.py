@@ -120,7 +120,7 @@ def weight_of(cell) -> float | Problem:
     if cell is None or (isinstance(cell, (str, bytes)) and not text):
         return 1.0
     try:
-        weight = float(text)
+        weight = float(text) if text.isascii() and "_" not in text else math.nan  # 1_000 and other digits
     except ValueError:  # as_text() leaves nothing of a list, a struct or NaN
         weight = math.nan
     if 0 <= weight < math.inf:

@@ -11,7 +11,6 @@ from data_prep.tables import are, counted
 ASKED = (DROPPED, REMOVED, NEAR_HELD_OUT)  # reasons of rows that are left out because the user asked for it
 LARGE_GROUP, LARGE_SHARE, MANY_IMAGES = 20, 1 / 20, 1000
 MIN_IMAGES_FOR_SHARES = 200  # of fewer, a split's share is a matter of chance
-MANY_GROUPS = 100
 MIN_CHANCE = 0.01  # that a hash leaves a split empty; below it, few groups are not the cause
 SHOWN_CHARACTERS = 160
 
@@ -92,10 +91,10 @@ def _of_splits(summary: dict, settings: dict) -> list[str]:
         elif not is_by_hash or not expected or images < MIN_IMAGES_FOR_SHARES:
             continue
         elif not expected / 2 <= share <= 2 * expected:
-            few = f"few groups ({summary['groups']:,}), or " if summary["groups"] < MANY_GROUPS else ""
+            largest = counted(summary["largest_group"]["images"], "image")
             messages.append(
-                f"{split} has {share:.1%} of the images, not {expected:.1%}: there are {few}very large"
-                f" {'ones' if few else 'groups'}."
+                f"{split} has {share:.1%} of the images, not {expected:.1%}: a group stays whole, and there are"
+                f" {summary['groups']:,} of up to {largest}; another --seed gives another split."
             )
     return messages
 

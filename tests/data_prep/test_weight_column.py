@@ -76,7 +76,7 @@ def test_without_weights_and_kinds_the_shards_say_nothing_of_them(icon_shards):
     assert (sample.weights, sample.kinds) == ([1.0] * len(sample.captions), [""] * len(sample.captions))
 
 
-BAD = ["-1", "nan", "inf", "1,5", "heavy", "1e999"]
+BAD = ["1_000", "٣", "-1", "nan", "inf", "1,5", "heavy", "1e999"]
 
 
 def test_a_bad_weight_is_a_reject_with_its_line(tmp_path):
@@ -90,7 +90,7 @@ def test_a_bad_weight_is_a_reject_with_its_line(tmp_path):
     ]
     assert reasons_of(out) == expected
     assert {path: sample.weights for path, sample in samples_of(out).items()} == {"0.png": [3.0]}
-    with pytest.raises(UserError, match=r"6 of 7 rows cannot be used.*\n +6 x invalid weight"):
+    with pytest.raises(UserError, match=r"8 of 9 rows cannot be used.*\n +8 x invalid weight"):
         built(str(tmp_path / "a.csv"), tmp_path / "strict", check=Checking(), weight_column="weight")
 
 

@@ -150,7 +150,7 @@ def test_exported_weights_are_trained_ema_or_what_eval_mixes(
     name = ("trained", "ema", "wise_ft 0.30", "wise_ft 0.70")[number]
     assert state_of(newest(run.folder))["weights"] == name
     assert "is finished" in summary(run)
-    assert f"50.0 % at best (after 144 pairs{', ' + name if number else ''})" in summary(run)
+    assert f"50.0 % in the best checkpoint (after 144 pairs{', ' + name if number else ''})" in summary(run)
     loaded = load(str(run.folder)).towers.model.state_dict()
     if alpha is None:
         assert not (newest(run.folder) / "training.safetensors").exists()
