@@ -93,8 +93,8 @@ def _of_splits(summary: dict, settings: dict) -> list[str]:
         elif not expected / 2 <= share <= 2 * expected:
             largest = counted(summary["largest_group"]["images"], "image")
             messages.append(
-                f"{split} has {share:.1%} of the images, not {expected:.1%}: a group stays whole, and there are"
-                f" {summary['groups']:,} of up to {largest}; another --seed gives another split."
+                f"{split} has {share:.1%} of the images, not {expected:.1%}: a group stays whole, and there"
+                f" are {summary['groups']:,} of up to {largest}; another --seed gives another split."
             )
     return messages
 
