@@ -1,7 +1,7 @@
 """A new model searches an old index: the map is fitted, the model written, and both ends are measured.
 
-INDEX -> its model: old, NEW MODEL: new        train -> fit_map -> fold -> OUT: aligned
-val -> old, aligned, new -> evaluate_full -> what part of the gain is kept
+INDEX -> its model: old, NEW MODEL: new        train, val -> fit_map -> fold -> OUT: aligned
+test -> old, aligned, new -> evaluate_full -> what part of the gain is kept
 """
 
 from pathlib import Path
@@ -38,42 +38,44 @@ def align_index(
 ) -> dict:
     """Write the aligned model to `out`, and compare it with both ends; see eval.align.command.align."""
 
-    def prepare() -> tuple[Shards, Shards, Clip, Clip]:
+    def prepare() -> tuple[list[Shards], Clip, Clip]:
         """The cheap checks first, so that a mistake is reported before a model is loaded."""
         check_replaceable(out, "model", overwrite, local_paths(folder, model, data))
-        index, train, val = Index(folder), open_shards(data, "train", world), open_shards(data, split, world)
+        index, shards = Index(folder), [open_shards(data, name, world) for name in ("train", "val", split)]
         old, new = for_eval(index.model(), inference, world), load_for_eval(model, inference, world)
         check_foldable(old, new)
-        return train, val, old, new
+        return shards, old, new
 
     def write() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(out, "model") as partial:
             fold(old, new, fitted.matrix, partial)
 
-    train, val, old, new = world.all_or_raise(prepare)
-    pairs, chosen = features_of_pairs(old, train, max_images, world, inference, text_clip=new)
-    fitted = fit_map(pairs)
+    (*fitted_on, test), old, new = world.all_or_raise(prepare)
+    pairs = [
+        features_of_pairs(old, shards, max_images, world, inference, text_clip=new)[0] for shards in fitted_on
+    ]
+    fitted = fit_map(*pairs)
     world.all_or_raise(lambda: write() if world.is_first else None)
     aligned = world.all_or_raise(lambda: load_for_eval(f"local-dir:{out}", inference, world))
     result = {
         "index": str(folder),
         "aligned": str(out),
         "data": f"{data}, {split}",
-        "data_sha256": val.fingerprint,
-        "n_train_images": len(chosen),
+        "data_sha256": test.fingerprint,
+        "n_train_images": len(pairs[0].groups),
         "ridge": fitted.ridge,
     }
-    return result | compare_ends({"old": old, "aligned": aligned, "new": new}, val, inference, world)
+    return result | compare_ends({"old": old, "aligned": aligned, "new": new}, test, inference, world)
 
 
-def compare_ends(clips: dict[str, Clip], val: Shards, inference: Inference, world: World) -> dict:
+def compare_ends(clips: dict[str, Clip], shards: Shards, inference: Inference, world: World) -> dict:
     """What each model has, as `eval retrieval` counts it, paired differences, and the part of the gain in
     GAIN that is kept: None where the new model is not better.
     """
     results, scores = [], {}
     for name, clip in clips.items():
-        figures, scores[name] = evaluate_full(embed(clip, val, world, inference), val.groups, world)
+        figures, scores[name] = evaluate_full(embed(clip, shards, world, inference), shards.groups, world)
         results.append({"model": clip.name, "weights_sha256": clip.fingerprint(), **figures})
     old, aligned, new = (result["metrics"][GAIN] for result in results)
     return {

@@ -14,7 +14,7 @@ def align(
     model: Annotated[Model, tyro.conf.Positional],
     data: Shards,
     out: Folder,
-    split: Split = "val",
+    split: Split = "test",
     max_images: int = 20_000,
     overwrite: bool = False,
     json: OptionalOutputFile = None,
@@ -32,10 +32,10 @@ def align(
     Args:
         index: Folder that `python -m eval embed` made with the old model.
         model: The new model: NAME:PRETRAINED, hf-hub:ID, local-dir:PATH or a run folder.
-        data: Folder of shards; its training split is fitted on.
+        data: Folder of shards; the map is fitted on its training split, its ridge on val.
         out: Folder to write the aligned model to.
-        split: Split that the three models are compared on.
-        max_images: Images of the training split to fit on; each is embedded once.
+        split: Split that the old, the aligned and the new model are compared on.
+        max_images: Images of the training split to fit on; each is embedded once, by the old model.
         overwrite: Replace a model at --out that this command wrote before.
         json: File to write the comparison to.
         inference: How models are run.
@@ -43,7 +43,7 @@ def align(
     if max_images < 1:
         raise UserError(f"--max-images {max_images}: must be at least 1")
     if split == "train":
-        raise UserError("--split train: the map is fitted on it; pass val or test")
+        raise UserError("--split train: the map is fitted on it; pass test")
     from data_prep.atomic import write_json
     from data_prep.tables import text_of
     from data_prep.terminal import say

@@ -19,15 +19,17 @@ from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.__main__ import main
 from eval.align.command import align
-from eval.align.fit import fit_map, ridge_map
+from eval.align.fit import RIDGES, bilinear_map, fit_map
 from eval.align.fold import check_foldable, fold
 from eval.bases.projections import Pairs
 from eval.bases.rank import features_of_pairs
-from eval.embed import embed_images, embed_texts, load_for_eval
+from eval.embed import Captions, Embedded, embed_images, embed_texts, load_for_eval
 from eval.options import Inference
 from eval.retrieval.command import retrieval
+from eval.retrieval.score import evaluate_features
 from eval.search.command import search
 from eval.search.index import Index
+from train.metrics import DIRECTIONS
 from train.model.clip import Clip, load
 from train.model.towers import Towers
 from train.world import World
@@ -61,9 +63,12 @@ def test_the_written_model_is_the_fit_and_the_old_image_tower(aligned, new_model
     old, new, both = (
         load_for_eval(name, HERE, WORLD) for name in (tiny_model, new_model, f"local-dir:{aligned[0]}")
     )
-    pairs, chosen = features_of_pairs(old, Shards(icon_shards, "train"), 100, WORLD, HERE, text_clip=new)
-    assert len(chosen) == aligned[1]["n_train_images"] == 100
-    fitted = fit_map(pairs)
+    train, val = (
+        features_of_pairs(old, Shards(icon_shards, split), 100, WORLD, HERE, text_clip=new)[0]
+        for split in ("train", "val")
+    )
+    assert len(train.groups) == aligned[1]["n_train_images"] == 100
+    fitted = fit_map(train, val)
     assert fitted.ridge == aligned[1]["ridge"]
     expected = F.normalize(embed_texts(new, TEXTS, WORLD, HERE).double() @ fitted.matrix, dim=1)
     torch.testing.assert_close(embed_texts(both, TEXTS, WORLD, HERE).double(), expected, atol=2e-6, rtol=0)
@@ -89,7 +94,7 @@ def test_the_ends_are_those_of_retrieval(aligned, tiny_model, new_model, icon_sh
     out, result, printed = aligned
     for name, model in zip((tiny_model, f"local-dir:{out}", new_model), result["models"], strict=True):
         with contextlib.redirect_stdout(io.StringIO()):
-            retrieval(name, icon_shards, "val", json=tmp_path / "one.json", inference=HERE)
+            retrieval(name, icon_shards, json=tmp_path / "one.json", inference=HERE)
         one = json.loads((tmp_path / "one.json").read_text())
         assert one.items() >= {key: model[key] for key in ("metrics", "intervals", "weights_sha256")}.items()
     old, new_text, new = (model["metrics"]["text_to_image/R@10"] for model in result["models"])
@@ -119,25 +124,46 @@ def test_an_index_takes_its_image_tower_and_no_other(aligned, new_model, icon_in
             each.model(f"local-dir:{changed}")
 
 
-def test_ridge_is_the_solution_of_its_stacked_least_squares():
+def test_the_map_is_the_least_squares_solution_of_all_scores():
+    """Brute force: each score of a caption and an image is an equation, and so is each penalised number."""
     generator = torch.Generator().manual_seed(0)
-    texts, images = (torch.randn(n, d, generator=generator) for n, d in ((9, 4), (6, 3)))
-    pairs = Pairs(images, texts, [[0, 1], [2], [3, 4, 5], [6], [7], [8]], np.arange(6))
-    used, ridge = np.array([0, 2, 5]), 0.3
-    inputs, targets = texts[[0, 1, 3, 4, 5, 8]].double(), images[[0, 0, 2, 2, 2, 5]].double()
-    stacked = torch.cat([inputs, (ridge * 6 / 4) ** 0.5 * torch.eye(4, dtype=torch.float64)])
-    wanted = torch.cat([targets, torch.zeros(4, 3, dtype=torch.float64)])
-    torch.testing.assert_close(ridge_map(pairs, used, ridge), torch.linalg.lstsq(stacked, wanted).solution)
+    texts, images = (torch.randn(n, d, generator=generator).double() for n, d in ((7, 4), (5, 3)))
+    owned, ridge = [[0, 1], [2], [3, 4, 5], [6], [2]], 0.3
+    image_of, text_of = np.array([(image, text) for image, own in enumerate(owned) for text in own]).T
+    given, a, b = texts[text_of], (ridge * len(text_of) / 4) ** 0.5, (ridge * 5 / 3) ** 0.5
+    eyes = [torch.eye(d, dtype=torch.float64) for d in (4, 3)]
+    rows = [(given, images), (a * eyes[0], images), (given, b * eyes[1]), (a * eyes[0], b * eyes[1])]
+    right = torch.zeros(len(text_of), 5, dtype=torch.float64)
+    right[np.arange(len(text_of)), image_of] = 1
+    equations = torch.cat([torch.kron(*pair) for pair in rows])
+    wanted = torch.cat([right.flatten(), torch.zeros(len(equations) - right.numel(), dtype=torch.float64)])
+    solution = torch.linalg.lstsq(equations, wanted).solution.reshape(4, 3)
+    pairs = Pairs(images.float(), texts.float(), owned, np.arange(5))
+    torch.testing.assert_close(bilinear_map(pairs, ridge), solution, atol=1e-5, rtol=1e-5)
 
 
-def test_a_map_between_the_spaces_is_found():
-    """Texts of the new model that are a linear map away from the images."""
+def test_the_ridge_is_the_best_one_on_val():
+    """Texts of the new model that are a linear map away from the images, with noise."""
     generator = torch.Generator().manual_seed(0)
-    images = F.normalize(torch.randn(300, 8, generator=generator), dim=1)
-    texts = F.normalize(images @ torch.randn(8, 12, generator=generator), dim=1)
-    pairs = Pairs(images, texts, [[number] for number in range(300)], np.arange(300) // 2)
-    found = F.normalize(texts.double() @ fit_map(pairs).matrix, dim=1)
-    assert ((found @ images.double().T).argmax(1) == torch.arange(300)).float().mean() > 0.99
+    there = torch.randn(8, 12, generator=generator)
+
+    def drawn(n: int) -> Pairs:
+        images = F.normalize(torch.randn(n, 8, generator=generator), dim=1)
+        texts = F.normalize(images @ there + torch.randn(n, 12, generator=generator), dim=1)
+        return Pairs(images, texts, [[number] for number in range(n)], np.arange(n))
+
+    train, val = drawn(30), drawn(200)
+
+    def mean_reciprocal_rank(ridge: float) -> float:
+        texts = F.normalize(val.text_features @ bilinear_map(train, ridge).float(), dim=1)
+        evaluated = evaluate_features(Embedded(val.image_features, texts, one_each), val.groups, WORLD)
+        return sum(evaluated["metrics"][f"{direction}/MRR"] for direction in DIRECTIONS)
+
+    everyone = np.arange(200)
+    one_each = Captions(list(map(str, everyone)), everyone, everyone, everyone, everyone)
+    by_ridge = {ridge: mean_reciprocal_rank(ridge) for ridge in RIDGES}
+    assert fit_map(train, val).ridge == max(by_ridge, key=by_ridge.get)
+    assert max(by_ridge.values()) > min(by_ridge.values()) + 0.05
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -182,6 +208,3 @@ def test_mistakes(aligned, icon_index, icon_shards, tiny_model, new_model, tmp_p
     none = SimpleNamespace(name="none", towers=SimpleNamespace(model=torch.nn.Linear(1, 1)))
     with pytest.raises(UserError, match="class Linear"):
         check_foldable(load(tiny_model), none)
-    one = Pairs(torch.eye(2), torch.eye(2), [[0], [1]], np.zeros(2, np.int64))
-    with pytest.raises(UserError, match="one group only"):
-        fit_map(one)
