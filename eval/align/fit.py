@@ -7,6 +7,7 @@ by the new model, X of the images by the old one, and Y, 1 where a caption is th
 Romera-Paredes and Torr, ICML 2015). Other maps were measured: benchmarks/align.md.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,26 +34,25 @@ def fit_map(train: Pairs, val: Pairs) -> Fitted:
     Args:
         train, val: image_features of the old model, text_features of the new one.
     """
+    maps = [Fitted(*each) for each in zip(bilinear_maps(train, RIDGES), RIDGES, strict=True)]
     eye = torch.eye(val.image_features.shape[1], device=val.image_features.device)
-    maps = [Fitted(bilinear_map(train, ridge), ridge) for ridge in RIDGES]
     everyone = np.arange(len(val.texts))
     return max(maps, key=lambda each: score(Projections(eye, each.matrix.to(eye), 0), val, everyone))
 
 
-def bilinear_map(pairs: Pairs, ridge: float) -> torch.Tensor:
-    """M of the module's docstring, fp64 [d_new, d_old] on the CPU.
+def bilinear_maps(pairs: Pairs, ridges: Sequence[float]) -> list[torch.Tensor]:
+    """M of the module's docstring for each ridge, fp64 [d_new, d_old] on the CPU.
 
     Args:
-        ridge: a is ridge n / d of the n captions of dimension d, b is that of the images.
+        ridges: a is ridge n / d of the n captions of dimension d, b is that of the images.
     """
     images = pairs.image_features.double().cpu()
     texts = pairs.text_features.double().cpu()[np.concatenate(pairs.texts)]
     image_of = np.repeat(np.arange(len(pairs.texts)), list(map(len, pairs.texts)))
-    by_text = torch.linalg.solve(_gram(texts, ridge), texts.T @ images[image_of])
-    return torch.linalg.solve(_gram(images, ridge), by_text.T).T
-
-
-def _gram(features: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Features [n, d] of unit length -> features' features + ridge n / d I, [d, d]."""
-    n, d = features.shape
-    return features.T @ features + ridge * n / d * torch.eye(d, dtype=features.dtype)
+    of_texts, both, of_images = texts.T @ texts, texts.T @ images[image_of], images.T @ images
+    maps = []
+    for ridge in ridges:
+        a, b = (ridge * len(features) / features.shape[1] for features in (texts, images))
+        by_text = torch.linalg.solve(of_texts + a * torch.eye(len(of_texts)), both)
+        maps.append(torch.linalg.solve(of_images + b * torch.eye(len(of_images)), by_text.T).T)
+    return maps

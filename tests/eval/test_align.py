@@ -19,7 +19,7 @@ from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.__main__ import main
 from eval.align.command import align
-from eval.align.fit import RIDGES, bilinear_map, fit_map
+from eval.align.fit import RIDGES, bilinear_maps, fit_map
 from eval.align.fold import check_foldable, fold
 from eval.bases.projections import Pairs
 from eval.bases.rank import features_of_pairs
@@ -139,7 +139,7 @@ def test_the_map_is_the_least_squares_solution_of_all_scores():
     wanted = torch.cat([right.flatten(), torch.zeros(len(equations) - right.numel(), dtype=torch.float64)])
     solution = torch.linalg.lstsq(equations, wanted).solution.reshape(4, 3)
     pairs = Pairs(images.float(), texts.float(), owned, np.arange(5))
-    torch.testing.assert_close(bilinear_map(pairs, ridge), solution, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(bilinear_maps(pairs, [ridge])[0], solution, atol=1e-5, rtol=1e-5)
 
 
 def test_the_ridge_is_the_best_one_on_val():
@@ -155,7 +155,7 @@ def test_the_ridge_is_the_best_one_on_val():
     train, val = drawn(30), drawn(200)
 
     def mean_reciprocal_rank(ridge: float) -> float:
-        texts = F.normalize(val.text_features @ bilinear_map(train, ridge).float(), dim=1)
+        texts = F.normalize(val.text_features @ bilinear_maps(train, [ridge])[0].float(), dim=1)
         evaluated = evaluate_features(Embedded(val.image_features, texts, one_each), val.groups, WORLD)
         return sum(evaluated["metrics"][f"{direction}/MRR"] for direction in DIRECTIONS)
 
