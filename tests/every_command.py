@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import train.world
-from eval.align.command import align
 from eval.classify.command import linear_probe, zeroshot
 from eval.compare.command import compare, confusion
 from eval.compositionality.command import compositionality
@@ -29,7 +28,6 @@ def every_command(model: str, shards: Path, images: Path, out: Path) -> None:
     compare((model, model), shards, "val", out / "compare", **more, **options)
     indexing.BLOCK_IMAGES = 28  # so that each rank embeds several blocks
     embed(model, shards, out / "index", **options)
-    align(out / "index", "demo-vit:none", shards, out / "aligned", max_images=50, **options)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 from conftest import ROOT, environment
 from every_command import every_command
@@ -39,8 +38,6 @@ def test_two_ranks_give_the_result_of_one(tiny_model, icon_shards, tmp_path, one
     for name in NAMES:
         one, two = (json.loads((tmp_path / ranks / name).read_text()) for ranks in ("one", "two"))
         assert close(one, two), name
-    weights = Path("aligned", "open_clip_model.safetensors")
-    assert (tmp_path / "one" / weights).read_bytes() == (tmp_path / "two" / weights).read_bytes()
     index = {path.name: path.read_bytes() for path in (tmp_path / "one" / "index").iterdir()}
     assert index == {path.name: path.read_bytes() for path in (tmp_path / "two" / "index").iterdir()}
 
