@@ -27,6 +27,7 @@ A model gets its numbers:
 
 An index of a corpus:
   embed         makes it; search, serve, cluster and export-index use it
+  align         searches it with a new model, without embedding its images again
 
 On a Slurm cluster:
   submit        trains until the run is finished; submit-sweep, submit-pipeline, submit-job; status RUN

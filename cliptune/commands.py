@@ -27,6 +27,7 @@ COMMANDS = {
     "embed": "eval embed",
     "search": "eval search",
     "serve": "eval serve",
+    "align": "eval align",
     "cluster": "eval cluster",
     "export-index": "eval export",
     "submit": "slurm submit",

@@ -20,13 +20,15 @@
       images of val and test that are nearly the same as a training image, as this model sees them
 
   python -m eval embed runs/icons --data data/icons/shards --out indexes/icons
-      makes an index of a corpus, for the four commands below; also under torchrun
+      makes an index of a corpus, for the five commands below; also under torchrun
   python -m eval search indexes/icons --text "a bell with a slash"
       finds images by a sentence, by an image (--image FILE), or many (--queries-csv FILE --out found.csv)
   python -m eval serve indexes/base indexes/icons
       serves a search page: sentences, images, filters, models side by side
   python -m eval export indexes/icons --out icons.sql
       writes an index for pgvector (.sql), as .parquet or as .npy
+  python -m eval align indexes/base runs/icons --data data/icons/shards --out aligned
+      searches an index of the base with the tuned text tower, without embedding its images again
   python -m eval cluster indexes/icons --page clusters.html --label-column set
       clusters of a corpus with names, a map of them, and near duplicates
 
@@ -51,6 +53,7 @@ COMMANDS = {
     "search": "eval.search.command:search",
     "serve": "eval.search.command:serve",
     "export": "eval.search.command:export",
+    "align": "eval.align.command:align",
     "cluster": "eval.cluster.command:cluster",
 }
 

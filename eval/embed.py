@@ -22,7 +22,11 @@ from train.world import World
 
 def load_for_eval(name: str, inference: Inference, world: World) -> Clip:
     """A MODEL (see train.model.clip.load) on this rank's device, in evaluation mode."""
-    clip = load(name)
+    return for_eval(load(name), inference, world)
+
+
+def for_eval(clip: Clip, inference: Inference, world: World) -> Clip:
+    """An opened model on this rank's device, in evaluation mode."""
     clip.towers.bf16 = use_bf16(inference.precision, world.device)
     clip.towers.to(world.device).eval()
     return clip

@@ -32,6 +32,7 @@ LEAVES = {
     "train.tune": ["train/forecast.py", "train/lr.py", "train/sweep.py", "slurm/submit.py"],
     "train.export": ["train/publish/card.py", "train/publish/hub.py"],
     "train.publish": [],
+    "eval.align": [],
     "eval.cluster": [],
     "eval.compositionality": [],
     "slurm": [],

@@ -64,10 +64,18 @@ def evaluate_base(
 
 
 def features_of_pairs(
-    clip: Clip, shards: Shards, max_images: int, world: World, inference: Inference
+    clip: Clip,
+    shards: Shards,
+    max_images: int,
+    world: World,
+    inference: Inference,
+    text_clip: Clip | None = None,
 ) -> tuple[Pairs, np.ndarray]:
     """Features of up to `max_images` images of a split, drawn without regard to their order, and of all their
     captions; and the images' sample numbers, int64 [n_images].
+
+    Args:
+        text_clip: the model of the captions, if it is another one.
     """
     chosen = np.sort(np.random.default_rng(0).permutation(len(shards))[:max_images])
     number_of: dict[str, int] = {}
@@ -76,9 +84,8 @@ def features_of_pairs(
         for number in chosen.tolist()
     ]
     images = embed_images(clip, shards, world, inference, numbers=chosen.tolist())
-    return Pairs(
-        images, embed_texts(clip, list(number_of), world, inference), texts, shards.groups[chosen]
-    ), chosen
+    text_features = embed_texts(text_clip or clip, list(number_of), world, inference)
+    return Pairs(images, text_features, texts, shards.groups[chosen]), chosen
 
 
 def rank_bases(results: list[dict], scores: list[dict[str, QueryScores]]) -> dict:

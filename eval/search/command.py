@@ -78,7 +78,8 @@ def search(
         json: File to write the results to.
         approximate: Use an approximate index (inverted file) for more than a million images. It is made on
             first use, and its recall is measured and printed.
-        model: The model of the index, if it has moved since the index was made.
+        model: The model of the index, if it has moved since the index was made; or another one with its image
+            tower, such as `python -m eval align` writes.
     """
     if bool(text) + (image is not None) + (queries_csv is not None) != 1:
         raise UserError("pass one of --text, --image and --queries-csv")
@@ -108,7 +109,7 @@ def search(
     say(query.table(results))
     if json:
         asked = {"text": text} if text else {"image": str(image)}
-        described = {"index": str(index), "model": searcher.index.manifest["model"], **asked}
+        described = {"index": str(index), "model": model or searcher.index.manifest["model"], **asked}
         write_json(json, {**described, "filter": list(filter), "results": results})
 
 
@@ -128,7 +129,8 @@ def serve(
     Args:
         indexes: Folders that `python -m eval embed` made, of the same data by different models; each gets a
             column of results.
-        model: The models of the indexes, one for each, if they have moved since the indexes were made.
+        model: The models of the indexes, one for each, if they have moved since the indexes were made; or
+            others with their image towers, such as `python -m eval align` writes.
         host: Address to listen on; 0.0.0.0 is open to everyone who can reach this machine.
         port: 0 takes a free port.
         approximate: Use an approximate index (inverted file) for more than a million images; it is made on

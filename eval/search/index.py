@@ -196,14 +196,15 @@ class Index:
         """The model that made the index, in fp32 on the CPU, for evaluation.
 
         Args:
-            name: The model, if it has moved since.
+            name: The model, if it has moved since; or another one with the same image tower, bit for bit: a
+                text tower that was aligned to the index, or trained with the image tower locked.
 
         Raises:
-            UserError: There is no such model, or its weights differ.
+            UserError: There is no such model, or its image tower differs.
         """
         made_by = self.made_by
         clip = load_for_eval(name or made_by, INFERENCE, World())
-        if clip.fingerprint() != self.manifest["model_sha256"]:
+        if clip.fingerprint() != self.manifest["model_sha256"] and not (name and self._has_tower_of(clip)):
             raise UserError(
                 f"{self.folder}: made by {made_by}, weights {self.manifest['model_sha256'][:12]}, but"
                 f" {name or made_by} now has {clip.fingerprint()[:12]}: their features do not compare."
@@ -212,6 +213,13 @@ class Index:
                 f" {quote(str(self.folder))}"
             )
         return clip
+
+    def _has_tower_of(self, clip: Clip) -> bool:
+        """Whether a model has the image tower that made the features, by its weights. An index of an earlier
+        version knows the whole model's alone, which is opened then.
+        """
+        known = self.manifest.get("image_tower_sha256") or self.model().fingerprint("image")
+        return clip.fingerprint("image") == known
 
     @property
     def made_by(self) -> str:

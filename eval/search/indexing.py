@@ -77,7 +77,8 @@ def make_index(
         seconds, count = write_blocks(blocks, own, corpus, clip, inference, world)
         count = int(world.sum(torch.tensor([count], dtype=torch.float64)).item())
         seconds = world.max(torch.tensor([seconds], dtype=torch.float64)).item()
-        totals = world.all_or_raise(lambda: join(blocks, out, started) if world.is_first else None)
+        described = started | {"image_tower_sha256": clip.fingerprint("image")}
+        totals = world.all_or_raise(lambda: join(blocks, out, described) if world.is_first else None)
         if totals:
             shutil.rmtree(unfinished)
             print_summary(out, *totals, count, seconds)

@@ -273,7 +273,8 @@ def about(columns: Sequence[Column]) -> dict:
         first.rows(np.linspace(0, len(first) - 1, min(len(first), n)).astype(int).tolist())
         for n in (EXAMPLES, SAMPLES)
     )
-    names = [public_name(column.index.manifest["model"]) for column in columns]
+    models = [column.clip.name if column.clip else column.index.manifest["model"] for column in columns]
+    names = list(map(public_name, models))
     return {
         "n": len(first),
         "message": "" if len(first) else NO_IMAGES,

@@ -43,7 +43,7 @@ from train.model.source import (
     source_of,
 )
 from train.model.text import trimmer
-from train.model.towers import Towers
+from train.model.towers import Towers, tower_of
 from train.model.transformers_clip import load_tokenizer, load_transformers, open_clip_config
 from train.model.weights import DAMAGED, check_finite, load_weights
 
@@ -93,10 +93,16 @@ class Clip:
         """The tokenizer, with padding trimmed where that is exact: captions -> int64 [n, L]."""
         return trimmer(self.towers.model, self.tokenizer)
 
-    def fingerprint(self) -> str:
-        """sha256 of the weights, which identifies the model of a result whatever its file was called."""
+    def fingerprint(self, tower: str = "") -> str:
+        """sha256 of the weights, which identifies the model of a result whatever its file was called.
+
+        Args:
+            tower: "image" or "text", for the weights of that tower alone.
+        """
         sha = hashlib.sha256()
         for name, tensor in sorted(self.towers.model.state_dict().items()):
+            if tower and tower_of(name) != tower:
+                continue
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             sha.update(
                 tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
