@@ -417,9 +417,9 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = load_json(file_below(folder, "manifest.json"), dict)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder}: no manifest.json, so not a folder of shards; make one with: python -m data_prep build"
-        ) from None
+        is_part = (folder.parent / "manifest.json").is_file()
+        fix = f"pass {folder.parent}" if is_part else "make one with: python -m data_prep build"
+        raise UserError(f"{folder}: no manifest.json, so not a folder of shards; {fix}") from None
     except ValueError as error:
         raise UserError(f"{folder / 'manifest.json'}: damaged ({error}); build the shards again") from None
     if manifest.get("format") != FORMAT:

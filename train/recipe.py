@@ -416,7 +416,7 @@ def _check_values(recipe: Recipe) -> None:
             all(0 < alpha < 1 for alpha in recipe.wise_ft) and len(alphas) == len(recipe.wise_ft),
             "alphas must be between 0 and 1, and differ in their second decimal",
         ),
-        ("data", are_valid(recipe.data), "shares must be above 0 and sum to 1"),
+        ("data", are_valid(recipe.data), "shares of different folders must be above 0 and sum to 1"),
         (
             "replay",
             recipe.replay != OWN or bool(recipe.replay_texts) or recipe.lock != "image",
@@ -512,15 +512,13 @@ def to_yaml(recipe: Recipe) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Keys that change what a run computes and differ: "optim.lr: 1e-05 before, 2e-05 now"."""
-    before, now = (
-        leaves(dataclasses.asdict(recipe)) | {"shares of data": [*shares_of(recipe.data).values()]}
-        for recipe in (old, new)
-    )
-    return [
-        f"{key}: {before[key]} before, {now[key]} now"
-        for key in now
-        if key not in RESUME_SAFE and before[key] != now[key]
-    ]
+    before, now = (leaves(dataclasses.asdict(recipe)) for recipe in (old, new))
+    changed = [key for key in now if key not in RESUME_SAFE and before[key] != now[key]]
+    shares = [[*shares_of(recipe.data).values()] for recipe in (old, new)]
+    if shares[0] != shares[1]:  # folders may have moved
+        changed.append("data")
+        before["data"], now["data"] = (" ".join(to_words(recipe.data)) for recipe in (old, new))
+    return [f"{key}: {before[key]} before, {now[key]} now" for key in changed]
 
 
 def leaves(values: dict, prefix: str = "") -> dict:

@@ -87,10 +87,11 @@ def test_one_word_is_a_folder_whatever_it_looks_like(tmp_path, folder):
 @pytest.mark.parametrize(
     ("words", "rule"),
     [
-        ("a=0.7 b=0.4", "--data a=0.7 b=0.4: shares must be above 0 and sum to 1"),
-        ("a=1.5 b=-0.5", "shares must be above 0 and sum to 1"),
-        ("a=1 b=0", "shares must be above 0 and sum to 1"),
-        ("a=nan b=1", "shares must be above 0 and sum to 1"),
+        ("a=0.7 b=0.4", "--data a=0.7 b=0.4: shares of different folders must be above 0 and sum to 1"),
+        ("a=1.5 b=-0.5", "of different folders must be above 0 and sum to 1"),
+        ("a=1 b=0", "of different folders must be above 0 and sum to 1"),
+        ("a=0.5 a/=0.5", "of different folders must be above 0 and sum to 1"),
+        ("a=nan b=1", "of different folders must be above 0 and sum to 1"),
         ("a b", "a: several data sets have a share each"),
         ("a=0.5 b", "b: several data sets have a share each"),
         ("a=0.5 =0.5", "=0.5: several data sets have a share each"),
@@ -292,9 +293,10 @@ def test_a_run_does_not_resume_with_other_sets_or_shares(
     copy = str(shutil.copytree(icon_shards, tmp_path / "copy"))
     assert resume({icons: 0.7, copy: 0.3}).startswith(f"{copy}: not the shards that {run} was started with")
     assert resume({other: 0.7, copy: 0.3}).startswith(f"{other}, {copy}: not the shards that")
-    assert "shares of data: [0.7, 0.3] before, [0.3, 0.7] now" in resume({other: 0.3, icons: 0.7})
-    assert "shares of data: [0.7, 0.3] before, [0.8, 0.2] now" in resume({icons: 0.8, other: 0.2})
-    assert "shares of data: [0.7, 0.3] before, [1.0] now" in resume(icons)
+    before = f"data: {icons}=0.7 {other}=0.3 before"
+    assert f"{before}, {other}=0.3 {icons}=0.7 now" in resume({other: 0.3, icons: 0.7})
+    assert f"{before}, {icons}=0.8 {other}=0.2 now" in resume({icons: 0.8, other: 0.2})
+    assert f"{before}, {icons} now" in resume(icons)
     plan = recipe(tiny_model, {icons: 0.7, copy: 0.3}, run, **SHORT)
     with pytest.raises(UserError, match="not the shards that"):  # a sweep asks before it starts
         is_finished(plan, 1)

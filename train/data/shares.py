@@ -6,6 +6,7 @@
 One typed word is always a folder, so its path may contain "=".
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -72,9 +73,10 @@ def first_of(data: Sets) -> str:
 
 
 def are_valid(data: Sets) -> bool:
-    """Whether the shares are above 0 and sum to 1."""
-    shares = shares_of(data).values()
-    return all(share > 0 for share in shares) and abs(sum(shares) - 1) <= TOLERANCE
+    """Whether the shares are above 0 and sum to 1, and no folder is written in two ways."""
+    shares = shares_of(data)
+    are_parts = all(share > 0 for share in shares.values()) and abs(sum(shares.values()) - 1) <= TOLERANCE
+    return are_parts and len(set(map(os.path.abspath, shares))) == len(shares)
 
 
 def pairs_of(data: Sets, global_batch_size: int) -> dict[str, int]:

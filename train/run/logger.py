@@ -188,6 +188,9 @@ class Logger:
         )
         for line in described(recipe, state.order, state.steps):
             self.say(line)
+        if state.pairs.is_weighted:
+            least, largest = state.pairs.shards.weight_range
+            self.say(f"pairs have weights of {least:g} to {largest:g}")
         self.say(
             f"micro_batch_size {state.micro_batch_size}, activation_checkpointing"
             f" {state.activation_checkpointing}, {'compiled' if compiled else 'not compiled'}"
