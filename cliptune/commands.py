@@ -27,6 +27,7 @@ COMMANDS = {
     "embed": "eval embed",
     "search": "eval search",
     "serve": "eval serve",
+    "compress": "eval compress",
     "cluster": "eval cluster",
     "export-index": "eval export",
     "submit": "slurm submit",
