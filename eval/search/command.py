@@ -1,4 +1,4 @@
-"""The commands embed, search, serve, compress and export: options and help. Torch is imported when they run."""
+"""The commands embed, search, serve, compress, export: options and help. Torch is imported when they run."""
 
 from pathlib import Path
 from typing import Annotated
