@@ -5,6 +5,7 @@ every command that takes an index takes it.
 import csv
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,6 +28,7 @@ from eval.search.command import compress, export, search
 from eval.search.index import Index
 from eval.search.nearest import Nearest
 from eval.search.query import text_query
+from eval.search.serve import Column, Search, results_of
 from train.world import World
 
 DIMS = 8
@@ -152,6 +154,15 @@ def test_commands_take_it(icon_index, small, tmp_path, capsys):
     assert np.array_equal(np.array(json.loads(first.split("\t")[-1]), np.float16), index.features[0])
 
 
+def test_the_page_shows_it_beside_the_larger_one(icon_index, small):
+    columns = [Column(Index(folder), None, ThreadPoolExecutor(1)) for folder in (icon_index, small)]
+    found = results_of(columns, Search(like=3, k=5, grouped=False))["results"]
+    features = decoded(small)
+    exact = np.delete(features @ features[3], 3)
+    assert [hit["score"] for hit in found[1]] == pytest.approx(-np.sort(-exact)[:5], abs=2e-6)
+    assert found[0] != found[1]
+
+
 @pytest.mark.skipif(not HAS_FAISS, reason="no faiss here")
 def test_an_approximate_index_of_it_has_a_recall(small, tmp_path):
     shutil.copytree(small, tmp_path / "index")
@@ -200,4 +211,13 @@ def test_a_damaged_one_is_refused(change, small, tmp_path):
     folder = shutil.copytree(small, tmp_path / "index")
     CHANGES[change](folder)
     with pytest.raises(UserError, match="make the index again"):
+        Index(folder)
+
+
+@pytest.mark.parametrize("name", ["projection.npy", "scales.npy"])
+def test_its_files_are_its_own(name, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "index")
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match="leads out of this folder"):
         Index(folder)
