@@ -28,6 +28,7 @@ COMMANDS = {
     "search": "eval search",
     "serve": "eval serve",
     "align": "eval align",
+    "compress": "eval compress",
     "cluster": "eval cluster",
     "export-index": "eval export",
     "submit": "slurm submit",

@@ -216,7 +216,7 @@ class Index:
 
     @property
     def features(self) -> np.ndarray:
-        """fp16 [n, d], L2-normed, memory-mapped."""
+        """fp16 [n, d], L2-normed, memory-mapped; of a compressed index [n, dims], see Index.features."""
         return self.index.features
 
     @cached_property

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,21 +77,34 @@ class Captions:
         """int64 [texts], the first image that has each text as a caption."""
         return self.image_of[np.unique(self.text_of, return_index=True)[1]]
 
+    def first_group(self) -> np.ndarray:
+        """int64 [texts], the smallest group that has each text as a caption."""
+        groups = np.full(len(self.texts), np.iinfo(np.int64).max)
+        np.minimum.at(groups, self.text_of, self.group_of)
+        return groups
+
 
 def read_captions(shards: Shards) -> Captions:
-    number_of: dict[str, int] = {}
     image_with: dict[str, int] = {}  # sha256 of the image's bytes -> the first image that has them
-    first, text_of, group_of, image_of, same_image = [], [], [], [], []
-    for image, group in enumerate(shards.groups.tolist()):
+    captions, same_image = [], []
+    for image in range(len(shards)):
         meta = shards.meta(image)
-        texts = [number_of.setdefault(caption, len(number_of)) for caption in meta["captions"]]
+        captions.append(meta["captions"])
         same_image.append(image_with.setdefault(meta.get("sha256") or f"number {image}", image))
+    return replace(numbered_captions(captions, shards.groups), same_image=np.array(same_image))
+
+
+def numbered_captions(captions: Sequence[Sequence[str]], groups: np.ndarray) -> Captions:
+    """The captions of each image, one at least, by number; groups int64 [n_images]."""
+    number_of: dict[str, int] = {}
+    first, text_of, group_of, image_of = [], [], [], []
+    for image, (of_image, group) in enumerate(zip(captions, groups.tolist(), strict=True)):
+        texts = [number_of.setdefault(caption, len(number_of)) for caption in of_image]
         first.append(texts[0])
         text_of += texts
         group_of += [group] * len(texts)
         image_of += [image] * len(texts)
-    arrays = (np.array(numbers) for numbers in (first, text_of, group_of, image_of, same_image))
-    return Captions(list(number_of), *arrays)
+    return Captions(list(number_of), *map(np.array, (first, text_of, group_of, image_of)))
 
 
 @dataclass(frozen=True)

@@ -208,11 +208,9 @@ def _add_captions(queries: QueryScores, embedded: Embedded, groups: np.ndarray, 
     image_of, text_of = relevance.all_pairs()
     found = positions(images, texts, image_of, text_of, world)
     _add_direction(queries, "image_to_text", groups, found, image_of)
-    group_of_text = np.full(len(texts), np.iinfo(np.int64).max)
-    np.minimum.at(group_of_text, text_of, groups[image_of])
     order = np.lexsort((image_of, text_of))
     found = positions(texts, images, text_of[order], image_of[order], world)
-    _add_direction(queries, "text_to_image", group_of_text, found, text_of[order])
+    _add_direction(queries, "text_to_image", embedded.captions.first_group(), found, text_of[order])
 
 
 def _add_direction(

@@ -1,4 +1,4 @@
-"""The commands embed, search, serve and export: options and help. Torch is imported when they run."""
+"""The commands embed, search, serve, compress, export: options and help. Torch is imported when they run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -140,6 +140,37 @@ def serve(
     from eval.search.serve import app, open_columns
 
     web.serve(app(open_columns(indexes, model, approximate), host), host, port, "search page")
+
+
+def compress(
+    index: OneIndex,
+    out: Index,
+    dims: int | None = None,
+    max_loss: float = 0.005,
+    model: Model = "",
+    overwrite: bool = False,
+) -> None:
+    """Make a smaller index: the principal axes of its training images, at int8.
+
+    The loss is measured first: captions of the split val, searched in the images of the split. The smaller
+    index is one as any other, for search, serve, cluster and export.
+
+      python -m eval compress indexes/icons --out indexes/small
+      python -m eval compress indexes/icons --out indexes/small --dims 64
+
+    Args:
+        index: Folder that `python -m eval embed` made.
+        out: Folder to write; it appears when it is complete.
+        dims: Dimensions to keep; by default the fewest on a ladder that are within --max-loss.
+        max_loss: The most that text to image R@1 and R@10 may each lose, as a share of the queries.
+        model: The model of the index, if it has moved since the index was made.
+        overwrite: Replace an index at --out.
+    """
+    if not 0 <= max_loss <= 1:
+        raise UserError(f"--max-loss {max_loss:g}: must be a share from 0 to 1; 0.005 is half a point")
+    from eval.search.compress import compress_index
+
+    compress_index(index, out, dims, max_loss, model, overwrite)
 
 
 def export(index: OneIndex, out: OutputFile, table: str = "images") -> None:

@@ -36,6 +36,12 @@ def export_index(folder: Path, out: Path, table: str) -> None:
         writers[out.suffix](unfinished, index)
     if out.suffix == ".npy":
         write_keys(out.with_suffix(".csv"), index)
+    if index.projection:
+        matrix = out.with_suffix(".projection.npy")
+        with atomic_file(matrix) as unfinished, open(unfinished, "wb") as file:
+            np.save(file, index.projection.matrix)
+        d, dims = index.projection.matrix.shape
+        say(f"a query is text_features or image_features [{d}] @ the matrix [{d}, {dims}] in {matrix}")
     load = f"    load it: psql -v ON_ERROR_STOP=1 -1 -f {out} DATABASE" if out.suffix == ".sql" else ""
     say(f"{len(index)} images: {out}{load}")
 
@@ -52,7 +58,7 @@ def write_sql(path: Path, index: Index, table: str) -> None:
 
     The CSV format would be simpler, but psql up to version 18 ends it differently.
     """
-    d, name = index.manifest["d"], '"' + table.replace('"', '""') + '"'
+    d, name = index.features.shape[1], '"' + table.replace('"', '""') + '"'
     comment = f"{index.manifest['model']}, sha256 {index.manifest['model_sha256']}"
     comment = comment.replace("'", "''").replace("\n", " ")
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -97,7 +103,7 @@ def _escaped(cell: object) -> str:
 
 
 def write_parquet(path: Path, index: Index) -> None:
-    d, writer = index.manifest["d"], None
+    d, writer = index.features.shape[1], None
     for rows, features in parts(index):
         flat = [{**{name: row[name] for name in OWN_COLUMNS}, **row["columns"]} for row in rows]
         lists = pa.FixedSizeListArray.from_arrays(pa.array(features.astype(np.float32).ravel()), d)

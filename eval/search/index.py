@@ -2,6 +2,9 @@
 
     INDEX/manifest.json       the model, by name and by the sha256 of its weights; the data; n
     INDEX/features.npy        fp16 [n, d], L2-normed; memory-mapped by readers
+                              of a compressed index int8 [n, dims], see Projection
+    INDEX/projection.npy      of a compressed index: fp32 [d, dims]
+    INDEX/scales.npy          of a compressed index: fp32 [dims]
     INDEX/metadata.parquet    a row per image: key, path in the source, split, group, captions, and the
                               columns of the data
     INDEX/thumbnails.bin      a WebP of each image, concatenated
@@ -16,6 +19,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +35,8 @@ from eval.options import INFERENCE
 from train.model.clip import Clip
 from train.world import World
 
-FORMAT = 2
-FORMATS = (1, FORMAT)  # format 1 has no paths: there, a column "path" is one of the data
+FORMAT, COMPRESSED = 2, 3  # of what embed and what compress writes
+FORMATS = (1, FORMAT, COMPRESSED)  # format 1 has no paths: there, a column "path" is one of the data
 # Columns of metadata.parquet beside those of the data, which are texts.
 SCHEMA = {
     "key": pa.string(),
@@ -45,13 +49,26 @@ OWN_COLUMNS = tuple(SCHEMA)
 MAKE = "python -m eval embed MODEL --data SHARDS --out INDEX"
 
 
+class Projection(NamedTuple):
+    """What an index is compressed by: normalize(image_features @ matrix) ~ codes * scales.
+
+    Attributes:
+        matrix: fp32 [d, dims], with orthonormal columns.
+        scales: fp32 [dims], above 0: what a code of 1 is worth.
+    """
+
+    matrix: np.ndarray
+    scales: np.ndarray
+
+
 class Index:
-    """An index that `python -m eval embed` wrote.
+    """An index that `python -m eval embed` or `python -m eval compress` wrote.
 
     Attributes:
         name: Of the folder.
         manifest: "model", "model_sha256", "data", "data_sha256", "n", "d" and more from eval.search.indexing.
-        features: fp16 [n, d], L2-normed, memory-mapped.
+        stored: features.npy, memory-mapped: fp16 [n, d], or int8 [n, dims] of a compressed index.
+        projection: None if the index is not compressed.
         group_of: int64 [n]; images with the same number are variants of one thing.
         columns: Names of the columns of the data, and "split" if there are several.
 
@@ -64,7 +81,8 @@ class Index:
         self.manifest = read_manifest(folder)
         n, d = self.manifest["n"], self.manifest["d"]
         try:
-            self.features = map_array(file_below(folder, "features.npy"), "c")
+            self.stored = map_array(file_below(folder, "features.npy"), "c")
+            self.projection = self._read_projection() if self.is_compressed else None
             self._thumbnail_starts = starts = map_array(file_below(folder, "thumbnails.npy"))
             stored = file_below(folder, "thumbnails.bin").stat().st_size
             metadata = file_below(folder, "metadata.parquet")
@@ -73,15 +91,31 @@ class Index:
             raise UserError(
                 f"{folder}: a file of the index cannot be read ({error}); make the index again: {MAKE}"
             ) from None
-        sizes = (self.features.shape, self.features.dtype, rows, starts.size, stored)
+        width, dtype = (self.projection.scales.size, np.int8) if self.projection else (d, np.float16)
+        sizes = (self.stored.shape, self.stored.dtype, rows, starts.size, stored)
         ascends = (
             starts.dtype == np.int64 and starts.shape == (n + 1,) and (np.diff(starts, prepend=0) >= 0).all()
         )
-        if not ascends or sizes != ((n, d), np.float16, n, n + 1, int(starts[-1])):
+        if not ascends or sizes != ((n, width), dtype, n, n + 1, int(starts[-1])):
             raise UserError(
                 f"{folder}: the sizes of the index's files do not match {sizes}; make the index again: {MAKE}"
             )
         self._table = self._read_table(metadata, schema)
+
+    def _read_projection(self) -> Projection:
+        """Raises:
+        ValueError: It is not one of the model's features: another shape, or values that no such one has.
+        """
+        matrix = map_array(file_below(self.folder, "projection.npy"))
+        scales = map_array(file_below(self.folder, "scales.npy"))
+        d, dims = self.manifest["d"], scales.size
+        shapes = (matrix.shape, matrix.dtype, scales.shape, scales.dtype)
+        if not 1 <= dims <= d or shapes != ((d, dims), np.float32, (dims,), np.float32):
+            raise ValueError(f"a projection of {d} dimensions is not {shapes}")
+        # Bounds, which NaN fails as well: no feature overflows.
+        if not ((np.abs(matrix) <= 1.001).all() and (scales > 0).all() and (scales <= 1).all()):
+            raise ValueError("values of the projection that compress does not write")
+        return Projection(np.array(matrix), np.array(scales))
 
     def _read_table(self, metadata: Path, schema: pa.Schema) -> pa.Table:
         """The metadata, which is read only if there are as many features, and if its columns are of an index:
@@ -117,6 +151,28 @@ class Index:
 
     def __len__(self) -> int:
         return self.manifest["n"]
+
+    @property
+    def is_compressed(self) -> bool:
+        return self.manifest["index_format"] == COMPRESSED
+
+    @cached_property
+    def features(self) -> np.ndarray:
+        """fp16 [n, d], L2-normed; of a compressed index [n, dims], decoded, L2-normed before int8."""
+        if not self.projection:
+            return self.stored
+        features = np.empty(self.stored.shape, np.float16)
+        return np.multiply(self.stored, self.projection.scales, out=features, casting="same_kind")
+
+    def decoded(self, numbers: slice | Sequence[int]) -> np.ndarray:
+        """The features of some images, fp32 [m, d or dims], without decoding all."""
+        stored = self.stored[numbers].astype(np.float32)
+        return stored * self.projection.scales if self.projection else stored
+
+    def as_queries(self, numbers: Sequence[int]) -> np.ndarray:
+        """The features of some images, fp32 [m, d], as the model has them: what a search takes."""
+        features = self.decoded(numbers)
+        return features @ self.projection.matrix.T if self.projection else features
 
     @cached_property
     def group_of(self) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Nearest neighbours in an index: exact, by faiss or else by torch; or approximate, with measured recall.
 
-The fp16 features on disk are compared with fp32 queries, summed in fp32; scores are cosines.
+The features on disk, fp16 or int8, are compared with fp32 queries, summed in fp32; scores are cosines.
+
+    of a compressed index: (queries @ matrix * scales) @ codes.T
 """
 
 from functools import cached_property
@@ -96,7 +98,15 @@ class Nearest:
     def nearest(
         self, queries: torch.Tensor, count: int, rows: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores fp32 and numbers int64, [q, count], best first; an approximate index may pad with -1."""
+        """Scores fp32 and numbers int64, [q, count], best first; an approximate index may pad with -1.
+
+        Args:
+            queries: fp32 [q, d].
+        """
+        if projection := self.index.projection:
+            queries = queries @ torch.from_numpy(projection.matrix)
+            if not self.approximate:  # which holds decoded features
+                queries = queries * torch.from_numpy(projection.scales)
         if self.by_faiss:
             selector = {}
             if rows is not None:
@@ -106,7 +116,7 @@ class Nearest:
                 return self._inverted_file.search(queries.numpy(), count, params=parameters)
             parameters = faiss.SearchParameters(**selector)
             return self._flat.search(queries.numpy(), count, params=parameters)
-        chunks = torch.from_numpy(self.index.features).split(max(1, CHUNK_VALUES // queries.shape[1]))
+        chunks = torch.from_numpy(self.index.stored).split(max(1, CHUNK_VALUES // queries.shape[1]))
         scores = torch.cat([queries @ chunk.float().T for chunk in chunks], dim=1)
         if rows is not None:
             scores[:, torch.from_numpy(~rows)] = -torch.inf
@@ -115,13 +125,18 @@ class Nearest:
 
     @cached_property
     def _flat(self):
-        """All features in memory. faiss calls fp16 a quantizer; it changes no fp16 value."""
-        flat = faiss.IndexScalarQuantizer(
-            self.index.manifest["d"], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-        )
-        flat.train(np.zeros((1, self.index.manifest["d"]), np.float32))
+        """All features in memory. faiss calls fp16 a quantizer; it changes no fp16 value, and no int8 code.
+
+        Its QT_8bit_direct_signed would round the queries, too, for some numbers of dimensions (faiss 1.15).
+        """
+        dims, kinds = self.index.stored.shape[1], faiss.ScalarQuantizer
+        kind = kinds.QT_8bit_uniform if self.index.is_compressed else kinds.QT_fp16
+        flat = faiss.IndexScalarQuantizer(dims, kind, faiss.METRIC_INNER_PRODUCT)
+        flat.train(np.zeros((1, dims), np.float32))
+        if self.index.is_compressed:  # byte b stands for -128.5 + 255 * (b + 0.5) / 255
+            faiss.copy_array_to_vector(np.array([-128.5, 255], np.float32), flat.sq.trained)
         for start in range(0, len(self.index), ROWS_AT_ONCE):
-            flat.add(self.index.features[start : start + ROWS_AT_ONCE].astype(np.float32))
+            flat.add(self.index.stored[start : start + ROWS_AT_ONCE].astype(np.float32))
         return flat
 
     @cached_property
@@ -130,16 +145,16 @@ class Nearest:
         path = self.index.folder / APPROXIMATE_FILE
         if path.is_file():
             return _read(path)
-        n, d = self.index.features.shape
+        n, d = self.index.stored.shape
         cells = int(max(1, min(4 * n**0.5, n // 39)))  # faiss warns below 39 training points per cell
         quantizer = faiss.IndexFlatIP(d)
         inverted = faiss.IndexIVFScalarQuantizer(
             quantizer, d, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
         )
         sample = np.sort(np.random.default_rng(0).choice(n, min(n, 64 * cells), replace=False))
-        inverted.train(self.index.features[sample].astype(np.float32))
+        inverted.train(self.index.decoded(sample))
         for start in progress(range(0, n, ROWS_AT_ONCE), desc="approximate index", unit="part", delay=1):
-            inverted.add(self.index.features[start : start + ROWS_AT_ONCE].astype(np.float32))
+            inverted.add(self.index.decoded(slice(start, start + ROWS_AT_ONCE)))
         inverted.nprobe = max(1, min(cells, max(16, cells // 16)))
         with atomic_file(path) as partial:
             faiss.write_index(inverted, str(partial))
@@ -149,7 +164,7 @@ class Nearest:
         """recall@10 of the approximate index against exact search, with random images as queries."""
         n = len(self.index)
         numbers = np.random.default_rng(1).choice(n, min(n, RECALL_QUERIES), replace=False)
-        queries = torch.from_numpy(self.index.features[np.sort(numbers)].astype(np.float32))
+        queries = torch.from_numpy(self.index.as_queries(np.sort(numbers)))
         k = min(RECALL_K, n)
         exact, own = Nearest(self.index).nearest(queries, k)[1], self.nearest(queries, k)[1]
         return float(np.mean([len(set(a) & set(b)) / k for a, b in zip(exact, own, strict=True)]))

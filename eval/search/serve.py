@@ -81,7 +81,7 @@ class Column:
 
     def like(self, number: int) -> torch.Tensor:
         """image_features fp32 [1, d] of an image of the index."""
-        return torch.from_numpy(self.index.features[[number]].astype(np.float32))
+        return torch.from_numpy(self.index.as_queries([number]))
 
 
 class Uploads:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import noise_image, png
 
+from eval.search.command import compress
 from eval.search.index import SCHEMA, Index
 from eval.search.indexing import start
 from eval.search.nearest import Nearest
@@ -71,6 +72,10 @@ def changed_table(data: bytes, choices: fuzz.Choices) -> bytes:
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("count", fuzz.COUNTS)
 def test_index(count, name, index):
+    check_index(count, name, index)
+
+
+def check_index(count: int, name: str, index: Path) -> None:
     whole = (index / name).read_bytes()
 
     def act(data: bytes) -> None:
@@ -78,7 +83,14 @@ def test_index(count, name, index):
         (index / name).write_bytes(data)
         search(index)
 
-    fuzz.check(count, CHANGES[name](whole), act, valid=[whole])
+    fuzz.check(count, CHANGES.get(name, fuzz.changed_bytes)(whole), act, valid=[whole])
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "features.npy", "projection.npy", "scales.npy"])
+@pytest.mark.parametrize("count", fuzz.COUNTS)
+def test_compressed_index(count, name, index, memory_folder):
+    compress(index, memory_folder / "small", dims=4)
+    check_index(count, name, memory_folder / "small")
 
 
 @pytest.mark.parametrize("count", fuzz.COUNTS[:1])
