@@ -23,7 +23,7 @@ from eval.retrieval.intervals import mean_interval, paired_difference
 from eval.search.index import Index, open_index
 from eval.search.nearest import Nearest
 from eval.search.query import filter_rows, text_query
-from eval.search.words import Words, tokens, top
+from eval.search.words import Words, exact_words, tokens, top
 
 DEPTH, RRF_K, LISTED = 10, 60, 100
 SYLLABLES = ("ka", "lo", "mi", "ren", "du", "sal", "tor", "vi", "ne", "po", "gar", "bel")
@@ -49,7 +49,12 @@ class HeldOut(Words):
         return iter(self._texts)
 
     def among(self, words: Iterable[str]) -> list[str]:
-        return [word for word in dict.fromkeys(words) if word in self._ids]
+        """Those that an image has, what is held out aside."""
+        known = [word for word in dict.fromkeys(words) if word in self._ids]
+        return known if known and self.scores(known).any() else []
+
+    def known(self, text: str) -> list[str]:
+        return self.among(exact_words(text))
 
     def scores(self, known: Sequence[str]) -> np.ndarray:
         scores, own = super().scores(known), self.index.group_of == self.query.group
@@ -176,13 +181,14 @@ def bench(
             for query, feature in zip(progress(queries, desc=kind), features, strict=True)
         ]
         groups = np.array([query.group for query in queries])
-        hits = {
-            way: np.stack([of_query[way] for of_query in found]) == groups[:, None] for way in found[0]
-        }  # bool [queries, DEPTH]
+        hits = {  # 0.0 or 1.0 [queries, DEPTH]
+            way: (np.stack([of_query[way] for of_query in found]) == groups[:, None]).astype(float)
+            for way in found[0]
+        }
         base = hits["vectors"][:, 0]
         for way, hit in hits.items():
             change = paired_difference(base, hit[:, 0], groups)
-            figures = [percent(mean_interval(values, groups)) for values in (hit[:, 0], hit.any(1))]
+            figures = [percent(mean_interval(values, groups)) for values in (hit[:, 0], hit.max(1))]
             lines.append([f"{kind} ({len(queries)})", way, *figures, percent(change)])
     columns = ["queries", "ranked by", "R@1 %", f"R@{DEPTH} %", "R@1 - vectors' R@1"]
     return f"{rows.sum()} images of {split}\n\n{markdown_table(columns, lines, left=2)}"
