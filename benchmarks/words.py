@@ -26,6 +26,7 @@ from eval.search.query import filter_rows, text_query
 from eval.search.words import Words, exact_words, tokens, top
 
 DEPTH, RRF_K, LISTED = 10, 60, 100
+VECTORS, OURS = "vectors", "eval search"
 SYLLABLES = ("ka", "lo", "mi", "ren", "du", "sal", "tor", "vi", "ne", "po", "gar", "bel")
 
 
@@ -87,7 +88,7 @@ def weighted(weight: float) -> Callable:
     return lambda cosines, bm25: cosines + weight * bm25 / max(bm25.max(), 1e-9)
 
 
-FUSIONS = {"RRF": rrf, "DBSF": dbsf, **{f"sum, {weight}": weighted(weight) for weight in (0.1, 0.3, 1.0)}}
+FUSIONS = {"RRF": rrf, "DBSF": dbsf, **{f"sum, {weight}": weighted(weight) for weight in (0.3, 1.0, 2.0)}}
 
 
 def query_sets(index: Index, rows: np.ndarray, limit: int) -> tuple[dict[str, list[Query]], list[list[str]]]:
@@ -145,7 +146,7 @@ def ways(
     cosines = index.features[searched].astype(np.float32) @ features.numpy()
     vectors = np.argsort(-cosines, kind="stable")[:DEPTH]
     (hits,) = top(nearest, words, features[None], [query.text], DEPTH, rows, grouped=False)
-    found = {"vectors": searched[vectors], "eval search": np.array([hit.number for hit in hits])}
+    found = {VECTORS: searched[vectors], OURS: np.array([hit.number for hit in hits])}
     for which, known in (
         ("all words", words.among(tokens(query.text))),
         ("exact words", words.known(query.text)),
@@ -158,7 +159,7 @@ def ways(
 
 
 def bench(
-    folder: Annotated[Path, tyro.conf.Positional], split: str = "val", model: str = "", limit: int = 2000
+    folder: Annotated[Path, tyro.conf.Positional], split: str = "val", model: str = "", limit: int = 500
 ) -> str:
     """R@1, R@10 with 95 % intervals, and the paired difference of R@1 to vectors, by kind of query.
 
@@ -171,7 +172,7 @@ def bench(
     index = open_index(folder)
     clip, nearest, rows = index.model(model), Nearest(index), filter_rows(index, [f"split={split}"])
     sets, texts = query_sets(index, rows, limit)
-    words, lines = HeldOut(index, texts), []
+    words, lines, by_way = HeldOut(index, texts), [], {}
     for kind, queries in sets.items():
         features = torch.cat(
             [text_query(clip, [q.text for q in queries[at : at + 256]]) for at in range(0, len(queries), 256)]
@@ -185,13 +186,16 @@ def bench(
             way: (np.stack([of_query[way] for of_query in found]) == groups[:, None]).astype(float)
             for way in found[0]
         }
-        base = hits["vectors"][:, 0]
+        figures = [percent(mean_interval(hits[way][:, 0], groups)) for way in (VECTORS, OURS)]
+        figures += [percent(mean_interval(hits[way].max(1), groups)) for way in (VECTORS, OURS)]
+        change = paired_difference(hits[VECTORS][:, 0], hits[OURS][:, 0], groups)
+        lines.append([kind, str(len(queries)), *figures, percent(change)])
         for way, hit in hits.items():
-            change = paired_difference(base, hit[:, 0], groups)
-            figures = [percent(mean_interval(values, groups)) for values in (hit[:, 0], hit.max(1))]
-            lines.append([f"{kind} ({len(queries)})", way, *figures, percent(change)])
-    columns = ["queries", "ranked by", "R@1 %", f"R@{DEPTH} %", "R@1 - vectors' R@1"]
-    return f"{rows.sum()} images of {split}\n\n{markdown_table(columns, lines, left=2)}"
+            by_way.setdefault(way, []).append(f"{100 * hit[:, 0].mean():.1f}")
+    metrics = [f"{metric}, {way}" for metric in ("R@1", f"R@{DEPTH}") for way in (VECTORS, OURS)]
+    columns = ["queries", "number", *metrics, "R@1, difference"]
+    of_ways = markdown_table(["R@1", *sets], [[way, *values] for way, values in by_way.items()])
+    return f"{rows.sum()} images of {split}\n\n{markdown_table(columns, lines)}\n\n{of_ways}"
 
 
 def percent(interval) -> str:

@@ -245,8 +245,8 @@ class Index:
             query: a str is a sentence, a Path or a PIL image an image, an array the features of either.
             filters: "COLUMN=VALUE"; only images that match all of them are searched.
             all_variants: return all images of a group, not only the best one.
-            vectors_only: rank by cosine alone; otherwise images come first that have the words of a sentence
-                with a digit or in quotation marks.
+            vectors_only: rank by cosine alone; otherwise images come first that have the part numbers, or the
+                words in quotation marks, of a sentence.
 
         Returns:
             {"rank" (from 1), "score", "path" (relative to the folder or URL of images), "key", "captions",

@@ -61,9 +61,9 @@ def search(
 ) -> None:
     """Find images by a sentence or by an image: the k nearest by cosine, one of each group of variants.
 
-    Variants are images of one group in the data, such as sizes or recolorings of one icon. Words with a digit
-    (part numbers) and words in quotation marks (names) are also looked up in captions, columns and file
-    names; images that have them come first.
+    Variants are images of one group in the data, such as sizes or recolorings of one icon. Words of four
+    or more characters with a digit (part numbers) and words in quotation marks (names) are looked up in
+    captions, columns and file names; images that have them come first.
 
       python -m eval search indexes/icons --text "a bell with a slash" --filter split=test
       python -m eval search indexes/icons --text 'the red valve AX-4711 by "Kowalski"'

@@ -3,8 +3,9 @@
     text -> features -> Nearest -> cosines            \\
     text -> exact words -> BM25 over captions, columns -> cosine + WEIGHT * BM25 / its maximum -> Hits
 
-Exact words are those with a digit, and all words in quotation marks. A text without one that the index knows
-is searched by its features alone: a sentence gets what it got before (benchmarks/search.md).
+Exact words are those of four or more characters with a digit, and all words in quotation marks. A text
+without one that the index knows is ranked by its features alone. Fusing all words of sentences made their
+ranking worse (benchmarks/search.md).
 """
 
 import logging
@@ -28,9 +29,10 @@ try:
 except ImportError:
     bm25s = None
 
-# Cosines are within -1 to 1, and those of a text with images far closer: an image with all exact words of a
-# query comes before the images without one, and the cosine orders images with the same words.
-WEIGHT = 1.0
+# Cosines are within -1 to 1: an image with all exact words comes before all images without one, and the
+# cosine orders images with the same words.
+WEIGHT = 2.0
+LEAST_CHARACTERS = 4  # of a word with a digit; "2 arrows" and "3d cube" are sentences (benchmarks/search.md)
 MAX_CHARACTERS, MAX_TOKENS = 8192, 512  # of an image: what exceeds them is not searched for words
 ROWS_AT_ONCE = 4096
 WHOLE, PART, QUOTED = re.compile(r"\S+"), re.compile(r"[^\W_]+"), re.compile(r'"([^"]*)"|“([^”]*)”')
@@ -51,10 +53,14 @@ def tokens(text: str) -> Iterator[str]:
 
 
 def exact_words(text: str) -> list[str]:
-    """The tokens of a query that must match: all in quotation marks, and elsewhere those with a digit."""
+    """The tokens of a query that must match: all in quotation marks, and others that have a digit and at least
+    LEAST_CHARACTERS.
+    """
     quoted = " ".join(one or other for one, other in QUOTED.findall(text))
-    others = (token for token in tokens(QUOTED.sub(" ", text)) if any(map(str.isdigit, token)))
-    return list(dict.fromkeys([*tokens(quoted), *others]))
+    others = [token for token in tokens(QUOTED.sub(" ", text)) if len(token) >= LEAST_CHARACTERS]
+    return list(
+        dict.fromkeys([*tokens(quoted), *(token for token in others if any(map(str.isdigit, token)))])
+    )
 
 
 class Words:
