@@ -1,6 +1,8 @@
 """What exact words add to vectors: R@1 and R@10 of queries with part numbers and names, and of sentences.
 
-    python -m benchmarks.words INDEX --split val
+  python -m benchmarks.words rank INDEX --split val
+  python -m benchmarks.words cost
+      seconds to read the words of 100 thousand images, and milliseconds of a query
 
 Each group of the index gets a made-up part number and supplier, each image a made-up year. Each number is in
 three series (AX-0017, BX-0017, CX-0017), so its parts alone do not find it. Queries are captions of the
@@ -8,14 +10,17 @@ split, alone or with these; the images of the split are searched. A caption that
 index, so the captions of the query's whole group are held out of the words: these can only mislead there.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 import tyro
 
+from data_prep.cli import run_commands
 from data_prep.errors import exit_on_user_error
 from data_prep.progress import progress
 from data_prep.tables import markdown_table
@@ -158,9 +163,34 @@ def ways(
     return {way: index.group_of[numbers] for way, numbers in found.items()}
 
 
-def bench(
+class Drawn(Words):
+    """The words of n images, drawn by Zipf's law, and a part number of each."""
+
+    def __init__(self, n: int, length: int):
+        super().__init__(range(n))  # of an index, only its length is asked
+        self._drawn = np.random.default_rng(0).zipf(1.3, (n, length)) % 30_000
+
+    def texts(self) -> Iterator[list[str]]:
+        for number, drawn in enumerate(self._drawn.tolist()):
+            yield [f"AX-{number}", " ".join(f"word{letter}" for letter in drawn)]
+
+
+def cost(n: int = 100_000, length: int = 20) -> None:
+    """Seconds and MB to read the words of n images, and milliseconds to score a query of three words."""
+    words, process = Drawn(n, length), psutil.Process()
+    begun, before = time.perf_counter(), process.memory_info().rss
+    words.known("AX-1")
+    made, held = time.perf_counter() - begun, process.memory_info().rss - before
+    begun = time.perf_counter()
+    for number in range(100):
+        words.scores(words.known(f"AX-{number} word5 word1"))
+    asked = time.perf_counter() - begun
+    print(f"{n} images of {length} words: {made:.1f} s, {held >> 20} MB; a query {10 * asked:.1f} ms")
+
+
+def rank(
     folder: Annotated[Path, tyro.conf.Positional], split: str = "val", model: str = "", limit: int = 500
-) -> str:
+) -> None:
     """R@1, R@10 with 95 % intervals, and the paired difference of R@1 to vectors, by kind of query.
 
     Args:
@@ -195,7 +225,7 @@ def bench(
     metrics = [f"{metric}, {way}" for metric in ("R@1", f"R@{DEPTH}") for way in (VECTORS, OURS)]
     columns = ["queries", "number", *metrics, "R@1, difference"]
     of_ways = markdown_table(["R@1", *sets], [[way, *values] for way, values in by_way.items()])
-    return f"{rows.sum()} images of {split}\n\n{markdown_table(columns, lines)}\n\n{of_ways}"
+    print(f"{rows.sum()} images of {split}\n\n{markdown_table(columns, lines)}\n\n{of_ways}")
 
 
 def percent(interval) -> str:
@@ -203,4 +233,5 @@ def percent(interval) -> str:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: print(tyro.cli(bench)))
+    commands = {name: f"benchmarks.words:{name}" for name in ("rank", "cost")}
+    exit_on_user_error(lambda: run_commands("python -m benchmarks.words", __doc__, commands))

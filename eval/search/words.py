@@ -1,7 +1,8 @@
-"""Words that must match: part numbers and names, which CLIP cannot read, by BM25 beside the cosines.
+"""Exact words: part numbers and names, which CLIP cannot read, by BM25 beside the cosines.
 
-    text -> features -> Nearest -> cosines            \\
-    text -> exact words -> BM25 over captions, columns -> cosine + WEIGHT * BM25 / its maximum -> Hits
+    text -> features -> Nearest -> cosines
+    text -> exact words -> BM25 over captions, columns, file names
+    cosine + WEIGHT * BM25 / its maximum -> Hits
 
 Exact words are those of four or more characters with a digit, and all words in quotation marks. A text
 without one that the index knows is ranked by its features alone. Fusing all words of sentences made their
@@ -53,8 +54,8 @@ def tokens(text: str) -> Iterator[str]:
 
 
 def exact_words(text: str) -> list[str]:
-    """The tokens of a query that must match: all in quotation marks, and others that have a digit and at least
-    LEAST_CHARACTERS.
+    """The tokens of a query that must match: all in quotation marks, and elsewhere those with a digit and at
+    least LEAST_CHARACTERS.
     """
     quoted = " ".join(one or other for one, other in QUOTED.findall(text))
     others = [token for token in tokens(QUOTED.sub(" ", text)) if len(token) >= LEAST_CHARACTERS]
@@ -107,7 +108,7 @@ class Words:
                 return
             if bm25s is None:
                 raise UserError(
-                    "words with a digit or in quotation marks must match, which needs bm25s, and it is not"
+                    "words with a digit or in quotation marks are looked up by bm25s, which is not"
                     " installed; pip install bm25s, or search with --vectors-only"
                 )
             n, bm25 = len(self.index), bm25s.BM25()

@@ -182,13 +182,13 @@ def test_words_that_must_match(browser, both):
         expect(dialog.get_by_role("heading", name="Words that match")).to_be_visible()
         page.keyboard.press("Escape")
         assert overflow_px(page) == 0
-        page.get_by_label("must match").uncheck()
+        page.get_by_label("part numbers").uncheck()
         expect(page).to_have_url(re.compile("vectors_only=true"))
         expect(page.locator(".word")).to_have_count(0)
         by_vectors = answered(both, {"text": text, "vectors_only": True})
         assert [numbers(page, 0), numbers(page, 1)] == by_vectors != with_words
         page.reload()
-        expect(page.get_by_label("must match")).not_to_be_checked()
+        expect(page.get_by_label("part numbers")).not_to_be_checked()
 
 
 @pytest.mark.parametrize("how", ["drop", "paste", "choose"])
