@@ -30,6 +30,7 @@ from eval.retrieval.ranking import check_finite
 from eval.search.index import open_index
 from eval.search.nearest import Nearest
 from eval.search.query import described, filter_rows
+from eval.search.words import Words, top
 from train.data.loader import loader
 from train.device import own_device
 from train.model.clip import Clip
@@ -206,7 +207,7 @@ class Index:
     def __init__(self, folder: str | Path, model: str | Path = "", device: str = "cpu"):
         self.index = open_index(Path(folder))
         self._name, self._device = str(model), torch.device(device)
-        self._nearest = Nearest(self.index)
+        self._nearest, self._words = Nearest(self.index), Words(self.index)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -231,7 +232,12 @@ class Index:
         return Model(clip, self._device)
 
     def search(
-        self, query: Query, k: int = 10, filters: Sequence[str] = (), all_variants: bool = False
+        self,
+        query: Query,
+        k: int = 10,
+        filters: Sequence[str] = (),
+        all_variants: bool = False,
+        vectors_only: bool = False,
     ) -> list[dict]:
         """The k nearest images by cosine, best first, as `python -m eval search` finds them.
 
@@ -239,10 +245,12 @@ class Index:
             query: a str is a sentence, a Path or a PIL image an image, an array the features of either.
             filters: "COLUMN=VALUE"; only images that match all of them are searched.
             all_variants: return all images of a group, not only the best one.
+            vectors_only: rank by cosine alone; otherwise images come first that have the part numbers, or the
+                words in quotation marks, of a sentence.
 
         Returns:
             {"rank" (from 1), "score", "path" (relative to the folder or URL of images), "key", "captions",
-            "split", "group", "variants", "columns", ...} each.
+            "split", "group", "variants", "words" (that matched), "columns", ...} each.
 
         Raises:
             UserError: no such column or value; the query cannot be encoded.
@@ -254,7 +262,10 @@ class Index:
         d = self.index.manifest["d"]
         if features.shape != (d,):
             raise UserError(f"{self!r}: the features of a query are [{d}], not {list(features.shape)}")
-        [hits] = self._nearest.top(torch.from_numpy(features)[None], k, rows, not all_variants)
+        text, words = query if isinstance(query, str) else "", None if vectors_only else self._words
+        [hits] = top(
+            self._nearest, words, torch.from_numpy(features)[None], [text], k, rows, not all_variants
+        )
         return described(self.index, hits)
 
 

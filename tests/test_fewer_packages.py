@@ -10,7 +10,7 @@ from conftest import ROOT, environment
 
 PAGES = ("starlette", "uvicorn", "matplotlib")
 DEMO = ("qtawesome",)
-OTHERS = ("faiss", "sklearn", "threadpoolctl")  # of search, and of linear probes and clusters
+OTHERS = ("faiss", "bm25s", "sklearn", "threadpoolctl")  # of search, and of linear probes and clusters
 EXTRAS = ("onnx", "onnxscript", "onnxruntime", "sentence_transformers", "trackio", "wandb", "tensorboard")
 EXTRAS += ("resvg_py", "pillow_heif")
 TESTS = ("pytest", "playwright", "ruff", "xdist", "pytrec_eval")

@@ -56,13 +56,17 @@ def search(
     all_variants: bool = False,
     json: OptionalOutputFile = None,
     approximate: bool = False,
+    vectors_only: bool = False,
     model: Model = "",
 ) -> None:
     """Find images by a sentence or by an image: the k nearest by cosine, one of each group of variants.
 
-    Variants are images of one group in the data, such as sizes or recolorings of one icon.
+    Variants are images of one group in the data, such as sizes or recolorings of one icon. Words of four
+    or more characters with a digit (part numbers) and words in quotation marks (names) are looked up in
+    captions, columns and file names; images that have them come first.
 
       python -m eval search indexes/icons --text "a bell with a slash" --filter split=test
+      python -m eval search indexes/icons --text 'the red valve AX-4711 by "Kowalski"'
       python -m eval search indexes/icons --image bell.png --k 20 --all-variants
       python -m eval search indexes/icons --queries-csv queries.csv --out found.csv
 
@@ -78,6 +82,7 @@ def search(
         json: File to write the results to.
         approximate: Use an approximate index (inverted file) for more than a million images. It is made on
             first use, and its recall is measured and printed.
+        vectors_only: Rank by cosine alone; look no words up.
         model: The model of the index, if it has moved since the index was made; or another one with its image
             tower, such as `python -m eval align` writes.
     """
@@ -95,7 +100,7 @@ def search(
 
     data = read_file(image, "--image") if image else b""
     queries = list(query.read_queries(queries_csv)) if queries_csv else []
-    searcher = query.open_searcher(index, model, filter, k, not all_variants, approximate)
+    searcher = query.open_searcher(index, model, filter, k, not all_variants, approximate, vectors_only)
     if approximate:
         say(f"approximate index: recall@10 {searcher.nearest.recall():.3f} against exact search")
     if queries_csv:
@@ -105,7 +110,7 @@ def search(
         features = query.text_query(searcher.clip, [text])
     else:
         features = query.image_query(searcher.clip, data, f"--image {image}")
-    (results,) = searcher.find(features)
+    (results,) = searcher.find(features, [text])
     say(query.table(results))
     if json:
         asked = {"text": text} if text else {"image": str(image)}

@@ -36,11 +36,13 @@ class Hit(NamedTuple):
         number: Of the image in the index.
         score: Cosine of its features and the query's.
         variants: Number of searched images in its group, including itself; 1 if groups are not collapsed.
+        words: The exact words of the query that the image has; see eval.search.words.
     """
 
     number: int
     score: float
     variants: int
+    words: tuple[str, ...] = ()
 
 
 class Nearest:

@@ -19,10 +19,11 @@ from eval.embed import embed_texts
 from eval.options import INFERENCE
 from eval.search.index import Index, open_index
 from eval.search.nearest import Hit, Nearest
+from eval.search.words import Words, top
 from train.model.clip import Clip
 from train.world import World
 
-CSV_COLUMNS = ["query", "rank", "score", "number", "key", "path", "caption", "variants", "problem"]
+CSV_COLUMNS = ["query", "rank", "score", "number", "key", "path", "caption", "variants", "words", "problem"]
 QUERIES_AT_ONCE, SHOWN_CHARACTERS, SHOWN_VALUES = 256, 90, 12
 
 
@@ -39,6 +40,7 @@ class Searcher(NamedTuple):
     Attributes:
         rows: bool [n], the images to search; None for all.
         grouped: Return only the best image of each group.
+        words: What exact words of texts are compared with; None for vectors alone.
     """
 
     index: Index
@@ -47,22 +49,33 @@ class Searcher(NamedTuple):
     k: int
     rows: np.ndarray | None
     grouped: bool
+    words: Words | None = None
 
-    def find(self, features: torch.Tensor) -> list[list[dict]]:
-        """Results for each query, fp32 [q, d]: rank from 1, score, variants, and the fields of Index.rows."""
-        return [
-            described(self.index, hits)
-            for hits in self.nearest.top(features, self.k, self.rows, self.grouped)
-        ]
+    def find(self, features: torch.Tensor, texts: Sequence[str]) -> list[list[dict]]:
+        """Results for each query; see described().
+
+        Args:
+            features: fp32 [q, d].
+            texts: Of each query; "" for an image.
+        """
+        hits = top(self.nearest, self.words, features, texts, self.k, self.rows, self.grouped)
+        return [described(self.index, of_query) for of_query in hits]
 
 
 def open_searcher(
-    folder: Path, model: str, filters: Sequence[str], k: int, grouped: bool, approximate: bool
+    folder: Path,
+    model: str,
+    filters: Sequence[str],
+    k: int,
+    grouped: bool,
+    approximate: bool,
+    vectors_only: bool = False,
 ) -> Searcher:
     """Options of the command, checked before the model is loaded; see eval.search.command.search."""
     index = open_index(folder)
     rows, nearest = filter_rows(index, filters), Nearest(index, approximate)
-    return Searcher(index, index.model(model), nearest, k, rows, grouped)
+    words = None if vectors_only else Words(index)
+    return Searcher(index, index.model(model), nearest, k, rows, grouped, words)
 
 
 def text_query(clip: Clip, texts: Sequence[str]) -> torch.Tensor:
@@ -112,10 +125,10 @@ def filter_rows(index: Index, filters: Sequence[str]) -> np.ndarray | None:
 
 
 def described(index: Index, hits: Sequence[Hit]) -> list[dict]:
-    """Each hit as {"rank" (from 1), "score", "variants", and the fields of Index.rows}."""
+    """Each hit as {"rank" (from 1), "score", "variants", "words", and the fields of Index.rows}."""
     rows = index.rows([hit.number for hit in hits])
     return [
-        {"rank": rank, "score": hit.score, "variants": hit.variants, **row}
+        {"rank": rank, "score": hit.score, "variants": hit.variants, "words": list(hit.words), **row}
         for rank, (hit, row) in enumerate(zip(hits, rows, strict=True), 1)
     ]
 
@@ -126,9 +139,13 @@ def table(results: list[dict]) -> str:
     for result in results:
         captions = "; ".join(result["captions"])[:SHOWN_CHARACTERS]
         score, variants = f"{result['score']:.4f}", str(result["variants"])
-        image = result["path"] or result["key"]
-        rows.append([str(result["rank"]), image, captions, score, variants])
-    return markdown_table(["rank", "image", "captions", "cosine", "variants"], rows, left=3)
+        image, words = result["path"] or result["key"], " ".join(result["words"])
+        rows.append([str(result["rank"]), image, captions, words, score, variants])
+    columns = ["rank", "image", "captions", "words", "cosine", "variants"]
+    if any(result["words"] for result in results):
+        return markdown_table(columns, rows, left=4)
+    columns, *rows = [row[:3] + row[4:] for row in (columns, *rows)]
+    return markdown_table(columns, rows, left=3)
 
 
 def read_queries(path: Path) -> Iterator[TextOrImage]:
@@ -173,8 +190,9 @@ def _result_rows(
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         part = queries[start : start + QUERIES_AT_ONCE]
         features = query_features(searcher.clip, root, part)
-        valid = [tensor for tensor in features if isinstance(tensor, torch.Tensor)]
-        results = iter(searcher.find(torch.stack(valid)) if valid else [])
+        valid = [at for at, tensor in enumerate(features) if isinstance(tensor, torch.Tensor)]
+        texts = [part[at].text for at in valid]
+        results = iter(searcher.find(torch.stack([features[at] for at in valid]), texts) if valid else [])
         for query, tensor in zip(part, features, strict=True):
             name = query.text or query.image
             if isinstance(tensor, str):
@@ -183,7 +201,8 @@ def _result_rows(
                 continue
             for result in next(results):
                 caption = result["captions"][0] if result["captions"] else ""
-                yield {**result, "query": name, "score": f"{result['score']:.6f}", "caption": caption}
+                shown = {"score": f"{result['score']:.6f}", "words": " ".join(result["words"])}
+                yield {**result, **shown, "query": name, "caption": caption}
 
 
 def query_features(clip: Clip, root: Path, queries: Sequence[TextOrImage]) -> list[torch.Tensor | str]:

@@ -33,6 +33,7 @@ from eval.classify.features import RULES
 from eval.search.index import Index
 from eval.search.nearest import Nearest
 from eval.search.query import filter_rows, pixels_query, text_query
+from eval.search.words import Words, top
 from train.model.clip import Clip, public_name
 
 PAGE = Path(__file__).with_name("serve.html")
@@ -49,12 +50,19 @@ class Column:
         clip: None if the index is empty.
         forward: One thread in which models run, shared by all columns. So one forward runs at a time, on all
             cores.
+        words: What exact words of texts are compared with, shared by all columns.
     """
 
     def __init__(
-        self, index: Index, clip: Clip | None, forward: ThreadPoolExecutor, approximate: bool = False
+        self,
+        index: Index,
+        clip: Clip | None,
+        forward: ThreadPoolExecutor,
+        words: Words,
+        approximate: bool = False,
     ):
-        self.index, self.clip, self.forward, self.nearest = index, clip, forward, Nearest(index, approximate)
+        self.index, self.clip, self.forward, self.words = index, clip, forward, words
+        self.nearest = Nearest(index, approximate)
         self._cached: dict[str, torch.Tensor] = {}  # by text, the least recently used first
         self._waiting: deque[str] = deque()
         if len(index):
@@ -150,7 +158,10 @@ def open_columns(
         index.model(name) if len(index) else None
         for index, name in zip(indexes, models or [""] * len(indexes), strict=True)
     ]
-    return [Column(index, clip, forward, approximate) for index, clip in zip(indexes, clips, strict=True)]
+    words = Words(indexes[0])
+    return [
+        Column(index, clip, forward, words, approximate) for index, clip in zip(indexes, clips, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -163,6 +174,7 @@ class Search:
     k: int = 24
     filters: tuple[str, ...] = ()
     grouped: bool = True
+    vectors_only: bool = False
 
 
 def is_text(value) -> bool:
@@ -183,6 +195,7 @@ FIELDS: dict[str, tuple[Callable, str]] = {
         f"a list of at most {MAX_FILTERS} texts, each COLUMN=VALUE",
     ),
     "grouped": (lambda value: type(value) is bool, "true or false"),
+    "vectors_only": (lambda value: type(value) is bool, "true or false"),
 }
 
 
@@ -232,8 +245,8 @@ async def read(request: Request, n: int) -> Search:
 def results_of(columns: Sequence[Column], search: Search, pixels: Sequence[torch.Tensor] = ()) -> dict:
     """{"searched": number of images searched, "results": hits per index, "images": number -> row}.
 
-    A hit has "number", "score" (cosine) and "variants" (eval.search.nearest.Hit). Results of `like` exclude
-    the image itself, and its group if variants are grouped.
+    A hit has "number", "score" (cosine), "variants" and "words" (eval.search.nearest.Hit). Results of `like`
+    exclude the image itself, and its group if variants are grouped.
 
     Args:
         pixels: uint8 [3, H, W] of search.image, for each column.
@@ -257,7 +270,9 @@ def results_of(columns: Sequence[Column], search: Search, pixels: Sequence[torch
             features = column.image(pixels[number])
         else:
             features = column.like(search.like)
-        results.append(column.nearest.top(features, search.k, rows, search.grouped)[0])
+        words = None if search.vectors_only else column.words
+        text = search.text or ""
+        results += top(column.nearest, words, features, [text], search.k, rows, search.grouped)
     numbers = sorted({hit.number for hits in results for hit in hits} | ({search.like} - {None}))
     return {
         "searched": len(first) if rows is None else int(rows.sum()),

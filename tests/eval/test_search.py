@@ -145,7 +145,8 @@ def test_many_queries_and_their_problems_in_one_file(index, clip, icon_index, ic
         "cube,",
     ]
     (tmp_path / "queries" / "q.csv").write_text("\n".join(rows) + "\n")
-    search(icon_index, queries_csv=tmp_path / "queries" / "q.csv", out=tmp_path / "found.csv", k=2)
+    csvs = {"queries_csv": tmp_path / "queries" / "q.csv", "out": tmp_path / "found.csv"}
+    search(icon_index, **csvs, k=2, vectors_only=True)
     assert "4 of 8 queries answered; 4 failed" in capsys.readouterr().out
     with open(tmp_path / "found.csv", newline="") as file:
         found = list(csv.DictReader(file))

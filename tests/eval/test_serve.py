@@ -73,10 +73,7 @@ def url(columns) -> Iterator[str]:
 
 def expected(column, features: torch.Tensor, k: int, rows=None, grouped=True) -> list[dict]:
     hits = Nearest(column.index, use_faiss=False).top(features, k, rows, grouped)[0]
-    return [
-        {"number": hit.number, "score": pytest.approx(hit.score, abs=1e-5), "variants": hit.variants}
-        for hit in hits
-    ]
+    return [{**hit._asdict(), "score": pytest.approx(hit.score, abs=1e-5), "words": []} for hit in hits]
 
 
 def test_it_finds_what_nearest_finds_with_each_model(url, columns):
@@ -163,6 +160,7 @@ def test_texts_that_wait_form_one_batch(columns):
         ({"text": "a", "k": 101}, "k: must be a whole number"),
         ({"text": "a", "k": 2.0}, "k: must be a whole number"),
         ({"text": "a", "grouped": "yes"}, "grouped: must be true or false"),
+        ({"text": "a", "vectors_only": 1}, "vectors_only: must be true or false"),
         ({"text": "a", "filters": "set=x"}, "filters: must be a list"),
         ({"text": "a", "filters": [1]}, "filters: must be a list"),
         ({"text": "a", "filters": ["x="] * 21}, "at most 20"),
@@ -243,7 +241,9 @@ def test_concurrent_searches_get_their_own_answers(url, columns):
     texts, found = [f"icon {number}" for number in range(2 * SEARCHES_AT_ONCE)], {}
     threads = [
         threading.Thread(
-            target=lambda text=text: found.update({text: ask(url, "/api/search", {"text": text, "k": 3})})
+            target=lambda text=text: found.update(
+                {text: ask(url, "/api/search", {"text": text, "k": 3, "vectors_only": True})}
+            )
         )
         for text in texts
     ]

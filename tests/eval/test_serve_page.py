@@ -170,6 +170,27 @@ def test_filters_variants_and_more(browser, both):
         expect(page.get_by_label("group variants")).not_to_be_checked()
 
 
+def test_words_that_must_match(browser, both):
+    text = '"arrow" bell'
+    with opened(browser, both, viewport={"width": 390, "height": 800}) as page:
+        search(page, text)
+        with_words = answered(both, {"text": text})
+        assert [numbers(page, 0), numbers(page, 1)] == with_words
+        expect(page.locator(".card").first).to_contain_text("arrow")
+        page.locator(".card").first.click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog.get_by_role("heading", name="Words that match")).to_be_visible()
+        page.keyboard.press("Escape")
+        assert overflow_px(page) == 0
+        page.get_by_label("part numbers").uncheck()
+        expect(page).to_have_url(re.compile("vectors_only=true"))
+        expect(page.locator(".word")).to_have_count(0)
+        by_vectors = answered(both, {"text": text, "vectors_only": True})
+        assert [numbers(page, 0), numbers(page, 1)] == by_vectors != with_words
+        page.reload()
+        expect(page.get_by_label("part numbers")).not_to_be_checked()
+
+
 @pytest.mark.parametrize("how", ["drop", "paste", "choose"])
 def test_search_by_an_image(browser, both, how):
     drawn = png(noise_image())
