@@ -98,8 +98,6 @@ MORE = {
     # for people who have no general pairs, in the place of A's
     "replay of its own images": ["--replay", "own"],
     "replay of its own images and A's sentences": ["--replay", "own", "--replay-texts", SENTENCES],
-    "names three times as often": ["--captions.weights", "name=3"],
-    "synonyms three times as often": ["--captions.weights", "synonyms=3"],
     "groups of equal weight": ["--data", quality_data.WEIGHTED],
 }
 # open_clip_train sees the name alone too

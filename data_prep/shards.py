@@ -5,8 +5,8 @@
     SHARDS/train/train-000000.index.tsv  key, group number, offset and size of each member in the tar
 
 KEY.txt is the first caption, for readers that expect one; KEY.json has all captions and, where the input has
-them, the kind and the weight of each. Samples are numbered within a split, over its shards in order, so that
-reading one never scans a tar.
+them, the weight of each. Samples are numbered within a split, over its shards in order, so that reading one
+never scans a tar.
 """
 
 import copy
@@ -66,7 +66,6 @@ MANIFEST = {
     "splits": {
         str: {
             "samples": _is_count,
-            "kinds?": {str: _is_count},
             "weights?": [_is_weight],
             "shards": [
                 {
@@ -81,8 +80,7 @@ MANIFEST = {
     "read?": {"images?": str},
     "inputs?": {str: (str, type(None))},
 }
-META = {"captions": _is_texts, "image?": str, "sha256?": str, "columns?": dict}
-META |= {"kinds?": [str], "weights?": [_is_weight]}
+META = {"captions": _is_texts, "image?": str, "sha256?": str, "columns?": dict, "weights?": [_is_weight]}
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,6 @@ class Sample:
     image: bytes  # an encoded PNG or JPEG
     captions: list[str]
     meta: dict  # KEY.json
-
-    @property
-    def kinds(self) -> list[str]:
-        """The kind of each caption, the name of its column in the input; "" if it is not known."""
-        return self.meta.get("kinds") or [""] * len(self.captions)
 
     @property
     def weights(self) -> list[float]:
@@ -215,7 +208,6 @@ class Shards:
         groups: int64 [n], the group number of each sample.
         shard_sizes: int64 [shards], samples in each shard, in the order in which samples are numbered.
         fingerprint: sha256 of the content of all splits; it does not depend on the folder's path.
-        kinds: captions of each kind.
         weight_range: the smallest and the largest weight of a caption.
 
     Raises:
@@ -229,7 +221,7 @@ class Shards:
         if not found.get("samples") or not sum(entry["samples"] for entry in found["shards"]):
             sizes = [f"{name} ({entry['samples']})" for name, entry in self.manifest["splits"].items()]
             raise UserError(f"{folder}: no samples in split {split!r}; it has {', '.join(sizes)}")
-        self.entries, self.kinds = found["shards"], found.get("kinds", {})
+        self.entries = found["shards"]
         weights = found.get("weights") or [1.0]
         self.weight_range = min(weights), max(weights)
         self.fingerprint = hashlib.sha256(
@@ -459,13 +451,10 @@ def parse_meta(data: bytes, file: Path, key: str) -> dict:
 
 
 def _unequal(meta: dict) -> str:
-    """Which list of KEY.json is not as long as that of the captions; "" if none."""
-    found = [
-        name
-        for name in ("kinds", "weights")
-        if len(meta.get(name) or meta["captions"]) != len(meta["captions"])
-    ]
-    return f"{found[0]} of {len(meta[found[0]])} captions, not {len(meta['captions'])}" if found else ""
+    """How many weights KEY.json has for how many captions, if these differ; else ""."""
+    captions = len(meta["captions"])
+    weights = len(meta.get("weights") or meta["captions"])
+    return "" if weights == captions else f"weights of {weights} captions, not {captions}"
 
 
 def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:

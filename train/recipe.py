@@ -7,12 +7,10 @@ Typed flags come last and win. The merged recipe is written into the run, and is
 
 import dataclasses
 import difflib
-import math
 import os
 import re
 import typing
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -84,20 +82,6 @@ class Captions:
     """
     templates: tuple[str, ...] = ()
     """Templates around captions, as "an icon of {}" "{}"; one is drawn each time."""
-    weights: tuple[str, ...] = ()
-    """How often a caption of a kind is drawn, relative to others, as name=3 sentence=0.5; 1 for kinds that
-    are not named. A kind is a column of captions: data_prep build --caption-column name,synonyms,sentence. 0:
-    only for images without another caption."""
-
-    @cached_property
-    def weight_of_kind(self) -> dict[str, float]:
-        """`weights` by kind.
-
-        Raises:
-            ValueError: one is no number.
-        """
-        pairs = (text.rpartition("=") for text in self.weights)
-        return {kind: float(number) for kind, _, number in pairs}
 
 
 @dataclass(frozen=True)
@@ -464,32 +448,10 @@ def _check_values(recipe: Recipe) -> None:
             all(template.count("{}") == 1 for template in recipe.captions.templates),
             "each template must contain {} once, such as 'an icon of {}'",
         ),
-        (
-            "captions.weights",
-            _are_weights(recipe.captions),
-            "must be of different kinds, each with a number of 0 or more, such as name=3 sentence=0.5",
-        ),
-        (
-            "captions.weights",
-            recipe.captions.sample == "random" or not recipe.captions.weights,
-            "needs --captions.sample random",
-        ),
     ]
     problems = [f"{flag(key, values[key])}: {rule}" for key, holds, rule in rules if not holds]
     if problems:
         raise UserError("; ".join(problems))
-
-
-def _are_weights(captions: Captions) -> bool:
-    try:
-        weights = captions.weight_of_kind
-    except ValueError:
-        return False
-    return (
-        len(weights) == len(captions.weights)
-        and all(weights)
-        and all(0 <= weight < math.inf for weight in weights.values())
-    )
 
 
 def flag(key: str, value: object) -> str:

@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from train.data.augment import Augmentation
-from train.data.captions import check_captions
 from train.data.loader import TrainPairs, train_loader
 from train.data.sets import DataSets, open_pairs, order_of
 from train.determinism import compile_first, set_deterministic
@@ -110,7 +109,11 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     """
     pairs = open_pairs(recipe)
     check_batch(recipe, len(pairs), world)
-    check_captions(recipe.captions, pairs)
+    if not pairs.weight_range[1]:
+        raise UserError(
+            f"{pairs.folder}, {pairs.split}: all weights are 0, so there is nothing to learn; build with"
+            " others"
+        )
     is_own, replay_pairs = recipe.replay == OWN, None
     texts, texts_fingerprint = read_texts(recipe.replay_texts)
     if recipe.replay:

@@ -17,7 +17,7 @@ class Reading:
     """Column of image paths, of URLs, or (in Parquet) of the images themselves."""
     caption_column: str = "caption"
     """Column of captions; in Parquet and JSONL it may contain lists. Fields of structs: `column.field`.
-    Several by commas, name,synonyms: each is a kind of caption, see --captions.weights of train."""
+    Several by commas: name,synonyms."""
     group_column: str = ""
     """Column that joins images of the same thing; all images of a group are in one split."""
     split_column: str = ""

@@ -52,7 +52,6 @@ class PlannedImage(NamedTuple):
     ordinal: int
     image: str
     captions: list[str]
-    kinds: list[str]
     weights: list[float]
     columns: str
     extension: str
@@ -296,7 +295,6 @@ class Plan:
             image.ordinal,
             image.image,
             image.captions.split("\n"),
-            json.loads(image.kinds) if image.kinds else [],
             json.loads(image.weights) if image.weights else [],
             image.columns,
             image.extension,

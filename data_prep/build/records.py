@@ -37,13 +37,12 @@ from data_prep.strict_json import TEXT as NONFINITE
 
 SCHEMA = """
 CREATE TABLE rows (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, key TEXT, image TEXT,
-                   caption TEXT, kind TEXT, weight REAL, group_name TEXT, split TEXT, columns TEXT,
+                   caption TEXT, weight REAL, group_name TEXT, split TEXT, columns TEXT,
                    container INTEGER, offset INTEGER, length INTEGER);
-CREATE TABLE images (key TEXT PRIMARY KEY, ordinal INTEGER, image TEXT, captions TEXT, kinds TEXT,
-                     weights TEXT, groups TEXT, split TEXT, columns TEXT, extension TEXT, width INTEGER,
-                     height INTEGER, content BLOB, pixels BLOB,
-                     phash BLOB, fixes TEXT, container INTEGER, offset INTEGER, length INTEGER,
-                     source BLOB) WITHOUT ROWID;
+CREATE TABLE images (key TEXT PRIMARY KEY, ordinal INTEGER, image TEXT, captions TEXT, weights TEXT,
+                     groups TEXT, split TEXT, columns TEXT, extension TEXT, width INTEGER, height INTEGER,
+                     content BLOB, pixels BLOB, phash BLOB, fixes TEXT, container INTEGER, offset INTEGER,
+                     length INTEGER, source BLOB) WITHOUT ROWID;
 CREATE TABLE earlier (key TEXT PRIMARY KEY, source BLOB, extension TEXT, width INTEGER, height INTEGER,
                       content BLOB, pixels BLOB, phash BLOB, fixes TEXT, container INTEGER, offset INTEGER,
                       length INTEGER) WITHOUT ROWID;
@@ -55,7 +54,7 @@ CREATE TABLE long_captions (ordinal INTEGER PRIMARY KEY, input INTEGER, line INT
 CREATE TABLE ignored (input INTEGER, name TEXT, reason TEXT);
 CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 """
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # unicodedata's names of control, format and space characters
 SPOOLED = -1  # the container of images in the part's .bytes
 INSERT_ROWS, INSERT_CHARACTERS = 10_000, 1 << 26  # that are held in memory
@@ -94,7 +93,7 @@ class StoredRow(NamedTuple):
         ordinal: the number of the row over all inputs, from 1.
         input: the number of the input.
         key: of the image, see data_prep.inputs.names.key_of.
-        kind, weight: of the caption, see data_prep.inputs.rows.Row.
+        weight: of the caption, see data_prep.inputs.rows.Row.
         container, offset, length: see Place.
     """
 
@@ -104,7 +103,6 @@ class StoredRow(NamedTuple):
     key: str
     image: str
     caption: str
-    kind: str
     weight: float | None
     group_name: str
     split: str
@@ -123,7 +121,7 @@ class StoredImage(NamedTuple):
     Attributes:
         ordinal: of the first row of the image.
         captions: one per line.
-        kinds, weights: JSON, of each caption; "" for none.
+        weights: JSON, of each caption; "" for none.
         groups: JSON, the cells of the group column; "" for none.
         split: the cell of the split column.
         extension, width, height, content, pixels, phash: see data_prep.images.CheckedImage.
@@ -136,7 +134,6 @@ class StoredImage(NamedTuple):
     ordinal: int
     image: str
     captions: str
-    kinds: str
     weights: str
     groups: str
     split: str
@@ -405,7 +402,6 @@ class _Loader:
             key,
             name,
             caption,
-            row.kind,
             row.weight,
             row.group,
             split,
@@ -440,8 +436,8 @@ class _Loader:
             self.ordinal += 1
             if first := self._first_rows.get(decision.key):
                 weight = None if first.weight is None else 1.0
-                added = {"caption": decision.new_caption, "kind": "", "weight": weight}
-                self._store(first._replace(ordinal=self.ordinal, **added))
+                added = first._replace(ordinal=self.ordinal, caption=decision.new_caption, weight=weight)
+                self._store(added)
 
     def _store(self, row: StoredRow) -> None:
         if tokens := self._token_limit.exceeded_by(row.caption):
@@ -507,11 +503,10 @@ class JoinedRows(NamedTuple):
     """What the rows of one image say together.
 
     Attributes:
-        kinds, weights: of each caption; [] if no row says any.
+        weights: of each caption; [] if no row says any.
     """
 
     captions: list[str]
-    kinds: list[str]
     weights: list[float]
     groups: list[str]
     split: str
@@ -534,14 +529,9 @@ def join_rows(part: Part, image: ImageRows) -> JoinedRows:
             split = split or row.split
         if row.group_name:
             groups[row.group_name] = None
-    kinds = [row.kind for row in captions.values()]
     weights = [row.weight for row in captions.values()]
     if all(weight is None for weight in weights):
         weights = []
     return JoinedRows(
-        list(captions),
-        kinds if any(kinds) else [],
-        [1.0 if weight is None else weight for weight in weights],
-        list(groups),
-        split,
+        list(captions), [1.0 if weight is None else weight for weight in weights], list(groups), split
     )

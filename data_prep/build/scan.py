@@ -210,7 +210,7 @@ def _store(part: Part, image: ImageRows, earlier: EarlierImage | None, checked: 
         captions="\n".join(joined.captions),  # load() leaves no line breaks in a caption
         **{
             name: json.dumps(values, ensure_ascii=False) if (values := getattr(joined, name)) else ""
-            for name in ("kinds", "weights", "groups")
+            for name in ("weights", "groups")
         },
         split=joined.split,
         columns=image.rows[0].columns,

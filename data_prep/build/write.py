@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.progress import progress
 from data_prep.shards import Member, as_json, sha256_of, shard_entry, write_index, write_shard
 
-MAX_KINDS = 1000
-
 
 class Changed(UserError):
     """An image is not the one that was checked."""
@@ -30,30 +27,18 @@ class Totals:
     """What the manifest says of a split's captions."""
 
     def __init__(self):
-        self.captions, self.kinds, self.weights = 0, Counter(), set()
+        self.captions, self.weights = 0, set()
 
     def add(self, image: PlannedImage) -> None:
-        """Count the captions of an image.
-
-        Raises:
-            UserError: they are of too many kinds.
-        """
+        """Count the captions of an image."""
         self.captions += len(image.captions)
-        self.kinds.update(filter(None, image.kinds))
         weights = self.weights.union(image.weights or [1.0])
         self.weights = {min(weights), max(weights)}
-        if len(self.kinds) > MAX_KINDS:
-            shown = ", ".join(map(repr, list(self.kinds)[:3]))
-            raise UserError(
-                f"captions of more than {MAX_KINDS:,} kinds ({shown}, ...): a kind is a column of captions;"
-                f" the last image was {image.image}; leave out the tar that it is from"
-            )
 
     def entry(self) -> dict:
-        """Their number, that of each kind, and the smallest and largest weight, where there are any."""
-        kinds = {"kinds": dict(sorted(self.kinds.items()))} if self.kinds else {}
+        """Their number, and the smallest and largest weight, where there are any."""
         weights = {} if self.weights <= {1.0} else {"weights": [min(self.weights), max(self.weights)]}
-        return {"captions": self.captions, **kinds, **weights}
+        return {"captions": self.captions, **weights}
 
 
 def write_shards(folder: Path, plan: Plan, settings: dict, processes: int) -> dict:
@@ -135,7 +120,8 @@ def _member(image: PlannedImage) -> Member:
         "width": image.width,
         "height": image.height,
     }
-    meta |= {name: values for name in ("kinds", "weights") if (values := getattr(image, name))}
+    if image.weights:
+        meta["weights"] = image.weights
     if image.columns:
         meta["columns"] = json.loads(image.columns)
     return Member(image.key, b"", image.extension, image.captions, meta, image.group)

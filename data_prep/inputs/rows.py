@@ -33,7 +33,6 @@ class Row(NamedTuple):
         data: the image, if the input contains it.
         offset: the byte of the input at which `data` begins, if it is stored there unchanged.
         problem: why the row cannot be used.
-        kind: of the caption, the name of its column, if captions are in several columns; else "".
         weight: in the training loss; None if the input has none.
     """
 
@@ -47,7 +46,6 @@ class Row(NamedTuple):
     data: bytes | None = None
     offset: int | None = None
     problem: Problem | None = None
-    kind: str = ""
     weight: float | None = None
 
 
@@ -162,18 +160,17 @@ def rows_of(table: Input, line: int, cells: dict) -> Iterator[Row]:
     if columns.weight:
         row = with_weight(row, field_of(cells, columns.weight))
     for column, caption in captions_of(cells, columns.captions):
-        captioned = row._replace(kind=column) if len(columns.captions) > 1 else row
         if caption is None or isinstance(caption, (str, bytes)):
-            yield check_text(captioned._replace(caption=as_text(caption)))
+            yield check_text(row._replace(caption=as_text(caption)))
         else:
             detail = kind_of(caption, "caption", column)
-            yield captioned._replace(problem=row.problem or Problem("caption is not text", detail))
+            yield row._replace(problem=row.problem or Problem("caption is not text", detail))
 
 
 def captions_of(cells: dict, columns: list[str]) -> list[tuple[str, object]]:
     """The captions of a line, which may be lists, each with its column; an empty one where there is none.
 
-    Of several columns some may be empty, and a text that is in two of them is one caption, of the first.
+    Of several columns some may be empty, and a text that is in two of them is one caption.
     """
     found = []
     for column in columns:
@@ -211,10 +208,10 @@ def check_text(row: Row) -> Row:
     """Give a row a problem if its text is too long, or has bytes that are not UTF-8, decoded as lone
     surrogates (PEP 383), or a NUL, which databases refuse: none of these may reach a shard.
     """
-    text = row.image + row.caption + row.kind + row.group + row.split + row.label
+    text = row.image + row.caption + row.group + row.split + row.label
     if len(text) <= MAX_CHARACTERS and text.isascii() and row.columns.isascii() and "\0" not in text:
         return row  # nearly all rows
-    for use in ("image", "caption", "kind", "group", "split", "label", "columns"):
+    for use in ("image", "caption", "group", "split", "label", "columns"):
         cell = getattr(row, use)
         if len(cell) > MAX_CHARACTERS and use != "columns":
             detail = f"its {use} has {len(cell):,} characters; at most {MAX_CHARACTERS:,}"

@@ -29,8 +29,7 @@ EXTENDED += (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 MAX_EXTENDED_BYTES = 1 << 20
 TEXTS = {"txt", "json", "cls"}  # extensions of what describes an image
 # Keys of KEY.json that our own tars store elsewhere, or that say nothing about the image.
-KNOWN = {"caption", "captions", "kinds", "weights", "key", "image", "sha256", "width", "height", "group"}
-KNOWN |= {"columns"}
+KNOWN = {"caption", "captions", "weights", "key", "image", "sha256", "width", "height", "group", "columns"}
 
 
 def read_tar(tar: Input) -> Iterator[Row]:
@@ -88,21 +87,24 @@ def _captioned(tar: Input, row: Row, sample: "TarSample") -> Iterator[Row]:
         hint = "" if tar.caption_ext else "; see --caption-ext and --caption-column"
         detail = f"the sample has {', '.join(sample.members)}{hint}"
         yield check_text(row._replace(problem=Problem("empty caption", detail)))
-    for kind, caption, weight in captions:
-        captioned = row._replace(kind=kind)
-        if weight is not None:
-            captioned = with_weight(captioned, weight)
+    for column, caption, weight in captions:
+        captioned = row if weight is None else with_weight(row, weight)
         if caption is None or isinstance(caption, str):
             yield check_text(captioned._replace(caption=caption or ""))
         else:
-            detail = kind_of_cell(caption, "caption", kind or tar.columns.caption)
+            detail = kind_of_cell(caption, "caption", column or tar.columns.caption)
             yield captioned._replace(problem=Problem("caption is not text", detail))
 
 
 class TarCaption(NamedTuple):
-    """A caption of a sample; the cell of its weight, if data_prep wrote one."""
+    """A caption of a sample.
 
-    kind: str
+    Attributes:
+        column: that it is from, if there are several; else "".
+        weight: the cell of its weight, if data_prep wrote one.
+    """
+
+    column: str
     caption: object
     weight: object = None
 
@@ -193,13 +195,11 @@ class TarSample:
 
 
 def _own_captions(values: dict) -> list[TarCaption]:
-    """The captions in a .json of data_prep's own, with their kinds and weights, where it has them."""
-    captions, n = values["captions"], len(values["captions"])
-    kinds, weights = (
-        found if isinstance(found := values.get(name), list) and len(found) == n else [None] * n
-        for name in ("kinds", "weights")
-    )
-    return [TarCaption(_if_text(kind), *rest) for kind, *rest in zip(kinds, captions, weights, strict=True)]
+    """The captions in a .json of data_prep's own, with their weights, where it has them."""
+    captions, weights = values["captions"], values.get("weights")
+    if not isinstance(weights, list) or len(weights) != len(captions):
+        weights = [None] * len(captions)
+    return [TarCaption("", *each) for each in zip(captions, weights, strict=True)]
 
 
 def _parsed(member: TarMember | None):

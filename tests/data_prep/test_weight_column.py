@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from conftest import assert_mistake, call_here, noise_images, tars
 from pyarrow import parquet
 
 from data_prep.__main__ import main
+from data_prep.atomic import write_json
 from data_prep.build.decisions import Decision, write_decisions
 from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build, index
 from data_prep.errors import UserError
 from data_prep.inputs.formats import read
 from data_prep.inputs.rows import Columns
-from data_prep.shards import Sample, Shards, parse_meta, read_manifest
+from data_prep.shards import Member, Sample, Shards, parse_meta, read_manifest, write_shard
 
 ONE, ALL_TRAIN, LENIENT = Parallelism(1), Splitting(0, 0), Checking(max_rejects=1)
 HEADER = ["image", "caption", "weight"]
@@ -67,13 +69,13 @@ def test_a_weight_for_each_caption_is_in_the_shards(tmp_path):
         assert (sample["json"]["captions"], sample["json"]["weights"]) == (captions, weights)
 
 
-def test_without_weights_and_kinds_the_shards_say_nothing_of_them(icon_shards):
+def test_without_weights_the_shards_say_nothing_of_them(icon_shards):
     shards = Shards(icon_shards, "train")
-    assert (shards.weight_range, shards.kinds) == ((1.0, 1.0), {})
+    assert shards.weight_range == (1.0, 1.0)
     sample = shards.read(0)
-    assert not {"weights", "kinds"} & sample.meta.keys()
-    assert not {"weights", "kinds"} & read_manifest(icon_shards)["splits"]["train"].keys()
-    assert (sample.weights, sample.kinds) == ([1.0] * len(sample.captions), [""] * len(sample.captions))
+    assert "weights" not in sample.meta
+    assert "weights" not in read_manifest(icon_shards)["splits"]["train"]
+    assert sample.weights == [1.0] * len(sample.captions)
 
 
 BAD = ["1_000", "٣", "-1", "nan", "inf", "1,5", "heavy", "1e999"]
@@ -131,19 +133,15 @@ WIDE_ROWS = [
 ]
 
 
-def test_the_columns_of_captions_are_their_kinds(tmp_path):
+def test_each_column_of_captions_gives_a_caption(tmp_path):
     source = table(tmp_path, WIDE, *WIDE_ROWS, ["1.png", "", "", "", "h"])
     out = built(source, tmp_path / "out", caption_column="name, synonyms,sentence", group_column="group")
-    assert {path: (each.captions, each.kinds) for path, each in samples_of(out).items()} == {
-        "0.png": (
-            ["home", "house, building", "A small home.", "a hut"],
-            ["name", "synonyms", "sentence", "synonyms"],
-        ),
-        "1.png": (["star"], ["name"]),
-        "2.png": (["A moon."], ["sentence"]),
-        "3.png": (["sun", "The sun."], ["name", "sentence"]),
+    assert {path: each.captions for path, each in samples_of(out).items()} == {
+        "0.png": ["home", "house, building", "A small home.", "a hut"],
+        "1.png": ["star"],
+        "2.png": ["A moon."],
+        "3.png": ["sun", "The sun."],
     }
-    assert Shards(out, "train").kinds == {"name": 3, "sentence": 3, "synonyms": 2}
     assert [(line, reason) for line, reason, _ in reasons_of(out)] == [
         ("6", "duplicate row"),
         ("7", "empty caption"),
@@ -159,16 +157,16 @@ def test_what_is_no_text_in_one_of_several_columns_is_a_reject(tmp_path):
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = [
-        (row.image, row.kind, row.problem.reason if row.problem else row.caption)
+        (row.image, row.problem.reason if row.problem else row.caption)
         for row in read(str(tmp_path / "a.jsonl"), Columns(caption="name,words"))
     ]
     assert found == [
-        ("a", "name", "3"),
-        ("a", "words", "caption is not text"),
-        ("b", "words", "caption is not text"),
-        ("c", "", ""),
-        ("d", "words", "x"),
-        ("d", "words", "y"),
+        ("a", "3"),
+        ("a", "caption is not text"),
+        ("b", "caption is not text"),
+        ("c", ""),
+        ("d", "x"),
+        ("d", "y"),
     ]
 
 
@@ -184,7 +182,7 @@ def test_the_columns_of_a_wide_table_give_the_captions_of_a_long_one(tmp_path):
     a, b = Shards(one, "train"), Shards(two, "train")
     assert a.groups.tolist() == b.groups.tolist()
     for number in range(3):
-        assert {**a.read(number).meta, "kinds": None} == {**b.read(number).meta, "kinds": None}
+        assert a.read(number).meta == b.read(number).meta
 
 
 def test_columns_and_weights_of_a_tars_json(tmp_path):
@@ -205,14 +203,14 @@ def test_columns_and_weights_of_a_tars_json(tmp_path):
                 archive.addfile(about, io.BytesIO(data))
     reading = {"caption_column": "name,words", "weight_column": "weight"}
     out = built(str(tmp_path / "a.tar"), tmp_path / "out", **reading)
-    assert {path: (each.captions, each.kinds, each.weights) for path, each in samples_of(out).items()} == {
-        "a.tar/0": (["home", "house", "hut"], ["name", "words", "words"], [2.0] * 3),
-        "a.tar/2": (["moon"], [""], [3.0]),
+    assert {path: (each.captions, each.weights) for path, each in samples_of(out).items()} == {
+        "a.tar/0": (["home", "house", "hut"], [2.0] * 3),
+        "a.tar/2": (["moon"], [3.0]),
     }
     assert [reason for _, reason, _ in reasons_of(out)] == ["invalid weight"]
 
 
-def test_our_own_tars_keep_kinds_and_weights(tmp_path):
+def test_our_own_tars_keep_weights(tmp_path):
     rows = [["0.png", "home", "house", 2], ["1.png", "star", "", ""], ["2.png", "moon", "luna", 0]]
     source = table(tmp_path, ["image", "name", "words", "weight"], *rows)
     first = built(source, tmp_path / "first", caption_column="name,words", weight_column="weight")
@@ -223,7 +221,7 @@ def test_our_own_tars_keep_kinds_and_weights(tmp_path):
     index([tar], tmp_path / "index", split=ALL_TRAIN, parallelism=ONE)
     entries = [read_manifest(shards)["splits"]["train"] for shards in (first, again, tmp_path / "index")]
     assert entries[0]["weights"] == [0.0, 2.0]
-    for name in ("kinds", "weights", "captions"):
+    for name in ("weights", "captions"):
         assert entries[0][name] == entries[1][name] == entries[2][name]
     own, indexed = samples_of(first), samples_of(tmp_path / "index")
     assert {path: each.meta for path, each in own.items()} == {
@@ -231,7 +229,7 @@ def test_our_own_tars_keep_kinds_and_weights(tmp_path):
     }
 
 
-def test_decisions_keep_the_weight_and_kind_of_a_caption(tmp_path):
+def test_decisions_keep_the_weight_of_a_caption(tmp_path):
     rows = [["0.png", "home", "house", 2], ["1.png", "star", "", 3]]
     source = table(tmp_path, ["image", "name", "words", "weight"], *rows)
     reading = {"caption_column": "name,words", "weight_column": "weight"}
@@ -242,9 +240,9 @@ def test_decisions_keep_the_weight_and_kind_of_a_caption(tmp_path):
     ]
     write_decisions(tmp_path / "d.csv", decisions)
     out = built(source, tmp_path / "b", **reading, decisions=str(tmp_path / "d.csv"))
-    assert {path: (each.captions, each.kinds, each.weights) for path, each in samples_of(out).items()} == {
-        "0.png": (["home", "hut"], ["name", "words"], [2.0, 2.0]),
-        "1.png": (["star", "sun"], ["name", ""], [3.0, 1.0]),
+    assert {path: (each.captions, each.weights) for path, each in samples_of(out).items()} == {
+        "0.png": (["home", "hut"], [2.0, 2.0]),
+        "1.png": (["star", "sun"], [3.0, 1.0]),
     }
 
 
@@ -252,11 +250,9 @@ def test_decisions_keep_the_weight_and_kind_of_a_caption(tmp_path):
     ("changes", "problem"),
     [
         ({"weights": [1.0]}, "weights of 1 captions, not 2"),
-        ({"kinds": ["a", "b", "c"]}, "kinds of 3 captions, not 2"),
         ({"weights": [1, -1]}, r"weights\[1\] is not valid"),
         ({"weights": [1, float("inf")]}, r"weights\[1\] is not valid"),
         ({"weights": [True, 1]}, r"weights\[0\] is not valid"),
-        ({"kinds": ["a", 1]}, r"kinds\[1\] is a whole number"),
         ({"weights": 1}, "weights is a whole number, not a list"),
     ],
 )
@@ -278,26 +274,38 @@ def tar_of(folder: Path, **meta) -> str:
     return str(folder / "a.tar")
 
 
-def test_too_many_kinds_of_a_strangers_tar_end_the_build(tmp_path):
-    source = tar_of(tmp_path, captions=[f"c {n}" for n in range(1001)], kinds=[f"k {n}" for n in range(1001)])
-    with pytest.raises(UserError, match=r"captions of more than 1,000 kinds .*a\.tar/0"):
-        built(source, tmp_path / "out")
+def test_weights_of_a_strangers_tar_are_checked(tmp_path):
+    out = built(tar_of(tmp_path, captions=["c 0", "c 1"], weights=[2, "heavy"]), tmp_path / "out")
+    assert [reason for _, reason, _ in reasons_of(out)] == ["invalid weight"]
+    assert [each.weights for each in samples_of(out).values()] == [[2.0]]
+    for number, weights in enumerate(([1], {"c 0": 3})):  # that do not belong to the captions
+        (tmp_path / f"b{number}").mkdir()
+        other = tar_of(tmp_path / f"b{number}", captions=["c 0", "c 1"], weights=weights)
+        sample = next(iter(samples_of(built(other, tmp_path / f"b{number}" / "out")).values()))
+        assert "weights" not in sample.meta
 
 
-def test_kinds_and_weights_of_a_strangers_tar_are_checked(tmp_path):
-    kinds = ["name", "\ud800", "a\0b", "k" * 200_000, 3]
-    weights = [2, 1, 1, 1, "heavy"]
-    out = built(
-        tar_of(tmp_path, captions=[f"c {n}" for n in range(5)], kinds=kinds, weights=weights),
-        tmp_path / "out",
-    )
-    reasons = ["bad UTF-8", "NUL character", "text too long", "invalid weight"]
-    assert [reason for _, reason, _ in reasons_of(out)] == reasons
-    assert [(each.kinds, each.weights) for each in samples_of(out).values()] == [(["name"], [2.0])]
-    (tmp_path / "b").mkdir()
-    other = tar_of(tmp_path / "b", captions=["c 0", "c 1"], kinds=["name"], weights={"c 0": 3})
-    sample = next(iter(samples_of(built(other, tmp_path / "b" / "out")).values()))
-    assert not {"kinds", "weights"} & sample.meta.keys()  # lists that do not belong to the captions
+def test_what_older_shards_say_of_the_columns_of_captions_is_ignored(tmp_path):
+    rows = [["0.png", "home", "house", 2], ["1.png", "star", "", 1]]
+    source = table(tmp_path, ["image", "name", "words", "weight"], *rows)
+    out = built(source, tmp_path / "out", caption_column="name,words", weight_column="weight")
+    new, old = Shards(out, "train"), shutil.copytree(out, tmp_path / "old")
+    members = []
+    for number in range(len(new)):
+        sample = new.read(number)
+        meta = sample.meta | {"kinds": ["name", "words"][: len(sample.captions)]}
+        members.append(Member(sample.key, sample.image, "png", sample.captions, meta, new.groups[number]))
+    manifest = read_manifest(old)
+    entry = write_shard(next(old.glob("train/*.tar")), members)
+    manifest["splits"]["train"] |= {"kinds": {"name": 2, "words": 1}, "shards": [entry]}
+    write_json(old / "manifest.json", manifest)
+    Shards(old, "train").verify()
+    for shards in (out, old):
+        assert {path: (each.captions, each.weights) for path, each in samples_of(shards).items()} == {
+            "0.png": (["home", "house"], [2.0, 2.0]),
+            "1.png": (["star"], [1.0]),
+        }
+    assert tars(old) != tars(out) == tars(built(str(next(old.glob("train/*.tar"))), tmp_path / "again"))
 
 
 def test_the_command_line(tmp_path):

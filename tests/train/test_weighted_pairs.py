@@ -1,4 +1,4 @@
-"""Weights of pairs and kinds of captions, from shards into runs; equal weights change no bit."""
+"""Weights of pairs, from shards into runs; equal weights change no bit."""
 
 import csv
 import shutil
@@ -12,13 +12,13 @@ from ranks_script import global_batch, train_state
 from runs import assert_bit_equal, exported, newest, no_validation, trained
 from runs import recipe as small_recipe
 
-from data_prep.build.pipeline import Parallelism, Splitting, build
+from data_prep.build.pipeline import Parallelism, build
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from train.data.loader import TrainPairs, train_loader
 from train.data.order import Order
 from train.model.clip import load
-from train.recipe import Augment, Captions, Recipe, parse
+from train.recipe import Augment, Captions, Recipe
 from train.step import backward, train_step
 from train.world import World
 
@@ -101,68 +101,3 @@ def test_weights_that_are_all_zero_are_refused(tiny_model, icon_folder, tmp_path
     shards = weighted_shards(icon_folder, tmp_path / "zero", lambda number: 0)
     with pytest.raises(UserError, match="zero, train: all weights are 0"):
         trained(short(tiny_model, shards, tmp_path / "run"), no_validation)
-
-
-def test_weights_of_kinds_need_kinds(tiny_model, icon_shards, tmp_path):
-    recipe = short(tiny_model, icon_shards, tmp_path / "run", captions=Captions(weights=("name=3",)))
-    with pytest.raises(UserError, match=r"have no kinds.*--caption-column name,sentence"):
-        trained(recipe, no_validation)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_kinds_are_drawn_and_equal_weights_train_the_same_bits(tiny_model, icon_folder, tmp_path):
-    with open(icon_folder / "icons.csv", newline="") as file:
-        rows = [row | {"words": f"{row['caption']}, thing"} for row in csv.DictReader(file)]
-    with open(tmp_path / "wide.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    reading = replace(ICONS, caption_column="caption,words", images=str(icon_folder))
-    build(
-        [str(tmp_path / "wide.csv")],
-        tmp_path / "wide",
-        reading,
-        split=Splitting(),
-        parallelism=Parallelism(1),
-    )
-    options = {"none": (), "equal": ("caption=2", "words=2"), "names": ("words=0",)}
-    runs = {
-        name: trained(
-            short(tiny_model, tmp_path / "wide", tmp_path / name, captions=Captions(weights=weights)),
-            no_validation,
-        ).folder
-        for name, weights in options.items()
-    }
-    assert_bit_equal(runs["none"], runs["equal"])
-    assert not torch.equal(*(exported(newest(runs[name]))["visual.proj"] for name in ("none", "names")))
-    with pytest.raises(
-        UserError, match=r"no captions of the kind nme; it has caption \(\d+\), words \(\d+\)"
-    ):
-        trained(
-            short(tiny_model, tmp_path / "wide", tmp_path / "x", captions=Captions(weights=("nme=1",))),
-            no_validation,
-        )
-
-
-@pytest.mark.parametrize(
-    ("weights", "problem"),
-    [
-        (["name"], "must be of different kinds"),
-        (["name=x"], "must be of different kinds"),
-        (["name=-1"], "must be of different kinds"),
-        (["name=inf"], "must be of different kinds"),
-        (["name=nan"], "must be of different kinds"),
-        (["=1"], "must be of different kinds"),
-        (["name=1", "name=2"], "must be of different kinds"),
-        (["name=1", "--captions.sample", "first"], "needs --captions.sample random"),
-    ],
-)
-def test_what_no_weights_are(weights, problem):
-    with pytest.raises(UserError, match=problem):
-        parse(["--model", "m", "--data", "d", "--run", "r", "--captions.weights", *weights])
-
-
-def test_a_recipe_file_has_weights(tmp_path):
-    (tmp_path / "r.yaml").write_text("{model: m, data: d, run: r, captions: {weights: [name=3, a=b=0.5]}}")
-    recipe = parse([str(tmp_path / "r.yaml")])
-    assert recipe.captions.weight_of_kind == {"name": 3.0, "a=b": 0.5}

@@ -104,7 +104,7 @@ class TrainPairs(Dataset):
         uniforms = ((bits[1:] >> 11) * 2.0**-53).tolist()
         with self.shards.naming(number):
             image = crop(sample.image, self.size, self.augmentation.augment, uniforms)
-        drawn = draw(sample.kinds, self.captions, int(bits[0]))
+        drawn = draw(len(sample.captions), self.captions, int(bits[0]))
         return Pair(
             image,
             caption(sample.captions[drawn], self.captions, int(bits[0])),

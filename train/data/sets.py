@@ -5,7 +5,6 @@ every batch.
               the sample is the next one of the set's own Order, with its own epochs
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -28,7 +27,7 @@ class DataSets(Joined):
         groups: int64 [n]; groups of different sets have different numbers.
         fingerprint: those of the sets, with spaces between them.
         folder: the folders of the sets, for messages.
-        shard_sizes, kinds, weight_range: as of Shards, over all sets.
+        shard_sizes, weight_range: as of Shards, over all sets.
     """
 
     def __init__(self, parts: list[Shards]):
@@ -41,7 +40,6 @@ class DataSets(Joined):
         self.shard_sizes = np.concatenate([part.shard_sizes for part in parts])
         self.fingerprint = " ".join(part.fingerprint for part in parts)
         self.folder, self.split = ", ".join(str(part.folder) for part in parts), parts[0].split
-        self.kinds = sum((Counter(part.kinds) for part in parts), Counter())
         least, largest = zip(*(part.weight_range for part in parts), strict=True)
         self.weight_range = min(least), max(largest)
 
