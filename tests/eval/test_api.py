@@ -117,7 +117,7 @@ def test_a_search_gives_what_the_command_finds(icon_index, icon_folder):
     index = cliptune.Index(icon_index)
     assert "images)" in repr(index)
     searcher = open_searcher(icon_index, "", ["split=train"], 7, True, False)
-    [expected] = searcher.find(text_query(searcher.clip, ["a bell"]))
+    [expected] = searcher.find(text_query(searcher.clip, ["a bell"]), ["a bell"])
     assert index.search("a bell", k=7, filters=["split=train"]) == expected
     path = next(icon_folder.rglob("*.png"))
     by_path = index.search(path, k=3, all_variants=True)

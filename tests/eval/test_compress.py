@@ -29,6 +29,7 @@ from eval.search.index import Index
 from eval.search.nearest import Nearest
 from eval.search.query import text_query
 from eval.search.serve import Column, Search, results_of
+from eval.search.words import Words
 from train.world import World
 
 DIMS = 8
@@ -155,7 +156,9 @@ def test_commands_take_it(icon_index, small, tmp_path, capsys):
 
 
 def test_the_page_shows_it_beside_the_larger_one(icon_index, small):
-    columns = [Column(Index(folder), None, ThreadPoolExecutor(1)) for folder in (icon_index, small)]
+    columns = [
+        Column(index, None, ThreadPoolExecutor(1), Words(index)) for index in map(Index, (icon_index, small))
+    ]
     found = results_of(columns, Search(like=3, k=5, grouped=False))["results"]
     features = decoded(small)
     exact = np.delete(features @ features[3], 3)

@@ -19,6 +19,7 @@ from eval.search.indexing import start
 from eval.search.nearest import Nearest
 from eval.search.query import filter_rows, read_queries
 from eval.search.serve import Column, Search, about, app, results_of
+from eval.search.words import Words
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def index(icon_index, memory_folder) -> Path:
 def search(folder: Path) -> None:
     """All that search, the page and clustering read of an index, without its model."""
     opened = Index(folder)
-    column = Column(opened, None, ThreadPoolExecutor(1)) if len(opened) else None
+    column = Column(opened, None, ThreadPoolExecutor(1), Words(opened)) if len(opened) else None
     if column:
         found = [about([column]), results_of([column], Search(like=0, k=3))]
         json.dumps(found, allow_nan=False).encode()
@@ -107,7 +108,7 @@ def test_what_an_unfinished_index_is_of(count, memory_folder):
 @pytest.fixture(scope="module")
 def ask(icon_index) -> fuzz.Asked:
     opened = Index(icon_index)
-    return fuzz.Asked(app([Column(opened, opened.model(), ThreadPoolExecutor(1))]))
+    return fuzz.Asked(app([Column(opened, opened.model(), ThreadPoolExecutor(1), Words(opened))]))
 
 
 PNG = png(noise_image(16, 16))
