@@ -27,6 +27,7 @@ COMMANDS = {
     "embed": "eval embed",
     "search": "eval search",
     "serve": "eval serve",
+    "site": "eval site",
     "compress": "eval compress",
     "cluster": "eval cluster",
     "export-index": "eval export",

@@ -20,11 +20,13 @@
       images of val and test that are nearly the same as a training image, as this model sees them
 
   python -m eval embed runs/icons --data data/icons/shards --out indexes/icons
-      makes an index of a corpus, for the five commands below; also under torchrun
+      makes an index of a corpus, for the six commands below; also under torchrun
   python -m eval search indexes/icons --text "a bell with a slash"
       finds images by a sentence, by an image (--image FILE), or many (--queries-csv FILE --out found.csv)
   python -m eval serve indexes/base indexes/icons
       serves a search page: sentences, images, filters, models side by side
+  python -m eval site indexes/icons --out site
+      writes the search page as static files for any web server; the browser runs the model
   python -m eval compress indexes/icons --out indexes/small
       a smaller index, with fewer dimensions at int8, and its loss on the captions of val
   python -m eval export indexes/icons --out icons.sql
@@ -52,6 +54,7 @@ COMMANDS = {
     "embed": "eval.search.command:embed",
     "search": "eval.search.command:search",
     "serve": "eval.search.command:serve",
+    "site": "eval.search.command:site",
     "compress": "eval.search.command:compress",
     "export": "eval.search.command:export",
     "cluster": "eval.cluster.command:cluster",
