@@ -1,7 +1,8 @@
 """Time of a search without the encoder, and of making an index compared with the model's forward.
 
   python -m benchmarks.search nearest
-      100 thousand x 768, one thread: faiss and torch; --n 1000000 --approximate for an inverted file
+      100 thousand x 768, one thread: faiss and torch; --n 1000000 --approximate for an inverted file,
+      --dims 192 for the index after `python -m eval compress`
   python -m benchmarks.search embed MODEL --data SHARDS
       `python -m eval embed` and its forward alone, in turns
 
@@ -30,6 +31,7 @@ from data_prep.tables import markdown_table
 from eval.embed import load_for_eval, precision_of
 from eval.options import Inference
 from eval.search import nearest as nearest_module
+from eval.search.command import compress
 from eval.search.command import embed as embed_corpus
 from eval.search.index import FORMAT, Index
 from eval.search.indexing import SCHEMA
@@ -40,14 +42,22 @@ INFERENCE = Inference()
 
 
 def nearest(
-    n: int = 100_000, d: int = 768, k: int = 50, queries: int = 30, approximate: bool = False
+    n: int = 100_000,
+    d: int = 768,
+    k: int = 50,
+    queries: int = 30,
+    approximate: bool = False,
+    dims: int | None = None,
 ) -> None:
     """Milliseconds of a query, median and slowest, on one thread, its groups joined."""
     torch.set_num_threads(1)
     if nearest_module.faiss:
         nearest_module.faiss.omp_set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        index = Index(random_index(Path(folder), n, d))
+        made = random_index(Path(folder), n, d)
+        if dims:
+            compress(made, Path(folder) / "small", dims=dims)
+        index = Index(Path(folder) / "small" if dims else made)
         asked = F.normalize(torch.randn(queries, d, generator=torch.Generator().manual_seed(1)), dim=-1)
         ways = (
             {"faiss": Nearest(index), "torch": Nearest(index, use_faiss=False)}
@@ -72,7 +82,8 @@ def nearest(
                 seconds.append(time.perf_counter() - begun)
             rows.append([name, f"{1000 * np.median(seconds):.1f}", f"{1000 * max(seconds):.1f}"])
     columns = ["", "median ms", "slowest ms"]
-    print(f"{n} x {d}, the {k} best groups, one thread\n\n{markdown_table(columns, rows)}")
+    what = f"{n} x {dims or d} {index.stored.dtype}, the {k} best groups, one thread"
+    print(f"{what}\n\n{markdown_table(columns, rows)}")
 
 
 def random_index(folder: Path, n: int, d: int) -> Path:
@@ -90,6 +101,7 @@ def random_index(folder: Path, n: int, d: int) -> Path:
     numbers = np.arange(n)
     known = {
         "key": numbers.astype(str),
+        "path": numbers.astype(str),
         "split": np.full(n, "train"),
         "group": numbers // 4,
         "captions": [[]] * n,

@@ -1,9 +1,8 @@
 """A smaller index: fewer dimensions at int8, and what that costs, measured on the captions of the val split.
 
-    image_features [n, d] @ principal axes of the training images [d, dims] -> int8 codes [n, dims]
+    image_features [n, d] @ principal axes of the training images [d, dims] -> L2-normed -> int8 codes
 
-A search multiplies queries by the same axes. Fewer dimensions are the first columns of more, so one rotation
-of the features serves all rungs of the ladder.
+A search multiplies queries by the same axes. What was tried: benchmarks/search.md.
 """
 
 import shutil
@@ -97,15 +96,13 @@ def compress_index(
         )
     questions = ask(index, rows, model) if len(rows) else None
     axes = principal_axes(index)
-    whole = Projection(axes, scales_of(index, axes))
     if questions:
-        choices = [dims] if dims else ladder(index.manifest["d"])
-        rungs = measure(index, questions, whole, choices)
+        rungs = measure(index, questions, axes, [dims] if dims else ladder(index.manifest["d"]))
         say(text_of(report(index, questions, rungs)))
         dims = dims or smallest(rungs, max_loss, folder).dims
     else:
         say(f"{folder}: has no captions in the split val; the loss is not measured")
-    write(index, Projection(whole.matrix[:, :dims], whole.scales[:dims]), out, model)
+    write(index, projection(index, axes, dims), out, model)
     n, d = index.stored.shape
     sizes = f"{n * dims / 1e6:.1f} MB of features instead of {2 * n * d / 1e6:.1f}"
     say(f"{counted(n, 'image')}, {dims} of {d} dimensions at int8, {sizes}: {out}")
@@ -163,32 +160,39 @@ def principal_axes(index: Index) -> np.ndarray:
     return np.ascontiguousarray(np.linalg.eigh(moment)[1][:, ::-1], np.float32)
 
 
-def rotated(index: Index, matrix: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """The features of all images times a matrix, fp32 [m, dims], some rows at a time."""
-    for start in progress(range(0, len(index), ROWS_AT_ONCE), desc="compressing", unit="part", delay=1):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        yield rows, index.decoded(rows) @ matrix
+def projection(index: Index, axes: np.ndarray, dims: int) -> Projection:
+    """The first axes, with scales at which no value of any image is clipped."""
+    matrix, largest = np.ascontiguousarray(axes[:, :dims]), np.full(dims, 1e-6, np.float32)
+    for rows in parts(index):
+        largest = np.maximum(largest, np.abs(projected(index.decoded(rows), matrix)).max(0))
+    return Projection(matrix, (largest / 127).astype(np.float32))
 
 
-def scales_of(index: Index, matrix: np.ndarray) -> np.ndarray:
-    """fp32 [dims]: a 127th of the largest value in each dimension, so that none is clipped."""
-    largest = np.max([np.abs(part).max(0) for _, part in rotated(index, matrix)], axis=0)
-    return (np.maximum(largest, 1e-6) / 127).astype(np.float32)
+def parts(index: Index) -> Iterator[slice]:
+    """All rows, some at a time."""
+    starts = range(0, len(index), ROWS_AT_ONCE)
+    for start in progress(starts, desc="compressing", unit="part", leave=False, delay=1):
+        yield slice(start, start + ROWS_AT_ONCE)
 
 
-def quantized(features: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """int8 codes of fp32 [m, dims]."""
-    return np.clip(np.round(features / scales), -127, 127).astype(np.int8)
+def projected(features: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Features fp32 [m, d] in fewer dimensions [m, dims], L2-normed: equal images have a cosine of 1."""
+    features = features @ matrix
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-def measure(index: Index, questions: Questions, whole: Projection, choices: list[int]) -> list[Rung]:
+def quantized(features: np.ndarray, by: Projection) -> np.ndarray:
+    """int8 codes [m, dims] of features fp32 [m, d]."""
+    return np.clip(np.round(projected(features, by.matrix) / by.scales), -127, 127).astype(np.int8)
+
+
+def measure(index: Index, questions: Questions, axes: np.ndarray, choices: list[int]) -> list[Rung]:
     """What each number of dimensions finds, against the index as it is."""
     images, texts = index.decoded(questions.rows), questions.text_features.numpy()
-    before = questions.scores(images, texts)
-    texts, images = texts @ whole.matrix, quantized(images @ whole.matrix, whole.scales) * whole.scales
-    rungs = []
+    before, rungs = questions.scores(images, texts), []
     for dims in progress(choices, desc="measuring", unit="rung", delay=1):
-        after = questions.scores(images[:, :dims], texts[:, :dims])
+        by = projection(index, axes, dims)
+        after = questions.scores(quantized(images, by) * by.scales, texts @ by.matrix)
         values = {name: float(of_queries.mean()) for name, of_queries in after.items()}
         pairs = {name: (before[name], after[name], questions.groups) for name in METRICS}
         rungs.append(Rung(dims, values, {name: paired_difference(*pairs[name]) for name in METRICS}))
@@ -233,19 +237,19 @@ def report(index: Index, questions: Questions, rungs: list[Rung]) -> list[str | 
     return [searched, Table(["dimensions", "bytes per image", "MB", *titles], [before, *rows]), *notes]
 
 
-def write(index: Index, projection: Projection, out: Path, model: str) -> None:
+def write(index: Index, by: Projection, out: Path, model: str) -> None:
     """Write the compressed index."""
     with atomic_folder(out, "index") as folder:
         for name in COPIED:
             if (source := file_below(index.folder, name)).exists():
                 shutil.copyfile(source, folder / name)
-        shape = len(index), len(projection.scales)
+        shape = len(index), len(by.scales)
         codes = np.lib.format.open_memmap(folder / "features.npy", "w+", np.int8, shape)
-        for rows, features in rotated(index, projection.matrix):
-            codes[rows] = quantized(features, projection.scales)
+        for rows in parts(index):
+            codes[rows] = quantized(index.decoded(rows), by)
         codes.flush()
-        np.save(folder / "projection.npy", np.ascontiguousarray(projection.matrix))
-        np.save(folder / "scales.npy", projection.scales)
+        np.save(folder / "projection.npy", by.matrix)
+        np.save(folder / "scales.npy", by.scales)
         place = place_of(model or index.made_by, out)
         write_json(
             folder / "manifest.json", {**index.manifest, "index_format": COMPRESSED, "model_place": place}

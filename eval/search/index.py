@@ -50,7 +50,7 @@ MAKE = "python -m eval embed MODEL --data SHARDS --out INDEX"
 
 
 class Projection(NamedTuple):
-    """What an index is compressed by: image_features @ matrix ~ codes * scales.
+    """What an index is compressed by: normalize(image_features @ matrix) ~ codes * scales.
 
     Attributes:
         matrix: fp32 [d, dims], with orthonormal columns.
@@ -158,7 +158,7 @@ class Index:
 
     @cached_property
     def features(self) -> np.ndarray:
-        """fp16 [n, d], L2-normed. Of a compressed index [n, dims], decoded: their products are the cosines."""
+        """fp16 [n, d], L2-normed; of a compressed index [n, dims], decoded, L2-normed before int8."""
         if not self.projection:
             return self.stored
         features = np.empty(self.stored.shape, np.float16)

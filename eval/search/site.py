@@ -32,8 +32,8 @@ from data_prep.strict_json import strict_json
 from data_prep.tables import counted, markdown_table
 from data_prep.terminal import say
 from data_prep.web import SECURITY_HEADERS
-from eval.search.compress import principal_axes, quantized, rotated, scales_of
-from eval.search.index import Index, Projection
+from eval.search.compress import parts, principal_axes, projection, quantized
+from eval.search.index import Index
 from eval.search.serve import NO_IMAGES, PAGE, about, open_indexes
 from eval.search.tower import LEAST_OVERLAP, Tower, write_text_tower
 from train.export.folder import ONNX, require
@@ -241,22 +241,22 @@ def write_model(index: Index, clip: Clip, folder: Path) -> dict:
     """The codes of an index and the text tower of its model; what site.js needs to know of them."""
     folder.mkdir(parents=True)
     if index.projection:
-        projection, codes = index.projection, index.stored
+        by, codes = index.projection, index.stored
     else:
         axes = principal_axes(index)
-        projection = Projection(axes, scales_of(index, axes))
-        codes = np.concatenate([quantized(part, projection.scales) for _, part in rotated(index, axes)])
+        by = projection(index, axes, len(axes))
+        codes = np.concatenate([quantized(index.decoded(rows), by) for rows in parts(index)])
         say(
             f"{index.folder}: not compressed, so all {len(axes)} dimensions are in the site, at int8;"
             " python -m eval compress makes fewer of them"
         )
     (folder / "codes.bin").write_bytes(codes.tobytes())
-    (folder / "axes.bin").write_bytes(projection.matrix.astype("<f4").tobytes())
+    (folder / "axes.bin").write_bytes(by.matrix.astype("<f4").tobytes())
     tower = write_text_tower(clip, index, folder / "text.onnx")
     say(described(tower, index), flush=True)
     return {
-        "dims": len(projection.scales),
-        "scales": projection.scales.tolist(),
+        "dims": len(by.scales),
+        "scales": by.scales.tolist(),
         "context_length": clip.tokenizer.context_length,
         "is_causal": causal_tower(clip.towers.model) is not None,
         "tower": tower._asdict(),

@@ -5,6 +5,7 @@ every command that takes an index takes it.
 import csv
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,6 +28,7 @@ from eval.search.command import compress, export, search
 from eval.search.index import Index
 from eval.search.nearest import Nearest
 from eval.search.query import text_query
+from eval.search.serve import Column, Search, results_of
 from train.world import World
 
 DIMS = 8
@@ -53,50 +55,39 @@ def decoded(folder) -> np.ndarray:
 def test_search_is_brute_force_on_the_codes(use_faiss, dims, icon_index, tmp_path):
     compress(icon_index, tmp_path / "small", dims=dims)
     index = Index(tmp_path / "small")
-    queries = F.normalize(
-        torch.randn(7, index.manifest["d"], generator=torch.Generator().manual_seed(0)), dim=1
-    )
+    drawn = torch.randn(7, index.manifest["d"], generator=torch.Generator().manual_seed(0))
+    queries = F.normalize(drawn, dim=1)
     scores = queries.double().numpy() @ decoded(index.folder).T
     few = np.arange(len(index)) % 5 == 2
     for rows in (None, few):
         allowed = scores if rows is None else np.where(rows, scores, -np.inf)
         best = -np.sort(-allowed, axis=1)[:, :9]
-        for of_query, expected, hits in zip(
-            scores,
-            best,
-            Nearest(index, use_faiss=use_faiss).top(queries, 9, rows, grouped=False),
-            strict=True,
-        ):
+        found = Nearest(index, use_faiss=use_faiss).top(queries, 9, rows, grouped=False)
+        for of_query, expected, hits in zip(scores, best, found, strict=True):
             assert [hit.score for hit in hits] == pytest.approx(expected, abs=2e-6)
             assert of_query[[hit.number for hit in hits]] == pytest.approx(expected, abs=2e-6)
 
 
-def test_all_dimensions_lose_no_more_than_rounding(icon_index, tmp_path):
+@pytest.mark.parametrize("dims", [DIMS, 16])
+def test_codes_are_the_features_on_the_axes_to_half_a_step(dims, icon_index, tmp_path):
+    """The axes are those of numpy's SVD of the training images; 16 are all of them."""
     original = Index(icon_index)
-    compress(icon_index, tmp_path / "all", dims=original.manifest["d"])
-    index = Index(tmp_path / "all")
+    compress(icon_index, tmp_path / "small", dims=dims)
+    index = Index(tmp_path / "small")
     matrix, scales = index.projection
-    np.testing.assert_allclose(matrix.T @ matrix, np.eye(len(matrix)), atol=1e-5)
-    error = np.abs(decoded(index.folder) @ matrix - original.decoded(slice(None)) @ matrix)
+    train = original.decoded(np.flatnonzero(original.values("split").to_numpy() == "train"))
+    _, values, axes = np.linalg.svd(train.astype(np.float64), full_matrices=False)
+    np.testing.assert_allclose(((train @ matrix) ** 2).sum(0), values[:dims] ** 2, rtol=1e-3, atol=1e-3)
+    overlap = matrix.T @ axes[:dims].T  # the sign of an axis is free, and near equal values mix two of them
+    np.testing.assert_allclose(overlap @ overlap.T, np.eye(dims), atol=1e-2)
+    expected = original.decoded(slice(None)) @ matrix
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    error = np.abs(index.decoded(slice(None)) - expected)
     assert (error <= scales / 2 + 1e-6).all()
     assert error.max() > 0
     np.testing.assert_allclose(index.as_queries(range(len(index))), decoded(index.folder), atol=1e-6)
     np.testing.assert_allclose(index.features, index.stored * scales, atol=1e-3)
-
-
-def test_fewer_dimensions_are_the_first_of_more_and_keep_the_most(icon_index, tmp_path):
-    original, kept = Index(icon_index), []
-    axes = compress_module.principal_axes(original)
-    train = np.flatnonzero(original.values("split").to_numpy() == "train")
-    for dims in (4, DIMS):
-        compress(icon_index, tmp_path / str(dims), dims=dims)
-        index = Index(tmp_path / str(dims))
-        assert np.array_equal(index.projection.matrix, axes[:, :dims])
-        kept.append(index.stored)
-    assert np.array_equal(kept[1][:, :4], kept[0])
-    _, values, _ = np.linalg.svd(original.decoded(train).astype(np.float64))
-    energy = ((original.decoded(train) @ axes) ** 2).sum(0)
-    np.testing.assert_allclose(energy, values**2, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(index.as_queries([3]) @ matrix, index.decoded([3]), atol=1e-6)
 
 
 def test_the_loss_is_the_difference_of_two_retrievals(icon_index, icon_shards, capsys, tmp_path):
@@ -117,12 +108,8 @@ def test_the_loss_is_the_difference_of_two_retrievals(icon_index, icon_shards, c
         embedded = Embedded(torch.from_numpy(each.decoded(rows)), texts, whole.captions)
         scores.append(evaluate_full(embedded, shards.groups, World())[1])
     found = differences(*scores)
-    cells = [
-        cell.strip()
-        for line in printed.splitlines()
-        if f"{fewest} at int8" in line
-        for cell in line.split("|")
-    ]
+    (row,) = [line for line in printed.splitlines() if f"{fewest} at int8" in line]
+    cells = [cell.strip() for cell in row.split("|")]
     for k, cell in ((1, cells[5]), (10, cells[7])):
         value, low, high, _ = (100 * number for number in found[f"text_to_image/R@{k}"])
         assert cell == f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
@@ -130,17 +117,13 @@ def test_the_loss_is_the_difference_of_two_retrievals(icon_index, icon_shards, c
         assert f"{100 * values.mean():.1f} %" in (cells[4], cells[6])
 
 
-def test_the_smallest_within_the_loss_is_written(icon_index, tmp_path, capsys):
+def test_the_smallest_within_the_loss_is_chosen(tmp_path):
     rungs = [
         compress_module.Rung(dims, {}, {"a": compress_module.Difference(-loss, 0, 0, 1)})
         for dims, loss in ((32, 0.0), (16, 0.02), (8, 0.004), (4, 0.05))
     ]
-    assert [compress_module.smallest(rungs, loss, tmp_path).dims for loss in (0, 0.004, 0.04, 1)] == [
-        32,
-        8,
-        8,
-        4,
-    ]
+    chosen = [compress_module.smallest(rungs, loss, tmp_path).dims for loss in (0, 0.004, 0.04, 1)]
+    assert chosen == [32, 8, 8, 4]
     with pytest.raises(UserError, match=r"--max-loss 0.001: .* best 0.0040"):
         compress_module.smallest(rungs[1:], 0.001, tmp_path)
 
@@ -169,6 +152,15 @@ def test_commands_take_it(icon_index, small, tmp_path, capsys):
     assert f"halfvec({DIMS})" in sql
     (first,) = [line for line in sql.splitlines() if line.startswith("0\t")]
     assert np.array_equal(np.array(json.loads(first.split("\t")[-1]), np.float16), index.features[0])
+
+
+def test_the_page_shows_it_beside_the_larger_one(icon_index, small):
+    columns = [Column(Index(folder), None, ThreadPoolExecutor(1)) for folder in (icon_index, small)]
+    found = results_of(columns, Search(like=3, k=5, grouped=False))["results"]
+    features = decoded(small)
+    exact = np.delete(features @ features[3], 3)
+    assert [hit["score"] for hit in found[1]] == pytest.approx(-np.sort(-exact)[:5], abs=2e-6)
+    assert found[0] != found[1]
 
 
 @pytest.mark.skipif(not HAS_FAISS, reason="no faiss here")
@@ -219,4 +211,13 @@ def test_a_damaged_one_is_refused(change, small, tmp_path):
     folder = shutil.copytree(small, tmp_path / "index")
     CHANGES[change](folder)
     with pytest.raises(UserError, match="make the index again"):
+        Index(folder)
+
+
+@pytest.mark.parametrize("name", ["projection.npy", "scales.npy"])
+def test_its_files_are_its_own(name, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "index")
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match="leads out of this folder"):
         Index(folder)
