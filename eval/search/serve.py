@@ -288,10 +288,7 @@ def about(indexes: Sequence[Index]) -> dict:
         "n": len(first),
         "message": "" if len(first) else NO_IMAGES,
         "indexes": [
-            {
-                "name": index.name,
-                "model": name if names.count(name) == 1 else f"{name} ({index.name})",
-            }
+            {"name": index.name, "model": name if names.count(name) == 1 else f"{name} ({index.name})"}
             for index, name in zip(indexes, names, strict=True)
         ],
         "filters": first.choices(),

@@ -13,7 +13,6 @@ The codes are those of `python -m eval compress`; of an index that is not compre
 
 import gzip
 import html
-import json
 import tempfile
 from collections.abc import Sequence
 from functools import reduce
@@ -61,7 +60,8 @@ SCRIPTS = {"site.js": "site.js", "text.js": "site_text.js"}  # of the site -> of
 API = """
 "use strict";
 const module = import("./site.js").catch(() => {
-  throw new Error(location.protocol !== "file:" ? "site.js cannot be loaded; copy the whole folder of the site."
+  throw new Error(location.protocol !== "file:"
+    ? "site.js cannot be loaded; copy the whole folder of the site."
     : "A page from a file cannot load the index. In its folder, run: python -m http.server");
 });
 const api = {
@@ -110,11 +110,11 @@ def write_site(
             described.append(write_model(index, clip, folder / "models" / str(number)))
         shown = about(indexes)
         shown["limits"]["bytes"] = 0  # no search by image
-        size = sum(path.stat().st_size for path in [*folder.glob("onnx*"), *folder.glob("models/*/text.onnx")])
-        shown["message"] = f"The first sentence loads the model, {size / 1e6:.0f} MB."
-        write_json(
-            folder / "site.json", {"about": shown, "pack_images": PACK_IMAGES, "models": described}
+        size = sum(
+            path.stat().st_size for path in [*folder.glob("onnx*"), *folder.glob("models/*/text.onnx")]
         )
+        shown["message"] = f"The first sentence loads the model, {size / 1e6:.0f} MB."
+        write_json(folder / "site.json", {"about": shown, "pack_images": PACK_IMAGES, "models": described})
         say(sizes(folder), flush=True)
     say(f"{counted(len(first), 'image')}: {out}    try it: python -m http.server --directory {out}")
 
@@ -166,7 +166,12 @@ def tokenizer_json(tokenizer: SimpleTokenizer) -> dict:
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
         for number in tokenizer.all_special_ids
     ]
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pat.pattern}, "behavior": "Removed", "invert": True}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": tokenizer.pat.pattern},
+        "behavior": "Removed",
+        "invert": True,
+    }
     return {
         "version": "1.0",
         "added_tokens": special,
@@ -192,8 +197,8 @@ def tokenizer_json(tokenizer: SimpleTokenizer) -> dict:
 def text_tables(tokenizer: SimpleTokenizer) -> dict:
     """What site_text.js cleans a text by: the tables of ftfy and of Python's html.
 
-    "characters" is what ftfy makes of single characters, "numbers" the character references that html.unescape
-    does not take as the code point of their number.
+    "characters" is what ftfy makes of single characters, "numbers" the character references that
+    html.unescape does not take as the code point of their number.
     """
     fixers = (
         ftfy.fixes.fix_c1_controls,

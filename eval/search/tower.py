@@ -1,4 +1,4 @@
-"""A tower as a small .onnx file for a browser: weights at int8 where that finds the same images, else at fp16.
+"""A text tower as a small .onnx file for a browser: weights at int8 where that finds the same, else at fp16.
 
     fp32 .onnx -> matrices at int8 or fp16, computed with in fp32 -> top 10 of the same queries, compared
 
@@ -99,50 +99,52 @@ def shrink(source: Path, path: Path, weights: str) -> None:
     model = onnx.load(source)
     graph, nodes, stored = model.graph, [], {}
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-
-    def store(name: str, array: np.ndarray) -> str:
-        stored[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
-        return name
-
     for node in graph.node:
-        place = {"Gather": 0, "MatMul": 1, "Gemm": 1, "Conv": 1}.get(node.op_type)
+        place = {"Gather": 0, "MatMul": 1, "Gemm": 1}.get(node.op_type)
         name = "" if place is None else node.input[place]
         tensor = tensors.get(name)
-        if tensor is None or tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < LEAST_VALUES:
+        is_matrix = tensor is not None and len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
+        along_columns = any(attribute.name == "axis" and attribute.i for attribute in node.attribute)
+        if not is_matrix or np.prod(tensor.dims) < LEAST_VALUES or along_columns:
             nodes.append(node)
             continue
-        values, ids = numpy_helper.to_array(tensor), node.input[1]
-        is_table = node.op_type == "Gather" and not any(attribute.i for attribute in node.attribute)
-        if is_table and values.ndim == 2:
-            codes, scales = rounded(values, axis=1)
-            made = [f"{node.output[0]}_{part}" for part in ("codes", "values", "scales")]
-            nodes += [
-                helper.make_node("Gather", [store(f"{name}_codes", codes), ids], [made[0]]),
-                helper.make_node("Cast", [made[0]], [made[1]], to=TensorProto.FLOAT),
-                helper.make_node("Gather", [store(f"{name}_scales", scales), ids], [made[2]]),
-                helper.make_node("Mul", [made[1], made[2]], [node.output[0]]),
-            ]
+        values, parts = numpy_helper.to_array(tensor), [f"{name}_codes", f"{name}_scales"]
+        # Of Gather: along the first axis. Of Gemm: the matrix is transposed.
+        by_row = node.op_type == "Gather" or any(each.name == "transB" and each.i for each in node.attribute)
+        if node.op_type == "Gather":
+            stored |= zip(parts, rounded(values, 1), strict=True)
+            nodes += _scaled_rows(node, *parts)
             continue
-        wide = f"{name}_wide"
-        if weights == "int8" and values.ndim == 2 and node.op_type in ("MatMul", "Gemm"):
-            is_transposed = any(a.name == "transB" and a.i for a in node.attribute)
-            codes, scales = rounded(values, axis=1 if is_transposed else 0)
-            names = [store(f"{name}_codes", codes), store(f"{name}_scales", scales.ravel())]
-            cast = helper.make_node("DequantizeLinear", names, [wide], axis=0 if is_transposed else 1)
+        wide = node.input[place] = f"{name}_wide"
+        if weights == "int8":
+            codes, scales = rounded(values, int(by_row))
+            stored |= zip(parts, (codes, scales.ravel()), strict=True)
+            cast = helper.make_node("DequantizeLinear", parts, [wide], axis=1 - int(by_row))
         else:
-            half = store(f"{name}_half", values.astype(np.float16))
-            cast = helper.make_node("Cast", [half], [wide], to=TensorProto.FLOAT)
-        if not any(wide in other.output for other in nodes):
-            nodes.append(cast)
-        node.input[place] = wide
-        nodes.append(node)
+            stored[f"{name}_half"] = values.astype(np.float16)
+            cast = helper.make_node("Cast", [f"{name}_half"], [wide], to=TensorProto.FLOAT)
+        nodes += [node] if any(wide in other.output for other in nodes) else [cast, node]
     del graph.node[:]
     graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
-    graph.initializer.extend([*kept, *stored.values()])
+    made = [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in stored.items()]
+    graph.initializer.extend([*kept, *made])
     onnx.save(model, path)
+
+
+def _scaled_rows(gather, codes: str, scales: str) -> list:
+    """Nodes in place of a Gather of a matrix: rows of codes, as fp32, times their scales."""
+    from onnx import TensorProto, helper
+
+    ids, output = gather.input[1], gather.output[0]
+    return [
+        helper.make_node("Gather", [codes, ids], [f"{output}_codes"]),
+        helper.make_node("Cast", [f"{output}_codes"], [f"{output}_wide"], to=TensorProto.FLOAT),
+        helper.make_node("Gather", [scales, ids], [f"{output}_scales"]),
+        helper.make_node("Mul", [f"{output}_wide", f"{output}_scales"], [output]),
+    ]
 
 
 def rounded(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
