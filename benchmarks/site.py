@@ -52,7 +52,7 @@ fs.writeFileSync("answers.json", JSON.stringify(await (%s)(texts)));
 """
 NODE_RUNTIME = """import { createRequire } from "node:module";
 const { InferenceSession: { create }, Tensor } = createRequire(%s)("onnxruntime-node");
-export const env = { wasm: {} }, InferenceSession = { create: (bytes) => create(bytes) };
+export const env = { wasm: {} }, InferenceSession = { create: (bytes) => create(bytes, { intraOpNumThreads: 1 }) };
 export { Tensor };
 """
 
@@ -112,18 +112,20 @@ def main(
     texts = some_captions(opened_index)[:queries]
     features = text_query(opened_index.model(), texts)
     expected = [[hit.number for hit in hits] for hits in Nearest(opened_index).top(features, K)]
-    runs = {"Chromium, onnxruntime-web": in_chromium(site, texts, screenshots)}
+    report("Chromium, onnxruntime-web", expected, in_chromium(site, texts, screenshots))
     if node:
-        runs["node, onnxruntime-node"] = in_node(site, texts, node)
-    for name, run in runs.items():
-        found = [answer[0] for answer in run["answers"]]
-        pairs = list(zip(expected, found, strict=True))
-        same = 100 * np.mean([len({*a} & {*b}) / len(a) for a, b in pairs])
-        first = 100 * np.mean([a[0] == b[0] for a, b in pairs])
-        say(
-            f"{name}: {len(texts)} queries, top {K} {same:.2f} % as eval search, first {first:.1f} %;"
-            f" {np.median(run['times']):.1f} ms a query (median), first query {run['loaded']:.0f} ms"
-        )
+        report("node, onnxruntime-node", expected, in_node(site, texts, node))
+
+
+def report(name: str, expected: list[list[int]], run: dict) -> None:
+    pairs = list(zip(expected, (answer[0] for answer in run["answers"]), strict=True))
+    same = 100 * np.mean([len({*a} & {*b}) / len(a) for a, b in pairs])
+    first = 100 * np.mean([a[0] == b[0] for a, b in pairs])
+    say(
+        f"{name}: {len(pairs)} queries, top {K} {same:.2f} % as eval search, first {first:.1f} %;"
+        f" {np.median(run['times']):.1f} ms a query (median), {run['loaded']:.0f} ms with loading",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
