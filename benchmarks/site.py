@@ -52,7 +52,8 @@ fs.writeFileSync("answers.json", JSON.stringify(await (%s)(texts)));
 """
 NODE_RUNTIME = """import { createRequire } from "node:module";
 const { InferenceSession: { create }, Tensor } = createRequire(%s)("onnxruntime-node");
-export const env = { wasm: {} }, InferenceSession = { create: (bytes) => create(bytes, { intraOpNumThreads: 1 }) };
+const ONE_THREAD = { intraOpNumThreads: 1 };
+export const env = { wasm: {} }, InferenceSession = { create: (bytes) => create(bytes, ONE_THREAD) };
 export { Tensor };
 """
 
