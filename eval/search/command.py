@@ -144,6 +144,7 @@ def site(
     indexes: Indexes,
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")],
     model: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL")] = (),
+    with_images: bool = False,
     packages: OptionalFolder = None,
     overwrite: bool = False,
 ) -> None:
@@ -160,12 +161,13 @@ def site(
             different models; each gets a column of results.
         out: Folder to write; it appears when it is complete.
         model: The models of the indexes, one for each, if they have moved since the indexes were made.
+        with_images: Add the image towers, so that images find images, too.
         packages: Folder with the npm packages that the page needs (.tgz); else npm fetches them.
         overwrite: Replace a site at --out.
     """
     from eval.search.site import write_site
 
-    write_site(indexes, out, model, packages, overwrite)
+    write_site(indexes, out, model, with_images, packages, overwrite)
 
 
 def compress(

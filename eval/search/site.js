@@ -84,12 +84,13 @@ const tokenize = once(async () => {
 
 // One index and its model: scores of all images for a query.
 class Column {
-  constructor(folder, { dims, scales, context_length: length, is_causal: isCausal }) {
-    Object.assign(this, { dims, scales, length, isCausal });
+  constructor(folder, { dims, scales, context_length: length, is_causal: isCausal, preprocess }) {
+    Object.assign(this, { dims, scales, length, isCausal, preprocess });
     this.texts = new Map();
     this.codes = once(async () => new Int8Array(await readBytes(`${folder}/codes.bin`)));
     this.axes = once(async () => new Float32Array(await readBytes(`${folder}/axes.bin`)));
     this.textTower = once(() => openTower(`${folder}/text.onnx`));
+    this.imageTower = once(() => openTower(`${folder}/image.onnx`));
   }
 
   // What a code of 1 adds to the score, in each dimension.
@@ -103,6 +104,11 @@ class Column {
     if (!this.isCausal) ids.push(...new Array(this.length - ids.length).fill(0));
     const tensor = (numbers) => new Tensor("int64", BigInt64Array.from(numbers, BigInt), [1, numbers.length]);
     return tower({ input_ids: tensor(ids), attention_mask: tensor(ids.map(() => 1)) });
+  }
+  async image(file) {
+    const [{ Tensor }, { preprocess }] = await Promise.all([ort(), import("./image.js")]), { size } = this.preprocess;
+    const pixels = await preprocess(file, this.preprocess), tower = await this.imageTower();
+    return this.project(await tower({ pixel_values: new Tensor("float32", pixels, [1, 3, size, size]) }));
   }
   async project(features) {  // [d] @ axes [d, dims] * scales
     const axes = await this.axes(), query = new Float32Array(this.dims);
@@ -157,7 +163,7 @@ function top(scores, matches, group, k) {
 }
 
 // {"searched", "results": hits of each column, "images": number -> row}, as results_of of eval/search/serve.py.
-export async function search({ text, like }, { k, filters, grouped }) {
+export async function search({ text, like, image }, { k, filters, grouped }) {
   const [{ about }, images, models] = await Promise.all([site(), table(), columns()]);
   const { n, limits } = about;
   if (!(Number.isInteger(k) && k >= 1 && k <= limits.k)) throw new Error(`k: must be a whole number from 1 to ${limits.k}`);
@@ -170,7 +176,7 @@ export async function search({ text, like }, { k, filters, grouped }) {
     }
   }
   const results = await Promise.all(models.map(async (column) => {
-    const query = text ? await column.text(text) : await column.like(like);
+    const query = await (text ? column.text(text) : image ? column.image(image) : column.like(like));
     return top(await column.scores(query), matches, grouped && images.group, k);
   }));
   const numbers = new Set([...results.flat().map(({ number }) => number), ...(like === undefined ? [] : [like])]);

@@ -1,11 +1,11 @@
 """The search page as a folder of static files: any web server serves it, and the browser runs the text tower.
 
     SITE/index.html          serve.html, its api replaced by site.js
-    SITE/site.js, text.js    what serve.py and the tokenizer do
+    SITE/site.js, text.js    what serve.py and the tokenizer do; image.js: the preprocessing
     SITE/site.json           what the page shows first, and the models
     SITE/images.bin          gzip of JSON: the metadata of all images
     SITE/thumbnails/N.bin    PACK_IMAGES thumbnails: their sizes, uint32 each, then the WebPs
-    SITE/models/N/codes.bin  int8 [n, dims]; axes.bin fp32 [d, dims]; text.onnx
+    SITE/models/N/codes.bin  int8 [n, dims]; axes.bin fp32 [d, dims]; text.onnx, image.onnx
     SITE/tokenizer.json, text.json, tokenizers.js, onnxruntime.js, onnxruntime.wasm, LICENSE.*
 
 The codes are those of `python -m eval compress`; of an index that is not compressed, of all its dimensions.
@@ -34,7 +34,7 @@ from data_prep.web import SECURITY_HEADERS
 from eval.search.compress import parts, principal_axes, projection, quantized
 from eval.search.index import Index
 from eval.search.serve import NO_IMAGES, PAGE, about, open_indexes
-from eval.search.tower import LEAST_OVERLAP, Tower, write_text_tower
+from eval.search.tower import LEAST_OVERLAP, Tower, write_image_tower, write_text_tower
 from train.export.folder import ONNX, require
 from train.model.clip import Clip
 from train.model.text import causal_tower
@@ -56,7 +56,11 @@ PACKAGES = {
         {"tokenizers.js": "dist/tokenizers.min.mjs", "LICENSE.tokenizers": "LICENSE"},
     ),
 }
-SCRIPTS = {"site.js": "site.js", "text.js": "site_text.js"}  # of the site -> of this folder
+SCRIPTS = {
+    "site.js": "site.js",
+    "text.js": "site_text.js",
+    "image.js": "site_image.js",
+}  # of the site -> of this folder
 API = """
 "use strict";
 const module = import("./site.js").catch(() => {
@@ -79,7 +83,12 @@ POLICY = (
 
 
 def write_site(
-    folders: Sequence[Path], out: Path, models: Sequence[str], packages: Path | None, overwrite: bool
+    folders: Sequence[Path],
+    out: Path,
+    models: Sequence[str],
+    with_images: bool,
+    packages: Path | None,
+    overwrite: bool,
 ) -> None:
     """Write the folder; see eval.search.command.site.
 
@@ -96,6 +105,8 @@ def write_site(
     clips = [index.model(name) for index, name in zip(indexes, names, strict=True)]
     for index, clip in zip(indexes, clips, strict=True):
         check_tokenizer(index, clip)
+        if with_images:
+            check_preprocessing(index, clip)
     with atomic_folder(out, "site") as folder:
         copy_packages(folder, packages)
         for name, source in SCRIPTS.items():
@@ -107,9 +118,9 @@ def write_site(
         write_thumbnails(first, folder / "thumbnails")
         described = []
         for number, (index, clip) in enumerate(zip(indexes, clips, strict=True)):
-            described.append(write_model(index, clip, folder / "models" / str(number)))
+            described.append(write_model(index, clip, with_images, folder / "models" / str(number)))
         shown = about(indexes)
-        shown["limits"]["bytes"] = 0  # no search by image
+        shown["limits"]["bytes"] *= with_images  # 0: no search by image
         size = sum(
             path.stat().st_size for path in [*folder.glob("onnx*"), *folder.glob("models/*/text.onnx")]
         )
@@ -134,6 +145,19 @@ def check_tokenizer(index: Index, clip: Clip) -> None:
         raise UserError(
             f"{index.folder}: {clip.name} has a tokenizer of its own ({type(tokenizer).__name__}); a site can"
             " be made for models with the tokenizer of CLIP; use python -m eval serve for this one"
+        )
+
+
+def check_preprocessing(index: Index, clip: Clip) -> None:
+    """Raises:
+    UserError: The page cannot make the model's pixels.
+    """
+    config, (height, width) = clip.towers.model.visual.preprocess_cfg, clip.image_size
+    mode, interpolation = config["resize_mode"], config["interpolation"]
+    if height != width or mode not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
+        raise UserError(
+            f"{index.folder}: {clip.name} reads images of {width} x {height} pixels, {mode}, {interpolation};"
+            " the page makes squares, shortest or squash, bicubic or bilinear: leave out --with-images"
         )
 
 
@@ -242,8 +266,8 @@ def write_thumbnails(index: Index, folder: Path) -> None:
         (folder / f"{pack}.bin").write_bytes(b"".join([head.tobytes(), *images]))
 
 
-def write_model(index: Index, clip: Clip, folder: Path) -> dict:
-    """The codes of an index and the text tower of its model; what site.js needs to know of them."""
+def write_model(index: Index, clip: Clip, with_images: bool, folder: Path) -> dict:
+    """The codes of an index and the towers of its model; what site.js needs to know of them."""
     folder.mkdir(parents=True)
     if index.projection:
         by, codes = index.projection, index.stored
@@ -258,20 +282,28 @@ def write_model(index: Index, clip: Clip, folder: Path) -> dict:
     (folder / "codes.bin").write_bytes(codes.tobytes())
     (folder / "axes.bin").write_bytes(by.matrix.astype("<f4").tobytes())
     tower = write_text_tower(clip, index, folder / "text.onnx")
-    say(described(tower, index), flush=True)
+    say(described("text tower", tower, index), flush=True)
+    preprocess, image_tower = {}, None
+    if with_images:
+        image_tower = write_image_tower(clip, index, folder / "image.onnx")
+        say(described("image tower", image_tower, index), flush=True)
+        preprocess = clip.towers.model.visual.preprocess_cfg
+        preprocess = {name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")}
+        background = "rgb({}, {}, {})".format(*clip.background)
+        preprocess |= {"size": clip.image_size[0], "background": background}
     return {
         "dims": len(by.scales),
         "scales": by.scales.tolist(),
         "context_length": clip.tokenizer.context_length,
         "is_causal": causal_tower(clip.towers.model) is not None,
-        "tower": tower._asdict(),
+        "preprocess": preprocess,
     }
 
 
-def described(tower: Tower, index: Index) -> str:
+def described(name: str, tower: Tower, index: Index) -> str:
     kept = "" if tower.weights == "int8" else f"; with all at int8 it is below {100 * LEAST_OVERLAP:.0f} %"
     return (
-        f"{index.folder}: text tower with token embeddings at int8, layers at {tower.weights}: its top 10 are"
+        f"{index.folder}: {name} with layers at {tower.weights}: its top 10 are"
         f" {100 * tower.overlap:.1f} % those of the model, in {tower.n_queries} queries{kept}"
     )
 
@@ -283,6 +315,7 @@ PARTS = {
     "index: codes and axes": ("models/*/*.bin",),
     "index: captions, paths, columns": ("images.bin", "site.json"),
     "text tower": ("models/*/text.onnx",),
+    "image tower": ("models/*/image.onnx",),
     "thumbnails": ("thumbnails/*.bin",),
 }
 

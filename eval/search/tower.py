@@ -1,4 +1,4 @@
-"""A text tower as a small .onnx file for a browser: weights at int8 where that finds the same, else at fp16.
+"""A tower as a small .onnx file for a browser: weights at int8 where that finds the same, else at fp16.
 
     fp32 .onnx -> matrices at int8 or fp16, computed with in fp32 -> top 10 of the same queries, compared
 
@@ -6,19 +6,21 @@ Only weights are rounded: with activations at int8 as well (train.export.to_onnx
 are the same, at no smaller size (benchmarks/search.md).
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from data_prep.progress import progress
 from eval.search.index import Index
 from eval.search.nearest import Nearest
-from eval.search.query import text_query
+from eval.search.query import pixels_query, text_query
 from train.export.reference import FIXED_CAPTIONS, evenly
-from train.export.to_onnx import TEXT, write_tower
+from train.export.to_onnx import TEXT, VISION, write_tower
 from train.model.clip import Clip
 
 LEAST_OVERLAP, K, MOST_QUERIES, QUERIES_AT_ONCE = 0.99, 10, 500, 32
@@ -30,7 +32,7 @@ class Tower(NamedTuple):
     """What was written.
 
     Attributes:
-        weights: Of RUNGS; the token embeddings are at int8 on both.
+        weights: Of RUNGS; the token embeddings are at int8 on both, patch embeddings fp32.
         overlap: Mean share of the K nearest images that the fp32 model finds and the tower finds, too.
     """
 
@@ -48,12 +50,41 @@ def write_text_tower(clip: Clip, index: Index, path: Path) -> Tower:
     whole = path.with_suffix(".fp32.onnx")
     write_tower(clip.towers.model, TEXT, whole, clip.tokenizer(FIXED_CAPTIONS))
     texts = some_captions(index) or FIXED_CAPTIONS
-    nearest = Nearest(index)
-    expected = nearest.top(text_query(clip, texts), K)
+    tokens = [clip.tokenize(texts[rows]).numpy() for rows in _parts(len(texts))]
+    inputs = [{"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in tokens]
+    return _smallest(whole, path, Nearest(index), text_query(clip, texts), inputs)
+
+
+def write_image_tower(clip: Clip, index: Index, path: Path) -> Tower:
+    """As write_text_tower, with some thumbnails as queries."""
+    whole = path.with_suffix(".fp32.onnx")
+    write_tower(clip.towers.model, VISION, whole, torch.zeros(2, 3, *clip.image_size))
+    numbers = evenly(len(index), MOST_QUERIES)
+    images = [Image.open(io.BytesIO(index.thumbnail(number))).convert("RGB") for number in numbers]
+    features = [pixels_query(clip, clip.eval_transform(image)) for image in images]
+    pixels = [torch.stack([*map(clip.preprocess, images[rows])]).numpy() for rows in _parts(len(images))]
+    inputs = [{"pixel_values": batch} for batch in pixels]
+    return _smallest(whole, path, Nearest(index), torch.cat(features), inputs)
+
+
+def _parts(n: int) -> list[slice]:
+    return [slice(start, start + QUERIES_AT_ONCE) for start in range(0, n, QUERIES_AT_ONCE)]
+
+
+def _smallest(
+    whole: Path, path: Path, nearest: Nearest, queries: torch.Tensor, inputs: list[dict[str, np.ndarray]]
+) -> Tower:
+    """Write the tower of `whole` at the first of RUNGS that finds the same; `whole` is deleted.
+
+    Args:
+        queries: fp32 [q, d], by the model.
+        inputs: Of the tower, for the same queries, in batches.
+    """
+    expected = nearest.top(queries, K)
     for weights in RUNGS:
         shrink(whole, path, weights)
-        found = nearest.top(text_features(path, clip, texts), K)
-        tower = Tower(weights, overlap(expected, found), len(texts))
+        found = nearest.top(features_of(path, inputs), K)
+        tower = Tower(weights, overlap(expected, found), len(queries))
         if tower.overlap >= LEAST_OVERLAP:
             break
     for part in path.parent.glob(f"{whole.name}*"):  # large weights are in a file of their own
@@ -74,16 +105,14 @@ def overlap(expected: Sequence[Sequence], found: Sequence[Sequence]) -> float:
     return float(np.mean(shares))
 
 
-def text_features(path: Path, clip: Clip, texts: list[str]) -> torch.Tensor:
-    """fp32 [texts, d] of an .onnx file, by onnxruntime on the CPU."""
+def features_of(path: Path, inputs: list[dict[str, np.ndarray]]) -> torch.Tensor:
+    """fp32 [q, d] of an .onnx file, by onnxruntime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     features = []
-    starts = range(0, len(texts), QUERIES_AT_ONCE)
-    for start in progress(starts, desc="comparing texts", unit="batch", delay=1):
-        ids = clip.tokenize(texts[start : start + QUERIES_AT_ONCE]).numpy()
-        features += session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    for batch in progress(inputs, desc="comparing the tower", unit="batch", delay=1):
+        features += session.run(None, batch)
     return torch.from_numpy(np.concatenate(features))
 
 

@@ -9,18 +9,22 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import torch
 from browser import expect, opened, overflow_px
+from conftest import noise_image, png
+from PIL import Image
 from playwright.sync_api import Page
 from test_serve_page import EVIL, numbers, search
 
 from benchmarks.site import served
 from data_prep import npm
 from data_prep.errors import Fault, UserError
+from eval.classify.features import open_image
 from eval.search import site as site_module
 from eval.search.command import compress, site
 from eval.search.index import Index
 from eval.search.nearest import Nearest
-from eval.search.query import text_query
+from eval.search.query import image_query, text_query
 from eval.search.serve import Column, Search, results_of
 
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
@@ -62,7 +66,7 @@ def indexes(tmp_path_factory, icon_index, narrow_index) -> list[Index]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, indexes, packages) -> Path:
     out = tmp_path_factory.mktemp("host") / "a path" / "site"
-    site([index.folder for index in indexes], out, packages=packages)
+    site([index.folder for index in indexes], out, with_images=True, packages=packages)
     return out
 
 
@@ -119,6 +123,32 @@ def test_images_filters_and_variants_are_those_of_serve(browser, url, indexes):
         expect(page.locator("#query-image img")).to_have_attribute("src", re.compile("^blob:"))
         page.goto(f"{url}#like=7&filter=colour%3Dred")
         expect(page.get_by_role("alert")).to_contain_text("no column 'colour'")
+
+
+def test_images_find_what_serve_finds(browser, url, indexes):
+    photo = noise_image().resize((301, 200))
+    photo.putalpha(Image.linear_gradient("L").resize(photo.size))
+    data = png(photo)
+    with opened(browser, url) as page:
+        expect(page.locator(".card").first).to_be_visible()
+        page.locator("#file").set_input_files({"name": "photo.png", "mimeType": "image/png", "buffer": data})
+        shown = [numbers(page, 0), numbers(page, 1)]
+        for column, index in enumerate(indexes):
+            exact = Nearest(index).top(image_query(index.model(), data, "photo"), 10)[0]
+            assert len({*shown[column][:10]} & {hit.number for hit in exact}) >= 9
+            clip = index.model()
+            pixels = clip.preprocess(open_image(data, "photo", clip.background)).flatten()
+            made = page.evaluate(
+                """async (model) => {
+                  const [{ preprocess }, site] = [await import("./image.js"), await (await fetch("site.json")).json()];
+                  return [...await preprocess([...uploads.values()][0], site.models[model].preprocess)];
+                }""",
+                column,
+            )
+            # Browsers round transparent colors otherwise than Pillow, by one of 255 steps.
+            assert (torch.tensor(made) - pixels).abs().max() < 2 / 255 / min(
+                clip.config["preprocess_cfg"]["std"]
+            )
 
 
 def test_tokens_are_those_of_open_clip(browser, url):
