@@ -56,11 +56,8 @@ PACKAGES = {
         {"tokenizers.js": "dist/tokenizers.min.mjs", "LICENSE.tokenizers": "LICENSE"},
     ),
 }
-SCRIPTS = {
-    "site.js": "site.js",
-    "text.js": "site_text.js",
-    "image.js": "site_image.js",
-}  # of the site -> of this folder
+# Of the site -> of this folder.
+SCRIPTS = {"site.js": "site.js", "text.js": "site_text.js", "image.js": "site_image.js"}
 API = """
 "use strict";
 const module = import("./site.js").catch(() => {
