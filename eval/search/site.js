@@ -79,7 +79,7 @@ async function openTower(name) {
 const tokenize = once(async () => {
   const [{ makeTokenizer }, tokenizer, tables] = await Promise.all(
     [import("./text.js"), readJson("tokenizer.json"), readJson("text.json")]);
-  return (text, length) => makeTokenizer(tokenizer, tables, length)(text);
+  return makeTokenizer(tokenizer, tables);
 });
 
 // One index and its model: scores of all images for a query.
@@ -93,7 +93,7 @@ class Column {
     this.imageTower = once(() => openTower(`${folder}/image.onnx`));
   }
 
-  // What a code of 1 adds to the score, in each dimension.
+  // Queries: what a code of 1 adds to the score, in each dimension.
   async text(text) {
     if (!this.texts.has(text)) this.texts.set(text, await this.project(await this.textFeatures(text)));
     return this.texts.get(text);

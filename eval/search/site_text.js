@@ -3,10 +3,10 @@
 // Not done: ftfy's repair of text that was decoded by a wrong encoding (mojibake).
 import { Tokenizer } from "./tokenizers.js";
 
-// tables: of eval.search.site.text_tables. Returns a function: text -> array of token ids, at most `length`.
-export function makeTokenizer(tokenizerJson, tables, length) {
+// tables: of eval.search.site.text_tables. Returns a function: text, length -> token ids, at most so many.
+export function makeTokenizer(tokenizerJson, tables) {
   const tokenizer = new Tokenizer(tokenizerJson, {}), clean = makeClean(tables);
-  return (text) => {
+  return (text, length) => {
     const { ids } = tokenizer.encode(clean(text), { add_special_tokens: false });
     return [tables.start, ...ids.slice(0, length - 2), tables.end];
   };

@@ -175,7 +175,8 @@ def test_tokens_are_those_of_open_clip(browser, url):
                   const load = async (name) => (await fetch(name)).json();
                   const { makeTokenizer } = await import("./text.js");
                   const parts = [await load("tokenizer.json"), await load("text.json")];
-                  return texts.map(makeTokenizer(...parts, length));
+                  const tokens = makeTokenizer(...parts);
+                  return texts.map((text) => tokens(text, length));
                 }""",
                 [ODD_TEXTS, length],
             )
