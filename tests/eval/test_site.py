@@ -147,7 +147,7 @@ def test_an_image_finds_what_serve_finds(browser, url, indexes, icon_folder):
     (scores,), (order,) = Nearest(small).nearest(query, len(small))
     exact = dict(zip(order.tolist(), scores.tolist(), strict=True))
     # Of random weights, all cosines are nearly equal: what rounding may change is a share of their range.
-    tolerance = (scores[0] - scores[-1]) / 20
+    tolerance = float(scores[0] - scores[-1]) / 20
     assert tolerance > 1e-5
     assert [hit["score"] for hit in found[1]] == pytest.approx(
         [exact[hit["number"]] for hit in found[1]], abs=tolerance
