@@ -5,12 +5,10 @@ without running any of them.
 import csv
 import json
 import re
-import shutil
-import subprocess
-import tarfile
 from pathlib import Path
 
-from data_prep.errors import Fault, UserError
+from data_prep import npm
+from data_prep.errors import UserError
 from data_prep.icons import SIZES_PX, draw
 from data_prep.progress import progress
 
@@ -40,28 +38,13 @@ Synonyms = dict[tuple[str, str], list[str]]  # font and name of an icon -> other
 
 def fetch(folder: Path) -> Path:
     """The npm packages in `folder`, fetched by npm unless they are there."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, (version, _) in PACKAGES.items():
-        if not archive(folder, name).is_file():
-            if not shutil.which("npm"):
-                raise UserError(
-                    f"{folder}: {archive(folder, name).name} is not there, and there is no npm to fetch it;"
-                    f" install npm, or run `npm pack {name}@{version}` where there is one, and pass its"
-                    " folder as --packages"
-                )
-            done = subprocess.run(
-                ["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, capture_output=True, text=True
-            )
-            if done.returncode or not archive(folder, name).is_file():
-                raise Fault(
-                    f"npm pack {name}@{version} failed: {(done.stdout + done.stderr)[-500:]}; the same"
-                    " command resumes"
-                )
+        npm.fetch(folder, name, version)
     return folder
 
 
 def archive(folder: Path, name: str) -> Path:
-    return folder / f"{name.lstrip('@').replace('/', '-')}-{PACKAGES[name][0]}.tgz"
+    return npm.archive(folder, name, PACKAGES[name][0])
 
 
 def read(folder: Path, name: str) -> list[bytes]:
@@ -70,13 +53,7 @@ def read(folder: Path, name: str) -> list[bytes]:
     Raises:
         UserError: the package is missing, or has no such file.
     """
-    try:
-        with tarfile.open(archive(folder, name)) as tar:
-            return [tar.extractfile(f"package/{member}").read() for member in PACKAGES[name][1]]
-    except (OSError, KeyError, tarfile.TarError) as error:
-        raise UserError(
-            f"{archive(folder, name)}: cannot be read ({error}); delete it, and npm fetches it again"
-        ) from None
+    return npm.read(archive(folder, name), PACKAGES[name][1])
 
 
 def synonyms(folder: Path) -> Synonyms:

@@ -26,7 +26,8 @@ A model gets its numbers:
   leaks         images of val and test that are nearly the same as a training image
 
 An index of a corpus:
-  embed         makes it; search, serve, cluster and export-index use it; compress makes it smaller
+  embed         makes it; search, serve, cluster and export-index use it; compress makes it smaller;
+                site writes the search page as static files
   align         searches it with a new model, without embedding its images again
 
 On a Slurm cluster:

@@ -27,6 +27,7 @@ COMMANDS = {
     "embed": "eval embed",
     "search": "eval search",
     "serve": "eval serve",
+    "site": "eval site",
     "align": "eval align",
     "compress": "eval compress",
     "cluster": "eval cluster",

@@ -25,6 +25,8 @@
       finds images by a sentence, by an image (--image FILE), or many (--queries-csv FILE --out found.csv)
   python -m eval serve indexes/base indexes/icons
       serves a search page: sentences, images, filters, models side by side
+  python -m eval site indexes/icons --out site
+      writes the search page as static files for any web server; the browser runs the model
   python -m eval compress indexes/icons --out indexes/small
       a smaller index, with fewer dimensions at int8, and its loss on the captions of val
   python -m eval export indexes/icons --out icons.sql
@@ -54,6 +56,7 @@ COMMANDS = {
     "embed": "eval.search.command:embed",
     "search": "eval.search.command:search",
     "serve": "eval.search.command:serve",
+    "site": "eval.search.command:site",
     "compress": "eval.search.command:compress",
     "export": "eval.search.command:export",
     "align": "eval.align.command:align",

@@ -30,7 +30,12 @@ LEAVES = {
     "data_prep.report.page": ["data_prep/report/summary.py"],
     "train.bench": ["train/tune/forecast.py"],
     "train.tune": ["train/forecast.py", "train/lr.py", "train/sweep.py", "slurm/submit.py"],
-    "train.export": ["train/publish/card.py", "train/publish/hub.py"],
+    "train.export": [
+        "train/publish/card.py",
+        "train/publish/hub.py",
+        "eval/search/site.py",
+        "eval/search/tower.py",
+    ],
     "train.publish": [],
     "eval.align": [],
     "eval.cluster": [],

@@ -31,6 +31,8 @@ OTHERS = {
     "open_clip_train": {"aug-cfg"},
     "tensorboard": {"logdir"},
     "hf": {"repo-type"},
+    "npm": {"ignore-scripts", "silent"},
+    "http.server": {"directory"},
     "trackio": {"project"},
     "recipe.py, of any key": {"flag", "key", "no-key", "augment.key", "augment.no-key"},
 }

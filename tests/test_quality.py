@@ -20,6 +20,7 @@ from benchmarks.quality_clipart import colour_images
 from benchmarks.quality_data import DOMAIN_B, captioned, concept, is_held_out, questions
 from benchmarks.quality_icons import LEAST, PACKAGES, archive, drawn, phosphor_tags, synonyms
 from benchmarks.quality_table import SHOWN, differences, figures, mixtures
+from data_prep import npm
 from data_prep.build.split import split_of
 from data_prep.errors import UserError
 from data_prep.icons import charmap, font_files
@@ -204,7 +205,7 @@ def test_names_and_words_of_images_in_colour(tmp_path):
 
 
 def test_without_npm_the_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(quality_icons.shutil, "which", lambda name: None)
+    monkeypatch.setattr(npm.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="npm pack @fortawesome/fontawesome-free"):
         quality_icons.fetch(tmp_path / "packages")
 

@@ -1,11 +1,11 @@
-"""The commands embed, search, serve, compress, export: options and help. Torch is imported when they run."""
+"""The commands embed, search, serve, site, compress and export: options. Torch is imported when they run."""
 
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from data_prep.cli import Index, Model, OptionalFile, OptionalOutputFile, OutputFile
+from data_prep.cli import Index, Model, OptionalFile, OptionalFolder, OptionalOutputFile, OutputFile
 from data_prep.errors import UserError
 from data_prep.terminal import say
 from eval.options import INFERENCE, Inference, Split
@@ -145,6 +145,36 @@ def serve(
     from eval.search.serve import app, open_columns
 
     web.serve(app(open_columns(indexes, model, approximate), host), host, port, "search page")
+
+
+def site(
+    indexes: Indexes,
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")],
+    model: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL")] = (),
+    with_images: bool = False,
+    packages: OptionalFolder = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the search page as a folder of static files, which any web server serves.
+
+    The browser runs the text tower itself, so sentences find images without a server of ours; nothing is
+    loaded from elsewhere. Needs the packages of requirements-export.txt, and npm once.
+
+      python -m eval site indexes/small --out site
+      python -m http.server --directory site
+
+    Args:
+        indexes: Folders that `python -m eval embed` or `python -m eval compress` made, of the same data by
+            different models; each gets a column of results.
+        out: Folder to write; it appears when it is complete.
+        model: The models of the indexes, one for each, if they have moved since the indexes were made.
+        with_images: Add the image towers, so that images find images, too.
+        packages: Folder with the npm packages that the page needs (.tgz); else npm fetches them.
+        overwrite: Replace a site at --out.
+    """
+    from eval.search.site import write_site
+
+    write_site(indexes, out, model, with_images, packages, overwrite)
 
 
 def compress(

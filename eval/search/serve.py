@@ -139,6 +139,24 @@ def open_columns(
     Raises:
         UserError: There is no index, one is of another corpus, or a model is not the one of its index.
     """
+    indexes = open_indexes(folders, models)
+    forward = ThreadPoolExecutor(1, thread_name_prefix="forward")
+    clips = [
+        index.model(name) if len(index) else None
+        for index, name in zip(indexes, models or [""] * len(indexes), strict=True)
+    ]
+    words = Words(indexes[0])
+    return [
+        Column(index, clip, forward, words, approximate) for index, clip in zip(indexes, clips, strict=True)
+    ]
+
+
+def open_indexes(folders: Sequence[Path], models: Sequence[str] = ()) -> list[Index]:
+    """Indexes of one corpus.
+
+    Raises:
+        UserError: There is no index, one is of another corpus, or there are not as many models.
+    """
     if not folders:
         raise UserError("no INDEX given; make one: python -m eval embed MODEL --data SHARDS --out INDEX")
     if models and len(models) != len(folders):
@@ -153,15 +171,7 @@ def open_columns(
                 f" {len(indexes[0])}), so their results cannot be shown side by side; embed the same --data"
                 " with both models, or serve each index on its own --port"
             )
-    forward = ThreadPoolExecutor(1, thread_name_prefix="forward")
-    clips = [
-        index.model(name) if len(index) else None
-        for index, name in zip(indexes, models or [""] * len(indexes), strict=True)
-    ]
-    words = Words(indexes[0])
-    return [
-        Column(index, clip, forward, words, approximate) for index, clip in zip(indexes, clips, strict=True)
-    ]
+    return indexes
 
 
 @dataclass(frozen=True)
@@ -281,24 +291,24 @@ def results_of(columns: Sequence[Column], search: Search, pixels: Sequence[torch
     }
 
 
-def about(columns: Sequence[Column]) -> dict:
-    """What the page shows before the first search: models, filters, example captions and images, limits."""
-    first = columns[0].index
+def about(indexes: Sequence[Index], models: Sequence[str] = ()) -> dict:
+    """What the page shows before the first search: models, filters, example captions and images, limits.
+
+    Args:
+        models: Of the indexes, if others than those that made them answer.
+    """
+    first = indexes[0]
     examples, samples = (
         first.rows(np.linspace(0, len(first) - 1, min(len(first), n)).astype(int).tolist())
         for n in (EXAMPLES, SAMPLES)
     )
-    models = [column.clip.name if column.clip else column.index.manifest["model"] for column in columns]
-    names = list(map(public_name, models))
+    names = list(map(public_name, models or [index.manifest["model"] for index in indexes]))
     return {
         "n": len(first),
         "message": "" if len(first) else NO_IMAGES,
         "indexes": [
-            {
-                "name": column.index.name,
-                "model": name if names.count(name) == 1 else f"{name} ({column.index.name})",
-            }
-            for column, name in zip(columns, names, strict=True)
+            {"name": index.name, "model": name if names.count(name) == 1 else f"{name} ({index.name})"}
+            for index, name in zip(indexes, names, strict=True)
         ],
         "filters": first.choices(),
         "examples": list(dict.fromkeys(row["captions"][0] for row in examples if row["captions"])),
@@ -314,7 +324,8 @@ def app(columns: Sequence[Column], host: str = web.LOOPBACK[0]) -> Starlette:
     Searches wait for the model in their own threads, so thumbnails do not wait for searches; and uploads are
     decoded in theirs, so other searches do not wait for them.
     """
-    index, page_data = columns[0].index, about(columns)
+    index, models = columns[0].index, [column.clip.name for column in columns if column.clip]
+    page_data = about([column.index for column in columns], models)
     threads, uploads = ThreadPoolExecutor(SEARCHES_AT_ONCE, thread_name_prefix="search"), Uploads()
 
     async def get_about(_: Request) -> Response:

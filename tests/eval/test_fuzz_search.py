@@ -41,7 +41,7 @@ def search(folder: Path) -> None:
     opened = Index(folder)
     column = Column(opened, None, ThreadPoolExecutor(1), Words(opened)) if len(opened) else None
     if column:
-        found = [about([column]), results_of([column], Search(like=0, k=3))]
+        found = [about([column.index]), results_of([column], Search(like=0, k=3))]
         json.dumps(found, allow_nan=False).encode()
         opened.thumbnail(len(opened) - 1)
         filter_rows(opened, [f"split={opened.rows([0])[0]['split']}"])

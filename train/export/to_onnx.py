@@ -60,31 +60,41 @@ def write(model: nn.Module, folder: Path, pixels: torch.Tensor, tokens: torch.Te
         pixels, tokens: at least two of each, for tracing.
     """
     (folder / FOLDER).mkdir()
-    batch = {0: torch.export.Dim("batch")}
-    causal = causal_tower(model) is not None
-    text = batch | ({1: torch.export.Dim("sequence", max=tokens.shape[1])} if causal else {})
+    for name, example in ((VISION, pixels), (TEXT, tokens)):
+        path = folder / FOLDER / f"{name}.onnx"
+        quantize(path, write_tower(model, name, path, example))
+
+
+def write_tower(model: nn.Module, name: str, path: Path, example: torch.Tensor) -> bool:
+    """Write VISION or TEXT of an open_clip model, for any batch size, in fp32.
+
+    Args:
+        example: pixels or tokens, at least two, for tracing.
+
+    Returns:
+        Whether the weights are in a file beside `path`, because they are too large for one.
+    """
+    shape = {0: torch.export.Dim("batch")}
+    if name == VISION:
+        tower, inputs, output = _Vision(model), {"pixel_values": example[:2]}, "image_embeds"
+    else:
+        tower, ids, output = _Text(model), example[:2], "text_embeds"
+        inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1}
+        if causal_tower(model) is not None:
+            shape[1] = torch.export.Dim("sequence", max=ids.shape[1])
     large = sum(tensor.nbytes for tensor in model.state_dict().values()) > ONE_FILE_BYTES
-    ids = tokens[:2]
-    vision_inputs, text_inputs = (
-        {"pixel_values": pixels[:2]},
-        {"input_ids": ids, "attention_mask": ids * 0 + 1},
-    )
-    for name, tower, inputs, shape, output in (
-        (VISION, _Vision(model), vision_inputs, batch, "image_embeds"),
-        (TEXT, _Text(model), text_inputs, text, "text_embeds"),
-    ):
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                tower.eval(),
-                kwargs=inputs,
-                input_names=list(inputs),
-                output_names=[output],
-                dynamic_shapes=dict.fromkeys(inputs, shape),
-                dynamo=True,
-                verbose=False,
-            )
-            program.save(folder / FOLDER / f"{name}.onnx", external_data=large)
-            quantize(folder / FOLDER / f"{name}.onnx", large)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            tower.eval(),
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=dict.fromkeys(inputs, shape),
+            dynamo=True,
+            verbose=False,
+        )
+        program.save(path, external_data=large)
+    return large
 
 
 def quantize(path: Path, large: bool = False) -> None:
