@@ -3,8 +3,11 @@
 const WEIGHT = 2, LEAST_CHARACTERS = 4, MAX_CHARACTERS = 8192, MAX_TOKENS = 512;
 const SURROUNDING = /^["'“”‘’`.,;:!?()[\]{}<>]+|["'“”‘’`.,;:!?()[\]{}<>]+$/g;
 
+// Between Python's white space, of which JavaScript's \s is another set.
+const WHOLE = /[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/g;
+
 export function tokens(text) {
-  return (text.toLowerCase().match(/\S+/g) ?? []).flatMap((word) => {
+  return (text.toLowerCase().match(WHOLE) ?? []).flatMap((word) => {
     const whole = word.replace(SURROUNDING, ""), parts = whole.match(/[\p{L}\p{N}]+/gu) ?? [];
     return parts.length && !(parts.length === 1 && parts[0] === whole) ? [whole, ...parts] : parts;
   });
