@@ -20,7 +20,7 @@
       images of val and test that are nearly the same as a training image, as this model sees them
 
   python -m eval embed runs/icons --data data/icons/shards --out indexes/icons
-      makes an index of a corpus, for the six commands below; also under torchrun
+      makes an index of a corpus, for the commands below; also under torchrun
   python -m eval search indexes/icons --text "a bell with a slash"
       finds images by a sentence, by an image (--image FILE), or many (--queries-csv FILE --out found.csv)
   python -m eval serve indexes/base indexes/icons
