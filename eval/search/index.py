@@ -47,6 +47,7 @@ SCHEMA = {
 }
 OWN_COLUMNS = tuple(SCHEMA)
 MAKE = "python -m eval embed MODEL --data SHARDS --out INDEX"
+COMPRESS = "python -m eval compress LARGER --out INDEX"
 
 
 class Projection(NamedTuple):
@@ -89,17 +90,20 @@ class Index:
             rows, schema = pq.read_metadata(metadata).num_rows, pq.read_schema(metadata)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(
-                f"{folder}: a file of the index cannot be read ({error}); make the index again: {MAKE}"
+                f"{folder}: a file of the index cannot be read ({error}); {self._again}"
             ) from None
         width, dtype = (self.projection.scales.size, np.int8) if self.projection else (d, np.float16)
-        sizes = (self.stored.shape, self.stored.dtype, rows, starts.size, stored)
         ascends = (
             starts.dtype == np.int64 and starts.shape == (n + 1,) and (np.diff(starts, prepend=0) >= 0).all()
         )
-        if not ascends or sizes != ((n, width), dtype, n, n + 1, int(starts[-1])):
-            raise UserError(
-                f"{folder}: the sizes of the index's files do not match {sizes}; make the index again: {MAKE}"
-            )
+        for name, is_valid, must in (
+            ("features.npy", is_array(self.stored, (n, width), dtype), f"{dtype.__name__} [{n}, {width}]"),
+            ("metadata.parquet", rows == n, f"{n} rows"),
+            ("thumbnails.npy", ascends, f"int64 [{n + 1}], ascending"),
+            ("thumbnails.bin", ascends and stored == starts[-1], "of the size that thumbnails.npy says"),
+        ):
+            if not is_valid:
+                raise UserError(f"{folder / name}: must be {must}, by manifest.json; {self._again}")
         self._table = self._read_table(metadata, schema)
 
     def _read_projection(self) -> Projection:
@@ -109,12 +113,13 @@ class Index:
         matrix = map_array(file_below(self.folder, "projection.npy"))
         scales = map_array(file_below(self.folder, "scales.npy"))
         d, dims = self.manifest["d"], scales.size
-        shapes = (matrix.shape, matrix.dtype, scales.shape, scales.dtype)
-        if not 1 <= dims <= d or shapes != ((d, dims), np.float32, (dims,), np.float32):
-            raise ValueError(f"a projection of {d} dimensions is not {shapes}")
+        if not 1 <= dims <= d or not is_array(scales, (dims,), np.float32):
+            raise ValueError(f"scales.npy must be float32 [dimensions], 1 to {d}")
+        if not is_array(matrix, (d, dims), np.float32):
+            raise ValueError(f"projection.npy must be float32 [{d}, {dims}]")
         # Bounds, which NaN fails as well: no feature overflows.
         if not ((np.abs(matrix) <= 1.001).all() and (scales > 0).all() and (scales <= 1).all()):
-            raise ValueError("values of the projection that compress does not write")
+            raise ValueError("projection.npy must be within -1 and 1, scales.npy above 0 and at most 1")
         return Projection(np.array(matrix), np.array(scales))
 
     def _read_table(self, metadata: Path, schema: pa.Schema) -> pa.Table:
@@ -123,9 +128,7 @@ class Index:
         """
         own = self._own_columns
         if missing := set(own) - set(schema.names):
-            raise UserError(
-                f"{metadata}: has no column {', '.join(sorted(missing))}; make the index again: {MAKE}"
-            )
+            raise UserError(f"{metadata}: has no column {', '.join(sorted(missing))}; {self._again}")
         wrong = [
             field.name
             for field in schema
@@ -138,19 +141,22 @@ class Index:
                 table.validate(full=True)
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise UserError(
-                    f"{self.folder}: a file of the index cannot be read ({error}); make the index again:"
-                    f" {MAKE}"
+                    f"{self.folder}: a file of the index cannot be read ({error}); {self._again}"
                 ) from None
             wrong = [name for name in own if table[name].null_count]
         if wrong or not table.num_columns:
             raise UserError(
-                f"{metadata}: its columns {', '.join(wrong) or 'have a name twice'} are not of an index; make"
-                f" the index again: {MAKE}"
+                f"{metadata}: its columns {', '.join(wrong) or 'have a name twice'} are not of an index;"
+                f" {self._again}"
             )
         return table
 
     def __len__(self) -> int:
         return self.manifest["n"]
+
+    @property
+    def _again(self) -> str:
+        return f"make the index again: {COMPRESS if self.is_compressed else MAKE}"
 
     @property
     def is_compressed(self) -> bool:
@@ -292,6 +298,10 @@ class Index:
     def same_corpus(self, other: "Index") -> bool:
         """Whether both hold the same images in the same order, so that models can be shown side by side."""
         return len(self) == len(other) and self._table["key"].equals(other._table["key"])
+
+
+def is_array(array: np.ndarray, shape: tuple[int, ...], dtype: type) -> bool:
+    return array.shape == shape and array.dtype == dtype
 
 
 def read_manifest(folder: Path) -> dict:
