@@ -38,8 +38,7 @@ Synonyms = dict[tuple[str, str], list[str]]  # font and name of an icon -> other
 
 def fetch(folder: Path) -> Path:
     """The npm packages in `folder`, fetched by npm unless they are there."""
-    for name, (version, _) in PACKAGES.items():
-        npm.fetch(folder, name, version)
+    npm.fetch(folder, {name: version for name, (version, _) in PACKAGES.items()})
     return folder
 
 

@@ -5,7 +5,7 @@ import hashlib
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_prep.errors import Fault, UserError
@@ -16,22 +16,32 @@ def archive(folder: Path, name: str, version: str) -> Path:
     return folder / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
 
 
-def fetch(folder: Path, name: str, version: str) -> Path:
-    """The archive of a package in `folder`, fetched by npm unless it is there.
+def fetch(folder: Path, versions: Mapping[str, str]) -> list[Path]:
+    """The archives of packages in `folder`, each fetched by npm unless it is there.
+
+    Args:
+        versions: By name.
 
     Raises:
-        UserError: It is not there, and there is no npm.
+        UserError: One is not there, and there is no npm.
         Fault: npm failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = archive(folder, name, version)
-    if path.is_file():
-        return path
-    if not shutil.which("npm"):
+    paths = {name: archive(folder, name, version) for name, version in versions.items()}
+    missing = [f"{name}@{versions[name]}" for name, path in paths.items() if not path.is_file()]
+    if missing and not shutil.which("npm"):
         raise UserError(
-            f"{folder}: {path.name} is not there, and there is no npm to fetch it; install npm, or run"
-            f" `npm pack {name}@{version}` where there is one, and pass its folder as --packages"
+            f"there is no npm here to fetch {' and '.join(missing)}; install it, or run `npm pack"
+            f" {' '.join(missing)}` where there is one, and pass the folder of the archives as --packages"
         )
+    for name, path in paths.items():
+        _fetch(folder, name, versions[name], path)
+    return [*paths.values()]
+
+
+def _fetch(folder: Path, name: str, version: str, path: Path) -> None:
+    if path.is_file():
+        return
     done = subprocess.run(
         ["npm", "pack", "--silent", "--ignore-scripts", f"{name}@{version}"],
         cwd=folder,
@@ -43,7 +53,6 @@ def fetch(folder: Path, name: str, version: str) -> Path:
             f"npm pack {name}@{version} failed: {(done.stdout + done.stderr)[-500:]}; the same command"
             " resumes"
         )
-    return path
 
 
 def read(path: Path, members: Sequence[str], sha512: str = "") -> list[bytes]:

@@ -112,6 +112,8 @@ def search(
         features = query.image_query(searcher.clip, data, f"--image {image}")
     (results,) = searcher.find(features, [text])
     say(query.table(results))
+    if searcher.words and (unknown := searcher.words.unknown(text)):
+        say(f"no image has {', '.join(unknown)}")
     if json:
         asked = {"text": text} if text else {"image": str(image)}
         described = {"index": str(index), "model": model or searcher.index.manifest["model"], **asked}

@@ -139,7 +139,7 @@ def table(results: list[dict]) -> str:
     for result in results:
         captions = "; ".join(result["captions"])[:SHOWN_CHARACTERS]
         score, variants = f"{result['score']:.4f}", str(result["variants"])
-        image, words = result["path"] or result["key"], " ".join(result["words"])
+        image, words = result["path"] or result["key"], ", ".join(result["words"])
         rows.append([str(result["rank"]), image, captions, words, score, variants])
     columns = ["rank", "image", "captions", "words", "cosine", "variants"]
     if any(result["words"] for result in results):
@@ -201,7 +201,7 @@ def _result_rows(
                 continue
             for result in next(results):
                 caption = result["captions"][0] if result["captions"] else ""
-                shown = {"score": f"{result['score']:.6f}", "words": " ".join(result["words"])}
+                shown = {"score": f"{result['score']:.6f}", "words": ", ".join(result["words"])}
                 yield {**result, **shown, "query": name, "caption": caption}
 
 

@@ -253,7 +253,8 @@ async def read(request: Request, n: int) -> Search:
 
 
 def results_of(columns: Sequence[Column], search: Search, pixels: Sequence[torch.Tensor] = ()) -> dict:
-    """{"searched": number of images searched, "results": hits per index, "images": number -> row}.
+    """{"searched": number of images searched, "unknown": exact words that no image has, "results": hits per
+    index, "images": number -> row}.
 
     A hit has "number", "score" (cosine), "variants" and "words" (eval.search.nearest.Hit). Results of `like`
     exclude the image itself, and its group if variants are grouped.
@@ -272,7 +273,8 @@ def results_of(columns: Sequence[Column], search: Search, pixels: Sequence[torch
         else:
             others = np.arange(len(first)) != search.like
         rows = others if rows is None else rows & others
-    results = []
+    results, text = [], search.text or ""
+    words = None if search.vectors_only else columns[0].words
     for number, column in enumerate(columns):
         if search.text is not None:
             features = column.text(search.text)
@@ -280,12 +282,11 @@ def results_of(columns: Sequence[Column], search: Search, pixels: Sequence[torch
             features = column.image(pixels[number])
         else:
             features = column.like(search.like)
-        words = None if search.vectors_only else column.words
-        text = search.text or ""
         results += top(column.nearest, words, features, [text], search.k, rows, search.grouped)
     numbers = sorted({hit.number for hits in results for hit in hits} | ({search.like} - {None}))
     return {
         "searched": len(first) if rows is None else int(rows.sum()),
+        "unknown": [] if words is None else words.unknown(text),
         "results": [[hit._asdict() for hit in hits] for hits in results],
         "images": {row["number"]: row for row in first.rows(numbers)},
     }

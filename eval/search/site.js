@@ -1,5 +1,5 @@
 // The search page's api without a server: what eval/search/serve.py answers, computed in the page from files
-// beside this one, which `python -m eval site` wrote.
+// beside this one, which eval/search/site.py wrote.
 //
 //     text -> tokens -> text tower (onnxruntime-web) -> features -> axes -> scores with the codes of all images
 
@@ -150,13 +150,13 @@ function matching(images, filters, { n, filters: choices }) {
   return matches;
 }
 
-// The exact words of a query: {known, index, added: to the score of each image}, or nothing where there are none.
+// The exact words of a query: {unknown, known, index, added: to the score of each image}; nothing where there are none.
 const words = once(() => import("./words.js")), wordsOfImages = once(async () => (await words()).wordIndex(await table()));
 async function exact(text, n) {
   const { exactWords, bonus } = await words(), asked = exactWords(text);
   if (!asked.length) return null;
   const index = await wordsOfImages(), known = asked.filter((word) => index.has(word));
-  return known.length ? { known, index, added: bonus(known, index, n) } : null;
+  return { unknown: asked.filter((word) => !index.has(word)), known, index, added: bonus(known, index, n) };
 }
 
 // The k best images, of each group the best; `variants` counts the searched images of its group.
@@ -172,7 +172,7 @@ function top(scores, matches, group, k, exact) {
     { ...hit, score: scores[hit.number], words: exact ? exact.known.filter((word) => exact.index.get(word).has(hit.number)) : [] }));
 }
 
-// {"searched", "results": hits of each column, "images": number -> row}, as results_of of eval/search/serve.py.
+// {"searched", "unknown", "results": hits of each column, "images": number -> row}, as results_of of eval/search/serve.py.
 export async function search({ text, like, image }, { k, filters, grouped, vectors_only: vectorsOnly }) {
   const [{ about }, images, models] = await Promise.all([site(), table(), columns()]);
   const { n, limits } = about;
@@ -192,5 +192,5 @@ export async function search({ text, like, image }, { k, filters, grouped, vecto
   }));
   const numbers = new Set([...results.flat().map(({ number }) => number), ...(like === undefined ? [] : [like])]);
   const rows = Object.fromEntries([...numbers].map((number) => [number, row(images, number)]));
-  return { searched: matches.reduce((sum, one) => sum + one, 0), results, images: rows };
+  return { searched: matches.reduce((sum, one) => sum + one, 0), unknown: found?.unknown ?? [], results, images: rows };
 }

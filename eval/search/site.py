@@ -175,8 +175,9 @@ def page(served: str) -> str:
 def copy_packages(folder: Path, packages: Path | None) -> None:
     """The files of PACKAGES, from archives in a folder, or fetched by npm."""
     with tempfile.TemporaryDirectory() as temporary:
-        for name, (version, sha512, members) in PACKAGES.items():
-            archive = npm.fetch(packages or Path(temporary), name, version)
+        place = packages or Path(temporary)
+        archives = npm.fetch(place, {name: version for name, (version, *_) in PACKAGES.items()})
+        for archive, (_, sha512, members) in zip(archives, PACKAGES.values(), strict=True):
             for target, data in zip(members, npm.read(archive, list(members.values()), sha512), strict=True):
                 (folder / target).write_bytes(data)
 

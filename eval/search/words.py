@@ -87,6 +87,11 @@ class Words:
             self._make()
         return [word for word in exact if word in self._ids]
 
+    def unknown(self, text: str) -> list[str]:
+        """The exact words of a query that no image of the index has."""
+        known = self.known(text)
+        return [word for word in exact_words(text) if word not in known]
+
     def scores(self, known: Sequence[str]) -> np.ndarray:
         """BM25 of each image, fp32 [n]; 0 where it has none of the words."""
         return self._bm25.get_scores(list(known))

@@ -49,8 +49,7 @@ ODD_TEXTS = [
 def packages(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("packages")
     try:
-        for name, (version, *_) in site_module.PACKAGES.items():
-            npm.fetch(folder, name, version)
+        npm.fetch(folder, {name: version for name, (version, *_) in site_module.PACKAGES.items()})
     except (UserError, Fault) as error:
         pytest.skip(f"npm fetches no packages here: {error!s:.100}")
     return folder
@@ -124,8 +123,9 @@ def test_exact_words_come_first_as_in_search(browser, url, indexes):
         assert found == [[list(tokens(text)), exact_words(text)] for text in names]
         for text in texts:
             for options in ({}, {"grouped": False, "vectors_only": True}, {"grouped": False, "k": 24}):
-                results = answer(page, {"text": text}, **options)["results"]
-                words = None if "vectors_only" in options else Words(indexes[0])
+                answered = answer(page, {"text": text}, **options)
+                results, words = answered["results"], None if "vectors_only" in options else Words(indexes[0])
+                assert answered["unknown"] == (words.unknown(text) if words else [])
                 for index, hits in zip(indexes, results, strict=True):
                     features = text_query(index.model(), [text])
                     [exact] = top(

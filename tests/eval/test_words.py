@@ -152,7 +152,11 @@ def test_all_ways_to_search_find_a_part_number_first(parts, index, tmp_path, cap
     search(parts, text=text, k=9, json=vectors_only, vectors_only=True)
     assert "words" not in capsys.readouterr().out
     search(parts, text=text, k=9, json=tmp_path / "words.json")
-    assert part.lower() in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert part.lower() in printed
+    assert "no image has" not in printed
+    search(parts, text='"zeppelin" AX-4711', k=1)
+    assert "no image has zeppelin, ax-4711, 4711" in capsys.readouterr().out
     ranked, by_vectors = (
         json.loads(path.read_text())["results"] for path in (tmp_path / "words.json", vectors_only)
     )
@@ -164,7 +168,7 @@ def test_all_ways_to_search_find_a_part_number_first(parts, index, tmp_path, cap
     search(parts, queries_csv=tmp_path / "q.csv", out=tmp_path / "found.csv", k=9)
     with open(tmp_path / "found.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(int(row["number"]), row["words"].split()) for row in rows] == [
+    assert [(int(row["number"]), list(filter(None, row["words"].split(", ")))) for row in rows] == [
         (one["number"], one["words"]) for one in ranked
     ]
     api = ApiIndex(parts)
