@@ -8,6 +8,7 @@ from pathlib import Path
 from shlex import quote
 
 from data_prep.atomic import atomic_folder, check_replaceable, local_paths
+from data_prep.errors import UserError
 from data_prep.shards import Shards
 from data_prep.tables import Table, counted
 from eval.align.fit import fit_map
@@ -44,6 +45,8 @@ def align_index(
         index, shards = Index(folder), [open_shards(data, name, world) for name in ("train", "val", split)]
         old, new = for_eval(index.model(), inference, world), load_for_eval(model, inference, world)
         check_foldable(old, new)
+        if old.fingerprint() == new.fingerprint():
+            raise UserError(f"{model}: is the model of {folder}, so there is nothing to align")
         return shards, old, new
 
     def write() -> None:
@@ -106,13 +109,14 @@ def parts(result: dict) -> list[str | Table]:
 
 
 def verdict(result: dict) -> str:
-    """The part of the gain that is kept, and the command that searches."""
-    index, model = quote(result["index"]), quote(f"local-dir:{result['aligned']}")
+    """The part of the gain that is kept, and what to do."""
     if result["new_from_old"][GAIN][1] <= 0:
-        text = "The new model is not measurably better than the old one here: there is no gain to keep."
-    elif result["aligned_from_old"][GAIN][1] <= 0:
-        text = "The aligned model is not measurably better than the old one here: embed all images again."
-    else:
-        part = f"{100 * result['gain_kept']:.0f} % of the gain in R@10, text to image"
-        text = f"{part}, is kept without touching a vector of the index."
-    return f"{text}\nsearch: python -m eval search {index} --model {model} --text '...'"
+        return "The new model is not measurably better than the old one here: keep the old one."
+    if result["aligned_from_old"][GAIN][1] <= 0:
+        return "The aligned model is not measurably better than the old one here: embed all images again."
+    index, model = quote(result["index"]), quote(f"local-dir:{result['aligned']}")
+    part = f"{100 * result['gain_kept']:.0f} % of the gain in R@10, text to image"
+    return (
+        f"{part}, is kept without touching a vector of the index.\n"
+        f"search: python -m eval search {index} --model {model} --text '...'"
+    )

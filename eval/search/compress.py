@@ -29,6 +29,7 @@ from train.metrics import show, show_difference
 
 SHARES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)  # of the dimensions, on the ladder
 METRICS = ("text_to_image/R@1", "text_to_image/R@10")  # of which none may lose more than --max-loss
+LEAST_IMAGES = 30  # of val, to choose by: of fewer than 10, no index loses R@10
 COPIED = ("metadata.parquet", "thumbnails.bin", "thumbnails.npy", "unreadable.csv")
 ROWS_AT_ONCE = 1 << 15
 
@@ -93,6 +94,11 @@ def compress_index(
         raise UserError(
             f"{folder}: has no captions in the split val, so no loss can be measured; embed shards with a val"
             " split, or pass --dims to choose without a figure"
+        )
+    if len(rows) < LEAST_IMAGES and dims is None:
+        raise UserError(
+            f"{folder}: has {counted(len(rows), 'image')} with captions in the split val, too few to see a"
+            f" loss; {LEAST_IMAGES} are needed: pass --dims to choose yourself"
         )
     questions = ask(index, rows, model) if len(rows) else None
     axes = principal_axes(index)

@@ -267,12 +267,17 @@ class Index:
         made_by = self.made_by
         clip = load_for_eval(name or made_by, INFERENCE, World())
         if clip.fingerprint() != self.manifest["model_sha256"] and not (name and self._has_tower_of(clip)):
+            other = (
+                f"Search it with the text tower of {name}: python -m eval align"
+                f" {quote(str(self.folder))} {quote(name)} --data SHARDS --out ALIGNED"
+                if name
+                else "Pass --model"
+            )
             raise UserError(
                 f"{self.folder}: made by {made_by}, weights {self.manifest['model_sha256'][:12]}, but"
-                f" {name or made_by} now has {clip.fingerprint()[:12]}: their features do not compare."
-                " Pass --model, or make the index again: python -m eval embed"
-                f" {quote(name or made_by)} --data {quote(self.manifest['data'])} --out"
-                f" {quote(str(self.folder))}"
+                f" {name or made_by} has {clip.fingerprint()[:12]}: their features do not compare."
+                f" {other}; or make the index again: python -m eval embed {quote(name or made_by)} --data"
+                f" {quote(self.manifest['data'])} --out {quote(str(self.folder))} --overwrite"
             )
         return clip
 

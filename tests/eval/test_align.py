@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.errors import UserError
 from data_prep.shards import Shards
 from eval.__main__ import main
+from eval.align.align import verdict
 from eval.align.command import align
 from eval.align.fit import RIDGES, bilinear_maps, fit_map
 from eval.align.fold import check_foldable, fold
@@ -103,7 +104,14 @@ def test_the_ends_are_those_of_retrieval(aligned, tiny_model, new_model, icon_sh
         assert old + result["gain_kept"] * (new - old) == pytest.approx(new_text)
     else:
         assert result["gain_kept"] is None
-    assert f"--model 'local-dir:{out}'" in printed
+    assert verdict(result) in printed
+    gain = {"text_to_image/R@10": [0.2, 0.1, 0.3, 0.01]}
+    less = {"text_to_image/R@10": [-0.2, -0.3, -0.1, 0.01]}
+    kept = result | {"new_from_old": gain, "aligned_from_old": gain, "gain_kept": 0.834}
+    assert verdict(kept).startswith("83 % of the gain in R@10")
+    assert f"--model 'local-dir:{out}'" in verdict(kept)
+    assert "embed all images again" in verdict(kept | {"aligned_from_old": less})
+    assert "keep the old one" in verdict(kept | {"new_from_old": less})
 
 
 def test_an_index_takes_its_image_tower_and_no_other(aligned, new_model, icon_index, tiny_model, tmp_path):
