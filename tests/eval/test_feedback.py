@@ -133,6 +133,8 @@ def test_requests_that_mark_nothing(columns, tmp_path):
         assert ask(url, "/api/mark", json.dumps(mark).encode(), {"content-type": "text/plain"})[0] == 415
         assert ask(url, "/api/mark", {**mark, "mark": ""})[0] == 200  # it has none
         assert path.read_bytes() == b""
+    with running(app(columns, "0.0.0.0", MarkLog(path))) as url:
+        assert ask(url, "/api/about")[0] == ask(url, "/api/mark", mark)[0] == 403  # without the token
     with running(app(columns)) as url:
         assert "restart `eval serve` with --feedback" in ask(url, "/api/mark", mark)[2]["error"]
         assert "marks" not in ask(url, "/api/about")[2] | ask(url, "/api/search", {"text": TEXT})[2]
