@@ -140,6 +140,18 @@ def test_requests_that_mark_nothing(columns, tmp_path):
         assert "marks" not in ask(url, "/api/about")[2] | ask(url, "/api/search", {"text": TEXT})[2]
 
 
+def test_whatever_is_sent_the_file_can_be_read(columns, memory_folder):
+    path, sent = memory_folder / "marks.jsonl", {"text": TEXT, "number": 0, "column": 0, "mark": "right"}
+    with contextlib.closing(MarkLog(path)) as log:
+        ask, headers = fuzz.Asked(app(columns, marks=log)), [(b"content-type", b"application/json")]
+
+        def act(body: bytes) -> None:
+            assert ask("POST", "/api/mark", headers=headers, body=body)[0] in (200, 400, 413)
+
+        fuzz.check(fuzz.FEW, fuzz.json_files(sent), act, valid=[json.dumps(sent).encode()])
+    assert lines(path)
+
+
 def test_a_line_is_appended_to_what_an_editor_left(tmp_path):
     path = tmp_path / "marks.jsonl"
     log = MarkLog(path)
