@@ -3,6 +3,7 @@
 OUT/.made.json     the kind of the folder, and the files in it that our commands made: what may be replaced
 .OUT.partial       the new one while it is written
 .FILE.PLACE-PID.partial    a file while a process writes it; a later command deletes what a kill has left
+.FILE.lock         beside a file that one served page writes to, locked while it does
 UNFINISHED/.lock   of an unfinished folder that a later command resumes: locked while a process writes in it
 .OUT.replaced      the old one while it is deleted
 """
@@ -13,6 +14,7 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import sys
 import time
 import zlib
@@ -20,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import TextIO
 
 from data_prep.errors import UserError
 from data_prep.strict_json import load_json, strict_json
@@ -165,6 +168,41 @@ def locked(folder: Path, work: str) -> Iterator[None]:
                     f"{folder}: another process is {work} it; wait until it ends, or stop it"
                 ) from None
         yield
+
+
+def lock_beside(path: Path, writer: str, option: str) -> TextIO:
+    """The lock file beside `path`, locked until it is closed; the file itself may be replaced meanwhile.
+
+    Args:
+        writer: what writes to the file, for the message: "review page".
+        option: that was passed, for the message: "--decisions".
+
+    Raises:
+        UserError: another process holds it, or it cannot be made.
+    """
+    # through links, so that two names of one file have one lock
+    real = Path(os.path.realpath(path))
+    try:
+        file = open(real.with_name(f".{real.name}.lock"), "a+")  # noqa: SIM115 open as long as it is held
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); pass {option} with a writable file"
+        ) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise UserError(
+                f"{path}: another {writer} writes to it ({holder}); use or stop that one, or pass another"
+                f" {option}"
+            ) from None
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def mark(folder: Path, kind: str) -> None:

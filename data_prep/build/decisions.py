@@ -166,10 +166,14 @@ def write_decisions(path: Path, decisions: Iterable[Decision]) -> None:
 
 
 class AppliedDecisions:
-    """Applies decisions row by row. Every task of a build applies them to all rows, so all count alike."""
+    """Applies decisions row by row. Every task of a build applies them to all rows, so all count alike.
 
-    def __init__(self, decisions: Iterable[Decision]):
-        self._all = list(decisions)
+    Args:
+        unused: Decisions that are listed and not applied; their note says why.
+    """
+
+    def __init__(self, decisions: Iterable[Decision], unused: Iterable[Decision] = ()):
+        self._all, self._unused = list(decisions), list(unused)
         self._dropped = {decision.key: decision for decision in self._all if decision.action == "drop"}
         self._captions = {
             (decision.key, decision.caption): decision
@@ -180,6 +184,7 @@ class AppliedDecisions:
         self._keys = {decision.key for decision in self._all}
         self._seen: set[str] = set()
         self._used: set[Subject] = set()
+        self._present: set[tuple[str, str]] = set()  # captions of images to which some are added
 
     def apply(self, key: str, caption: str) -> tuple[str, Problem | None]:
         """The caption of a row after the decisions, and why the row is left out, if so."""
@@ -193,25 +198,38 @@ class AppliedDecisions:
             return caption, Problem(DROPPED, self._dropped[key].note)
         if decision and decision.action == "remove":
             return caption, Problem(REMOVED, decision.note or caption)
-        return decision.new_caption if decision else caption, None
+        caption = decision.new_caption if decision else caption
+        if key in self.keys_with_additions:
+            self._present.add((key, caption))
+        return caption, None
 
     def added(self) -> Iterator[Decision]:
-        """Captions to add to images that were seen and are not dropped, in the order of the file."""
+        """Captions to add to images that were seen, are not dropped and do not have them, in the order of the
+        file.
+        """
         for decision in self._all:
-            if decision.action == "add" and decision.key in self._seen and decision.key not in self._dropped:
+            if decision.action != "add" or decision.key not in self._seen or decision.key in self._dropped:
+                continue
+            if not self._is_present(decision):
                 yield decision
 
+    def _is_present(self, decision: Decision) -> bool:
+        return decision.action == "add" and (decision.key, decision.new_caption) in self._present
+
     def counts(self) -> dict:
-        """How many decisions of each action were applied, and `unused`: those whose image or caption is in no
-        row.
+        """How many decisions of each action were applied; `present`, captions to add that the image had; and
+        `unused`: those whose image or caption is in no row.
         """
         is_used = {
             decision.subject: decision.subject in self._used
             or (decision.action in ("drop", "add") and decision.key in self._seen)
             for decision in self._all
         }
+        present = [decision for decision in self._all if self._is_present(decision)]
         used = Counter(decision.action for decision in self._all if is_used[decision.subject])
+        used["add"] -= len(present)
         return {
             **{action: used[action] for action in ACTIONS},
-            "unused": [decision for decision in self._all if not is_used[decision.subject]],
+            "present": len(present),
+            "unused": [*(each for each in self._all if not is_used[each.subject]), *self._unused],
         }

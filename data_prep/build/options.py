@@ -40,6 +40,9 @@ class Reading:
     """Tokens that the model can read; longer captions are counted in the report. 0 skips counting."""
     decisions: str = ""
     """CSV of `python -m data_prep review`: images to drop, captions to change."""
+    feedback: str = ""
+    """Marks of `python -m eval serve --feedback`: captions to add and to remove, in train alone; with
+    --keep-splits."""
 
     def __post_init__(self):
         for name in ("image_ext", "caption_ext"):  # .CAP is cap

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
@@ -31,7 +30,8 @@ from data_prep.atomic import (
     replace_folder,
     write_json,
 )
-from data_prep.build.decisions import Decision, read_decisions
+from data_prep.build.decisions import AppliedDecisions, read_decisions
+from data_prep.build.feedback import read_feedback
 from data_prep.build.options import Checking, Parallelism, Reading, Splitting
 from data_prep.build.plan import Plan, check_parts
 from data_prep.build.records import Part, load
@@ -155,11 +155,17 @@ def _run(
         read_manifest(Path(split.keep_splits))  # before all images are checked, not after
     decisions, decisions_sha256 = read_decisions(Path(read.decisions)) if read.decisions else ({}, "")
     folder = partial_of(out)
-    check_replaceable(out, "shards", overwrite, [*inputs, read.images, *filter(None, [read.decisions])])
+    read_too = filter(None, [read.decisions, read.feedback])
+    check_replaceable(out, "shards", overwrite, [*inputs, read.images, *read_too])
+    marks, unused, marks_sha256 = [], [], ""
+    if read.feedback:
+        marks, unused, marks_sha256 = read_feedback(Path(read.feedback), split.keep_splits, decisions)
+    applied = AppliedDecisions([*decisions.values(), *marks], unused)
     # Settings are written into the manifest, which is shared: a URL is there without its password.
     sources = {masked_url(source): source for source in inputs}
     inputs = list(sources.values())
-    recorded = {**asdict(read), "images": masked_url(read.images), "decisions": decisions_sha256}
+    hashes = {"decisions": decisions_sha256, "feedback": marks_sha256}
+    recorded = {**asdict(read), "images": masked_url(read.images), **hashes}
     settings = {
         "command": command,
         "format": FORMAT,
@@ -174,11 +180,11 @@ def _run(
     check_ours(folder)
     if parallelism.num_tasks == 1:
         with full_disk_as_oserror(out), locked(folder, "building in"):
-            _check_images(folder, settings, inputs, read, decisions.values(), checks, parallelism)
+            _check_images(folder, settings, inputs, read, applied, checks, parallelism)
             return _merge(out, check.max_rejects, parallelism.processes)
     with full_disk_as_oserror(out):
         folder.mkdir(parents=True, exist_ok=True)
-        _check_images(folder, settings, inputs, read, decisions.values(), checks, parallelism)
+        _check_images(folder, settings, inputs, read, applied, checks, parallelism)
     say(
         f"task {parallelism.task} of {parallelism.num_tasks} has finished; after all tasks, run:"
         f" python -m data_prep merge {quote(str(out))}"
@@ -197,7 +203,7 @@ def _check_images(
     settings: dict,
     inputs: list[str],
     read: Reading,
-    decisions: Iterable[Decision],
+    decisions: AppliedDecisions,
     checks: Checks,
     parallelism: Parallelism,
 ) -> None:

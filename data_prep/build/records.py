@@ -18,7 +18,7 @@ import os
 import sqlite3
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property, partial
 from itertools import groupby
 from operator import attrgetter
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.build.database import Count, insert, select, select_one
-from data_prep.build.decisions import AppliedDecisions, Decision
+from data_prep.build.decisions import AppliedDecisions
 from data_prep.build.options import Reading
 from data_prep.errors import UserError
 from data_prep.inputs.formats import inputs_in, read
@@ -306,7 +306,7 @@ class Part:
         self.db.close()
 
 
-def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[Decision] = ()) -> None:
+def load(part: Part, inputs: list[str], reading: Reading, decisions: AppliedDecisions) -> None:
     """Read all inputs and store the rows of this part, in one transaction: after a kill it starts again.
 
     Raises:
@@ -362,8 +362,8 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: Iterable[De
 class _Loader:
     """Validates rows one by one, applies decisions, and stores those of one part."""
 
-    def __init__(self, part: Part, reading: Reading, decisions: Iterable[Decision]):
-        self.part, self.decisions = part, AppliedDecisions(decisions)
+    def __init__(self, part: Part, reading: Reading, decisions: AppliedDecisions):
+        self.part, self.decisions = part, decisions
         self.ordinal, self.nonfinite, self.ignored = 0, 0, Counter()
         self._names, self._token_limit = Names(reading.images), _TokenLimit(reading.context_length)
         self._pending: list[StoredRow] = []

@@ -174,8 +174,8 @@ def _describe_change(name: str, before, now) -> list[str]:
 
 
 def _describe_option(name: str, key: str, before, now) -> str:
-    if key == "decisions":  # hashes, which tell a person nothing
-        return "content of --decisions" if before and now else "--decisions"
+    if key in ("decisions", "feedback"):  # hashes, which tell a person nothing
+        return f"content of --{key}" if before and now else f"--{key}"
     flag = key if name == "versions" else f"--{key.replace('_', '-')}"
     return f"{flag} ({'none' if before in ('', None) else before}, now {'none' if now == '' else now})"
 

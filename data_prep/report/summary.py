@@ -11,11 +11,12 @@ import numpy as np
 from data_prep.atomic import write_json
 from data_prep.build.database import select
 from data_prep.build.decisions import ACTIONS, Decision, write_decisions
+from data_prep.build.feedback import FEEDBACK
 from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
 from data_prep.report.warnings import ASKED, warnings
 from data_prep.sheets import write_csv
-from data_prep.tables import counted
+from data_prep.tables import are, counted
 from data_prep.terminal import say
 
 UNUSED, IGNORED = "unused_decisions.csv", "ignored.csv"
@@ -79,8 +80,16 @@ def summarize(plan: Plan) -> dict:
         "group_images": {
             str(size): int(count) for size, count in enumerate(np.bincount(members)) if size and count
         },
-        "decisions": {**(decisions := _decision_counts(plan)), "unused": len(decisions["unused"])},
+        "decisions": {
+            **(decisions := _decision_counts(plan)),
+            "unused": len(unused := decisions["unused"]) - (marks := sum(map(_is_mark, unused))),
+            "unused_marks": marks,
+        },
     }
+
+
+def _is_mark(cells: list[str]) -> bool:
+    return Decision(*cells).note.startswith(FEEDBACK)
 
 
 def _count_long_captions(plan: Plan) -> int:
@@ -148,7 +157,11 @@ def print_report(out: Path, report: dict) -> None:
         say(f"  {report['nonfinite']} values of other columns are NaN or Infinity, stored as text")
     if any(report["decisions"].values()):
         applied = ", ".join(f"{report['decisions'][action]} {action}" for action in ACTIONS)
-        say(f"  decisions applied: {applied}")
+        present = report["decisions"]["present"]
+        known = f"; {counted(present, 'caption')} to add {are(present)} there already" if present else ""
+        say(f"  decisions applied: {applied}{known}")
+    if marks := report["decisions"]["unused_marks"]:
+        say(f"  {counted(marks, 'mark')} of --feedback changed nothing; {out / UNUSED} lists them")
     for split, counts in report["splits"].items():
         say(
             f"  {split:5} {counted(counts['images'], 'image')}, {counted(counts['captions'], 'caption')},"

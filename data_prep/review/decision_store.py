@@ -1,14 +1,12 @@
 """The CSV of decisions while the review page and people write to it."""
 
-import errno
-import fcntl
 import os
-import socket
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
+from data_prep.atomic import lock_beside
 from data_prep.build.decisions import Decision, Subject, read_decisions, write_decisions
 from data_prep.errors import UserError
 
@@ -18,10 +16,6 @@ class _Change(NamedTuple):
 
     subject: Subject
     before: Decision | None
-
-
-# Of file systems without locks.
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class _FileState(NamedTuple):
@@ -40,7 +34,7 @@ class DecisionStore:
 
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.Lock()
-        self._lock_file = _locked(path)
+        self._lock_file = lock_beside(path, "review page", "--decisions")
         try:
             self._open(path)
         except UserError:
@@ -166,34 +160,3 @@ class DecisionStore:
     def latest(self, start: int, count: int) -> list[Decision]:
         """Decisions from the `start`-th on, the latest first."""
         return list(reversed(self._decisions.values()))[start : start + count]
-
-
-def _locked(path: Path) -> TextIO:
-    """The lock file beside `path`, locked until it is closed; the CSV itself is replaced at each change.
-
-    Raises:
-        UserError: another review holds it, or it cannot be made.
-    """
-    # through links, so that two names of one file have one lock
-    real = Path(os.path.realpath(path))
-    try:
-        file = open(real.with_name(f".{real.name}.lock"), "a+")  # noqa: SIM115 open as long as the store
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); pass --decisions with a writable file"
-        ) from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
-            raise UserError(
-                f"{path}: another review page writes to it ({holder}); use or stop that one, or pass another"
-                " --decisions"
-            ) from None
-    file.truncate(0)
-    file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
-    file.flush()
-    return file

@@ -126,12 +126,14 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     approximate: bool = False,
+    feedback: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None,
 ) -> None:
     """Serve a search page: sentences and images find images, with several models side by side.
 
     It answers only on this machine, unless --host is given.
 
       python -m eval serve indexes/base indexes/icons
+      python -m eval serve indexes/icons --feedback marks.jsonl
 
     Args:
         indexes: Folders that `python -m eval embed` made, of the same data by different models; each gets a
@@ -142,11 +144,15 @@ def serve(
         port: 0 takes a free port.
         approximate: Use an approximate index (inverted file) for more than a million images; it is made on
             first use.
+        feedback: JSONL to append marks of results to, right or wrong, for `python -m data_prep build
+            --feedback`; on another --host, the printed address then has a random token.
     """
     from data_prep import web
+    from data_prep.marks import MarkLog
     from eval.search.serve import app, open_columns
 
-    web.serve(app(open_columns(indexes, model, approximate), host), host, port, "search page")
+    marks = MarkLog(feedback) if feedback else None  # before the models are loaded
+    web.serve(app(open_columns(indexes, model, approximate), host, marks), host, port, "search page")
 
 
 def site(

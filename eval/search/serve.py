@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -28,6 +30,7 @@ from starlette.routing import Route
 from data_prep import web
 from data_prep.errors import UserError
 from data_prep.images import BadImage, child_decoder, rgb
+from data_prep.marks import MAX_TEXT, NONE, RIGHT, WRONG, Mark, MarkLog
 from data_prep.web import Refused
 from eval.classify.features import RULES
 from eval.search.index import Index
@@ -37,7 +40,7 @@ from eval.search.words import Words, top
 from train.model.clip import Clip, public_name
 
 PAGE = Path(__file__).with_name("serve.html")
-MAX_K, MAX_TEXT, MAX_FILTERS, MAX_JSON_BYTES = 100, 2000, 20, 1 << 20
+MAX_K, MAX_FILTERS, MAX_JSON_BYTES = 100, 20, 1 << 20
 TEXTS_KEPT, SEARCHES_AT_ONCE, EXAMPLES, SAMPLES = 4096, 32, 4, 32
 UPLOADS_AT_ONCE, UPLOAD_SECONDS = 2, 10  # images that are decoded at once; CPU time for each
 NO_IMAGES = "This index holds no images."
@@ -193,7 +196,8 @@ def is_text(value) -> bool:
 
 
 # Field -> whether a value is valid, and what is valid, in words.
-FIELDS: dict[str, tuple[Callable, str]] = {
+Fields = dict[str, tuple[Callable, str]]
+FIELDS: Fields = {
     "text": (
         lambda value: is_text(value) and value.strip() and len(value) <= MAX_TEXT,
         f"a text of 1 to {MAX_TEXT} characters",
@@ -209,6 +213,18 @@ FIELDS: dict[str, tuple[Callable, str]] = {
 }
 
 
+def check_fields(fields: dict, known: Fields) -> None:
+    """Raises:
+    Refused: A field is unknown or not valid; it is named.
+    """
+    for name, value in fields.items():
+        if name not in known:
+            raise Refused(f"{name!r:.80}: no such field; the fields are {', '.join(known)}")
+        is_valid, valid = known[name]
+        if not is_valid(value):
+            raise Refused(f"{name}: must be {valid}, not {json.dumps(value):.80}")
+
+
 def checked(fields: dict, n: int, image: bytes | None = None) -> Search:
     """The request, with valid fields.
 
@@ -220,17 +236,39 @@ def checked(fields: dict, n: int, image: bytes | None = None) -> Search:
     """
     if not n:
         raise Refused(NO_IMAGES)
-    for name, value in fields.items():
-        if name not in FIELDS:
-            raise Refused(f"{name!r:.80}: no such field; the fields are {', '.join(FIELDS)}")
-        is_valid, valid = FIELDS[name]
-        if not is_valid(value):
-            raise Refused(f"{name}: must be {valid}, not {json.dumps(value):.80}")
+    check_fields(fields, FIELDS)
     if ("text" in fields) + ("like" in fields) + (image is not None) != 1:
         raise Refused("pass one of: text, like (the number of an image), or an image as the request's body")
     if not 0 <= fields.get("like", 0) < n:
         raise Refused(f"like: must be from 0 to {n - 1}, not {fields['like']}")
     return Search(**{**fields, "filters": tuple(fields.get("filters", ()))}, image=image)
+
+
+def mark_of(fields: dict, index: Index, models: Sequence[tuple[str, str]]) -> Mark:
+    """The mark of a request: {"text", "number" of the image, "column" that found it, "mark"}.
+
+    Args:
+        models: name and sha256 of each column's model.
+
+    Raises:
+        Refused: A field is missing or not valid; it is named.
+    """
+    known: Fields = {
+        "text": FIELDS["text"],
+        "number": (lambda value: type(value) is int and 0 <= value < len(index), "the number of an image"),
+        "column": (lambda value: type(value) is int and 0 <= value < len(models), "the number of an index"),
+        "mark": (lambda value: value in (RIGHT, WRONG, NONE), f'"{RIGHT}", "{WRONG}" or ""'),
+    }
+    check_fields(dict.fromkeys(known) | fields, known)
+    (row,) = index.rows([fields["number"]])
+    return Mark(
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        " ".join(fields["text"].split()),
+        row["key"],
+        row["path"],
+        fields["mark"],
+        *models[fields["column"]],
+    )
 
 
 async def read(request: Request, n: int) -> Search:
@@ -319,14 +357,25 @@ def about(indexes: Sequence[Index], models: Sequence[str] = ()) -> dict:
     }
 
 
-def app(columns: Sequence[Column], host: str = web.LOOPBACK[0]) -> Starlette:
-    """The page and its API: GET /api/about, POST /api/search, GET /thumbnail/N?v=VERSION.
+def app(columns: Sequence[Column], host: str = web.LOOPBACK[0], marks: MarkLog | None = None) -> Starlette:
+    """The page and its API: GET /api/about, POST /api/search, POST /api/mark, GET /thumbnail/N?v=VERSION.
 
     Searches wait for the model in their own threads, so thumbnails do not wait for searches; and uploads are
     decoded in theirs, so other searches do not wait for them.
+
+    Args:
+        marks: Where marks of results go; without it, they are refused. With it, results of a text have
+            "marks", by number of the image, and the app is private as data_prep.web.application has it.
     """
     index, models = columns[0].index, [column.clip.name for column in columns if column.clip]
     page_data = about([column.index for column in columns], models)
+    if marks:
+        page_data["marks"] = True
+        fingerprints = [
+            (public_name(column.clip.name), column.clip.fingerprint()[:16])
+            for column in columns
+            if column.clip
+        ]
     threads, uploads = ThreadPoolExecutor(SEARCHES_AT_ONCE, thread_name_prefix="search"), Uploads()
 
     async def get_about(_: Request) -> Response:
@@ -338,9 +387,27 @@ def app(columns: Sequence[Column], host: str = web.LOOPBACK[0]) -> Starlette:
         try:
             if search.image is not None:
                 pixels = await loop.run_in_executor(uploads.threads, uploads.decoded, search.image, columns)
-            return JSONResponse(await loop.run_in_executor(threads, results_of, columns, search, pixels))
+            answer = await loop.run_in_executor(threads, results_of, columns, search, pixels)
         except asyncio.CancelledError:  # the server stops, and has waited a while for this
             raise Refused("the server was stopped", 503) from None
+        if marks and search.text is not None:
+            known, images = marks.of(search.text), answer["images"].items()
+            answer["marks"] = {number: mark for number, row in images if (mark := known.get(row["key"]))}
+        return JSONResponse(answer)
+
+    async def post_mark(request: Request) -> Response:
+        if not marks:
+            raise Refused("marks are off; restart `eval serve` with --feedback FILE.jsonl", 403)
+        web.require_json(request)
+        fields = await web.json_body(request, MAX_JSON_BYTES)
+        mark = await run_in_threadpool(mark_of, fields, index, fingerprints)
+        await run_in_threadpool(marks.add, mark)
+        return JSONResponse({"mark": mark.mark})
+
+    def on_end() -> None:
+        uploads.end()
+        if marks:
+            marks.close()
 
     async def get_thumbnail(request: Request) -> Response:
         number = request.path_params["number"]
@@ -356,6 +423,7 @@ def app(columns: Sequence[Column], host: str = web.LOOPBACK[0]) -> Starlette:
     routes = [
         Route("/api/about", get_about),
         Route("/api/search", post_search, methods=["POST"]),
+        Route("/api/mark", post_mark, methods=["POST"]),
         Route("/thumbnail/{number}", get_thumbnail),
     ]
-    return web.application(PAGE, routes, host, on_end=uploads.end)
+    return web.application(PAGE, routes, host, is_private=bool(marks), on_end=on_end)

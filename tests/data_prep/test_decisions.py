@@ -30,6 +30,7 @@ DECIDED = [
     ("10.png", "add", "", "instead of the only one"),
 ]
 UNUSED = [("99.png", "drop", "", ""), ("9.png", "edit", "caption 8", "that caption is of another image")]
+COUNTS = {"drop": 1, "edit": 3, "remove": 3, "add": 3, "present": 0, "unused": 2, "unused_marks": 0}
 
 
 def decisions_file(path, decided):
@@ -93,7 +94,7 @@ def test_decisions_give_the_shards_of_a_csv_that_was_edited_by_hand(pairs, tmp_p
     # decided on
     assert (ours["rows"], ours["records"], ours["rejects"]) == (46, 41, 5)
     assert ours["reasons"] == {"caption removed by a decision": 4, "dropped by a decision": 1}
-    assert ours["decisions"] == {"drop": 1, "edit": 3, "remove": 3, "add": 3, "unused": 2}
+    assert ours["decisions"] == COUNTS
     unused, _ = read_decisions(tmp_path / "ours" / "unused_decisions.csv")
     assert [(decision.image, decision.action) for decision in unused.values()] == [
         unused[:2] for unused in UNUSED
@@ -156,7 +157,7 @@ def test_shards_are_an_input_whose_images_keep_their_keys(pairs, tmp_path):
     )
     assert tars(tmp_path / "from-shards") == tars(tmp_path / "from-csv")
     report = index(built, tmp_path / "in-place", Reading(decisions=decisions), parallelism=Parallelism(1))
-    assert report["decisions"] == {"drop": 1, "edit": 3, "remove": 3, "add": 3, "unused": 2}
+    assert report["decisions"] == COUNTS
     assert captions(tmp_path / "in-place") == captions(tmp_path / "from-csv")
 
     # Other images of the same names: they cannot be told apart, so the second ones are rejected.

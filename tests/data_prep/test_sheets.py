@@ -85,7 +85,8 @@ def test_decisions_are_applied_to_captions_that_begin_like_formulas(tmp_path):
     assert list(read_decisions(tmp_path / "plain.csv")[0].values()) == decided
     read = Reading(decisions=str(tmp_path / "decisions.csv"))
     report = build([str(table)], tmp_path / "out", read, parallelism=Parallelism(1))
-    assert report["decisions"] == {"drop": 0, "edit": 1, "remove": 0, "add": 1, "unused": 0}
+    counts = {"drop": 0, "edit": 1, "remove": 0, "add": 1, "present": 0, "unused": 0, "unused_marks": 0}
+    assert report["decisions"] == counts
     shards = [
         Shards(tmp_path / "out", split) for split in report["splits"] if report["splits"][split]["images"]
     ]
