@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -262,7 +262,7 @@ def mark_of(fields: dict, index: Index, models: Sequence[tuple[str, str]]) -> Ma
     check_fields(dict.fromkeys(known) | fields, known)
     (row,) = index.rows([fields["number"]])
     return Mark(
-        datetime.now(UTC).isoformat(timespec="seconds"),
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
         " ".join(fields["text"].split()),
         row["key"],
         row["path"],
