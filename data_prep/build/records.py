@@ -306,7 +306,7 @@ class Part:
         self.db.close()
 
 
-def load(part: Part, inputs: list[str], reading: Reading, decisions: AppliedDecisions) -> None:
+def load(part: Part, inputs: list[str], reading: Reading, decisions: AppliedDecisions | None = None) -> None:
     """Read all inputs and store the rows of this part, in one transaction: after a kill it starts again.
 
     Raises:
@@ -321,7 +321,7 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: AppliedDeci
     names = [os.path.basename(source.rstrip("/")) for source in inputs]
     if len(set(names)) < len(names):
         names = [f"{number}/{name}" for number, name in enumerate(names)]
-    loader, problems = _Loader(part, reading, decisions), []
+    loader, problems = _Loader(part, reading, decisions or AppliedDecisions([])), []
     for number, source in enumerate(inputs):
         options = (reading.columns, reading.delimiter, reading.encoding, names[number])
         more = {"image_ext": reading.image_ext, "caption_ext": reading.caption_ext}
