@@ -76,11 +76,11 @@ def clip_loss(
         positive = _positives(ids, world.gather(ids), labels, same_group)
         labels = positive / positive.sum(1, keepdim=True)
     shares = None if weights is None else _shares(weights, world.gather(weights))
-    halves = [_cross_entropy(logits, labels, shares) for logits in similarities(outputs, world)]
+    halves = [_cross_entropy(logits, labels, shares) for logits in _similarities(outputs, world)]
     return (halves[0] + halves[1]) / 2
 
 
-def similarities(outputs: Sequence[torch.Tensor], world: World) -> Iterator[torch.Tensor]:
+def _similarities(outputs: Sequence[torch.Tensor], world: World) -> Iterator[torch.Tensor]:
     """Logits of this rank's images and all texts, then of its texts and all images: twice fp32 [b, n].
 
     Args:

@@ -5,7 +5,6 @@ RUN/attempt  written by the scheduler's script, which gives each attempt its own
              cut off and comes back reads another attempt there, and is fenced
 """
 
-import errno
 import fcntl
 import os
 import socket
@@ -14,10 +13,9 @@ from pathlib import Path
 from shlex import quote
 from typing import TextIO
 
+from data_prep.atomic import NO_LOCKS
 from data_prep.errors import Fault, Fenced, UserError
 
-# Of file systems without locks; attempts are fenced there all the same.
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 WAIT_S = 120  # that a new attempt gives the previous one, perhaps cut off, to notice that it is fenced
 # A fenced attempt waits before it exits: its batch script must end its srun first, or Slurm would end the
 # step of the same number of the new attempt.
@@ -62,7 +60,7 @@ class RunLock:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            return error.errno in NO_LOCKS
+            return error.errno in NO_LOCKS  # attempts are fenced there all the same
         return True
 
     def release(self) -> None:
