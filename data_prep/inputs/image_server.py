@@ -24,6 +24,7 @@ MAX_BYTES = 1 << 28  # of one image; many are fetched at once
 SILENT_S, TOTAL_S = 60, 300  # without a byte, and for all of one image
 MAX_REDIRECTS = 10
 REDIRECTS = (301, 302, 303, 307, 308)
+PARTIAL = 206
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -73,26 +74,33 @@ class ImageServer(HTTPFileSystem):
         return aiohttp.ClientSession(connector=connector, timeout=timeout, **options)
 
     async def _cat_file(self, url, start=None, end=None, take=None, **options) -> bytes:
-        """The bytes of an image.
+        """The bytes of a file, or those from `start` to `end`.
 
         Args:
             take: Is called with the bytes that come; what it raises ends the transfer.
         """
         try:
-            return await self._content_of(url, take)
+            return await self._content_of(url, take, start, end)
         except TimeoutError:
+            if end is not None:  # of a shard, which is asked for again
+                raise
             raise NotFetched(
                 f"its server sends no byte for {SILENT_S} seconds, or not all within {TOTAL_S}"
             ) from None
 
-    async def _content_of(self, url: str, take: Callable[[int], None] | None) -> bytes:
+    async def _content_of(
+        self, url: str, take: Callable[[int], None] | None, start: int | None, end: int | None
+    ) -> bytes:
         session, target = await self.set_session(), self.encode_url(url)
+        headers = {} if end is None else {"Range": f"bytes={start or 0}-{end - 1}"}
         for _ in range(MAX_REDIRECTS + 1):
             self._check_literal(target)
-            async with session.get(target, allow_redirects=False) as answer:
+            async with session.get(target, headers=headers, allow_redirects=False) as answer:
                 place = answer.headers.get("Location") if answer.status in REDIRECTS else None
                 if place is None:
                     self._raise_not_found_for_status(answer, url)
+                    if headers and answer.status != PARTIAL and _exceeds(answer, end - (start or 0)):
+                        raise NotFetched("its server answers no range requests; serve it from one that does")
                     return await _content(answer, take)
             target = next_target(target, place)
         raise NotFetched(f"its server sends on more than {MAX_REDIRECTS} times")
@@ -142,6 +150,10 @@ def next_target(before: URL, place: str) -> URL:
         raise NotFetched(f"its server sends on from https to http ({target.host})")
     same = _origin(before) == _origin(target)  # a password is for the server that it was given for
     return target.with_user(before.user).with_password(before.password) if same and before.user else target
+
+
+def _exceeds(answer: aiohttp.ClientResponse, n_bytes: int) -> bool:
+    return answer.content_length is None or answer.content_length > n_bytes
 
 
 async def _content(answer: aiohttp.ClientResponse, take: Callable[[int], None] | None) -> bytes:

@@ -1,0 +1,229 @@
+"""A folder behind a URL that fsspec knows (s3://, gs://, hf://, https://): pieces of files, read and written.
+
+What a store refuses is one sentence at once; what it fails to answer is asked for again, with back-off.
+"""
+
+import asyncio
+import errno
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+from data_prep.errors import Fault, UserError
+from data_prep.masked import masked_url, one_line
+from data_prep.terminal import say
+
+T = TypeVar("T")
+ATTEMPTS, FIRST_WAIT_S = 6, 0.5  # waits of 0.5, 1, 2, 4 and 8 s: a store that restarts, or asks for less
+# What clients of stores raise beside OSError, where they are imported.
+CLIENT_ERRORS = (
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+    ("httpx", "HTTPError"),
+    ("data_prep.inputs.image_server", "NotFetched"),
+)
+# By name, for they are of packages that may not be installed: credentials that are missing or no longer valid.
+REFUSALS = {
+    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"),
+    *("SSOTokenLoadError", "UnauthorizedSSOTokenError", "InvalidRegionError", "NoRegionError"),
+    *("RefreshError", "DefaultCredentialsError", "NotFetched", "ParamValidationError"),
+}
+# Wrong arguments, such as the region's; not allowed; a bucket that is in another region.
+WRONG = (errno.EINVAL, errno.EPERM, getattr(errno, "EREMCHG", errno.EINVAL))
+NOTHING_THERE = 416  # the status of a range beyond the end of a file
+TRY_AGAIN = (408, 429)  # of the statuses that say that the request is wrong
+CREDENTIALS = {
+    "s3": "check the keys and the region: AWS_PROFILE, or AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and"
+    " AWS_DEFAULT_REGION; for stores other than Amazon's AWS_ENDPOINT_URL",
+    "gs": "log in with: gcloud auth application-default login",
+    "hf": "log in with: hf auth login",
+}
+
+
+class Store:
+    """The files below a URL. Cheap to pickle; each process has its own connections.
+
+    Raises:
+        UserError: on use: it refuses, or a file is missing.
+        Fault: on use: it does not answer, after ATTEMPTS.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self.shown = masked_url(self.url)
+        self._files: tuple[int, object] = (0, None)
+
+    def __reduce__(self):
+        return Store, (self.url,)
+
+    def url_of(self, name: str) -> str:
+        """Of a file below this folder.
+
+        Raises:
+            UserError: its name leads out of the folder.
+        """
+        if not name or "\0" in name or "\\" in name or "://" in name or name[0] == "/":
+            raise UserError(f"{self.shown}: {name!r:.80} is no name of a file below it; restore the manifest")
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise UserError(f"{self.shown}: {name!r:.80} leads out of this folder, which is not followed")
+        return f"{self.url}/{quote(name) if self.is_http else name}"
+
+    @property
+    def protocol(self) -> str:
+        return self.url.partition("://")[0]
+
+    @property
+    def is_http(self) -> bool:
+        return self.protocol in ("http", "https")
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """A piece of a file, all of it.
+
+        Raises:
+            UserError: the file is missing, or ends before.
+        """
+        try:
+            data = self._piece(name, offset, offset + size)
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.shown}/{name}: missing, but listed in the manifest; upload it again, or build again"
+            ) from None
+        if len(data) != size:
+            raise UserError(
+                f"{self.shown}/{name}: ends before byte {offset + size:,}, which the manifest says it has; upload"
+                " it again, or build again"
+            )
+        return data
+
+    def read_whole(self, name: str, max_bytes: int) -> bytes:
+        """A small file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UserError: it is larger.
+        """
+        data = self._piece(name, 0, max_bytes + 1)
+        if len(data) > max_bytes:
+            raise UserError(f"{self.shown}/{name}: more than {max_bytes:,} bytes, so it is not read")
+        return data
+
+    def _piece(self, name: str, start: int, end: int) -> bytes:
+        url = self.url_of(name)
+        return self._ask(name, lambda files: files.cat_file(url, start=start, end=end))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if there is none."""
+        url = self.url_of(name)
+
+        def ask(files) -> int:
+            files.invalidate_cache()
+            return files.info(url)["size"]
+
+        try:
+            return self._ask(name, ask)
+        except FileNotFoundError:
+            return None
+
+    def put(self, file: Path, name: str) -> None:
+        """Upload a file; it is there as a whole, or not at all.
+
+        Raises:
+            UserError: the store takes none.
+        """
+        url = self.url_of(name)
+        if self.is_http:
+            raise UserError(f"{self.shown}: files cannot be uploaded over HTTP; pass s3://, gs:// or hf://")
+        self._ask(name, lambda files: files.put_file(str(file), url))
+
+    def _ask(self, name: str, request: Callable[[object], T]) -> T:
+        """The answer to a request; FileNotFoundError is the caller's."""
+        started = time.monotonic()
+        for attempt in range(1, ATTEMPTS + 1):
+            files = self._file_system()
+            try:
+                return request(files)
+            except FileNotFoundError:
+                raise
+            except client_errors() as error:
+                if _status(error) == NOTHING_THERE:
+                    return b""
+                said = one_line(error, 300) or type(error).__name__
+                if is_refusal(error):
+                    hint = CREDENTIALS.get(self.protocol, "check the address and the password")
+                    raise UserError(f"{self.shown}/{name}: refused ({said}); {hint}") from None
+                if attempt == ATTEMPTS:
+                    raise Fault(
+                        f"{self.shown}/{name}: no answer in {attempt} attempts over"
+                        f" {time.monotonic() - started:.0f} s ({said}); when the store answers again, run the"
+                        " same command again"
+                    ) from None
+                # not all processes at the same moment
+                time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+                if attempt == ATTEMPTS // 2:
+                    say(f"warning: {self.shown}/{name}: {said}; asked again", file=sys.stderr)
+        raise AssertionError("unreachable")
+
+    def _file_system(self):
+        """That of this process: connections do not survive a fork."""
+        process, files = self._files
+        if process != os.getpid():
+            files = _file_system(self.url)
+            self._files = os.getpid(), files
+        return files
+
+
+def _file_system(url: str):
+    if url.startswith(("http://", "https://")):
+        from data_prep.inputs.image_server import ImageServer  # imports aiohttp, which is slow
+
+        return ImageServer(url, skip_instance_cache=True)
+    from data_prep.inputs.storage import remote
+
+    return remote(url)
+
+
+def client_errors() -> tuple[type[Exception], ...]:
+    """What a request to a store may raise."""
+    known = [OSError, asyncio.TimeoutError]
+    for module, name in CLIENT_ERRORS:
+        known += filter(None, [getattr(sys.modules.get(module), name, None)])
+    return tuple(known)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether another attempt would end in the same way."""
+    if isinstance(error, PermissionError) or type(error).__name__ in REFUSALS:
+        return True
+    if isinstance(error, OSError) and error.errno in WRONG:
+        return True
+    status = _status(error)
+    return status is not None and 300 <= status < 500 and status not in TRY_AGAIN
+
+
+def _status(error: BaseException) -> int | None:
+    """The status of HTTP that an error tells of, by any client."""
+    for each in filter(None, (error, error.__cause__)):
+        answer = getattr(each, "response", None)
+        if isinstance(answer, dict):  # botocore's
+            return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        for holder in (each, answer):
+            for name in ("status", "status_code", "code"):
+                if isinstance(value := getattr(holder, name, None), int):
+                    return int(value)
+    return None
+
+
+@lru_cache
+def store_of(url: str) -> Store:
+    """One Store per URL, so that a process has one set of connections."""
+    return Store(url)
