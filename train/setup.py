@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
+from data_prep.store.cache import choose
 from train.data.augment import Augmentation
 from train.data.loader import TrainPairs, train_loader
 from train.data.sets import DataSets, open_pairs, order_of
@@ -107,6 +108,7 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     Raises:
         UserError: the data, the model or what the run was started with do not fit.
     """
+    choose(recipe.cache_dir, recipe.cache_gb)
     pairs = open_pairs(recipe)
     check_batch(recipe, len(pairs), world)
     if not pairs.weight_range[1]:

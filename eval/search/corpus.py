@@ -101,6 +101,7 @@ class CorpusImages(Dataset):
     """(uint8 [3, H, W], thumbnail, metadata) by number; (None, reason, {"key", "path"}) if unreadable."""
 
     def __init__(self, corpus: Corpus, clip: Clip):
+        self.shards = corpus if isinstance(corpus, Joined) else None
         self.corpus, self.transform, self.background = corpus, clip.eval_transform, clip.background
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor | None, bytes | str, dict]:
