@@ -32,7 +32,7 @@ CLIENT_ERRORS = (
     ("httpx", "HTTPError"),
     ("data_prep.inputs.image_server", "NotFetched"),
 )
-# By name, for they are of packages that may not be installed: credentials that are missing or no longer valid.
+# By name, for their packages may not be installed: credentials that are missing, or no longer valid.
 REFUSALS = {
     *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"),
     *("SSOTokenLoadError", "UnauthorizedSSOTokenError", "InvalidRegionError", "NoRegionError"),
@@ -100,8 +100,8 @@ class Store:
             ) from None
         if len(data) != size:
             raise UserError(
-                f"{self.shown}/{name}: ends before byte {offset + size:,}, which the manifest says it has; upload"
-                " it again, or build again"
+                f"{self.shown}/{name}: ends before byte {offset + size:,}, which the manifest says it has;"
+                " upload it again, or build again"
             )
         return data
 

@@ -162,6 +162,7 @@ def test_the_order_is_a_function_of_seed_and_position():
     expected = [MixedOrder(SIZES, [7, 3], seed=5).sample_at(position) for position in positions]
     assert [order.sample_at(position) for position in positions] == expected
     assert [again.sample_at(position) for position in positions] == expected
+    assert order.numbers(np.array(positions)).tolist() == expected
     assert [MixedOrder(SIZES, [7, 3], seed=6).sample_at(position) for position in positions] != expected
 
 

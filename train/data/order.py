@@ -3,6 +3,7 @@ store.
 """
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,26 +11,34 @@ GROUPS = 6  # a stream of random bits beside those of orders, of train.data.load
 WINDOW_SHARDS = 16  # mixed with each other; an epoch reads each shard in one stretch
 
 
-def random_bits(n: int, *entropy: int) -> np.ndarray:
+def random_bits(n: int, *entropy: int, skip: int = 0) -> np.ndarray:
     """uint64 [n], a function of `entropy` alone; numpy keeps raw streams stable over versions (NEP 19),
     permutations not.
+
+    Args:
+        skip: of the stream, from which the next n are returned.
     """
-    return np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(n)
+    bits = np.random.PCG64(np.random.SeedSequence(entropy))
+    return (bits.advance(skip) if skip else bits).random_raw(n)
 
 
-def epoch_order(shard_sizes: np.ndarray, seed: int, epoch: int, window: int = WINDOW_SHARDS) -> np.ndarray:
-    """int64 [n], every sample number once: shards shuffled, then samples within windows of shards."""
+class Epoch(NamedTuple):
+    """The order of an epoch but for the samples within windows: shards shuffled, and where each window ends.
+
+    Attributes:
+        shards: int64 [shards], their numbers.
+        ends: int64 [windows], the offset in the epoch at which each window of shards ends.
+    """
+
+    shards: np.ndarray
+    ends: np.ndarray
+
+
+def order_shards(shard_sizes: np.ndarray, seed: int, epoch: int) -> Epoch:
+    """The shards of an epoch in their order, WINDOW_SHARDS to a window."""
     shards = np.argsort(random_bits(len(shard_sizes), seed, epoch, 0), kind="stable")
-    ends = np.cumsum(shard_sizes)
-    keys, order = random_bits(int(ends[-1]), seed, epoch, 1), []
-    for first in range(0, len(shards), window):
-        in_window = shards[first : first + window]
-        samples = np.concatenate(
-            [np.arange(ends[shard] - shard_sizes[shard], ends[shard]) for shard in in_window]
-        )
-        window_keys, keys = keys[: len(samples)], keys[len(samples) :]
-        order.append(samples[np.argsort(window_keys, kind="stable")])
-    return np.concatenate(order)
+    sizes = np.add.reduceat(shard_sizes[shards], np.arange(0, len(shards), WINDOW_SHARDS))
+    return Epoch(shards, np.cumsum(sizes))
 
 
 def part_of_groups(groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -60,15 +69,45 @@ class Order:
         self.steps_per_epoch = self.n_samples // global_batch_size
         assert self.steps_per_epoch > 0, (self.n_samples, global_batch_size)
         self.samples_per_epoch = self.steps_per_epoch * global_batch_size
-        self._epoch_order = functools.lru_cache(maxsize=2)(self._compute)
+        self._shard_starts = np.cumsum(shard_sizes) - shard_sizes
+        self._epoch = functools.lru_cache(maxsize=2)(functools.partial(order_shards, shard_sizes, seed))
+        self._window = functools.lru_cache(maxsize=4)(self._compute)
 
     def __reduce__(self):
         return Order, (self.shard_sizes, self.global_batch_size, self.seed)
 
-    def _compute(self, epoch: int) -> np.ndarray:
-        return epoch_order(self.shard_sizes, self.seed, epoch)
+    def _compute(self, epoch: int, window: int) -> np.ndarray:
+        """int64 [n], the sample numbers of one window, shuffled."""
+        shards, ends = self._epoch(epoch)
+        shards = shards[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]
+        starts = self._shard_starts[shards].tolist()
+        samples = np.concatenate(
+            [np.arange(start, start + n) for start, n in zip(starts, self.shard_sizes[shards], strict=True)]
+        )
+        first = int(ends[window]) - len(samples)
+        keys = random_bits(len(samples), self.seed, epoch, 1, skip=first)  # a piece of those of the epoch
+        return samples[np.argsort(keys, kind="stable")]
 
     def sample_at(self, position: int) -> int:
         """The sample number at a position of the stream."""
         epoch, offset = divmod(position, self.samples_per_epoch)
-        return int(self._epoch_order(epoch)[offset])
+        ends = self._epoch(epoch).ends
+        window = int(np.searchsorted(ends, offset, side="right"))
+        return int(self._window(epoch, window)[offset - int(ends[window])])  # from its end
+
+    def numbers(self, positions: np.ndarray) -> np.ndarray:
+        """The sample numbers at many positions of the stream: int64 [n].
+
+        Args:
+            positions: int64 [n], in any order; ascending ones compute each window once.
+        """
+        numbers = np.empty(len(positions), np.int64)
+        epochs, offsets = np.divmod(positions, self.samples_per_epoch)
+        for epoch in np.unique(epochs).tolist():
+            ends = self._epoch(epoch).ends
+            of_epoch = np.flatnonzero(epochs == epoch)
+            windows = np.searchsorted(ends, offsets[of_epoch], side="right")
+            for window in np.unique(windows).tolist():
+                places = of_epoch[windows == window]
+                numbers[places] = self._window(epoch, window)[offsets[places] - ends[window]]
+        return numbers

@@ -99,6 +99,15 @@ class MixedOrder(Order):
         offset = int(self._offset_at[place])
         return int(self._starts[number]) + order.sample_at(batch * order.global_batch_size + offset)
 
+    def numbers(self, positions: np.ndarray) -> np.ndarray:
+        batches, places = np.divmod(positions, self.global_batch_size)
+        sets, offsets = self._set_at[places], self._offset_at[places]
+        numbers = self._starts[sets]
+        for number, order in enumerate(self.orders):
+            here = sets == number
+            numbers[here] += order.numbers(batches[here] * order.global_batch_size + offsets[here])
+        return numbers
+
 
 def open_pairs(recipe: Recipe) -> Shards | DataSets:
     """The training pairs of a recipe.
