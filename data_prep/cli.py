@@ -38,14 +38,20 @@ class Output:
 
 # What help calls the things that commands take.
 Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
-_PLACE = PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="SHARDS",
-    instance_from_str=lambda words: place_of(words[0]),
-    is_instance=lambda value: isinstance(value, (str, Path)),
-    str_from_instance=lambda place: [str(place)],
-)
-Shards = Annotated[Path | str, _PLACE]  # a folder, or its URL
+
+
+def _place(metavar: str) -> PrimitiveConstructorSpec:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: place_of(words[0]),
+        is_instance=lambda value: isinstance(value, (str, Path)),
+        str_from_instance=lambda place: [str(place)],
+    )
+
+
+Shards = Annotated[Path | str, _place("SHARDS")]  # a folder, or its URL
+ShardsOrImages = Annotated[Path | str, _place("SHARDS|FOLDER")]
 Index = Annotated[Path, tyro.conf.arg(metavar="INDEX")]
 Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 Runs = Annotated[Path, tyro.conf.arg(metavar="RUNS")]
@@ -58,7 +64,7 @@ OutputFile = Annotated[Path, tyro.conf.arg(metavar="FILE"), Output()]
 OptionalOutputFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE"), Output()]
 OutputFolder = Annotated[Path, tyro.conf.arg(metavar="FOLDER"), Output(is_folder=True)]
 OptionalOutputFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER"), Output(is_folder=True)]
-OptionalShards = Annotated[Path | str, _PLACE] | None
+OptionalShards = Shards | None
 
 
 def run_command(

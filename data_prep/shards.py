@@ -358,6 +358,8 @@ class Shards:
         Raises:
             UserError: names a shard that is missing or altered.
         """
+        if is_url(self.folder):
+            return  # it would be read twice; what a worker reads is checked
         entries = self.entries[part::parts]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
             checked = pool.map(self._verify_one, entries)
