@@ -2,7 +2,7 @@
 
     SHARDS/manifest.json                 splits -> counts, and per shard: samples, bytes, sha256
     SHARDS/train/train-000000.tar        KEY.png or KEY.jpg, KEY.json, KEY.txt; members of a key are adjacent
-    SHARDS/train/train-000000.index.tsv  key, group number, offset and size of each member in the tar
+    SHARDS/train/train-000000.index.tsv  key, group, offset and size of each member in the tar, hash
 
 KEY.txt is the first caption, for readers that expect one; KEY.json has all captions and, where the input has
 them, the weight of each. Samples are numbered within a split, over its shards in order, so that reading one
@@ -10,7 +10,6 @@ never scans a tar.
 """
 
 import copy
-import csv
 import hashlib
 import json
 import math
@@ -22,31 +21,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from data_prep.atomic import atomic_file
 from data_prep.below import file_below, regular
 from data_prep.errors import UserError
 from data_prep.images import WHITE, BadImage, hex_color
 from data_prep.progress import progress
+from data_prep.shard_index import key_text, read_indexes, sample_hash, write_index
 from data_prep.strict_json import load_json, parse_json, problem_of
 
 FORMAT = 2
 _TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8s1s100s8s247x")
 _REST_OF_SUM = sum(b"00004440000000000000000000000000        0ustar\x0000")  # all but name and size
 as_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, allow_nan=False).encode
-INDEX_COLUMNS = [
-    "key",
-    "group",
-    "image_offset",
-    "image_size",
-    "json_offset",
-    "json_size",
-    "txt_offset",
-    "txt_size",
-]
 
 
 def _is_count(value: object) -> bool:
@@ -135,7 +127,7 @@ def write_shard(path: Path, members: Iterable[Member]) -> dict:
                 file.write(block)
                 sha256.update(block)
                 end += len(block)
-            rows.append(row)
+            rows.append([*row, sample_hash(xxhash.xxh3_128_digest(member.image), meta)])
         file.write(bytes(1024))
         sha256.update(bytes(1024))
     index = path.with_suffix(".index.tsv")
@@ -160,13 +152,6 @@ def _entry(path: Path, index: Path, samples: int, sha256: str) -> dict:
         "sha256": sha256,
         "index_sha256": sha256_of(index),
     }
-
-
-def write_index(path: Path, rows: list[list]) -> None:
-    """Write rows of INDEX_COLUMNS."""
-    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        file.write("\t".join(INDEX_COLUMNS) + "\n")
-        file.writelines("\t".join(map(str, row)) + "\n" for row in rows)
 
 
 def _tar_header(name: str, size: int) -> bytes:
@@ -228,13 +213,17 @@ class Shards:
             json.dumps(self.manifest["splits"], sort_keys=True).encode()
         ).hexdigest()
         self.shard_sizes = np.array([entry["samples"] for entry in self.entries])
-        keys, numbers = zip(*(read_index(self.folder, entry) for entry in self.entries), strict=True)
-        self._tars = [shard_file(self.folder, entry) for entry in self.entries]
+        self._tars = [existing_tar(self.folder, entry) for entry in self.entries]
         self._jsons = [json_file(self.folder, entry) for entry in self.entries]
+        indexes = [(shard_file(self.folder, entry, "index"), entry) for entry in self.entries]
+        self._keys, self.groups, self._offsets, self._hashes = read_indexes(indexes)
         self._ends = np.cumsum(self.shard_sizes)
-        self._keys = np.concatenate(keys)
-        self.groups = np.concatenate([table[:, 0] for table in numbers])
-        self._offsets = np.concatenate([table[:, 1:5] for table in numbers])
+        # Of older builds, whose samples have no hash; of all samples, whichever are chosen.
+        self._unhashed = [
+            entry
+            for entry, hashes in zip(self.entries, np.split(self._hashes, self._ends[:-1]), strict=True)
+            if not hashes.all()
+        ]
         self._files: dict[Path, int] = {}
 
     def __len__(self) -> int:
@@ -250,7 +239,7 @@ class Shards:
         part.shard_sizes = np.array([each.sum() for each in np.split(chosen, self._ends[:-1])])
         part._ends = np.cumsum(part.shard_sizes)
         part._keys, part.groups = self._keys[chosen], self.groups[chosen]
-        part._offsets, part._files = self._offsets[chosen], {}
+        part._offsets, part._hashes, part._files = self._offsets[chosen], self._hashes[chosen], {}
         return part
 
     @property
@@ -262,23 +251,32 @@ class Shards:
         return {**self.__dict__, "_files": {}}
 
     def key(self, number: int) -> str:
-        return str(self._keys[number])
+        return key_text(int(self._keys[number]))
 
     def locate(self, number: int) -> tuple["Shards", int]:
         """As Joined has it."""
         return self, number
 
-    def entry(self, number: int) -> dict:
-        """The manifest's entry of the shard that holds a sample."""
-        return self.entries[int(np.searchsorted(self._ends, number, side="right"))]
-
     def read(self, number: int) -> Sample:
-        """Sample `number`: its image and captions."""
+        """Sample `number`: its image and captions.
+
+        Raises:
+            Damaged: it is not what was built, or its file is too short.
+            UserError: it was built with a .json that no reader takes.
+        """
         image_offset, image_size, json_offset, json_size = self._offsets[number].tolist()
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        data = self._bytes(self._jsons[shard], json_offset, json_size)
+        try:
+            data = self._bytes(self._jsons[shard], json_offset, json_size)
+            image = self._bytes(self._tars[shard], image_offset, image_size)
+            expected = int(self._hashes[number])
+            if expected and sample_hash(xxhash.xxh3_128_digest(image), data) != expected:
+                raise Damaged(
+                    self._tars[shard], "altered since it was built (its hash differs from the index's)"
+                )
+        except Damaged as error:
+            raise Damaged(error.file, error.found, self.key(number)) from None
         meta = parse_meta(data, self._jsons[shard], self.key(number))
-        image = self._bytes(self._tars[shard], image_offset, image_size)
         return Sample(self.key(number), image, meta["captions"], meta)
 
     @contextmanager
@@ -288,10 +286,11 @@ class Shards:
             yield
         except BadImage as bad:
             path = self.meta(number).get("image", "")
+            compare = f" (python -m data_prep verify {quote(str(self.folder))} says whether they are altered)"
             raise UserError(
                 f"{self.folder}, {self.split}: sample {self.key(number)} ({path or 'no path'}): {bad};"
                 " build the shards again without --skip-decode, which leaves such images out, or drop it by"
-                " a decision"
+                f" a decision{'' if self._hashes[number] else compare}"
             ) from None
 
     def meta(self, number: int) -> dict:
@@ -313,12 +312,13 @@ class Shards:
         return read_piece(self._files[file], file, offset, size)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare the sha256 of every `parts`-th shard and index, starting at `part`, with the manifest.
+        """Compare the sha256 of shards whose samples have no hash for read() to check, as those of older
+        builds, with the manifest: every `parts`-th of them, starting at `part`.
 
         Raises:
             UserError: names a shard that is missing or altered.
         """
-        entries = self.entries[part::parts]
+        entries = self._unhashed[part::parts]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
             checked = pool.map(self._verify_one, entries)
             for _ in progress(
@@ -356,12 +356,29 @@ def read_piece(opened: int, file: Path, offset: int, size: int) -> bytes:
     """A piece of an open file, as an index has it.
 
     Raises:
-        UserError: the file does not have so many bytes, and no memory was taken for them.
+        Damaged: the file does not have so many bytes, and no memory was taken for them.
     """
     data = os.pread(opened, size, offset) if size <= os.fstat(opened).st_size - offset else b""
     if len(data) != size:
-        raise UserError(f"{file}: ends before byte {offset + size}; build the shards again")
+        raise Damaged(file, f"ends before byte {offset + size}")
     return data
+
+
+class Damaged(UserError):
+    """A sample is not what was built.
+
+    Attributes:
+        file: that holds it.
+        found: what is wrong, in words.
+    """
+
+    def __init__(self, file: Path, found: str, key: str = ""):
+        sample = f"sample {key}: " if key else ""
+        super().__init__(f"{file}: {sample}{found}; restore this file or build the shards again")
+        self.file, self.found, self._arguments = file, found, (file, found, key)
+
+    def __reduce__(self):
+        return Damaged, self._arguments
 
 
 def altered(folder: Path, entry: dict) -> Iterator[str]:
@@ -393,6 +410,18 @@ def shard_file(folder: Path, entry: dict, kind: str = "file") -> Path:
     if kind == "file" and "json" in entry and name.endswith(".tar"):
         return regular(folder, name)
     return file_below(folder, name)
+
+
+def existing_tar(folder: Path, entry: dict) -> Path:
+    """The tar of one shard.
+
+    Raises:
+        UserError: it is missing.
+    """
+    tar = shard_file(folder, entry)
+    if not tar.is_file():
+        raise UserError(f"{tar}: missing, but listed in the manifest; restore it or build the shards again")
+    return tar
 
 
 def json_file(folder: Path, entry: dict) -> Path:
@@ -455,35 +484,3 @@ def _unequal(meta: dict) -> str:
     captions = len(meta["captions"])
     weights = len(meta.get("weights") or meta["captions"])
     return "" if weights == captions else f"weights of {weights} captions, not {captions}"
-
-
-def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
-    """The index of one shard.
-
-    Returns:
-        Keys [n], and int64 [n, 7]: the other INDEX_COLUMNS.
-
-    Raises:
-        UserError: a file is missing, or does not match the manifest.
-    """
-    import pandas as pd  # slow to import (0.25 s), and not needed for building
-
-    tar, path = shard_file(folder, entry), shard_file(folder, entry, "index")
-    if not tar.is_file() or not path.is_file():
-        raise UserError(
-            f"{tar if path.is_file() else path}: missing, but listed in the manifest; restore it or build the"
-            " shards again"
-        )
-    types = {"key": str} | dict.fromkeys(INDEX_COLUMNS[1:], np.int64)
-    try:
-        table = pd.read_csv(path, sep="\t", dtype=types, keep_default_na=False, quoting=csv.QUOTE_NONE)
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not readable ({error}); build the shards again") from None
-    if list(table.columns) != INDEX_COLUMNS or len(table) != entry["samples"]:
-        raise UserError(
-            f"{path}: {len(table)} rows, but the manifest says {entry['samples']}; build the shards again"
-        )
-    numbers = table[INDEX_COLUMNS[1:]].to_numpy()
-    if (numbers[:, 1:] < 0).any():
-        raise UserError(f"{path}: has a negative offset or size; build the shards again")
-    return table["key"].to_numpy(dtype="U"), numbers
