@@ -27,7 +27,7 @@ from data_prep.atomic import NO_LOCKS, atomic_file
 from data_prep.cores import ranks_here
 from data_prep.errors import Fault, UserError
 from data_prep.progress import progress
-from data_prep.store.remote import Store
+from data_prep.store.remote import Short, Store
 
 BLOCK = 1 << 14
 MERGED_BLOCKS = 4  # 64 KiB that nobody asked for take less time than another request
@@ -158,7 +158,7 @@ class CachedFile:
             UserError, Fault: as Store.read; the cache folder is full, or cannot be written to.
         """
         if offset + size > self.size:
-            raise UserError(f"{self}: ends before byte {offset + size}; build the shards again")
+            raise Short(str(self), f"ends before byte {offset + size}")
         for _ in range(3):  # another process may have made room in between
             descriptor = _descriptor(self.path)
             if descriptor is not None and self._has(descriptor, offset, size):
