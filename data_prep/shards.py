@@ -226,7 +226,7 @@ class Shards:
         indexes = [(shard_file(self.folder, entry, "index"), entry) for entry in self.entries]
         self._keys, self.groups, self._offsets, self._hashes = read_indexes(indexes)
         self._ends = np.cumsum(self.shard_sizes)
-        # Of older builds, whose samples have no hash; of all samples, whichever are chosen. None of a URL, for
+        # Of older builds, whose samples have no hash; of all samples, whichever are chosen. Not of a URL, for
         # every byte would be fetched twice.
         of_shards = zip(self.entries, self._tars, np.split(self._hashes, self._ends[:-1]), strict=True)
         self._unhashed = [

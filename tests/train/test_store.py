@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from conftest import build_icons, call
-from runs import assert_bit_equal, flags, launch, no_validation, recipe, trained
+from runs import assert_bit_equal, flags, launch, newest, no_validation, recipe, trained
 from stores import Proxy, forget_connections, proxied, s3, upload
 
 import data_prep.store.remote
