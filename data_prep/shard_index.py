@@ -27,7 +27,7 @@ OFFSETS = ("image_offset", "image_size", "json_offset", "json_size")
 COLUMNS = ("key", "group", *OFFSETS, "txt_offset", "txt_size", "hash")
 HEADER, HEADER_WITHOUT_HASH = (("\t".join(names) + "\n").encode() for names in (COLUMNS, COLUMNS[:-1]))
 MIN_ROW_BYTES = 31  # a key of 16 digits, seven numbers, and what separates them
-TOGETHER_BYTES = 1 << 23  # of indexes, parsed at once
+TOGETHER_BYTES = 1 << 21  # of indexes, parsed at once
 
 
 def sample_hash(content: bytes, meta: bytes) -> int:
