@@ -171,7 +171,7 @@ def main(icons: int = 2000, photos: int = 1000, repeats: int = 3, folder: str = 
     for name in columns["icon"]:
         print(
             f"| {name} |",
-            *(f"{values[name]:.3f} | {values[name] / values[OURS]:.2f} |" for values in columns.values()),
+            *(f"{values[name]:.4f} | {values[name] / values[OURS]:.3f} |" for values in columns.values()),
         )
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     packages = ("torch", "torchvision", "open_clip_torch", "webdataset", "pillow", "simplejpeg", "pyspng")
