@@ -266,10 +266,12 @@ def test_twenty_kills_in_mid_fetch_change_nothing(tiny_model, local_run, url, tm
     context, random = multiprocessing.get_context("forkserver"), np.random.default_rng(0)
     context.set_forkserver_preload(["runs", "s3fs"])
     with proxied(Proxy(latency_s=0.02, bytes_per_s=2e5)) as proxy:
-        for number in range(20):
+        for kills in range(1, 21):
             before = sent_tars(proxy)
-            process = context.Process(target=in_process_group, args=(plan, dict(os.environ)))
+            ready = context.Event()
+            process = context.Process(target=in_process_group, args=(plan, dict(os.environ), ready))
             process.start()
+            assert ready.wait(120)
             deadline = time.monotonic() + 5
             while sent_tars(proxy) == before and process.is_alive() and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -278,15 +280,17 @@ def test_twenty_kills_in_mid_fetch_change_nothing(tiny_model, local_run, url, tm
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
             if (run / "checkpoints").is_dir() and newest(local_run).name in os.listdir(run / "checkpoints"):
+                print(f"finished after {kills} kills")
                 break
         trained(plan, no_validation)
-    assert number > 5
+    assert kills > 5
     assert_bit_equal(local_run, run)
 
 
-def in_process_group(plan, environment):
+def in_process_group(plan, environment, ready):
     """Train in a group of its own, so that a kill takes the workers too."""
     os.setpgid(0, 0)
+    ready.set()
     os.environ.update(environment)
     torch.set_num_threads(1)
     trained(plan, no_validation)
