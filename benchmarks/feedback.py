@@ -155,6 +155,7 @@ def mark(
     """
     out = place.parent.parent
     index, marks = model / "index", place.parent / "marks.jsonl"
+    place.mkdir(parents=True, exist_ok=True)
     if not index.is_dir():
         call("eval", "embed", model, "--data", out / "shards", "--out", index, "--split", "train")
     groups = defaultdict(set)

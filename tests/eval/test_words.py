@@ -17,11 +17,21 @@ from eval.__main__ import main
 from eval.api import Index as ApiIndex
 from eval.search import words as words_module
 from eval.search.command import compress, search
-from eval.search.index import Index
+from eval.search.index import Index, filter_rows
 from eval.search.nearest import Nearest
-from eval.search.query import filter_rows, text_query
+from eval.search.query import text_query
 from eval.search.serve import app, open_columns
-from eval.search.words import END, MAX_CHARACTERS, MAX_TOKENS, WEIGHT, Words, exact_words, indexed, tokens, top
+from eval.search.words import (
+    END,
+    MAX_CHARACTERS,
+    MAX_TOKENS,
+    WEIGHT,
+    Words,
+    exact_words,
+    indexed,
+    tokens,
+    top,
+)
 
 
 def with_metadata(source: Path, folder: Path, columns: dict[str, list]) -> Path:
