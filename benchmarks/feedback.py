@@ -14,16 +14,18 @@ marks could reach at most.
 The same command continues after an interruption.
 """
 
+import contextlib
 import csv
 import http.client
+import importlib
 import json
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import tyro
 
-from benchmarks.quality_data import call
 from benchmarks.serve import started
 from data_prep.atomic import write_json
 from data_prep.cli import CONFIG
@@ -69,6 +71,7 @@ def main(
     """
     data, out = data.absolute(), out.absolute()
     truth = make(data, out, seed)
+    kept = ["--keep-splits", out / "shards"]
     training = ["--epochs", epochs, "--optim.lr", lr, *" ".join(flags).split()]
     arms = {f"{share:.0%} of marks are wrong": share for share in noise}
     found = {}
@@ -84,7 +87,7 @@ def main(
                 elif name == ALL:
                     table = "all.csv"
                 build = [out / table, "--out", place / "shards", "--images", data, *READ, "--overwrite"]
-                call("data_prep", "build", *build, "--weight-column", "weight", *feedback, *kept(out))
+                call("data_prep", "build", *build, "--weight-column", "weight", *feedback, *kept)
                 run = ["--model", model, "--data", place / "shards", "--run", place / "run", "--seed", number]
                 call("train", RECIPE, *run, "--replay", "own", "--workers", 1, *training)
                 measure(place / "run", out, place / "test.json")
@@ -92,10 +95,6 @@ def main(
             found[name, number] = place
         print(results(out, found, rounds), flush=True)
     print(f"\n{marked(found, truth, arms, rounds)}")
-
-
-def kept(out: Path) -> list:
-    return ["--keep-splits", out / "shards"]
 
 
 def make(data: Path, out: Path, seed: int) -> dict[str, str]:
@@ -133,6 +132,13 @@ def make(data: Path, out: Path, seed: int) -> dict[str, str]:
         call("train", RECIPE, *base)
         measure(out / "base", out, out / "base" / "test.json")
     return {row["file_path"]: row["group"] for row in rows if chosen[row["group"]][0] == "train"}
+
+
+def call(room: str, *words) -> None:
+    """Run a command in this process, which has imported torch; what it prints is above the tables."""
+    sys.argv = [room, *map(str, words)]
+    with contextlib.redirect_stdout(sys.stderr):
+        importlib.import_module(f"{room}.__main__").main()
 
 
 def measure(run: Path, out: Path, result: Path) -> None:

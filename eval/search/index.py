@@ -301,13 +301,21 @@ class Index:
         if not isinstance(place, dict) or not all(isinstance(place.get(name), str) for name in names):
             return self.manifest["model"]  # without a path, or of an earlier version
         for path in (os.path.normpath(self.folder.resolve() / place["relative"]), place["absolute"]):
-            if "\0" not in path and path != str(self.folder.resolve()) and os.path.exists(path):
+            if "\0" not in path and path != str(self.folder.resolve()) and may_be_model(path):
                 return f"{place['before']}{path}{place['after']}"
         return self.manifest["model"]
 
     def same_corpus(self, other: "Index") -> bool:
         """Whether both hold the same images in the same order, so that models can be shown side by side."""
         return len(self) == len(other) and self._table["key"].equals(other._table["key"])
+
+
+def may_be_model(path: str) -> bool:
+    """Whether this is a file, a folder of a model or a run. Of an index in its run (RUN/index) that was moved
+    alone, the relative place is "..", which always exists.
+    """
+    names = ("open_clip_config.json", "config.json", "checkpoints")
+    return os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in names)
 
 
 def is_array(array: np.ndarray, shape: tuple[int, ...], dtype: type) -> bool:
