@@ -8,8 +8,7 @@ does: a sentence is the true caption of an image, and of its results (the first 
 image of the sentence's group is marked right, and the first other image wrong. `--noise` is the share of
 marks that are swapped: of a wrong image as right, of a right one as wrong. Marks go through HTTP to `eval
 serve --feedback`, then `data_prep build --feedback` makes shards of all marks so far, and training continues
-from the current model on them, with replay. The control trains as much without marks; "all captions" is what
-marks could reach at most.
+from the current model on them, with replay. The control trains as much without marks.
 
 The same command continues after an interruption.
 """
@@ -41,8 +40,7 @@ from eval.retrieval.score import QueryScores, queries_file
 RECIPE, BASE_EPOCHS = "train/recipes/demo.yaml", 8
 VAL, TEST, HIDDEN = 0.1, 0.4, 0.5  # of all groups, and of the others
 K = 24  # results that the page shows
-CONTROL, ALL = "no marks", "all captions"
-QUERIES = "text_to_image"
+CONTROL, QUERIES = "no marks", "text_to_image"
 COLUMNS = ["file_path", "caption", "group", "split", "weight"]
 READ = ["--image-column", "file_path", "--caption-column", "caption", "--group-column", "group"]
 
@@ -75,18 +73,15 @@ def main(
     training = ["--epochs", epochs, "--optim.lr", lr, *" ".join(flags).split()]
     arms = {f"{share:.0%} of marks are wrong": share for share in noise}
     found = {}
-    for name in (CONTROL, *arms, ALL):
+    for name in (CONTROL, *arms):
         model, folder = out / "base", out / name.replace(" ", "-").replace("%", "")
         for number in range(rounds):
             place = folder / str(number)
             if not (place / "test.json").is_file():
-                table = "pairs.csv"
                 feedback: list = []
                 if name in arms:
                     feedback = ["--feedback", mark(truth, model, place, arms[name], sentences, number, seed)]
-                elif name == ALL:
-                    table = "all.csv"
-                build = [out / table, "--out", place / "shards", "--images", data, *READ, "--overwrite"]
+                build = [out / "pairs.csv", "--out", place / "shards", "--images", data, *READ, "--overwrite"]
                 call("data_prep", "build", *build, "--weight-column", "weight", *feedback, *kept)
                 run = ["--model", model, "--data", place / "shards", "--run", place / "run", "--seed", number]
                 call("train", RECIPE, *run, "--replay", "own", "--workers", 1, *training)
