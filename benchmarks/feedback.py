@@ -34,8 +34,11 @@ from data_prep.progress import progress
 from data_prep.shards import Shards, read_manifest
 from data_prep.sheets import write_csv
 from data_prep.tables import markdown_table
-from eval.retrieval.intervals import paired_difference
+from eval.retrieval.intervals import Difference, paired_difference
 from eval.retrieval.score import QueryScores, queries_file
+from eval.search.index import open_index
+from eval.search.nearest import Nearest
+from eval.search.query import text_query
 
 RECIPE, BASE_EPOCHS = "train/recipes/demo.yaml", 8
 VAL, TEST, HIDDEN = 0.1, 0.4, 0.5  # of all groups, and of the others
@@ -89,7 +92,9 @@ def main(
             model = place / "run"
             found[name, number] = place
         print(results(out, found, rounds), flush=True)
-    print(f"\n{marked(found, truth, arms, rounds)}")
+    print(f"\n{marked(found, arms)}")
+    models = {"before": out / "base", **{name: found[name, rounds - 1] / "run" for name in (CONTROL, *arms)}}
+    print(f"\n{unasked(truth, models, out, sentences * rounds, seed)}")
 
 
 def make(data: Path, out: Path, seed: int) -> dict[str, str]:
@@ -157,14 +162,9 @@ def mark(
     out = place.parent.parent
     index, marks = model / "index", place.parent / "marks.jsonl"
     place.mkdir(parents=True, exist_ok=True)
-    if not index.is_dir():
-        call("eval", "embed", model, "--data", out / "shards", "--out", index, "--split", "train")
-    groups = defaultdict(set)
-    with open(out / "all.csv", newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
-            if row["split"] == "train":
-                groups[row["caption"]].add(row["group"])
-    texts = np.random.default_rng(seed).permutation(sorted(groups)).tolist()[n * number : n * (number + 1)]
+    embed(model, out)
+    groups = groups_of_texts(out)
+    texts = drawn(groups, seed)[n * number : n * (number + 1)]
     rng, counts = np.random.default_rng([seed, number, round(100 * noise)]), Counter()
     with started(index, "--feedback", marks) as (_, host):
         connection = http.client.HTTPConnection(host, timeout=120)
@@ -184,6 +184,47 @@ def mark(
     return marks
 
 
+def embed(model: Path, out: Path) -> None:
+    """Make the index of the training images, in the run, unless it is there."""
+    if not (model / "index").is_dir():
+        call("eval", "embed", model, "--data", out / "shards", "--out", model / "index", "--split", "train")
+
+
+def groups_of_texts(out: Path) -> dict[str, set[str]]:
+    """The groups of training images that each true caption has."""
+    groups = defaultdict(set)
+    with open(out / "all.csv", newline="", encoding="utf-8-sig") as file:
+        for row in csv.DictReader(file):
+            if row["split"] == "train":
+                groups[row["caption"]].add(row["group"])
+    return groups
+
+
+def drawn(groups: dict[str, set[str]], seed: int) -> list[str]:
+    """All sentences, in the order in which they are asked."""
+    return np.random.default_rng(seed).permutation(sorted(groups)).tolist()
+
+
+def found_of_unasked(truth: dict[str, str], model: Path, out: Path, asked: int, seed: int) -> np.ndarray:
+    """Whether an image of the group is first, and among the first ten, bool [sentences, 2], of the sentences
+    that no round asked, in the training images.
+    """
+    embed(model, out)
+    index, groups = open_index(model / "index"), groups_of_texts(out)
+    texts = drawn(groups, seed)[asked:]
+    features = text_query(index.model(), texts)
+    paths = index.paths
+    return (
+        np.array(
+            [
+                [truth[paths[hit.number]] in groups[text] for hit in hits]
+                for text, hits in zip(texts, Nearest(index).top(features, 10), strict=True)
+            ]
+        ).cumsum(1)[:, [0, -1]]
+        > 0
+    )
+
+
 def ask(connection: http.client.HTTPConnection, path: str, **fields) -> dict:
     connection.request("POST", path, json.dumps(fields), {"content-type": "application/json"})
     answer = connection.getresponse()
@@ -198,20 +239,17 @@ def results(out: Path, found: dict[tuple[str, int], Path], rounds: int) -> str:
     for name in dict.fromkeys(name for name, _ in found):
         of_rounds = [scores(found[name, number]) for number in range(rounds)]
         last, control = of_rounds[-1], scores(found[CONTROL, rounds - 1])
-        cells = [percent(each.values[f"{QUERIES}/R@1"].mean()) for each in (base, *of_rounds)]
+        cells = [f"{100 * each.values[f'{QUERIES}/R@1'].mean():.1f}" for each in (base, *of_rounds)]
         for metric in ("R@1", "R@10"):
             key = f"{QUERIES}/{metric}"
             change = paired_difference(control.values[key], last.values[key], last.groups[QUERIES])
-            interval = f"{100 * change.value:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
-            cells.append("" if name == CONTROL else interval)
+            cells.append("" if name == CONTROL else points(change))
         lines.append([name, *cells])
     columns = ["marks", "before", *(f"round {number + 1}" for number in range(rounds))]
     return markdown_table([*columns, "R@1, from no marks", "R@10, from no marks"], lines)
 
 
-def marked(
-    found: dict[tuple[str, int], Path], truth: dict[str, str], arms: dict[str, float], rounds: int
-) -> str:
+def marked(found: dict[tuple[str, int], Path], arms: dict[str, float]) -> str:
     """What the marks changed: captions of the training images after each round, and how many are true."""
     lines = []
     for name, number in found:
@@ -235,6 +273,24 @@ def marked(
     return markdown_table([*columns, "true captions", "false ones"], lines)
 
 
+def unasked(truth: dict[str, str], models: dict[str, Path], out: Path, asked: int, seed: int) -> str:
+    """R@1 and R@10 in the training images, of the sentences that no round asked."""
+    scores = {name: found_of_unasked(truth, model, out, asked, seed) for name, model in models.items()}
+    lines, control = [], scores[CONTROL]
+    for name, own in scores.items():
+        cells = [f"{100 * own[:, 0].mean():.1f}", f"{100 * own[:, 1].mean():.1f}"]
+        for metric in (0, 1):
+            change = paired_difference(control[:, metric], own[:, metric], np.arange(len(own)))
+            cells.append("" if name == CONTROL else points(change))
+        lines.append([name, *cells])
+    columns = ["marks", "R@1", "R@10", "R@1, from no marks", "R@10, from no marks"]
+    return f"{len(control)} sentences\n\n{markdown_table(columns, lines)}"
+
+
+def points(change: Difference) -> str:
+    return f"{100 * change.value:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+
+
 def captions_of(shards: Path, table: Path) -> tuple[int, int]:
     """The training captions of weight 1 that are one of the image's group, and those that are none."""
     groups, group_of = defaultdict(set), {}
@@ -253,10 +309,6 @@ def captions_of(shards: Path, table: Path) -> tuple[int, int]:
 
 def scores(place: Path) -> QueryScores:
     return QueryScores.load(queries_file(place / "test.json"))
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ def search(
         text: A sentence to search with.
         image: An image to search with.
         queries_csv: CSV of many queries with a column text, or image (paths relative to the CSV), or both.
-        out: CSV to write the results of --queries-csv to. A query that fails has a row with its `problem`; the
-            exit code is 0 all the same.
+        out: CSV to write the results of --queries-csv to. A query that fails has a row with its `problem`,
+            and does not change the exit code, 0.
         k: Number of images to find.
         filter: Search only images with this value in this column; several filters must all match.
         all_variants: List all images of a group, not only the best one.

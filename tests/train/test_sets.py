@@ -92,7 +92,7 @@ def test_one_word_is_a_folder_whatever_it_looks_like(tmp_path, folder):
         ("a=1 b=0", "of different folders must be above 0 and sum to 1"),
         ("a=0.5 a/=0.5", "of different folders must be above 0 and sum to 1"),
         ("a=nan b=1", "of different folders must be above 0 and sum to 1"),
-        ("a b", "--data a: has no share; of several data sets each has one"),
+        ("a b", "--data a: has no share, and of several data sets each must"),
         ("a=0.5 b", "--data b: has no share"),
         ("a=0.5 =0.5", "--data =0.5: has no share"),
         ("a=0.5 a=0.5", "--data a: is named twice"),

@@ -35,7 +35,7 @@ def from_words(words: list[str]) -> Sets:
             number = None
         if not folder or number is None:
             raise UserError(
-                f"--data {word}: has no share; of several data sets each has one: --data icons=0.7 general=0.3"
+                f"--data {word}: has no share, and of several data sets each must: icons=0.7 general=0.3"
             )
         if folder in shares:
             raise UserError(f"--data {folder}: is named twice; name each folder once, with its share")
