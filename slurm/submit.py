@@ -14,6 +14,7 @@ import tyro
 from data_prep.cli import File, RecipeFile, Rest, Run, Runs
 from data_prep.errors import UserError
 from data_prep.rooms import importable
+from data_prep.shards import has_manifest
 from data_prep.store.remote import is_url
 from data_prep.tables import counted
 from data_prep.terminal import say
@@ -190,8 +191,8 @@ def check_training(
             f"--global-batch-size {parsed.global_batch_size}: must be a multiple of the {ranks} ranks"
             f" ({resources.nodes} nodes x {resources.ranks_per_node})"
         )
-    missing = [folder for folder in shares_of(data) if not Path(folder, "manifest.json").is_file()]
-    if missing and not data_may_be_missing:
+    missing = [] if data_may_be_missing else [each for each in shares_of(data) if not has_manifest(each)]
+    if missing:
         raise UserError(
             f"{', '.join(missing)}: no manifest.json, so not a folder of shards; build it, or pass the job"
             " that builds it with --after"

@@ -79,17 +79,20 @@ class Proxy:
         bytes_per_s: of all answers together; 0 for no limit.
         refuse: called with the path of a GET; whether it is answered by 503.
         sent: bytes of answers to GETs, by path.
+        sent_to: the same, by the address of the client and path.
     """
 
     def __init__(self, latency_s: float = 0, bytes_per_s: float = 0, refuse=lambda path: False):
         self.latency_s, self.bytes_per_s, self.refuse = latency_s, bytes_per_s, refuse
         self.sent: Counter[str] = Counter()
+        self.sent_to: Counter[tuple[str, str]] = Counter()
         self.n_refused, self._free_at, self._lock = 0, 0.0, threading.Lock()
 
-    def account(self, path: str, n_bytes: int) -> None:
+    def account(self, client: str, path: str, n_bytes: int) -> None:
         """Count an answer, and wait until the line has sent it."""
         with self._lock:
             self.sent[path] += n_bytes
+            self.sent_to[client, path] += n_bytes
             now = time.monotonic()
             self._free_at = max(now, self._free_at) + (n_bytes / self.bytes_per_s if self.bytes_per_s else 0)
             wait = self._free_at - now
@@ -97,8 +100,8 @@ class Proxy:
 
 
 @contextmanager
-def proxied(proxy: Proxy) -> Iterator[Proxy]:
-    """The S3 of s3() is reached through `proxy`."""
+def proxied(proxy: Proxy, host: str = "127.0.0.1") -> Iterator[Proxy]:
+    """The S3 of s3() is reached through `proxy`, at this address."""
     target = os.environ["AWS_ENDPOINT_URL"]
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -119,7 +122,7 @@ def proxied(proxy: Proxy) -> Iterator[Proxy]:
             answer = connection.getresponse()
             data = answer.read()
             connection.close()
-            proxy.account(path, len(data) if self.command == "GET" else 0)
+            proxy.account(self.client_address[0], path, len(data) if self.command == "GET" else 0)
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in (
@@ -141,10 +144,10 @@ def proxied(proxy: Proxy) -> Iterator[Proxy]:
         def log_message(self, *_) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer((host, 0), Handler)
     server.handle_error = lambda *_: None  # clients are killed
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_port}"
+    os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{server.server_port}"
     forget_connections()
     try:
         yield proxy

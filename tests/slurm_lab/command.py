@@ -32,6 +32,7 @@ QUICK: tuple[Drill, ...] = (
 )
 DRILLS: tuple[Drill, ...] = (
     drills_training.two_nodes,
+    drills_path.store,
     drills_training.time_limit,
     drills_training.signal_at_start_up,
     drills_training.slow_save,

@@ -10,13 +10,56 @@ import signal
 import time
 from collections import Counter
 
+import numpy as np
+from PIL import Image
+
 from slurm.pipeline import job, pipeline
 from slurm.queue import ENDED, job_info
 from slurm.script import Resources
 from tests.slurm_lab import cluster
 from tests.slurm_lab.fixtures import BUILD, Fixtures, Training, digests, kind_of, python
+from tests.stores import Proxy, proxied, s3, upload
 
 TASKS, KILLS = 6, 30
+
+
+def store(fixtures: Fixtures) -> str:
+    """Two nodes, shards in S3: the weights of local shards; of large images, each node fetches its share."""
+    cache = cluster.STATE / "local"
+    photos = fixtures.folder / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(96):  # of 270 kB: noise
+        Image.fromarray(rng.integers(0, 256, (300, 300, 3), np.uint8)).save(photos / f"{number}.png")
+    (photos / "pairs.csv").write_text("image,caption\n" + "".join(f"{n}.png,noise {n}\n" for n in range(96)))
+    python("data_prep", "build", photos / "pairs.csv", "--out", photos / "shards", "--val", 0, "--test", 0)
+    with s3() as files, proxied(Proxy(), f"{cluster.NET}.254") as proxy:
+        shares = {}
+        for name, shards, epochs in (("icons", fixtures.shards, 10), ("photos", photos / "shards", 1)):
+            run = fixtures.train(
+                f"store-{name}",
+                nodes=2,
+                epochs=epochs,
+                data=upload(files, shards, name),
+                flags=("--cache-dir", str(cache / name)),
+                **{key: value for key, value in os.environ.items() if key.startswith("AWS_")},
+            )
+            if name == "icons":
+                run.assert_finishes(restarts=0)
+            else:
+                assert run.until_ended()["JobState"] == "COMPLETED", run.log[-3000:]
+            size = sum(path.stat().st_size for path in shards.glob("train/*.tar"))
+            sent = Counter()
+            for (client, path), n_bytes in proxy.sent_to.items():
+                if path.startswith(f"/bucket/{name}/train/") and path.endswith(".tar"):
+                    sent[client] += n_bytes
+            assert len(sent) == 2, sent
+            shares[name] = [n_bytes / size for n_bytes in sent.values()]
+    assert max(shares["icons"]) <= 1, shares
+    assert max(shares["photos"]) < 0.62, shares
+    return ", ".join(
+        f"{name}: {', '.join(f'{share:.0%}' for share in each)}" for name, each in shares.items()
+    )
 
 
 def lost_task(fixtures: Fixtures) -> str:

@@ -137,19 +137,24 @@ class Fixtures:
         timeout_s: int = 600,
         chain: int = 1,
         stage: str = "",
+        data: str = "",
+        flags: tuple[str, ...] = (),
         **site,
     ) -> "Training":
         """Submit a training with one process per node, its steps slowed so that there is time to disturb it.
 
         Args:
             timeout_s: the recipe's timeout_minutes, in seconds.
+            data: a URL of shards; those of the fixtures by default.
+            flags: more of the training's.
             site: parameters of `site`.
         """
-        run, flags = self.folder / name, ("--epochs", str(epochs), "--timeout_minutes", str(timeout_s / 60))
+        run = self.folder / name
+        flags = ("--epochs", str(epochs), "--timeout_minutes", str(timeout_s / 60), *flags)
         numbers = submit(
             self.recipe,
             run,
-            self.shards,
+            data or str(self.shards),
             Resources(nodes, 1, time_limit),
             chain=chain,
             stage=stage,
