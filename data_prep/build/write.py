@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -12,11 +13,13 @@ from data_prep.atomic import atomic_file, write_json
 from data_prep.build.plan import Plan, PlannedImage
 from data_prep.build.scan import in_order
 from data_prep.build.split import SPLITS
+from data_prep.build.target import LocalTarget, StoreTarget, is_written
 from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.progress import progress
 from data_prep.shards import Member, as_json, sha256_of, shard_entry, write_index, write_shard
+from data_prep.store.remote import Store
 
 
 class Changed(UserError):
@@ -41,8 +44,8 @@ class Totals:
         return {"captions": self.captions, **weights}
 
 
-def write_shards(folder: Path, plan: Plan, settings: dict, processes: int) -> dict:
-    """Write every shard that does not exist yet.
+def write_shards(target: LocalTarget | StoreTarget, plan: Plan, settings: dict, processes: int) -> dict:
+    """Write, and upload to a store, every shard that is not there yet.
 
     Args:
         settings: see pipeline.SETTINGS.
@@ -50,13 +53,18 @@ def write_shards(folder: Path, plan: Plan, settings: dict, processes: int) -> di
     Returns:
         The `splits` of the manifest.
     """
+    folder = target.work
     shards = _shard_paths(folder, plan, settings["write"])
     totals = {split: Totals() for split in SPLITS}
     paths = [path for split in SPLITS for path in shards[split]]
-    missing = sum(not _is_written(path) for path in paths)
-    written = in_order(_write_all, _shard_jobs(plan, shards, totals), processes, None)
-    entries = dict(progress(written, total=missing, desc="writing shards", unit="shard"))
-    entries = {path: entries[path][0] if path in entries else shard_entry(path) for path in paths}
+    target.begin(paths)
+    entries = {path: entry for path in paths if (entry := target.entry(path))}
+    jobs = _shard_jobs(plan, shards, totals, entries.keys())
+    written = in_order(_Writer(target.store), jobs, processes, None)
+    missing = len(paths) - len(entries)
+    for path, [entry] in progress(written, total=missing, desc="writing shards", unit="shard"):
+        target.add(path, entry)
+        entries[path] = entry
     splits = {}
     for split in SPLITS:
         of_split = [entries[path] for path in shards[split]]
@@ -83,13 +91,11 @@ def _shard_paths(folder: Path, plan: Plan, writing: dict) -> dict[str, list[Path
     return shards
 
 
-def _is_written(path: Path) -> bool:
-    return path.exists() and path.with_suffix(".index.tsv").exists()
-
-
-def _shard_jobs(plan: Plan, shards: dict[str, list[Path]], totals: dict[str, "Totals"]) -> Iterator[tuple]:
-    """(path, [(path, its samples)]) of each shard that is not written yet. Shards of a split differ by one
-    image at most.
+def _shard_jobs(
+    plan: Plan, shards: dict[str, list[Path]], totals: dict[str, "Totals"], done: Collection[Path]
+) -> Iterator[tuple]:
+    """(path, [(path, its samples)]) of each shard that is not done. Shards of a split differ by one image at
+    most.
 
     Args:
         totals: of each split; they are counted here.
@@ -104,7 +110,7 @@ def _shard_jobs(plan: Plan, shards: dict[str, list[Path]], totals: dict[str, "To
         pending[split].append((location, image.content, _member(image)))
         if seen[split] * len(shards[split]) >= plan.n_images[split] * (finished[split] + 1):
             path = shards[split][finished[split]]
-            if not _is_written(path):
+            if path not in done:
                 yield path, [(path, pending[split])]
             pending[split], finished[split] = [], finished[split] + 1
     assert not any(pending.values()), {split: len(samples) for split, samples in pending.items()}
@@ -127,8 +133,22 @@ def _member(image: PlannedImage) -> Member:
     return Member(image.key, b"", image.extension, image.captions, meta, image.group)
 
 
-def _write_all(jobs: list[tuple[Path, list]]) -> list[dict]:
-    return [write_shard(path, (_complete(*sample) for sample in samples)) for path, samples in jobs]
+class _Writer(NamedTuple):
+    """What a worker does with each shard; the store is None for a local folder."""
+
+    store: Store | None
+
+    def __call__(self, jobs: list[tuple[Path, list]]) -> list[dict]:
+        return [self._written(path, samples) for path, samples in jobs]
+
+    def _written(self, path: Path, samples: list) -> dict:
+        if is_written(path):  # a kill came before it was uploaded
+            entry = shard_entry(path)
+        else:
+            entry = write_shard(path, (_complete(*sample) for sample in samples))
+        for kind in ("index", "file") if self.store else ():
+            self.store.put(path.parent.parent / entry[kind], entry[kind])
+        return entry
 
 
 def _complete(location: ImageLocation, content: bytes, member: Member) -> Member:

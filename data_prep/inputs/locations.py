@@ -239,6 +239,11 @@ def _open_cached(path: str) -> int:
     return os.open(path, os.O_RDONLY)
 
 
+def forget_open_files() -> None:
+    """A later build in this process may have other files of the same names."""
+    _open_cached.cache_clear()
+
+
 def check_root(root: str) -> None:
     """Refuse a folder of images that does not exist.
 

@@ -4,6 +4,7 @@ What a store refuses is one sentence at once; what it fails to answer is asked f
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
@@ -143,7 +144,33 @@ class Store:
         url = self.url_of(name)
         if self.is_http:
             raise UserError(f"{self.shown}: files cannot be uploaded over HTTP; pass s3://, gs:// or hf://")
-        self._ask(name, lambda files: files.put_file(str(file), url))
+        try:
+            self._ask(name, lambda files: files.put_file(str(file), url))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.shown}: files cannot be put there ({one_line(error, 300)}); make the bucket or"
+                " repository first, or check its name"
+            ) from None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below the URL, by name; nothing where there is no such folder."""
+
+        def ask(files) -> dict[str, int]:
+            files.invalidate_cache()
+            root = files._strip_protocol(self.url).rstrip("/") + "/"
+            found = files.find(root, detail=True)
+            return {name.removeprefix(root): info["size"] for name, info in found.items() if name != root}
+
+        try:
+            return self._ask("", ask)
+        except FileNotFoundError:
+            return {}
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        url = self.url_of(name)
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(name, lambda files: files.rm_file(url))
 
     def _ask(self, name: str, request: Callable[[object], T]) -> T:
         """The answer to a request; FileNotFoundError is the caller's."""
