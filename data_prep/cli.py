@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Annotated, get_type_hints
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from data_prep.atomic import check_output
 from data_prep.errors import UserError
 from data_prep.rooms import importable
+from data_prep.store.remote import place_of
 from data_prep.terminal import say
 
 # Switches are switches (--overwrite), and no flag carries the name of the dataclass that it belongs to.
@@ -36,7 +38,20 @@ class Output:
 
 # What help calls the things that commands take.
 Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
-Shards = Annotated[Path, tyro.conf.arg(metavar="SHARDS")]
+
+
+def _place(metavar: str) -> PrimitiveConstructorSpec:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: place_of(words[0]),
+        is_instance=lambda value: isinstance(value, (str, Path)),
+        str_from_instance=lambda place: [str(place)],
+    )
+
+
+Shards = Annotated[Path | str, _place("SHARDS")]  # a folder, or its URL
+ShardsOrImages = Annotated[Path | str, _place("SHARDS|FOLDER")]
 Index = Annotated[Path, tyro.conf.arg(metavar="INDEX")]
 Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 Runs = Annotated[Path, tyro.conf.arg(metavar="RUNS")]
@@ -50,7 +65,7 @@ OutputFile = Annotated[Path, tyro.conf.arg(metavar="FILE"), Output()]
 OptionalOutputFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE"), Output()]
 OutputFolder = Annotated[Path, tyro.conf.arg(metavar="FOLDER"), Output(is_folder=True)]
 OptionalOutputFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER"), Output(is_folder=True)]
-OptionalShards = Annotated[Path | None, tyro.conf.arg(metavar="SHARDS")]
+OptionalShards = Shards | None
 
 
 def run_command(

@@ -13,6 +13,11 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """The number of this process among those of torchrun on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def cores_per_rank() -> int:
     """CPU cores that this process may use, shared with the other ranks of its node."""
     return max(1, cores() // ranks_here())

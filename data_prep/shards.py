@@ -17,7 +17,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +31,9 @@ from data_prep.below import file_below, regular
 from data_prep.errors import UserError
 from data_prep.images import WHITE, BadImage, hex_color
 from data_prep.progress import progress
-from data_prep.strict_json import load_json, parse_json, problem_of
+from data_prep.store.cache import CachedFile, cached_file, is_only_node, whole_files
+from data_prep.store.remote import is_url, place_of, store_of
+from data_prep.strict_json import MAX_BYTES, load_json, parse_json, problem_of, read_bytes
 
 FORMAT = 2
 _TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8s1s100s8s247x")
@@ -70,6 +72,7 @@ MANIFEST = {
             "shards": [
                 {
                     "samples": _is_count,
+                    "bytes": _is_count,
                     **dict.fromkeys(("file", "index", "sha256", "index_sha256"), str),
                     **dict.fromkeys(("json?", "json_sha256?"), str),
                 }
@@ -204,6 +207,10 @@ def sha256_of(path: Path) -> str:
 class Shards:
     """The samples of one split, by number. Cheap to pickle for worker processes: each opens its own files.
 
+    Args:
+        folder: that build or index wrote; or its URL, as s3://bucket/shards, of which shards are read through
+            data_prep.store.cache.
+
     Attributes:
         groups: int64 [n], the group number of each sample.
         shard_sizes: int64 [shards], samples in each shard, in the order in which samples are numbered.
@@ -215,7 +222,7 @@ class Shards:
     """
 
     def __init__(self, folder: str | Path, split: str):
-        self.folder, self.split = Path(folder), split
+        self.folder, self.split = place_of(folder), split
         self.manifest = read_manifest(self.folder)
         found = self.manifest["splits"].get(split, {})
         if not found.get("samples") or not sum(entry["samples"] for entry in found["shards"]):
@@ -228,6 +235,7 @@ class Shards:
             json.dumps(self.manifest["splits"], sort_keys=True).encode()
         ).hexdigest()
         self.shard_sizes = np.array([entry["samples"] for entry in self.entries])
+        bring(self.folder, self.entries)
         keys, numbers = zip(*(read_index(self.folder, entry) for entry in self.entries), strict=True)
         self._tars = [shard_file(self.folder, entry) for entry in self.entries]
         self._jsons = [json_file(self.folder, entry) for entry in self.entries]
@@ -268,6 +276,10 @@ class Shards:
         """As Joined has it."""
         return self, number
 
+    def located(self, numbers: np.ndarray) -> Iterator[tuple["Shards", np.ndarray, np.ndarray]]:
+        """As Joined has it."""
+        yield self, np.arange(len(numbers)), numbers
+
     def entry(self, number: int) -> dict:
         """The manifest's entry of the shard that holds a sample."""
         return self.entries[int(np.searchsorted(self._ends, number, side="right"))]
@@ -276,9 +288,9 @@ class Shards:
         """Sample `number`: its image and captions."""
         image_offset, image_size, json_offset, json_size = self._offsets[number].tolist()
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        data = self._bytes(self._jsons[shard], json_offset, json_size)
+        data = self._bytes(self._jsons[shard], json_offset, json_size, number)
         meta = parse_meta(data, self._jsons[shard], self.key(number))
-        image = self._bytes(self._tars[shard], image_offset, image_size)
+        image = self._bytes(self._tars[shard], image_offset, image_size, number)
         return Sample(self.key(number), image, meta["captions"], meta)
 
     @contextmanager
@@ -297,15 +309,43 @@ class Shards:
     def meta(self, number: int) -> dict:
         """KEY.json of sample `number`, without reading its image."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        data = self._bytes(self._jsons[shard], *self._offsets[number, 2:].tolist())
+        data = self._bytes(self._jsons[shard], *self._offsets[number, 2:].tolist(), number)
         return parse_meta(data, self._jsons[shard], self.key(number))
 
     def captions(self, number: int) -> list[str]:
         """The captions of sample `number`, without reading its image."""
         return self.meta(number)["captions"]
 
-    def _bytes(self, file: Path, offset: int, size: int) -> bytes:
-        """A piece of a file; files stay open between reads."""
+    def remote_files(self) -> list[CachedFile | None]:
+        """The tar of each shard, None where it is on this machine."""
+        return [tar if isinstance(tar, CachedFile) else None for tar in self._tars]
+
+    def shards_of(self, numbers: np.ndarray) -> np.ndarray:
+        """The number of the shard that holds each sample: int64 [n]."""
+        return np.searchsorted(self._ends, numbers, side="right")
+
+    def pieces(self, numbers: np.ndarray) -> np.ndarray:
+        """Where samples of one shard are in its tar: int64 [n, 2], offset and size."""
+        image_offsets, image_sizes, json_offsets, json_sizes = self._offsets[numbers].T
+        if "json" in self.entry(int(numbers[0])):
+            return np.stack([image_offsets, image_sizes], axis=1)
+        starts = np.minimum(image_offsets, json_offsets)
+        ends = np.maximum(image_offsets + image_sizes, json_offsets + json_sizes)
+        return np.stack([starts, ends - starts], axis=1)
+
+    def _around(self, file: CachedFile, number: int) -> np.ndarray:
+        """What is fetched with a sample that is not here: all of its shard, or where other nodes read parts
+        of it, the sample.
+        """
+        if not is_only_node():
+            return self.pieces(np.array([number]))
+        shard = self._tars.index(file)
+        return self.pieces(np.arange(self._ends[shard] - self.shard_sizes[shard], self._ends[shard]))
+
+    def _bytes(self, file: Path | CachedFile, offset: int, size: int, number: int) -> bytes:
+        """A piece of a file, of sample `number`; files stay open between reads."""
+        if isinstance(file, CachedFile):
+            return file.read(offset, size, lambda: self._around(file, number))
         if file not in self._files:
             if len(self._files) >= 64:  # far below the usual limit on open files
                 os.close(self._files.pop(next(iter(self._files))))
@@ -318,6 +358,8 @@ class Shards:
         Raises:
             UserError: names a shard that is missing or altered.
         """
+        if is_url(self.folder):
+            return  # it would be read twice; what a worker reads is checked
         entries = self.entries[part::parts]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
             checked = pool.map(self._verify_one, entries)
@@ -351,6 +393,17 @@ class Joined:
         part = int(np.searchsorted(self.ends, number, side="right"))
         return self.parts[part], number - int(self.ends[part]) + len(self.parts[part])
 
+    def located(self, numbers: np.ndarray) -> Iterator[tuple[Shards, np.ndarray, np.ndarray]]:
+        """Each part that has some of the samples, which of `numbers` these are, and their numbers there.
+
+        Args:
+            numbers: int64 [n].
+        """
+        of_part = np.searchsorted(self.ends, numbers, side="right")
+        for part in np.unique(of_part).tolist():
+            here = np.flatnonzero(of_part == part)
+            yield self.parts[part], here, numbers[here] - int(self.ends[part]) + len(self.parts[part])
+
 
 def read_piece(opened: int, file: Path, offset: int, size: int) -> bytes:
     """A piece of an open file, as an index has it.
@@ -364,7 +417,30 @@ def read_piece(opened: int, file: Path, offset: int, size: int) -> bytes:
     return data
 
 
-def altered(folder: Path, entry: dict) -> Iterator[str]:
+def is_below_url(folder: str | Path, entry: dict, kind: str) -> bool:
+    """Whether a file of one shard is behind a URL: all are of a folder that is, and tars that were indexed
+    there.
+    """
+    return is_url(folder) or (kind == "file" and "json" in entry and is_url(entry["file"]))
+
+
+def bring(folder: str | Path, entries: Sequence[dict]) -> None:
+    """Fetch the small files of shards behind a URL, many at once: their indexes.
+
+    Raises:
+        UserError: one is missing or altered.
+    """
+    if is_url(folder):
+        files = [
+            (entry[kind], entry[f"{kind}_sha256"])
+            for entry in entries
+            for kind in ("index", "json")
+            if kind in entry
+        ]
+        whole_files(store_of(folder), files, "fetching indexes")
+
+
+def altered(folder: str | Path, entry: dict) -> Iterator[str]:
     """A message for each file of one shard that is missing or altered.
 
     Args:
@@ -374,7 +450,10 @@ def altered(folder: Path, entry: dict) -> Iterator[str]:
         if kind not in entry:
             continue
         path = shard_file(folder, entry, kind)
-        if not path.is_file():
+        if isinstance(path, CachedFile):
+            if path.sha256() != entry[expected]:
+                yield f"{path}: altered since it was built (its sha256 differs); upload it, or build, again"
+        elif not path.is_file():
             yield f"{path}: missing, but listed in the manifest; restore it or build the shards again"
         elif sha256_of(path) != entry[expected]:
             yield (
@@ -383,45 +462,83 @@ def altered(folder: Path, entry: dict) -> Iterator[str]:
             )
 
 
-def shard_file(folder: Path, entry: dict, kind: str = "file") -> Path:
+def shard_file(folder: str | Path, entry: dict, kind: str = "file") -> Path | CachedFile:
     """A file of one shard: its tar, its "index", or the "json" of a tar that was indexed in place.
+
+    Returns:
+        Its path. Of a tar behind a URL what reads it through the cache; of an index there, the path in the
+        cache.
 
     Raises:
         UserError: it leads out of the folder, which only a tar that was indexed in place may.
     """
     name = entry[kind]
+    if is_below_url(folder, entry, kind):
+        return _remote_file(folder, entry, kind)
     if kind == "file" and "json" in entry and name.endswith(".tar"):
         return regular(folder, name)
     return file_below(folder, name)
 
 
-def json_file(folder: Path, entry: dict) -> Path:
+def _remote_file(folder: str | Path, entry: dict, kind: str) -> Path | CachedFile:
+    if not is_url(folder):
+        folder, _, name = entry["file"].rpartition("/")
+        return cached_file(store_of(folder), name, entry["bytes"], entry["sha256"])
+    store, digest = store_of(folder), entry["sha256" if kind == "file" else f"{kind}_sha256"]
+    if kind == "file":
+        return cached_file(store, entry["file"], entry["bytes"], digest)
+    return whole_files(store, [(entry[kind], digest)], "fetching an index")[0]
+
+
+def json_file(folder: str | Path, entry: dict) -> Path | CachedFile:
     """The file of one shard that has KEY.json of its samples."""
     return shard_file(folder, entry, "json" if "json" in entry else "file")
 
 
-def read_manifest(folder: Path) -> dict:
+def _remote_manifest(url: str) -> dict:
+    store = store_of(url)
+    try:
+        return read_bytes(store.read_whole("manifest.json", MAX_BYTES), dict)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{store.shown}: no manifest.json ({error}), so not a folder of shards; make one with: python -m"
+            " data_prep build"
+        ) from None
+
+
+def read_manifest(folder: str | Path) -> dict:
     """The manifest of a folder that `python -m data_prep build` or `index` wrote.
+
+    Args:
+        folder: or its URL.
 
     Raises:
         UserError: missing, damaged, or of another version.
     """
     try:
-        manifest = load_json(file_below(folder, "manifest.json"), dict)
+        local = not is_url(folder) and file_below(folder, "manifest.json")
+        manifest = load_json(local, dict) if local else _remote_manifest(folder)
     except (FileNotFoundError, NotADirectoryError):
         is_part = (folder.parent / "manifest.json").is_file()
         fix = f"pass {folder.parent}" if is_part else "make one with: python -m data_prep build"
         raise UserError(f"{folder}: no manifest.json, so not a folder of shards; {fix}") from None
     except ValueError as error:
-        raise UserError(f"{folder / 'manifest.json'}: damaged ({error}); build the shards again") from None
+        raise UserError(f"{folder}/manifest.json: damaged ({error}); build the shards again") from None
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{folder}: shards of format {manifest.get('format')}, but this version reads format {FORMAT};"
             " build the shards again"
         )
     if problem := problem_of(manifest, MANIFEST):
-        raise UserError(f"{folder / 'manifest.json'}: {problem}; restore it, or build the shards again")
+        raise UserError(f"{folder}/manifest.json: {problem}; restore it, or build the shards again")
     return manifest
+
+
+def has_manifest(folder: str | Path) -> bool:
+    """Whether a folder, or a URL, is one of shards."""
+    if is_url(folder):
+        return store_of(folder).size("manifest.json") is not None
+    return (Path(folder) / "manifest.json").is_file()
 
 
 def _float_or_text(text: str) -> float | str:
@@ -469,7 +586,8 @@ def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
     import pandas as pd  # slow to import (0.25 s), and not needed for building
 
     tar, path = shard_file(folder, entry), shard_file(folder, entry, "index")
-    if not tar.is_file() or not path.is_file():
+    is_here = isinstance(tar, CachedFile) or tar.is_file()
+    if not is_here or not path.is_file():
         raise UserError(
             f"{tar if path.is_file() else path}: missing, but listed in the manifest; restore it or build the"
             " shards again"

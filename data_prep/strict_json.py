@@ -82,6 +82,11 @@ def load_json(path: Path, shape: Shape = object, max_bytes: int = MAX_BYTES, is_
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise ValueError(f"more than {max_bytes:,} bytes")
+    return read_bytes(data, shape, is_ours)
+
+
+def read_bytes(data: bytes, shape: Shape = object, is_ours: bool = True):
+    """The value of the bytes of a JSON file; arguments and errors are those of load_json()."""
     value = parse_json(data.decode(), **STRICT if is_ours else {})
     if is_ours and b"\\u" in data:
         json.dumps(value, ensure_ascii=False).encode()  # a UnicodeEncodeError is a ValueError

@@ -2,13 +2,12 @@
 set.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards, read_manifest
+from data_prep.store.remote import place_of
 from data_prep.tables import are, counted
 from eval.embed import Captions, Embedded, embed, load_for_eval
 from eval.options import Inference
@@ -83,7 +82,7 @@ def val_hits(run: str, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
 
 
 def has_split(data: str, split: str) -> bool:
-    return bool(read_manifest(Path(data))["splits"].get(split, {}).get("samples"))
+    return bool(read_manifest(place_of(data))["splits"].get(split, {}).get("samples"))
 
 
 def features_metrics(

@@ -15,6 +15,8 @@ import tyro
 from data_prep.cli import File, Folder, RecipeFile, Rest, Run, Shards
 from data_prep.errors import UserError
 from data_prep.rooms import ROOMS, importable
+from data_prep.shards import has_manifest
+from data_prep.store.remote import absolute_place
 from data_prep.terminal import say
 from slurm.queue import record_job
 from slurm.script import LOGS, Resources, assign, assign_list, render_script, sbatch, write_script
@@ -123,8 +125,8 @@ def pipeline(
         raise UserError("python -m slurm pipeline: no input; pass a CSV of captions, tars, folders or URLs")
     if tasks < 1:
         raise UserError(f"--tasks {tasks}: must be at least 1")
-    cluster, run, data = read_site(site), run.absolute(), data.absolute()
-    check_training(recipe, run, str(data), resources, flags, data_may_be_missing=True)
+    cluster, run, data = read_site(site), run.absolute(), absolute_place(data)
+    check_training(recipe, run, data, resources, flags, data_may_be_missing=True)
     cpu_only, numbers = Resources(gpus=0, time=prepare_time), []
 
     def submit_next(
@@ -133,7 +135,7 @@ def pipeline(
         number = submit_command(words, name, run, needs, site, numbers[-1:], dry_run=dry_run, **options)
         numbers.append(number)
 
-    if (data / "manifest.json").is_file():
+    if has_manifest(data):
         say(f"# {data}: exists, not built again")
     else:
         processes = ["--processes", cluster.cpus_per_gpu]
@@ -143,7 +145,7 @@ def pipeline(
         if tasks > 1:
             submit_next("merge", ["data_prep", "merge", data, *processes], resumes=True)
     after = tuple(numbers[-1:])
-    numbers += submit(recipe, run, str(data), resources, after, chain, stage, site, dry_run, flags, module)
+    numbers += submit(recipe, run, data, resources, after, chain, stage, site, dry_run, flags, module)
     if split:
         out = ["--json", run / f"{split}.json", "--page", run / f"{split}.html"]
         words = ["eval", "retrieval", run, "--data", data, "--split", split, *out]

@@ -14,6 +14,7 @@ import tyro
 from data_prep.cli import File, RecipeFile, Rest, Run, Runs
 from data_prep.errors import UserError
 from data_prep.rooms import importable
+from data_prep.store.remote import is_url
 from data_prep.tables import counted
 from data_prep.terminal import say
 from slurm.queue import active_jobs, record_job
@@ -212,7 +213,15 @@ def run_settings(run: Path, recipe: Path, flags: tuple[str, ...]) -> list[str]:
 
 
 def common_settings(data: Sets, stage: str, module: str, requeue: bool) -> list[str]:
-    """Lines of bash: what the runs of a sweep share."""
+    """Lines of bash: what the runs of a sweep share.
+
+    Raises:
+        UserError: data behind a URL cannot be staged.
+    """
+    if stage and (urls := [folder for folder in shares_of(data) if is_url(folder)]):
+        raise UserError(
+            f"--stage {stage}: {urls[0]} is fetched by the training itself; pass -- --cache-dir {stage}"
+        )
     return [
         assign_list("DATA", to_words(data)),
         f'STAGE="{stage}"',  # in double quotes, so that $TMPDIR is expanded on the node

@@ -160,6 +160,11 @@ class Recipe:
     groups_fraction: float = 1.0
     """Fraction of the training groups that is used. The seed decides which; a smaller fraction is a part of a
     larger one. python -m train.forecast sets it."""
+    cache_dir: str = ""
+    """Folder of this machine for shards of a URL, shared by all processes. Default: ~/.cache/cliptune/shards.
+    """
+    cache_gb: float = 0.0
+    """Most that the shards in it may take, in 10^9 bytes; 0: half of what is free on its disk."""
     workers: int = 4
     """Processes per rank that read and crop images; 0 reads in the training process."""
     log_every_steps: int = 10
@@ -183,6 +188,8 @@ RESUME_SAFE = (
     "data",
     "replay",
     "replay_texts",
+    "cache_dir",
+    "cache_gb",
     "workers",
     "log_every_steps",
     "log",
@@ -362,6 +369,7 @@ def _flag(type_: object, key: str, value: object, path: Path) -> list[str]:
 
 
 AT_LEAST = {"epochs": 1, "global_batch_size": 2, "workers": 0, "log_every_steps": 1, "keep_checkpoints": 1}
+AT_LEAST |= {"cache_gb": 0}
 AT_LEAST |= {"max_nonfinite_steps": 1, "lora_rank": 0, "l2_sp": 0, "replay_weight": 0}
 AT_LEAST |= {"seed": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.eps": 0}
 # torch, numpy and JSON of other programs take seeds up to this; more workers only fill the memory.

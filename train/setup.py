@@ -10,8 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
+from data_prep.store.cache import choose, chosen
 from train.data.augment import Augmentation
 from train.data.loader import TrainPairs, train_loader
+from train.data.order import WINDOW_SHARDS
 from train.data.sets import DataSets, open_pairs, order_of
 from train.determinism import compile_first, set_deterministic
 from train.device import use_bf16
@@ -107,8 +109,10 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     Raises:
         UserError: the data, the model or what the run was started with do not fit.
     """
+    choose(recipe.cache_dir, recipe.cache_gb)
     pairs = open_pairs(recipe)
     check_batch(recipe, len(pairs), world)
+    check_cache(pairs)
     if not pairs.weight_range[1]:
         raise UserError(
             f"{pairs.folder}, {pairs.split}: all weights are 0, so there is nothing to learn; build with"
@@ -137,6 +141,25 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     if recipe.patch_dropout:
         PatchDropout.install(clip.towers.model.visual)
     return Inputs(pairs, replay_pairs, texts, clip)
+
+
+def check_cache(pairs: Shards | DataSets) -> None:
+    """Check that the cache holds what batches read at once, where shards are behind a URL.
+
+    Raises:
+        UserError: it does not.
+    """
+    needed = 0
+    for part in pairs.parts if isinstance(pairs, DataSets) else [pairs]:
+        sizes = sorted((file.size for file in part.remote_files() if file), reverse=True)
+        needed += sum(sizes[:WINDOW_SHARDS])
+    cache = chosen()
+    if needed > (limit := cache.limit()):
+        raise UserError(
+            f"--cache-gb {limit / 1e9:.3g}: batches read {WINDOW_SHARDS} shards of each data set at once,"
+            f" here {needed / 1e9:.3g} GB; pass at least --cache-gb {2.2 * needed / 1e9:.2g}, or"
+            " --cache-dir on a larger disk"
+        )
 
 
 def check_batch(recipe: Recipe, n_pairs: int, world: World) -> None:

@@ -11,6 +11,7 @@ import fsspec
 from data_prep.below import leads_out
 from data_prep.errors import UserError
 from data_prep.inputs import hub
+from data_prep.store.remote import is_url
 
 # Names of images. Files without such a name are images if they begin like one, see data_prep.signatures.
 IMAGE_EXTENSIONS = {
@@ -40,10 +41,6 @@ SMALL_BYTES = 1 << 20
 # Tables in folders of images, as the library `datasets` reads them; see imagefolder.py.
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-
-
-def is_url(path: str) -> bool:
-    return "://" in path
 
 
 def is_http(path: str) -> bool:

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.atomic import NO_LOCKS, atomic_file
+from data_prep.cores import ranks_here
 from data_prep.errors import Fault, UserError
 from data_prep.progress import progress
 from data_prep.store.remote import Store
@@ -194,6 +195,13 @@ class CachedFile:
         finally:
             os.close(descriptor)
 
+    def sha256(self) -> str:
+        """Of all its bytes as the store has them."""
+        digest = hashlib.sha256()
+        for offset in range(0, self.size, REQUEST_BYTES):
+            digest.update(self.store.read(self.name, offset, min(REQUEST_BYTES, self.size - offset)))
+        return digest.hexdigest()
+
     def forget(self, offset: int, size: int) -> None:
         """Fetch the blocks of a piece anew when it is read again, because what is here is damaged."""
         first, end = offset // BLOCK, -(-(offset + size) // BLOCK)
@@ -210,6 +218,10 @@ class CachedFile:
         np.add.at(change, offsets // BLOCK, 1)
         np.add.at(change, -(-np.minimum(offsets + sizes, self.size) // BLOCK), -1)
         return np.cumsum(change[:-1]) > 0
+
+    def bytes_of(self, pieces: Pieces) -> int:
+        """That are here when some pieces are."""
+        return BLOCK * sum(end - first for first, end in runs(self._blocks_of(pieces)))
 
     def _fetch_blocks(self, descriptor: int, missing: np.ndarray) -> int:
         fetched, pending, pending_bytes = 0, [], 0
@@ -314,6 +326,11 @@ def _checked(store: Store, name: str, digest: str) -> str:
     if not SHA256.fullmatch(digest):
         raise UserError(f"{store.shown}: the manifest has no sha256 of {name!r:.80}; restore it")
     return digest
+
+
+def is_only_node() -> bool:
+    """Whether all processes of this job, as torchrun has started them, are on this machine."""
+    return int(os.environ.get("WORLD_SIZE", "1")) <= ranks_here()
 
 
 # Of this process, opened for reading. A child of a fork may use its parent's.

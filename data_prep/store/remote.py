@@ -3,7 +3,6 @@
 What a store refuses is one sentence at once; what it fails to answer is asked for again, with back-off.
 """
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -24,6 +23,7 @@ T = TypeVar("T")
 ATTEMPTS, FIRST_WAIT_S = 6, 0.5  # waits of 0.5, 1, 2, 4 and 8 s: a store that restarts, or asks for less
 # What clients of stores raise beside OSError, where they are imported.
 CLIENT_ERRORS = (
+    ("asyncio.exceptions", "TimeoutError"),
     ("aiohttp", "ClientError"),
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
@@ -49,6 +49,21 @@ CREDENTIALS = {
     "gs": "log in with: gcloud auth application-default login",
     "hf": "log in with: hf auth login",
 }
+
+
+def is_url(place: object) -> bool:
+    """Whether the text of a file or folder is a URL."""
+    return isinstance(place, str) and "://" in place
+
+
+def place_of(folder: str | Path) -> str | Path:
+    """A folder as a path, or its URL as a text: a path would lose one of its slashes."""
+    return folder.rstrip("/") if is_url(folder) else Path(folder)
+
+
+def absolute_place(folder: str | Path) -> str:
+    """A folder's absolute path; a URL as it is."""
+    return str(folder) if is_url(folder) else str(Path(folder).absolute())
 
 
 class Store:
@@ -110,7 +125,7 @@ class Store:
         """A small file.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is none, or no such bucket.
             UserError: it is larger.
         """
         data = self._piece(name, 0, max_bytes + 1)
@@ -221,7 +236,7 @@ def _file_system(url: str):
 
 def client_errors() -> tuple[type[Exception], ...]:
     """What a request to a store may raise."""
-    known = [OSError, asyncio.TimeoutError]
+    known = [OSError]
     for module, name in CLIENT_ERRORS:
         known += filter(None, [getattr(sys.modules.get(module), name, None)])
     return tuple(known)

@@ -5,7 +5,15 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.cli import Index, Model, OptionalFile, OptionalFolder, OptionalOutputFile, OutputFile
+from data_prep.cli import (
+    Index,
+    Model,
+    OptionalFile,
+    OptionalFolder,
+    OptionalOutputFile,
+    OutputFile,
+    ShardsOrImages,
+)
 from data_prep.errors import UserError
 from data_prep.terminal import say
 from eval.options import INFERENCE, Inference, Split
@@ -17,7 +25,7 @@ Indexes = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metava
 
 def embed(
     model: OneModel,
-    data: Annotated[Path, tyro.conf.arg(metavar="SHARDS|FOLDER")],
+    data: ShardsOrImages,
     out: Index,
     split: Split = "",
     overwrite: bool = False,

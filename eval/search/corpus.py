@@ -21,6 +21,7 @@ from data_prep.inputs.folders import images_below
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.inputs.texts import txt_captions
 from data_prep.shards import Joined, Shards, read_manifest
+from data_prep.store.remote import is_url
 from eval.classify.features import in_rgb
 from train.data.decode import decode
 from train.model.clip import Clip
@@ -32,7 +33,7 @@ WHITE = (255, 255, 255)
 class ShardsCorpus(Joined):
     """All splits of a folder of shards, or one; their images were checked by the build."""
 
-    def __init__(self, folder: Path, split: str):
+    def __init__(self, folder: Path | str, split: str):
         splits = [name for name, entry in read_manifest(folder)["splits"].items() if entry["samples"]]
         super().__init__([Shards(folder, name) for name in ([split] if split else splits)])
         if not self.parts:
@@ -101,6 +102,7 @@ class CorpusImages(Dataset):
     """(uint8 [3, H, W], thumbnail, metadata) by number; (None, reason, {"key", "path"}) if unreadable."""
 
     def __init__(self, corpus: Corpus, clip: Clip):
+        self.shards = corpus if isinstance(corpus, Joined) else None
         self.corpus, self.transform, self.background = corpus, clip.eval_transform, clip.background
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor | None, bytes | str, dict]:
@@ -125,12 +127,14 @@ def collate(samples: list[tuple]) -> tuple[torch.Tensor | None, list[tuple]]:
     return torch.stack(pixels) if pixels else None, [(small, metadata) for _, small, metadata in samples]
 
 
-def open_corpus(data: Path, split: str) -> Corpus:
-    """The images of a folder.
+def open_corpus(data: Path | str, split: str) -> Corpus:
+    """The images of a folder; behind a URL, of shards.
 
     Raises:
         UserError: No such folder or split, or no images in it.
     """
+    if is_url(data):
+        return ShardsCorpus(data, split)
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder; pass a folder of shards or of images")
     if (data / "manifest.json").is_file():

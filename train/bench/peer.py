@@ -31,6 +31,7 @@ from open_clip.transform import AugmentationCfg
 from data_prep.errors import Fault, UserError, exit_on_user_error
 from data_prep.rooms import environment, importable
 from data_prep.shards import Shards, shard_file
+from data_prep.store.remote import absolute_place, is_url
 from data_prep.terminal import say
 from train.device import OUT_OF_MEMORY
 from train.loop import fit
@@ -88,7 +89,7 @@ def whole_path(
     every = max(1, steps // WINDOWS)
     model, original = folder / "model", load(recipe.model, weights=False)
     recipe = dataclasses.replace(
-        recipe, model=f"local-dir:{model}", data=str(Path(recipe.data).absolute()), log_every_steps=every
+        recipe, model=f"local-dir:{model}", data=absolute_place(recipe.data), log_every_steps=every
     )
     theirs = their_words(recipe, (WARMUP_LINES + WINDOWS) * every + 1, device)
     model.mkdir()
@@ -150,6 +151,8 @@ def their_command(words: list[str], extra: list[str], folder: Path) -> Command:
 
 def their_words(recipe: Recipe, steps: int, device: torch.device) -> list[str]:
     """The command line of open_clip_train for `recipe`, without its checkpoints, in one epoch of `steps`."""
+    if is_url(recipe.data):
+        raise UserError(f"{recipe.data}: open_clip_train is compared on shards of this machine; copy some")
     tars = [str(shard_file(Path(recipe.data), entry)) for entry in Shards(recipe.data, "train").entries]
     chunk = their_chunk(recipe)
     optim, augment = recipe.optim, recipe.augment

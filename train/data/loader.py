@@ -6,6 +6,7 @@ rank r of W, step k:  positions k*B + r*B/W ...  ->  Order  ->  Shards.read  -> 
 
 import contextlib
 import hashlib
+import itertools
 import math
 import multiprocessing.util
 import os
@@ -20,16 +21,18 @@ from itertools import repeat
 from multiprocessing.queues import Queue
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data_prep.child import exit_with_parent
-from data_prep.cores import ranks_here
+from data_prep.cores import local_rank, ranks_here
 from data_prep.errors import Fault, UserError
 from data_prep.images import DAMAGE
 from data_prep.shards import Shards, altered
 from data_prep.terminal import say
+from train.data.ahead import ahead
 from train.data.augment import N_UNIFORMS, Augmentation, crop
 from train.data.captions import caption, draw
 from train.data.decode import decode
@@ -39,6 +42,7 @@ from train.recipe import Augment, Captions
 from train.world import World
 
 SAMPLE = 2  # a stream of random bits beside the two of train.data.order
+PLANNED = 1 << 20  # positions that are looked up at once, for what they will read
 PREFETCH_BATCHES = 4  # per worker, at most
 SHARED_MEMORY = "/dev/shm"
 SHARED_PART = 0.5  # of what is free: replay, and validation during training, have loaders of their own
@@ -146,8 +150,21 @@ class RankPositions:
         self.share = global_batch_size // world.world_size
         self.starts = range(samples + world.rank * self.share, end, global_batch_size)
 
+        # of the ranks of this node, which are numbered in a row
+        first = samples + (world.rank - local_rank()) * self.share
+        self.of_node = first, self.share * ranks_here()
+
     def __iter__(self) -> Iterator[list[int]]:
         return (list(range(start, start + self.share)) for start in self.starts)
+
+    def chunks_of_node(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The positions that the ranks of this node read, int64 [n], and the number of the batch of each."""
+        start, share = self.of_node
+        at_once = max(1, PLANNED // share)
+        for first in range(0, len(self.starts), at_once):
+            batches = np.arange(first, min(first + at_once, len(self.starts)))
+            positions = start + (batches * self.starts.step)[:, None] + np.arange(share)
+            yield positions.ravel(), np.repeat(batches, share)
 
 
 class _Collate:
@@ -202,6 +219,7 @@ def loader(
         Fault: a shard can no longer be read.
         UserError: a shard is damaged, which another attempt would not change.
     """
+    fetched = ahead(getattr(dataset, "shards", None), _Chunks(dataset, batches), *_turns(batches))
     if isinstance(batches, Sequence):
         workers = min(workers, len(batches))
     workers, prefetch = read_ahead(workers, batch_bytes, free_shared_bytes(), warn=world.is_first)
@@ -216,11 +234,33 @@ def loader(
         worker_init_fn=_quiet_worker,
         prefetch_factor=prefetch if workers else None,
     )
-    with contextlib.closing(_received(loaded)) as received:
-        for batch in received:
+    with fetched as have_read, contextlib.closing(_received(loaded)) as received:
+        for number, batch in enumerate(received, 1):
             if isinstance(batch, UserError):
                 raise batch
+            have_read(number)
             yield batch
+
+
+def _turns(batches: Iterable[list[int]]) -> tuple[int, int]:
+    """Of the ranks that fetch what all of their node read, and the number of these."""
+    return (local_rank(), ranks_here()) if isinstance(batches, RankPositions) else (0, 1)
+
+
+class _Chunks:
+    """The sample numbers of batches, and the batch of each, for train.data.ahead: computed where it runs."""
+
+    def __init__(self, dataset: Dataset, batches: Iterable[list[int]]):
+        self.dataset, self.batches = dataset, batches
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if isinstance(self.batches, RankPositions):
+            for positions, of_batch in self.batches.chunks_of_node():
+                yield self.dataset.order.numbers(positions), of_batch
+        else:
+            sizes = [len(batch) for batch in self.batches]
+            numbers = np.fromiter(itertools.chain.from_iterable(self.batches), np.int64, sum(sizes))
+            yield numbers, np.repeat(np.arange(len(sizes)), sizes)
 
 
 def read_ahead(workers: int, batch_bytes: int, free: float, warn: bool) -> tuple[int, int]:

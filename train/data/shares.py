@@ -12,6 +12,8 @@ from typing import Annotated
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from data_prep.store.remote import absolute_place
+
 TOLERANCE = 1e-6  # of the shares' sum
 Sets = str | dict[str, float]  # a folder, or shares by folder
 
@@ -94,7 +96,7 @@ def pairs_of(data: Sets, global_batch_size: int) -> dict[str, int]:
 
 
 def absolute(data: Sets | Path) -> Sets:
-    """`data` with the absolute path of each folder."""
+    """`data` with the absolute path of each folder; URLs as they are."""
     if isinstance(data, dict):
-        return {str(Path(folder).absolute()): share for folder, share in data.items()}
-    return str(Path(data).absolute())
+        return {absolute_place(folder): share for folder, share in data.items()}
+    return absolute_place(data)

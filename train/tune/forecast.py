@@ -14,6 +14,7 @@ import numpy as np
 from data_prep.atomic import atomic_file, write_json
 from data_prep.errors import UserError
 from data_prep.shards import Shards, read_manifest
+from data_prep.store.remote import place_of
 from data_prep.tables import Table, counted, percent, text_of
 from data_prep.terminal import say
 from train.bench.rows import in_fresh_process
@@ -79,7 +80,7 @@ def check_data(recipe: Recipe) -> None:
     """
     if not isinstance(recipe.data, str):
         raise UserError("--data: several data sets; a forecast is made of one, so pass the one that matters")
-    if not read_manifest(Path(recipe.data))["splits"].get("val", {}).get("samples"):
+    if not read_manifest(place_of(recipe.data))["splits"].get("val", {}).get("samples"):
         raise UserError(
             f"{recipe.data}: has no val split, on which a forecast is made; build shards with one: python -m"
             " data_prep build ... --val 0.1"
