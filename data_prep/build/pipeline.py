@@ -37,6 +37,7 @@ from data_prep.build.resume import (
 )
 from data_prep.build.scan import Checks, scan
 from data_prep.build.split import SPLITS
+from data_prep.build.stored import Stored
 from data_prep.build.target import JOURNAL, LocalTarget, StoreTarget, target_of
 from data_prep.build.write import Changed, index_in_place, write_shards
 from data_prep.cli import FolderOrUrl, OptionalFolder
@@ -104,6 +105,7 @@ def index(
     check: Checking = Checking(),  # noqa: B008
     split: Splitting = Splitting(),  # noqa: B008
     parallelism: Parallelism = Parallelism(),  # noqa: B008
+    full_check: bool = False,
     overwrite: bool = False,
 ) -> dict | None:
     """Check existing WebDataset tars, and index them for training in place.
@@ -113,8 +115,9 @@ def index(
 
     Args:
         tars: Tars of img2dataset, webdataset, open_clip or others: an image is followed by a .txt or .json of
-            the same name.
+            the same name. Local, or URLs such as s3://bucket/tars/*.tar.
         out: Folder for the index and the report; it appears under this name when it is complete.
+        full_check: Read and check the images in tars behind URLs, too; else only their first bytes are read.
         overwrite: Replace OUT, if this command made it.
 
     Returns:
@@ -123,12 +126,18 @@ def index(
     if is_url(str(out)):
         raise UserError(f"--out {masked_url(str(out))}: index writes a folder of this machine; pass its path")
     for tar in tars:
-        if is_url(tar) or not tar.endswith(".tar"):
+        if not tar.endswith(".tar"):
             raise UserError(
-                f"{tar}: index reads local, uncompressed .tar files only; use build, which copies the images"
+                f"{tar}: index reads uncompressed .tar files only; use build, which copies the images"
             )
-    paths = [os.path.abspath(tar) for tar in tars]
-    return _run("index", paths, LocalTarget(Path(out)), read, check, split, parallelism, {}, overwrite)
+        if masked_url(tar) != tar:
+            raise UserError(
+                f"{masked_url(tar)}: has a password or signature, which the index would hold; give it to the"
+                " store's client instead, in its files or environment variables"
+            )
+    paths = [tar if is_url(tar) else os.path.abspath(tar) for tar in tars]
+    target = LocalTarget(Path(out))
+    return _run("index", paths, target, read, check, split, parallelism, {}, overwrite, full_check)
 
 
 def _run(
@@ -141,12 +150,15 @@ def _run(
     parallelism: Parallelism,
     writing: dict,
     overwrite: bool,
+    full_check: bool = False,
 ) -> dict | None:
     split.check()
     forget_open_files()
     parallelism = parallelism.resolved()
-    checks = Checks(check.rules(), check.skip_decode, in_place=command == "index")
+    is_index = command == "index"
+    checks = Checks(check.rules(), check.skip_decode, in_place=is_index, full_check=full_check)
     inputs = expand([str(source) for source in inputs])
+    unread = is_index and not full_check and any(map(is_url, inputs))
     read = replace(read, images=read.images or images_folder(inputs))
     check_root(read.images)
     if split.keep_splits:
@@ -168,9 +180,10 @@ def _run(
     settings = {
         "command": command,
         "format": FORMAT,
-        "inputs": {name: digest(source) for name, source in sources.items()},
+        "inputs": {name: digest(source, in_place=is_index) for name, source in sources.items()},
         "read": recorded,
-        "check": {name: value for name, value in asdict(check).items() if name != "max_rejects"},
+        "check": {name: value for name, value in asdict(check).items() if name != "max_rejects"}
+        | ({"unread": True} if unread else {}),
         "split": asdict(split),
         "write": writing,
         "num_tasks": parallelism.num_tasks,
@@ -212,7 +225,7 @@ def _check_images(
     part = Part(folder, parallelism.task, parallelism.num_tasks)
     try:
         adopt(part, settings)
-        load(part, inputs, read, decisions)
+        load(part, inputs, read, decisions, Stored(checks.full_check) if checks.in_place else None)
         if not (folder / SPLITS[0]).exists():  # shards are of the images that were accepted before
             retry_rejected(part)
         scan(part, inputs, read.images, checks, parallelism.processes)

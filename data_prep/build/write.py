@@ -19,7 +19,7 @@ from data_prep.images import BadImage
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.progress import progress
 from data_prep.shards import Member, as_json, sha256_of, shard_entry, write_index, write_shard
-from data_prep.store.remote import Store
+from data_prep.store.remote import Store, file_at, is_url
 
 
 class Changed(UserError):
@@ -188,16 +188,22 @@ def index_in_place(folder: Path, out: Path, plan: Plan, settings: dict) -> dict:
             if rows[split]:
                 path = folder / split / f"{number:06d}-{Path(tar).stem}"
                 entry = _write_index(path, rows[split], metas[split])
-                entry |= {
-                    "file": os.path.relpath(tar, out),
-                    "bytes": os.path.getsize(tar),
-                    "sha256": settings["inputs"][tar],
-                }
+                entry |= _tar_entry(tar, out, settings["inputs"][tar])
                 entries[split].append(entry)
     return {
         split: {"samples": plan.n_images[split], **totals[split].entry(), "shards": entries[split]}
         for split in SPLITS
     }
+
+
+def _tar_entry(tar: str, out: Path, digest: str) -> dict:
+    """What the manifest says about a tar. The content of one behind a URL has no sha256: `version` is of what
+    its store says of it, see Store.version.
+    """
+    if not is_url(tar):
+        return {"file": os.path.relpath(tar, out), "bytes": os.path.getsize(tar), "sha256": digest}
+    store, name = file_at(tar)
+    return {"file": tar, "bytes": store.size(name), "sha256": "", "version": digest}
 
 
 def _write_index(path: Path, rows: list[list], metas: bytes) -> dict:

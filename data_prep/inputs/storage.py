@@ -11,7 +11,7 @@ import fsspec
 from data_prep.below import leads_out
 from data_prep.errors import UserError
 from data_prep.inputs import hub
-from data_prep.store.remote import is_url
+from data_prep.store.remote import Store, file_at, is_url
 
 # Names of images. Files without such a name are images if they begin like one, see data_prep.signatures.
 IMAGE_EXTENSIONS = {
@@ -105,9 +105,8 @@ def expand(sources: list[str]) -> list[str]:
         if source.startswith(hub.PREFIX):
             expanded += hub.parquet_files(source)
         elif is_url(source) and "*" in source:
-            protocol = source.split("://")[0]
-            paths = sorted(remote(source).glob(source))
-            expanded += [f"{protocol}://{path.split('://')[-1]}" for path in paths]
+            folder = source[: source.index("*")].rpartition("/")[0]
+            expanded += Store(folder).matching(source[len(folder) + 1 :])
         else:
             expanded.append(source)
     if not expanded:
@@ -115,15 +114,21 @@ def expand(sources: list[str]) -> list[str]:
     return expanded
 
 
-def digest(source: str) -> str:
+def digest(source: str, in_place: bool = False) -> str:
     """sha256 of a file; of a URL, the metadata that its server reports; of a folder, its listing and the
     small files that may be captions.
+
+    Args:
+        in_place: a URL will be read in pieces, see Store.
 
     Raises:
         UserError: it cannot be read.
     """
     sha = hashlib.sha256()
     try:
+        if is_url(source) and in_place:
+            store, name = file_at(source)
+            return store.version(name)
         if is_url(source):
             info = remote(source).info(source)
             sha.update(json.dumps({name: info[name] for name in sorted(info)}, default=str).encode())

@@ -5,6 +5,8 @@ What a store refuses is one sentence at once; what it fails to answer is asked f
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import random
 import sys
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from data_prep.errors import Fault, UserError
 from data_prep.masked import masked_url, one_line
@@ -42,6 +44,7 @@ REFUSALS = {
 # Wrong arguments, such as the region's; not allowed; a bucket that is in another region.
 WRONG = (errno.EINVAL, errno.EPERM, getattr(errno, "EREMCHG", errno.EINVAL))
 NOTHING_THERE = 416  # the status of a range beyond the end of a file
+VERSIONS = ("ETag", "etag", "generation", "blob_id")  # of a file, as stores name it
 TRY_AGAIN = (408, 429)  # of the statuses that say that the request is wrong
 CREDENTIALS = {
     "s3": "check the keys and the region: AWS_PROFILE, or AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and"
@@ -139,16 +142,39 @@ class Store:
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None if there is none."""
+        return (self._info(name) or {"size": None})["size"]
+
+    def version(self, name: str) -> str:
+        """A sha256 of what the store says of a file: it is another one if the file is replaced.
+
+        Raises:
+            UserError: there is no such file, or its size is not known.
+        """
+        info = self._info(name)
+        if info is None or not isinstance(info.get("size"), int):
+            found = "no such file" if info is None else "the server does not say how large it is"
+            raise UserError(f"{self.shown}/{name}: {found}; check the URL")
+        # A listing says more than a question for one file, but both say these.
+        known = {key: info[key] for key in VERSIONS if info.get(key)}
+        told = {"url": self.url_of(name), "size": info["size"], **(known or info)}
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _info(self, name: str) -> dict | None:
         url = self.url_of(name)
 
-        def ask(files) -> int:
+        def ask(files) -> dict:
             files.invalidate_cache()
-            return files.info(url)["size"]
+            return files.info(url)
 
         try:
             return self._ask(name, ask)
         except FileNotFoundError:
             return None
+
+    def matching(self, pattern: str) -> list[str]:
+        """URLs of the files whose names match a pattern with `*`, in sorted order."""
+        found = self._ask(pattern, lambda files: files.glob(f"{self.url}/{pattern}"))
+        return [f"{self.protocol}://{path.split('://')[-1]}" for path in sorted(found)]
 
     def put(self, file: Path, name: str) -> None:
         """Upload a file; it is there as a whole, or not at all.
@@ -263,6 +289,13 @@ def _status(error: BaseException) -> int | None:
                 if isinstance(value := getattr(holder, name, None), int):
                     return int(value)
     return None
+
+
+def file_at(url: str) -> tuple[Store, str]:
+    """The store of a file, and its name there."""
+    folder, _, name = url.rpartition("/")
+    store = store_of(folder)
+    return store, unquote(name) if store.is_http else name
 
 
 @lru_cache
