@@ -2,7 +2,7 @@
 
     SHARDS/manifest.json                 splits -> counts, and per shard: samples, bytes, sha256
     SHARDS/train/train-000000.tar        KEY.png or KEY.jpg, KEY.json, KEY.txt; members of a key are adjacent
-    SHARDS/train/train-000000.index.tsv  key, group number, offset and size of each member in the tar
+    SHARDS/train/train-000000.index.tsv  key, group, offset and size of each member in the tar, hash
 
 KEY.txt is the first caption, for readers that expect one; KEY.json has all captions and, where the input has
 them, the weight of each. Samples are numbered within a split, over its shards in order, so that reading one
@@ -10,7 +10,6 @@ never scans a tar.
 """
 
 import copy
-import csv
 import hashlib
 import json
 import math
@@ -22,33 +21,26 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from data_prep.atomic import atomic_file
 from data_prep.below import file_below, regular
 from data_prep.errors import UserError
 from data_prep.images import WHITE, BadImage, hex_color
 from data_prep.progress import progress
+from data_prep.shard_index import key_text, read_indexes, sample_hash, write_index
 from data_prep.store.cache import CachedFile, cached_file, is_only_node, whole_files
-from data_prep.store.remote import is_url, place_of, store_of
+from data_prep.store.remote import Short, is_url, place_of, store_of
 from data_prep.strict_json import MAX_BYTES, load_json, parse_json, problem_of, read_bytes
 
 FORMAT = 2
 _TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8s1s100s8s247x")
 _REST_OF_SUM = sum(b"00004440000000000000000000000000        0ustar\x0000")  # all but name and size
 as_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, allow_nan=False).encode
-INDEX_COLUMNS = [
-    "key",
-    "group",
-    "image_offset",
-    "image_size",
-    "json_offset",
-    "json_size",
-    "txt_offset",
-    "txt_size",
-]
 
 
 def _is_count(value: object) -> bool:
@@ -138,7 +130,7 @@ def write_shard(path: Path, members: Iterable[Member]) -> dict:
                 file.write(block)
                 sha256.update(block)
                 end += len(block)
-            rows.append(row)
+            rows.append([*row, sample_hash(xxhash.xxh3_128_digest(member.image), meta)])
         file.write(bytes(1024))
         sha256.update(bytes(1024))
     index = path.with_suffix(".index.tsv")
@@ -163,13 +155,6 @@ def _entry(path: Path, index: Path, samples: int, sha256: str) -> dict:
         "sha256": sha256,
         "index_sha256": sha256_of(index),
     }
-
-
-def write_index(path: Path, rows: list[list]) -> None:
-    """Write rows of INDEX_COLUMNS."""
-    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        file.write("\t".join(INDEX_COLUMNS) + "\n")
-        file.writelines("\t".join(map(str, row)) + "\n" for row in rows)
 
 
 def _tar_header(name: str, size: int) -> bytes:
@@ -236,13 +221,17 @@ class Shards:
         ).hexdigest()
         self.shard_sizes = np.array([entry["samples"] for entry in self.entries])
         bring(self.folder, self.entries)
-        keys, numbers = zip(*(read_index(self.folder, entry) for entry in self.entries), strict=True)
-        self._tars = [shard_file(self.folder, entry) for entry in self.entries]
+        self._tars = [existing_tar(self.folder, entry) for entry in self.entries]
         self._jsons = [json_file(self.folder, entry) for entry in self.entries]
+        indexes = [(shard_file(self.folder, entry, "index"), entry) for entry in self.entries]
+        self._keys, self.groups, self._offsets, self._hashes = read_indexes(indexes)
         self._ends = np.cumsum(self.shard_sizes)
-        self._keys = np.concatenate(keys)
-        self.groups = np.concatenate([table[:, 0] for table in numbers])
-        self._offsets = np.concatenate([table[:, 1:5] for table in numbers])
+        # Of older builds, whose samples have no hash; of all samples, whichever are chosen. Not those behind a
+        # URL: every byte would be fetched twice.
+        of_shards = zip(self.entries, self._tars, np.split(self._hashes, self._ends[:-1]), strict=True)
+        self._unhashed = [
+            entry for entry, tar, hashes in of_shards if isinstance(tar, Path) and not hashes.all()
+        ]
         self._files: dict[Path, int] = {}
 
     def __len__(self) -> int:
@@ -258,7 +247,7 @@ class Shards:
         part.shard_sizes = np.array([each.sum() for each in np.split(chosen, self._ends[:-1])])
         part._ends = np.cumsum(part.shard_sizes)
         part._keys, part.groups = self._keys[chosen], self.groups[chosen]
-        part._offsets, part._files = self._offsets[chosen], {}
+        part._offsets, part._hashes, part._files = self._offsets[chosen], self._hashes[chosen], {}
         return part
 
     @property
@@ -270,7 +259,7 @@ class Shards:
         return {**self.__dict__, "_files": {}}
 
     def key(self, number: int) -> str:
-        return str(self._keys[number])
+        return key_text(int(self._keys[number]))
 
     def locate(self, number: int) -> tuple["Shards", int]:
         """As Joined has it."""
@@ -280,18 +269,39 @@ class Shards:
         """As Joined has it."""
         yield self, np.arange(len(numbers)), numbers
 
-    def entry(self, number: int) -> dict:
-        """The manifest's entry of the shard that holds a sample."""
-        return self.entries[int(np.searchsorted(self._ends, number, side="right"))]
-
     def read(self, number: int) -> Sample:
-        """Sample `number`: its image and captions."""
-        image_offset, image_size, json_offset, json_size = self._offsets[number].tolist()
+        """Sample `number`: its image and captions.
+
+        Raises:
+            Damaged: it is not what was built, or its file is too short.
+            UserError: it was built with a .json that no reader takes.
+        """
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        data = self._bytes(self._jsons[shard], json_offset, json_size, number)
+        try:
+            data, image = self._whole(number, shard)
+        except Damaged as error:
+            raise Damaged(error.file, error.found, self.key(number)) from None
         meta = parse_meta(data, self._jsons[shard], self.key(number))
-        image = self._bytes(self._tars[shard], image_offset, image_size, number)
         return Sample(self.key(number), image, meta["captions"], meta)
+
+    def _whole(self, number: int, shard: int) -> tuple[bytes, bytes]:
+        """KEY.json and the image of a sample, with the hash that they had when they were built.
+
+        Raises:
+            Damaged: they have another, or a file is too short.
+        """
+        image_offset, image_size, json_offset, json_size = self._offsets[number].tolist()
+        expected, tar = int(self._hashes[number]), self._tars[shard]
+        for is_last in (not isinstance(tar, CachedFile), True):
+            data = self._bytes(self._jsons[shard], json_offset, json_size, number)
+            image = self._bytes(tar, image_offset, image_size, number)
+            if not expected or sample_hash(xxhash.xxh3_128_digest(image), data) == expected:
+                return data, image
+            if is_last:
+                break
+            for offset, size in self.pieces(np.array([number])).tolist():
+                tar.forget(offset, size)  # the damage may be in the cache alone
+        raise Damaged(tar, "altered since it was built (its hash differs from the index's)")
 
     @contextmanager
     def naming(self, number: int) -> Iterator[None]:
@@ -300,10 +310,11 @@ class Shards:
             yield
         except BadImage as bad:
             path = self.meta(number).get("image", "")
+            compare = f" (python -m data_prep verify {quote(str(self.folder))} says whether they are altered)"
             raise UserError(
                 f"{self.folder}, {self.split}: sample {self.key(number)} ({path or 'no path'}): {bad};"
                 " build the shards again without --skip-decode, which leaves such images out, or drop it by"
-                " a decision"
+                f" a decision{'' if self._hashes[number] else compare}"
             ) from None
 
     def meta(self, number: int) -> dict:
@@ -327,25 +338,28 @@ class Shards:
     def pieces(self, numbers: np.ndarray) -> np.ndarray:
         """Where samples of one shard are in its tar: int64 [n, 2], offset and size."""
         image_offsets, image_sizes, json_offsets, json_sizes = self._offsets[numbers].T
-        if "json" in self.entry(int(numbers[0])):
+        if "json" in self.entries[int(self.shards_of(numbers[:1])[0])]:
             return np.stack([image_offsets, image_sizes], axis=1)
         starts = np.minimum(image_offsets, json_offsets)
         ends = np.maximum(image_offsets + image_sizes, json_offsets + json_sizes)
         return np.stack([starts, ends - starts], axis=1)
 
-    def _around(self, file: CachedFile, number: int) -> np.ndarray:
+    def _around(self, number: int) -> np.ndarray:
         """What is fetched with a sample that is not here: all of its shard, or where other nodes read parts
         of it, the sample.
         """
         if not is_only_node():
             return self.pieces(np.array([number]))
-        shard = self._tars.index(file)
+        shard = int(self.shards_of(np.array([number]))[0])
         return self.pieces(np.arange(self._ends[shard] - self.shard_sizes[shard], self._ends[shard]))
 
     def _bytes(self, file: Path | CachedFile, offset: int, size: int, number: int) -> bytes:
         """A piece of a file, of sample `number`; files stay open between reads."""
         if isinstance(file, CachedFile):
-            return file.read(offset, size, lambda: self._around(file, number))
+            try:
+                return file.read(offset, size, lambda: self._around(number))
+            except Short as error:
+                raise Damaged(file, error.found) from None
         if file not in self._files:
             if len(self._files) >= 64:  # far below the usual limit on open files
                 os.close(self._files.pop(next(iter(self._files))))
@@ -353,14 +367,13 @@ class Shards:
         return read_piece(self._files[file], file, offset, size)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare the sha256 of every `parts`-th shard and index, starting at `part`, with the manifest.
+        """Compare the sha256 of shards whose samples have no hash for read() to check, as those of older
+        builds, with the manifest: every `parts`-th of them, starting at `part`.
 
         Raises:
             UserError: names a shard that is missing or altered.
         """
-        if is_url(self.folder):
-            return  # it would be read twice; what a worker reads is checked
-        entries = self.entries[part::parts]
+        entries = self._unhashed[part::parts]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
             checked = pool.map(self._verify_one, entries)
             for _ in progress(
@@ -409,11 +422,11 @@ def read_piece(opened: int, file: Path, offset: int, size: int) -> bytes:
     """A piece of an open file, as an index has it.
 
     Raises:
-        UserError: the file does not have so many bytes, and no memory was taken for them.
+        Damaged: the file does not have so many bytes, and no memory was taken for them.
     """
     data = os.pread(opened, size, offset) if size <= os.fstat(opened).st_size - offset else b""
     if len(data) != size:
-        raise UserError(f"{file}: ends before byte {offset + size}; build the shards again")
+        raise Damaged(file, f"ends before byte {offset + size}")
     return data
 
 
@@ -438,6 +451,23 @@ def bring(folder: str | Path, entries: Sequence[dict]) -> None:
             if kind in entry
         ]
         whole_files(store_of(folder), files, "fetching indexes")
+
+
+class Damaged(UserError):
+    """A sample is not what was built.
+
+    Attributes:
+        file: that holds it.
+        found: what is wrong, in words.
+    """
+
+    def __init__(self, file: Path | CachedFile, found: str, key: str = ""):
+        sample = f"sample {key}: " if key else ""
+        super().__init__(f"{file}: {sample}{found}; restore this file or build the shards again")
+        self.file, self.found, self._arguments = file, found, (file, found, key)
+
+    def __reduce__(self):
+        return Damaged, self._arguments
 
 
 def altered(folder: str | Path, entry: dict) -> Iterator[str]:
@@ -488,6 +518,18 @@ def _remote_file(folder: str | Path, entry: dict, kind: str) -> Path | CachedFil
     if kind == "file":
         return cached_file(store, entry["file"], entry["bytes"], digest)
     return whole_files(store, [(entry[kind], digest)], "fetching an index")[0]
+
+
+def existing_tar(folder: str | Path, entry: dict) -> Path | CachedFile:
+    """The tar of one shard; one behind a URL is not asked for.
+
+    Raises:
+        UserError: it is missing.
+    """
+    tar = shard_file(folder, entry)
+    if not isinstance(tar, CachedFile) and not tar.is_file():
+        raise UserError(f"{tar}: missing, but listed in the manifest; restore it or build the shards again")
+    return tar
 
 
 def json_file(folder: str | Path, entry: dict) -> Path | CachedFile:
@@ -572,36 +614,3 @@ def _unequal(meta: dict) -> str:
     captions = len(meta["captions"])
     weights = len(meta.get("weights") or meta["captions"])
     return "" if weights == captions else f"weights of {weights} captions, not {captions}"
-
-
-def read_index(folder: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
-    """The index of one shard.
-
-    Returns:
-        Keys [n], and int64 [n, 7]: the other INDEX_COLUMNS.
-
-    Raises:
-        UserError: a file is missing, or does not match the manifest.
-    """
-    import pandas as pd  # slow to import (0.25 s), and not needed for building
-
-    tar, path = shard_file(folder, entry), shard_file(folder, entry, "index")
-    is_here = isinstance(tar, CachedFile) or tar.is_file()
-    if not is_here or not path.is_file():
-        raise UserError(
-            f"{tar if path.is_file() else path}: missing, but listed in the manifest; restore it or build the"
-            " shards again"
-        )
-    types = {"key": str} | dict.fromkeys(INDEX_COLUMNS[1:], np.int64)
-    try:
-        table = pd.read_csv(path, sep="\t", dtype=types, keep_default_na=False, quoting=csv.QUOTE_NONE)
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not readable ({error}); build the shards again") from None
-    if list(table.columns) != INDEX_COLUMNS or len(table) != entry["samples"]:
-        raise UserError(
-            f"{path}: {len(table)} rows, but the manifest says {entry['samples']}; build the shards again"
-        )
-    numbers = table[INDEX_COLUMNS[1:]].to_numpy()
-    if (numbers[:, 1:] < 0).any():
-        raise UserError(f"{path}: has a negative offset or size; build the shards again")
-    return table["key"].to_numpy(dtype="U"), numbers

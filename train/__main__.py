@@ -16,6 +16,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from data_prep.errors import exit_on_user_error
+from data_prep.tables import counted
 from data_prep.terminal import say
 from train.data.shares import first_of
 from train.metrics import DIRECTIONS, metric_of
@@ -50,7 +51,7 @@ def summary(run: "Run") -> str:
     """What to know and do at the end of a run, or when it was stopped."""
     from eval.validation import has_split
     from train.retain.select import TRAINED, prefix
-    from train.run.records import read_metrics, read_state, read_status
+    from train.run.records import DAMAGED, read_metrics, read_state, read_status
     from train.run.trackers import SHOW
 
     recipe_file = quote(str(run.folder / "recipe.yaml"))
@@ -80,6 +81,8 @@ def summary(run: "Run") -> str:
     place, data = quote(str(run.folder)), first_of(run.recipe.data)
     if not validations:
         words.append("  no validation, for want of a val split: the exported weights are the last ones")
+    if damaged := len(read_metrics(run.folder / DAMAGED)):
+        words.append(f"  skipped for damage: {counted(damaged, 'sample')}; {run.folder / DAMAGED} lists them")
     held_out = [split for split in ("test", "val") if has_split(data, split)]
     if held_out:
         words.append(f"evaluate: python -m eval retrieval {place} --data {quote(data)} --split {held_out[0]}")

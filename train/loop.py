@@ -71,7 +71,10 @@ def train(state: TrainState, run: Run, validate: Validate) -> Outcome:
             log.step(train_step(state, batch))
 
             epoch_ends = state.samples % state.order.samples_per_epoch == 0
-            stopping, saving, by_file = world.any(stop.requested(), run.save_is_due, stop.file.exists())
+            flags = stop.requested(), run.save_is_due, stop.file.exists(), bool(state.skipped)
+            stopping, saving, by_file, skipping = world.any(*flags)
+            if skipping:
+                log.damaged(state.skipped)
             due = epoch_ends or stopping or saving
             if due or log.is_due:
                 log.nonfinite(state.guard.flush())

@@ -32,6 +32,7 @@ Run = Annotated[str, tyro.conf.arg(metavar="RUN")]
 
 FLAG = re.compile("--|-(?!inf|nan)[A-Za-z]")  # what the parser does not take for a value
 OWN = "own"  # as the value of replay: the training pairs
+SKIP = "skip"  # as the value of on_damage
 MAX_YAML_CHARACTERS, MAX_YAML_DEPTH, MAX_ALIASES = 1 << 18, 20, 20
 
 
@@ -177,12 +178,16 @@ class Recipe:
     max_nonfinite_steps: int = 10
     """Consecutive steps with a non-finite loss or gradient after which the run rolls back to its last
     checkpoint, once."""
+    on_damage: Literal["stop", "skip"] = "stop"
+    """What a training sample does that is not what was built (its hash differs from the index's). stop: it
+    ends the run. skip: another one takes its place, and RUN/damaged.jsonl lists it."""
     timeout_minutes: float = 10.0
     """A rank that is silent for longer ends the run; the same command resumes from the last checkpoint."""
 
 
-# Keys that may change when a run is resumed: they change no number, or only by rounding (the last four). The
-# paths of data, replay and replay_texts may change, their content may not (Run.check_data).
+# Keys that may change when a run is resumed: they change no number, or only by rounding (the last four); with
+# on_damage a run goes on that would end. The paths of data, replay and replay_texts may change, their content
+# may not (Run.check_data).
 RESUME_SAFE = (
     "run",
     "data",
@@ -196,8 +201,8 @@ RESUME_SAFE = (
     "save_every_minutes",
     "keep_checkpoints",
 )
-RESUME_SAFE += ("max_nonfinite_steps", "timeout_minutes", "micro_batch_size", "activation_checkpointing")
-RESUME_SAFE += ("compile", "deterministic")
+RESUME_SAFE += ("max_nonfinite_steps", "on_damage", "timeout_minutes")
+RESUME_SAFE += ("micro_batch_size", "activation_checkpointing", "compile", "deterministic")
 
 
 Options = TypeVar("Options")

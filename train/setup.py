@@ -24,7 +24,7 @@ from train.model.lora import adapt
 from train.model.patch_dropout import PatchDropout
 from train.model.unused import freeze_unused
 from train.optim import build_optimizer
-from train.recipe import OWN, Recipe
+from train.recipe import OWN, SKIP, Recipe
 from train.retain.base import frozen_copy
 from train.retain.l2sp import L2SP
 from train.retain.replay import Replay, check_replay, read_texts
@@ -58,15 +58,16 @@ def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
     base = frozen_copy(clip.towers, recipe, world.device)
     selector = WeightSelector(clip, recipe, base)
     l2_sp = L2SP(clip.towers, base, recipe.l2_sp) if recipe.l2_sp else None
-    replayed = inputs.replay_pairs, inputs.replay_texts
-    replay = Replay(*replayed, base, clip, recipe, world, samples, end) if recipe.replay else None
+    replayed, skipped = (inputs.replay_pairs, inputs.replay_texts), []
+    replay = Replay(*replayed, base, clip, recipe, world, samples, end, skipped) if recipe.replay else None
     mode, micro_batch_size = fit_micro_batch(clip.towers, run.with_fitted(recipe) if run else recipe, world)
     apply_checkpointing(clip.towers.model, mode, should_compile(recipe, world.device))
     optimizer = world.all_or_raise(lambda: build_optimizer(clip.towers, recipe.optim))
     if run:
         run.restore(selector, optimizer)  # before DDP, which broadcasts the first rank's weights
     chunked = micro_batch_size * world.world_size < recipe.global_batch_size or replay is not None
-    train_pairs = TrainPairs(pairs, order, clip.image_size, recipe.augment, recipe.captions)
+    stream = pairs, order, clip.image_size, recipe.augment, recipe.captions, recipe.on_damage == SKIP
+    train_pairs = TrainPairs(*stream)
     state = TrainState(
         recipe=recipe,
         world=world,
@@ -77,7 +78,7 @@ def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
         loss=loss_of(recipe),
         order=order,
         pairs=train_pairs,
-        batches=train_loader(train_pairs, clip.tokenize, samples, end, world, recipe.workers),
+        batches=train_loader(train_pairs, clip.tokenize, samples, end, world, recipe.workers, skipped),
         samples=samples,
         end=end,
         activation_checkpointing=mode,
@@ -86,6 +87,7 @@ def setup(recipe: Recipe, run: Run | None, world: World) -> TrainState:
         guard=NonFiniteGuard(),
         l2_sp=l2_sp,
         replay=replay,
+        skipped=skipped,
     )
     if recipe.deterministic:
         compile_first(state)
@@ -104,7 +106,7 @@ class Inputs(NamedTuple):
 def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     """The training and replay pairs, and the initial model on the CPU.
 
-    Ranks do not communicate here. Each rank verifies its part of the shards' bytes.
+    Ranks do not communicate here. Each rank verifies its part of the shards that have no hash per sample.
 
     Raises:
         UserError: the data, the model or what the run was started with do not fit.

@@ -5,13 +5,13 @@ batch -> augment -> towers -> features -> loss -> gradients -> clipped -> AdamW 
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from train.data.augment import Augmentation
-from train.data.loader import Batch, TrainPairs
+from train.data.loader import Batch, Skipped, TrainPairs
 from train.data.order import Order, random_bits
 from train.loss import Loss, fp32_products
 from train.model.clip import Clip
@@ -40,6 +40,7 @@ class TrainState:
             learning rate.
         end: pairs at the end of the run.
         activation_checkpointing, micro_batch_size: as chosen where the recipe says auto.
+        skipped: damaged samples of this rank's batches, replayed ones included, that are not logged yet.
     """
 
     recipe: Recipe
@@ -60,6 +61,7 @@ class TrainState:
     guard: NonFiniteGuard
     l2_sp: L2SP | None = None
     replay: Replay | None = None
+    skipped: list[Skipped] = field(default_factory=list)
 
     @property
     def step(self) -> int:

@@ -57,6 +57,14 @@ class World:
         """For each flag, whether it is set on any rank: the same answer on all."""
         return self.max(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
 
+    def join(self, items: list) -> list:
+        """The items of all ranks, in rank order, on every rank; they must be few."""
+        lists = [items]
+        if self.world_size > 1:
+            lists *= self.world_size
+            dist.all_gather_object(lists, items, group=self.host_group)
+        return [item for each in lists for item in each]
+
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
 

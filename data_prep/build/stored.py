@@ -92,10 +92,12 @@ class _Read:
 def _read(rows_of: Callable[..., Iterator[Row]], number: int) -> _Read:
     """The rows of a tar, with the error that ends them."""
     read = _Read()
+
+    def ignore(*ignored: str) -> None:
+        read.ignored.append(ignored)
+
     try:
-        for row in rows_of(
-            number, fetched=read.fetched, ignore=lambda *ignored: read.ignored.append(ignored)
-        ):
+        for row in rows_of(number, fetched=read.fetched, ignore=ignore):
             read.rows.append(row)
     except UserError as error:
         read.error = error

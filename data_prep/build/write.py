@@ -18,7 +18,8 @@ from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.progress import progress
-from data_prep.shards import Member, as_json, sha256_of, shard_entry, write_index, write_shard
+from data_prep.shard_index import sample_hash, write_index
+from data_prep.shards import Member, as_json, sha256_of, shard_entry, write_shard
 from data_prep.store.remote import Store, file_at, is_url
 
 
@@ -179,9 +180,10 @@ def index_in_place(folder: Path, out: Path, plan: Plan, settings: dict) -> dict:
         for image in plan.images(container=number):
             meta = as_json(_member(image).meta).encode()
             json_offset = len(metas[image.split])
-            rows[image.split].append(
-                [image.key, image.group, image.offset, image.length, json_offset, len(meta), 0, 0]
-            )
+            where = [image.offset, image.length, json_offset, len(meta), 0, 0]
+            # an image that was not read has no hash, and so has its sample
+            digest = sample_hash(image.content, meta) if image.content else 0
+            rows[image.split].append([image.key, image.group, *where, digest])
             metas[image.split] += meta + b"\n"
             totals[image.split].add(image)
         for split in SPLITS:

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.shards import json_file, parse_meta, read_index, read_piece, shard_file
+from data_prep.shard_index import MIN_ROW_BYTES, Rows, key_text, read_indexes
+from data_prep.shards import json_file, parse_meta, read_piece, shard_file
 
-MIN_ROW_BYTES = 31  # of an index: a key of 16 digits, seven numbers, and what separates them
 CLOCK_EVERY = 256  # images between two readings of the clock
 
 
@@ -79,7 +79,7 @@ class Gallery:
                 f"{folder}: the manifest says {len(self):,} images in split {split!r}, but the indexes have"
                 f" at most {rows:,}; build the shards again"
             )
-        self._table = lru_cache(64)(lambda shard: read_index(folder, entries[shard]))
+        self._table = lru_cache(64)(lambda shard: self._rows_of(entries[shard]))
         self._keys = np.zeros(len(self), np.uint64)
         self._groups, self._error, self._has_read = Groups(np.zeros(0, np.int64)), None, threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
@@ -91,20 +91,24 @@ class Gallery:
         try:
             groups, due = np.zeros(len(self), np.int64), 1
             for entry, end in zip(self.entries, self._ends.tolist(), strict=True):
-                keys, table = read_index(self.folder, entry)
-                groups[end - len(keys) : end] = table[:, 0]
-                self._keys[end - len(keys) : end] = np.frombuffer(bytes.fromhex("".join(keys)), ">u8")
+                rows = self._rows_of(entry)
+                groups[end - len(rows.keys) : end] = rows.groups
+                self._keys[end - len(rows.keys) : end] = rows.keys
                 # Groups sorts everything, so wait until it is twice as much
                 if end >= due or end == len(self):
                     self._groups, due = Groups(groups[:end]), 2 * end
                     self._has_read.set()
         except UserError as error:
             self._error = error
-        except (ValueError, OSError) as error:
+        except OSError as error:
             self._error = UserError(
                 f"{self.folder / entry['index']}: cannot be read ({error}); build the shards again"
             )
         self._has_read.set()
+
+    def _rows_of(self, entry: dict) -> Rows:
+        """The index of one shard."""
+        return read_indexes([(shard_file(self.folder, entry, "index"), entry)])
 
     def groups(self) -> Groups:
         """The groups that have been read so far.
@@ -119,7 +123,7 @@ class Gallery:
 
     def key(self, number: int) -> str:
         """The key of an image that has been read."""
-        return f"{int(self._keys[number]):016x}"
+        return key_text(int(self._keys[number]))
 
     def find(self, key: str) -> int | None:
         """The number of the image with this key, among those that have been read."""
@@ -128,21 +132,20 @@ class Gallery:
 
     def meta(self, number: int) -> dict:
         """KEY.json of an image, and the number of its group as `group_number`."""
-        entry, keys, row = self._row(number)
-        file = json_file(self.folder, entry)
-        meta = parse_meta(_read_piece(file, *row[3:5]), file, str(keys))
-        return {"image": "", **meta, "key": str(keys), "group_number": int(row[0])}
+        entry, rows, row = self._row(number)
+        file, key = json_file(self.folder, entry), key_text(int(rows.keys[row]))
+        meta = parse_meta(_read_piece(file, *rows.offsets[row, 2:].tolist()), file, key)
+        return {"image": "", **meta, "key": key, "group_number": int(rows.groups[row])}
 
     def image(self, number: int) -> bytes:
         """The stored bytes of an image."""
-        entry, _, row = self._row(number)
-        return _read_piece(shard_file(self.folder, entry), *row[1:3])
+        entry, rows, row = self._row(number)
+        return _read_piece(shard_file(self.folder, entry), *rows.offsets[row, :2].tolist())
 
-    def _row(self, number: int) -> tuple[dict, str, list[int]]:
+    def _row(self, number: int) -> tuple[dict, Rows, int]:
+        """The shard of an image, its index, and the image's row there."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        keys, table = self._table(shard)
-        row = number - (int(self._ends[shard - 1]) if shard else 0)
-        return self.entries[shard], keys[row], table[row].tolist()
+        return self.entries[shard], self._table(shard), number - (int(self._ends[shard - 1]) if shard else 0)
 
     def search(
         self, text: str, several: bool, start: int, seconds: float
@@ -159,17 +162,18 @@ class Gallery:
         until, text, number = time.monotonic() + seconds, text.casefold(), start
         while number < len(self):
             shard = int(np.searchsorted(self._ends, number, side="right"))
-            entry, (keys, table) = self.entries[shard], self._table(shard)
-            first = int(self._ends[shard]) - len(table)
+            entry, rows = self.entries[shard], self._table(shard)
+            start = number - (int(self._ends[shard]) - len(rows.keys))
+            columns = rows.keys[start:], rows.groups[start:], rows.offsets[start:, 2:]
             with _OpenFile(json_file(self.folder, entry)) as file:
-                for row in table[number - first :].tolist():
-                    meta = parse_meta(file.read(*row[3:5]), file.path, str(keys[number - first]))
+                for key, group, piece in zip(*(column.tolist() for column in columns), strict=True):
+                    meta = parse_meta(file.read(*piece), file.path, key_text(key))
                     matches = len(meta["captions"]) > several and any(
                         text in candidate.casefold()
                         for candidate in (*meta["captions"], meta.get("image", ""))
                     )
                     number += 1
-                    yield number, row[0] if matches else None
+                    yield number, group if matches else None
                     if number % CLOCK_EVERY == 0 and time.monotonic() > until:
                         return
 

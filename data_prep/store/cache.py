@@ -27,7 +27,7 @@ from data_prep.atomic import NO_LOCKS, atomic_file
 from data_prep.cores import ranks_here
 from data_prep.errors import Fault, UserError
 from data_prep.progress import progress
-from data_prep.store.remote import Store
+from data_prep.store.remote import Short, Store
 
 BLOCK = 1 << 14
 MERGED_BLOCKS = 4  # 64 KiB that nobody asked for take less time than another request
@@ -54,12 +54,14 @@ class Cache:
         return self.folder / "blocks"
 
     def limit(self) -> int:
-        """Bytes that shards may take."""
-        if self.max_bytes:
-            return self.max_bytes
+        """Bytes that shards may take, but for one that each worker may be reading."""
+        return self.max_bytes or self._part_of_disk(self._held())
+
+    def _part_of_disk(self, held: dict[Path, tuple[int, float]]) -> int:
         folder = next(each for each in (self.folder, *self.folder.parents) if each.is_dir())
-        held = sum(n_bytes for n_bytes, _ in self._held().values())
-        return int(FREE_PART * (shutil.disk_usage(folder).free + held))
+        return int(
+            FREE_PART * (shutil.disk_usage(folder).free + sum(n_bytes for n_bytes, _ in held.values()))
+        )
 
     def _held(self) -> dict[Path, tuple[int, float]]:
         """Bytes on disk, and time of the last write, of each file of blocks."""
@@ -71,7 +73,7 @@ class Cache:
                     found[Path(entry.path)] = status.st_blocks * 512, status.st_mtime
         return found
 
-    def make_room(self, limit: int, kept: Collection[Path], kept_bytes: int, used: Sequence[Path]) -> None:
+    def make_room(self, kept: Collection[Path], kept_bytes: int, used: Sequence[Path] = ()) -> None:
         """Delete files until those that are `kept`, when they are all here, and the others fit.
 
         First what this process has not used, the oldest first: it is of other data. Then what it has used
@@ -82,7 +84,9 @@ class Cache:
             kept_bytes: of the files in `kept`.
             used: files that this process has used, in this order.
         """
-        held = {path: found for path, found in self._held().items() if path not in kept}
+        held = self._held()
+        limit = self.max_bytes or self._part_of_disk(held)
+        held = {path: found for path, found in held.items() if path not in kept}
         total = kept_bytes + sum(n_bytes for n_bytes, _ in held.values())
         last_use = {path: number for number, path in enumerate(used)}
         foreign = sorted(held.keys() - last_use.keys(), key=lambda path: held[path][1])
@@ -118,13 +122,19 @@ class CachedFile:
 
     Attributes:
         size: in bytes.
-        path: of its blocks.
+        digest: its sha256.
     """
 
     store: Store
     name: str
     size: int
-    path: Path
+    digest: str
+    cache: Cache
+
+    @property
+    def path(self) -> Path:
+        """Of its blocks."""
+        return self.cache.blocks / self.digest
 
     def __str__(self) -> str:
         return f"{self.store.shown}/{self.name}"
@@ -148,13 +158,15 @@ class CachedFile:
             UserError, Fault: as Store.read; the cache folder is full, or cannot be written to.
         """
         if offset + size > self.size:
-            raise UserError(f"{self}: ends before byte {offset + size}; build the shards again")
+            raise Short(str(self), f"ends before byte {offset + size}")
         for _ in range(3):  # another process may have made room in between
             descriptor = _descriptor(self.path)
             if descriptor is not None and self._has(descriptor, offset, size):
                 return os.pread(descriptor, size, self.start + offset)
             _close(self.path)
-            self.fetch([(offset, size), *around()])
+            pieces = [(offset, size), *around()]
+            self.cache.make_room({self.path}, self.bytes_of(pieces))
+            self.fetch(pieces)
         raise Fault(f"{self.path}: is deleted as fast as it is fetched; pass a larger --cache-gb")
 
     def _has(self, descriptor: int, offset: int, size: int) -> bool:
@@ -319,7 +331,7 @@ def cached_file(store: Store, name: str, size: int, digest: str) -> CachedFile:
     if size > MAX_FILE:
         raise UserError(f"{store.shown}/{name}: {size:,} bytes are more than a shard may have; build again")
     store.url_of(name)
-    return CachedFile(store, name, size, chosen().blocks / _checked(store, name, digest))
+    return CachedFile(store, name, size, _checked(store, name, digest), chosen())
 
 
 def _checked(store: Store, name: str, digest: str) -> str:

@@ -1,8 +1,8 @@
 """A file of a store, read from its start to its end with jumps: a tar whose images are passed over.
 
-A request takes about as long as the transfer of FAR bytes. So what is nearer than that is read with what comes
-before it, in blocks of up to MAX_BLOCK: small images cost a request per megabyte. What is farther, beyond a
-large image, is asked for by itself.
+A request takes about as long as the transfer of FAR bytes. So what is nearer than that is read with what
+comes before it, in blocks of up to MAX_BLOCK: small images cost a request per megabyte. What is farther,
+beyond a large image, is asked for by itself.
 """
 
 import io

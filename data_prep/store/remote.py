@@ -69,6 +69,21 @@ def absolute_place(folder: str | Path) -> str:
     return str(folder) if is_url(folder) else str(Path(folder).absolute())
 
 
+class Short(UserError):
+    """A file ends before a piece that it should have.
+
+    Attributes:
+        found: that, in words.
+    """
+
+    def __init__(self, file: str, found: str):
+        super().__init__(f"{file}: {found}; upload it again, or build again")
+        self.found, self._arguments = found, (file, found)
+
+    def __reduce__(self):
+        return Short, self._arguments
+
+
 class Store:
     """The files below a URL. Cheap to pickle; each process has its own connections.
 
@@ -109,7 +124,8 @@ class Store:
         """A piece of a file, all of it.
 
         Raises:
-            UserError: the file is missing, or ends before.
+            UserError: the file is missing.
+            Short: it ends before.
         """
         try:
             data = self._piece(name, offset, offset + size)
@@ -118,10 +134,7 @@ class Store:
                 f"{self.shown}/{name}: missing, but listed in the manifest; upload it again, or build again"
             ) from None
         if len(data) != size:
-            raise UserError(
-                f"{self.shown}/{name}: ends before byte {offset + size:,}, which the manifest says it has;"
-                " upload it again, or build again"
-            )
+            raise Short(f"{self.shown}/{name}", f"ends before byte {offset + size}")
         return data
 
     def read_whole(self, name: str, max_bytes: int) -> bytes:

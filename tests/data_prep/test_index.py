@@ -5,13 +5,15 @@ import pytest
 import torch
 import webdataset
 from conftest import assert_mistake, call_here, noise_images, png
+from damage import flip
 from PIL import Image
 
 import data_prep.__main__
 from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build, index
 from data_prep.build.split import SPLITS
 from data_prep.errors import UserError
-from data_prep.shards import Shards
+from data_prep.shards import Damaged, Shards
+from data_prep.verify import verify
 from train.data.loader import TrainPairs
 from train.data.order import Order
 from train.recipe import Augment, Captions
@@ -83,16 +85,17 @@ def test_tars_are_indexed_in_place(tmp_path):
     assert (pair.image.shape, pair.image.dtype) == (torch.Size([16, 16, 3]), torch.uint8)
     assert pair.caption.split()[0] == "thing"
     assert pair.group == shards.groups[pairs.order.sample_at(3)]
-    with open(files[0], "r+b") as file:
-        file.seek(600)
-        file.write(b"x")
-    with pytest.raises(UserError, match=r"00000\.tar: altered"):
-        shards.verify()
+    tar = flip(shards, 3)
+    with pytest.raises(Damaged, match=rf"{tar.name}: sample {shards.key(3)}: altered since it was built"):
+        shards.read(3)
+    shards.read(4)
+    with pytest.raises(UserError, match=rf"{tar.name}: altered"):
+        verify(tmp_path / "moved")
 
 
 def test_what_cannot_be_indexed_is_explained(tmp_path):
     (tmp_path / "a.csv").touch()
-    with pytest.raises(UserError, match=r"a\.csv: index reads local, uncompressed"):
+    with pytest.raises(UserError, match=r"a\.csv: index reads uncompressed"):
         index([str(tmp_path / "a.csv")], tmp_path / "out")
     assert_mistake(
         call_here(data_prep.__main__.main, "index", "none.tar", "--out", tmp_path / "out"),

@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from conftest import assert_mistake, build_icons, call, call_here, save_tiny
+from damage import flip
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -206,12 +207,11 @@ def test_mistakes_are_sentences(tiny_model, gallery, icon_shards, tmp_path):
         call_here(main, "retrieval", tiny_model, "--data", gallery, "--split", "dev"), "it has train"
     )
     altered = shutil.copytree(gallery, tmp_path / "altered")
-    with open(altered / "val" / "val-000000.tar", "r+b") as file:
-        file.write(b"x")
-    assert_mistake(
-        call_here(main, "retrieval", tiny_model, "--data", altered, "--split", "val"),
-        "val-000000.tar: altered since it was built",
-    )
+    key = Shards(altered, "val").key(5)
+    flip(Shards(altered, "val"), 5)
+    for workers in (0, 1):
+        words = "retrieval", tiny_model, "--data", altered, "--split", "val", "--workers", workers
+        assert_mistake(call_here(main, *words), f"val-000000.tar: sample {key}: altered since it was built")
     other = {"model": "x", "weights_sha256": "0", "data": "b, val", "data_sha256": "0"}
     other |= {"n_images": 3, "n_texts": 3, "metrics": {}}
     (tmp_path / "other.json").write_text(json.dumps(other))

@@ -215,8 +215,8 @@ def mistake(fixtures: Fixtures) -> str:
     """An error that would recur is not requeued: an altered shard, exit code 2."""
     altered = Fixtures(fixtures.folder / "altered")
     python("data_prep", "build", fixtures.icons, "--out", altered.shards, "--processes", "1", *BUILD)
-    shard = next((altered.shards / "train").glob("*.tar"))
-    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    for shard in (altered.shards / "train").glob("*.tar"):
+        shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
     altered.recipe.write_text(fixtures.recipe.read_text())
     run = altered.train("mistake")
     info = run.until_ended()

@@ -105,13 +105,14 @@ def truncated_checkpoint(training: FaultyTraining, rng: random.Random) -> None:
     training.expected.append(f"{newest.name} is damaged")
 
 
-def corrupt_shard(training: FaultyTraining, rng: random.Random) -> None:
-    shard = rng.choice(sorted((training.data / "train").glob("*.tar")))
-    content = shard.read_bytes()
-    position = rng.randrange(len(content))
-    shard.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
-    training.assert_exits(training.start(), 2, f"{shard.name}: altered since it was built")
-    shard.write_bytes(content)
+def corrupt_shards(training: FaultyTraining, _: random.Random) -> None:
+    """All of them: whichever samples are read first."""
+    shards = {shard: shard.read_bytes() for shard in (training.data / "train").glob("*.tar")}
+    for shard, content in shards.items():
+        shard.write_bytes(bytes(byte ^ 1 for byte in content))
+    training.assert_exits(training.start(), 2, ": altered since it was built")
+    for shard, content in shards.items():
+        shard.write_bytes(content)
 
 
 def full_disk(training: FaultyTraining, rng: random.Random) -> None:
@@ -129,7 +130,7 @@ FAULT_TYPES: tuple[Callable, ...] = (
     terminated,
     killed_worker,
     truncated_checkpoint,
-    corrupt_shard,
+    corrupt_shards,
     full_disk,
 )
 

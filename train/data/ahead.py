@@ -97,7 +97,7 @@ class Fetched:
         self.held_bytes[path] = max(n_bytes, self.held_bytes.get(path, 0))
         if path in self.used:
             self.used.remove(path)
-        self.cache.make_room(self.limit, set(self.held_bytes), sum(self.held_bytes.values()), self.used)
+        self.cache.make_room(set(self.held_bytes), sum(self.held_bytes.values()), self.used)
         if number % self.turns == self.turn:
             pool.submit(_fetch, wanted)
 

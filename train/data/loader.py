@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import repeat
+from itertools import chain, repeat
 from multiprocessing.queues import Queue
 from typing import NamedTuple
 
@@ -29,8 +29,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from data_prep.child import exit_with_parent
 from data_prep.cores import local_rank, ranks_here
 from data_prep.errors import Fault, UserError
-from data_prep.images import DAMAGE
-from data_prep.shards import Shards, altered
+from data_prep.shards import Damaged, Sample, Shards
 from data_prep.terminal import say
 from train.data.ahead import ahead
 from train.data.augment import N_UNIFORMS, Augmentation, crop
@@ -47,6 +46,7 @@ PREFETCH_BATCHES = 4  # per worker, at most
 SHARED_MEMORY = "/dev/shm"
 SHARED_PART = 0.5  # of what is free: replay, and validation during training, have loaders of their own
 BYTES_BESIDE_AN_IMAGE = 2048  # of a pair, at most: tokens, augmentation, ids
+MAX_REPLACEMENTS = 100  # of a damaged sample, if these are damaged too
 BYTES_OF_A_WORKER, BYTES_OF_PAGES = 1 << 17, 1 << 15  # its queues; each tensor of a batch takes whole pages
 
 
@@ -79,6 +79,14 @@ class Batch(NamedTuple):
         return [Batch(*chunk) for chunk in chunks]
 
 
+class Skipped(NamedTuple):
+    """A damaged sample, in whose place another was read."""
+
+    shard: str  # the file
+    key: str
+    found: str  # what is wrong
+
+
 class Pair(NamedTuple):
     """One sample of the stream, before it is collated into a Batch."""
 
@@ -88,22 +96,33 @@ class Pair(NamedTuple):
     patch_seed: int
     group: int
     weight: float | None  # None if all are equal
+    skipped: tuple[Skipped, ...]  # damaged samples, in whose place it is
 
 
 class TrainPairs(Dataset):
-    """Pairs by their position in the stream."""
+    """Pairs by their position in the stream.
+
+    Args:
+        skip_damaged: another sample takes the place of a damaged one.
+    """
 
     def __init__(
-        self, shards: Shards, order: Order, size: tuple[int, int], augment: Augment, captions: Captions
+        self,
+        shards: Shards,
+        order: Order,
+        size: tuple[int, int],
+        augment: Augment,
+        captions: Captions,
+        skip_damaged: bool = False,
     ):
         self.shards, self.order, self.size, self.captions = shards, order, size, captions
+        self.skip_damaged = skip_damaged
         self.augmentation = Augmentation(augment)
         least, self.largest_weight = shards.weight_range
         self.is_weighted = least < self.largest_weight
 
     def __getitem__(self, position: int) -> Pair:
-        number = self.order.sample_at(position)
-        sample = self.shards.read(number)
+        number, sample, skipped = self._read(position)
         bits = random_bits(1 + N_UNIFORMS, self.order.seed, position, SAMPLE)
         uniforms = ((bits[1:] >> 11) * 2.0**-53).tolist()
         with self.shards.naming(number):
@@ -116,15 +135,40 @@ class TrainPairs(Dataset):
             int(bits[0]) >> 1,  # the caption's bits too; PatchDropout hashes them, so the two are independent
             int(self.shards.groups[number]),
             sample.weights[drawn] / self.largest_weight if self.is_weighted else None,
+            skipped,
         )
 
-    def shard_of(self, position: int) -> tuple[Shards, dict]:
-        shards, number = self.shards.locate(self.order.sample_at(position))
-        return shards, shards.entry(number)
+    def _read(self, position: int) -> tuple[int, Sample, tuple[Skipped, ...]]:
+        """The sample at a position of the stream: its number, what it is, and those that were skipped for it.
 
-    def key_at(self, position: int) -> str:
-        """The key of the sample at a position of the stream."""
-        return self.shards.key(self.order.sample_at(position))
+        In the place of a damaged one comes the sample in the same place of the next batch, or of the one
+        after it: within an epoch no batch gets a pair twice, and each of several sets keeps its share.
+        """
+        skipped = []
+        for number in self._candidates(position):
+            try:
+                return number, self.shards.read(number), tuple(skipped)
+            except Damaged as error:
+                if not self.skip_damaged:
+                    raise UserError(f"{error}, or train without such samples: --on-damage skip") from None
+                skipped.append(Skipped(str(error.file), self.shards.key(number), error.found))
+        raise UserError(
+            f"{skipped[0].shard}: sample {skipped[0].key}: {skipped[0].found}, and so are the"
+            f" {len(skipped) - 1} samples in its place; restore the shards or build them again"
+        )
+
+    def _candidates(self, position: int) -> Iterator[int]:
+        """The number of the sample at a position, then of those that may replace it."""
+        size = self.order.global_batch_size
+        return map(self.order.sample_at, range(position, position + (1 + MAX_REPLACEMENTS) * size, size))
+
+    def key_at(self, position: int, damaged: set[str]) -> str:
+        """The key of the sample that was read at a position of the stream.
+
+        Args:
+            damaged: keys of those that were skipped.
+        """
+        return next(key for key in map(self.shards.key, self._candidates(position)) if key not in damaged)
 
 
 class EvalImages(Dataset):
@@ -137,9 +181,6 @@ class EvalImages(Dataset):
         with self.shards.naming(number):
             image = decode(self.shards.read(number).image)
         return self.transform(image)
-
-    def shard_of(self, number: int) -> tuple[Shards, dict]:
-        return self.shards, self.shards.entry(number)
 
 
 class RankPositions:
@@ -171,10 +212,10 @@ class _Collate:
     def __init__(self, tokenize: Callable):
         self.tokenize = tokenize
 
-    def __call__(self, pairs: list[Pair]) -> Batch:
-        images, captions, augment_rows, patch_seeds, groups, weights = zip(*pairs, strict=True)
+    def __call__(self, pairs: list[Pair]) -> tuple[Batch, list[Skipped]]:
+        images, captions, augment_rows, patch_seeds, groups, weights, skipped = zip(*pairs, strict=True)
         ids = torch.tensor([groups, [caption_id(caption) for caption in captions]]).T.contiguous()
-        return Batch(
+        batch = Batch(
             # made contiguous on the device, which is faster
             default_collate(list(images)).permute(0, 3, 1, 2),
             self.tokenize(list(captions)),
@@ -183,6 +224,7 @@ class _Collate:
             ids,
             None if None in weights else torch.tensor(weights, dtype=torch.float32),
         )
+        return batch, list(chain(*skipped))
 
 
 def caption_id(caption: str) -> int:
@@ -192,14 +234,28 @@ def caption_id(caption: str) -> int:
 
 
 def train_loader(
-    pairs: TrainPairs, tokenize: Callable, samples: int, end: int, world: World, workers: int
+    pairs: TrainPairs,
+    tokenize: Callable,
+    samples: int,
+    end: int,
+    world: World,
+    workers: int,
+    skipped: list[Skipped] | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of every global batch from `samples` to `end`, in order; one set of workers for the
     run.
+
+    Args:
+        skipped: with each batch, the damaged samples that were skipped for it are added here.
     """
+    skipped = [] if skipped is None else skipped
     positions = RankPositions(samples, end, pairs.order.global_batch_size, world)
     batch_bytes = positions.share * (3 * math.prod(pairs.size) + BYTES_BESIDE_AN_IMAGE)
-    return loader(pairs, positions, workers, world, _Collate(tokenize), batch_bytes)
+    loaded = loader(pairs, positions, workers, world, _Collate(tokenize), batch_bytes)
+    with contextlib.closing(loaded) as batches:
+        for batch, of_batch in batches:
+            skipped += of_batch
+            yield batch
 
 
 def loader(
@@ -336,24 +392,11 @@ class _Readable(Dataset):
         try:
             return self.dataset[number]
         except OSError as error:
-            if error.errno is None and (damage := self._damage(number)):  # Pillow's own
-                return UserError(damage)
             return Fault(
                 f"a shard can no longer be read ({error}); restore it and run the same command again"
             )
-        except (UserError, *DAMAGE, KeyError, TypeError) as error:
-            if damage := self._damage(number):
-                return UserError(damage)
-            if isinstance(error, UserError):
-                return error
-            raise  # the shard is as it was built: an error of ours
-
-    def _damage(self, number: int) -> str:
-        """What is wrong with the shard of a sample; "" if its files have their sha256."""
-        if not hasattr(self.dataset, "shard_of"):
-            return ""
-        shards, entry = self.dataset.shard_of(number)
-        return next(altered(shards.folder, entry), "")
+        except UserError as error:
+            return error
 
 
 class _CollateReadable:

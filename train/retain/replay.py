@@ -25,12 +25,12 @@ from data_prep.inputs.texts import txt_captions
 from data_prep.shards import Shards
 from train.data.augment import Augmentation
 from train.data.captions import caption
-from train.data.loader import Pair, TrainPairs, train_loader
+from train.data.loader import Pair, Skipped, TrainPairs, train_loader
 from train.data.order import Order
 from train.loss import fp32_products
 from train.model.clip import Clip
 from train.model.towers import Towers
-from train.recipe import OWN, Recipe
+from train.recipe import OWN, SKIP, Recipe
 from train.world import World, no_sync
 
 PART = 4  # a step replays 1/PART of a batch; with the initial model's forward, a third more work per step
@@ -102,20 +102,23 @@ class Replay:
         world: World,
         samples: int,
         end: int,
+        skipped: list[Skipped],
     ):
         """Args:
         texts: in the place of the pairs' captions; none where they stay.
         base: the initial towers, on the device, frozen.
         samples, end: training pairs seen, and at the end of the run.
+        skipped: see train_loader().
         """
         self.base, self.weight, self.device = base, recipe.replay_weight, world.device
         self.augmentation = Augmentation(recipe.augment)
         order = Order(pairs.shard_sizes, recipe.global_batch_size // PART, recipe.seed)
-        stream = pairs, order, clip.image_size, recipe.augment, recipe.captions
+        stream = pairs, order, clip.image_size, recipe.augment, recipe.captions, recipe.on_damage == SKIP
         replayed = WithTexts(texts, *stream) if texts else TrainPairs(*stream)
         self.n_towers = 1 if recipe.replay == OWN and not texts else 2  # captions of one's own are to change
         workers = -(-recipe.workers // PART)
-        self.batches = train_loader(replayed, clip.tokenize, samples // PART, end // PART, world, workers)
+        part = samples // PART, end // PART
+        self.batches = train_loader(replayed, clip.tokenize, *part, world, workers, skipped)
 
     def backward(self, towers: nn.Module, micro_batch_size: int) -> torch.Tensor:
         """Add the weighted gradient of the next pairs' distance to the parameters; gives this rank's

@@ -5,6 +5,7 @@ RUN/environment.json       versions, git commit, machine, sha256 of the data, wh
 RUN/status.json            running, stopped, failed or finished; samples, speed, ETA, last checkpoint, time
 RUN/metrics.jsonl          a line per logged step and validation; RUN/tensorboard holds the same
 RUN/nonfinite_steps.jsonl  skipped steps, whose loss or gradient was not finite, and the samples in them
+RUN/damaged.jsonl          damaged samples that were skipped, if there were any
 RUN/checkpoints/samples-000123456/
     open_clip_config.json, open_clip_model.safetensors    the exported weights (open_clip's local-dir:)
     training.safetensors, ema.safetensors                 what to resume from (train.retain.select)

@@ -17,14 +17,14 @@ from data_prep.cores import cores_per_rank
 from data_prep.progress import progress
 from data_prep.tables import counted
 from data_prep.terminal import safe
-from train.data.loader import Batch
+from train.data.loader import Batch, Skipped
 from train.data.sets import described
 from train.metrics import CROP_GAIN, CROP_GAIN_LOW
 from train.model.activation_memory import should_compile
 from train.model.towers import batch_dependent_layers
 from train.run.folder import Run
 from train.run.nonfinite import NonFiniteStep
-from train.run.records import read_metrics
+from train.run.records import DAMAGED, read_metrics
 from train.run.trackers import open_trackers
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Logger:
         self.first = state.world.is_first
         self.pairs, self.data_s, self.step_s = 0, 0.0, 0.0
         self.lines, self.hinted, self.crop_hinted = 0, False, False
+        self.found: set[tuple[str, str]] = set()  # shard and key of damaged samples that were skipped
         self._batch_s, self._began = 0.0, time.perf_counter()
         self.bar = progress(
             total=state.end,
@@ -66,6 +67,11 @@ class Logger:
         self.metrics_file = reopened(run.folder / "metrics.jsonl", state.samples)
         # A line there has the samples before its step: the step at state.samples is repeated, too.
         self.nonfinite_file = reopened(run.folder / "nonfinite_steps.jsonl", state.samples - 1)
+        if (run.folder / DAMAGED).exists():
+            reopened(run.folder / DAMAGED, state.samples - 1).close()
+            self.found = {
+                (str(line.get("shard")), str(line.get("key"))) for line in read_metrics(run.folder / DAMAGED)
+            }
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; the time that each took to arrive is logged as the data wait of its step."""
@@ -93,7 +99,8 @@ class Logger:
         pairs_per_s, data_wait = self.pairs / self.step_s, self.data_s / self.step_s
         epoch = samples / self.state.order.samples_per_epoch
         times = {"time/pairs_per_s": pairs_per_s, "time/data_wait_share": data_wait}
-        self.write({"epoch": epoch, **numbers, **times, **self.run.writer.new_times()})
+        damaged = {"train/damaged_samples": len(self.found)} if self.found else {}
+        self.write({"epoch": epoch, **numbers, **damaged, **times, **self.run.writer.new_times()})
         self._hint_at(data_wait)
         eta_s = round((self.state.end - samples) / pairs_per_s)
         self.run.write_progress(samples, step=self.state.step, pairs_per_s=round(pairs_per_s, 2), eta_s=eta_s)
@@ -118,11 +125,34 @@ class Logger:
             return
         size = self.run.recipe.global_batch_size
         for samples, loss, grad_norm in steps:
-            keys = [self.state.pairs.key_at(position) for position in range(samples, samples + size)]
+            positions, damaged = range(samples, samples + size), {key for _, key in self.found}
+            keys = [self.state.pairs.key_at(position, damaged) for position in positions]
             line = {"samples": samples, "loss": str(loss), "grad_norm": str(grad_norm), "keys": keys}
             with self._reported("nonfinite_steps.jsonl"):
                 self.nonfinite_file.write(json.dumps(line) + "\n")
                 self.nonfinite_file.flush()
+
+    def damaged(self, skipped: list[Skipped]) -> None:
+        """Write the damaged samples of the last step, of all ranks, to damaged.jsonl, each once in a run.
+
+        Args:
+            skipped: of this rank; it is emptied.
+        """
+        found = set(self.state.world.join(skipped))
+        skipped.clear()
+        new = sorted(each for each in found if each[:2] not in self.found)  # in any order of the ranks
+        if not self.first or not new:
+            return
+        samples, before = self.state.samples - self.run.recipe.global_batch_size, len(self.found)
+        self.found.update(each[:2] for each in new)
+        with self._reported(DAMAGED), open(self.run.folder / DAMAGED, "a") as file:
+            file.writelines(json.dumps({"samples": samples, **each._asdict()}) + "\n" for each in new)
+        if len(self.found).bit_length() > before.bit_length():  # at 1, 2, 4, 8 ...
+            shard, key, found = new[-1]
+            self.say(
+                f"warning: {shard}: sample {key}: {found}; skipped"
+                f" ({counted(len(self.found), 'sample')} so far, see {self.run.folder / DAMAGED})"
+            )
 
     def validation(self, values: dict[str, float], selected: str = "") -> None:
         """Write the metrics of a validation, if there was one, and print two of them.

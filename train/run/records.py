@@ -11,6 +11,7 @@ from data_prep.atomic import local_paths
 from data_prep.errors import UserError
 from data_prep.strict_json import STRICT, load_json, parse_json, problem_of
 
+DAMAGED = "damaged.jsonl"  # in a run: the damaged samples that were skipped
 CHECKPOINT = re.compile("samples-[0-9]{1,18}")
 
 
@@ -71,7 +72,7 @@ def other_rounding(before: dict, now: dict) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl or nonfinite_steps.jsonl; a kill may have cut the last one.
+    """The whole lines of metrics.jsonl and files like it; a kill may have cut the last one.
 
     Raises:
         UserError: a line is not what a run writes.
@@ -144,7 +145,7 @@ def _is_digests(value: object) -> bool:
 
 
 def _is_metric(item: tuple[str, object]) -> bool:
-    """A name, and a number or null; a skipped step's line has texts, and the keys of its samples."""
+    """A name, and a number or null; the line of a skipped step or sample has texts, and keys."""
     name, value = item
     return value is None or _is_number(value) or (name in SKIPPED and not isinstance(value, dict))
 
@@ -156,7 +157,7 @@ def _is_time(value: object) -> bool:
         return False
 
 
-SKIPPED = ("loss", "grad_norm", "keys")
+SKIPPED = ("loss", "grad_norm", "keys", "shard", "key", "found")
 LINE = {"samples": _is_count}  # of metrics.jsonl
 STATUS = {"state": str, "samples": _is_count, "time?": _is_time}
 ENVIRONMENT = {
