@@ -34,7 +34,7 @@ from data_prep.images import WHITE, BadImage, hex_color
 from data_prep.progress import progress
 from data_prep.shard_index import key_text, read_indexes, sample_hash, write_index
 from data_prep.store.cache import CachedFile, cached_file, is_only_node, whole_files
-from data_prep.store.remote import Short, is_url, place_of, store_of
+from data_prep.store.remote import Short, file_at, is_url, place_of, store_of
 from data_prep.strict_json import MAX_BYTES, load_json, parse_json, problem_of, read_bytes
 
 FORMAT = 2
@@ -66,7 +66,7 @@ MANIFEST = {
                     "samples": _is_count,
                     "bytes": _is_count,
                     **dict.fromkeys(("file", "index", "sha256", "index_sha256"), str),
-                    **dict.fromkeys(("json?", "json_sha256?"), str),
+                    **dict.fromkeys(("json?", "json_sha256?", "version?"), str),
                 }
             ],
         }
@@ -226,8 +226,8 @@ class Shards:
         indexes = [(shard_file(self.folder, entry, "index"), entry) for entry in self.entries]
         self._keys, self.groups, self._offsets, self._hashes = read_indexes(indexes)
         self._ends = np.cumsum(self.shard_sizes)
-        # Of older builds, whose samples have no hash; of all samples, whichever are chosen. Not those behind a
-        # URL: every byte would be fetched twice.
+        # Of older builds, whose samples have no hash; of all samples, whichever are chosen. Not those behind
+        # a URL: every byte would be fetched twice.
         of_shards = zip(self.entries, self._tars, np.split(self._hashes, self._ends[:-1]), strict=True)
         self._unhashed = [
             entry for entry, tar, hashes in of_shards if isinstance(tar, Path) and not hashes.all()
@@ -480,7 +480,10 @@ def altered(folder: str | Path, entry: dict) -> Iterator[str]:
         if kind not in entry:
             continue
         path = shard_file(folder, entry, kind)
-        if isinstance(path, CachedFile):
+        if isinstance(path, CachedFile) and not entry[expected]:
+            if path.store.version(path.name) != entry.get("version"):
+                yield f"{path}: replaced since it was indexed, as its store says; index it again"
+        elif isinstance(path, CachedFile):
             if path.sha256() != entry[expected]:
                 yield f"{path}: altered since it was built (its sha256 differs); upload it, or build, again"
         elif not path.is_file():
@@ -512,8 +515,9 @@ def shard_file(folder: str | Path, entry: dict, kind: str = "file") -> Path | Ca
 
 def _remote_file(folder: str | Path, entry: dict, kind: str) -> Path | CachedFile:
     if not is_url(folder):
-        folder, _, name = entry["file"].rpartition("/")
-        return cached_file(store_of(folder), name, entry["bytes"], entry["sha256"])
+        # a tar that was not read whole is known by what its store says of it
+        digest = entry["sha256"] or entry.get("version", "")
+        return cached_file(*file_at(entry["file"]), entry["bytes"], digest)
     store, digest = store_of(folder), entry["sha256" if kind == "file" else f"{kind}_sha256"]
     if kind == "file":
         return cached_file(store, entry["file"], entry["bytes"], digest)

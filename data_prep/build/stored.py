@@ -1,5 +1,5 @@
-"""Tars behind URLs that are indexed there: headers, texts and the first bytes of images are read, several tars
-at once.
+"""Tars behind URLs that are indexed there: their headers, texts and the first bytes of images are read, of
+several tars at once.
 """
 
 from collections import Counter

@@ -43,6 +43,7 @@ REFUSALS = {
 }
 # Wrong arguments, such as the region's; not allowed; a bucket that is in another region.
 WRONG = (errno.EINVAL, errno.EPERM, getattr(errno, "EREMCHG", errno.EINVAL))
+MISSING = (404, 410)
 NOTHING_THERE = 416  # the status of a range beyond the end of a file
 VERSIONS = ("ETag", "etag", "generation", "blob_id")  # of a file, as stores name it
 TRY_AGAIN = (408, 429)  # of the statuses that say that the request is wrong
@@ -177,7 +178,12 @@ class Store:
 
         def ask(files) -> dict:
             files.invalidate_cache()
-            return files.info(url)
+            try:
+                return files.info(url)
+            except FileNotFoundError as error:  # fsspec says so of any answer of a web server but success
+                if _status(error) in (None, *MISSING):
+                    raise
+                raise error.__cause__ from None
 
         try:
             return self._ask(name, ask)
