@@ -310,11 +310,14 @@ class Shards:
             yield
         except BadImage as bad:
             path = self.meta(number).get("image", "")
+            again = "build the shards again without --skip-decode"
+            if self.manifest.get("check", {}).get("unread"):
+                again = "index the tars again with --full-check"
             compare = f" (python -m data_prep verify {quote(str(self.folder))} says whether they are altered)"
+            compare = "" if self._hashes[number] else compare
             raise UserError(
                 f"{self.folder}, {self.split}: sample {self.key(number)} ({path or 'no path'}): {bad};"
-                " build the shards again without --skip-decode, which leaves such images out, or drop it by"
-                f" a decision{'' if self._hashes[number] else compare}"
+                f" {again}, which leaves such images out, or drop it by a decision{compare}"
             ) from None
 
     def meta(self, number: int) -> dict:

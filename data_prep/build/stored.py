@@ -12,6 +12,7 @@ from data_prep.images import BadImage, CheckedImage, signature_of
 from data_prep.inputs.names import Problem
 from data_prep.inputs.rows import Ignore, Row
 from data_prep.inputs.storage import is_url
+from data_prep.tables import counted
 from data_prep.terminal import say
 
 TARS = 8  # that are read at once; the rows of so many are held in memory
@@ -78,7 +79,7 @@ class Stored:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._tars:
             requests, megabytes = self.fetched["requests"], self.fetched["bytes"] / 1e6
-            say(f"{self._tars:,} tars behind URLs: {requests:,} requests, {megabytes:,.1f} MB read")
+            say(f"{counted(self._tars, 'tar')} behind URLs: {requests:,} requests, {megabytes:,.1f} MB read")
 
 
 @dataclass

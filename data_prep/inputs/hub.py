@@ -29,7 +29,7 @@ def parquet_files(source: str) -> list[str]:
         root = f"datasets/{path.repo_id}@{commit}/{path.path_in_repo}".rstrip("/")
         paths = (
             [root]
-            if root.endswith((".parquet", ".tar"))
+            if root.endswith((".parquet", ".tar")) and "*" not in root
             else sorted(files.glob(root if "*" in root else f"{root}/**/*.parquet"))
         )
     except (FileNotFoundError, HfHubHTTPError) as error:

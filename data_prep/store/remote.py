@@ -33,6 +33,7 @@ CLIENT_ERRORS = (
     ("google.auth.exceptions", "GoogleAuthError"),
     ("azure.core.exceptions", "AzureError"),
     ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
     ("data_prep.inputs.image_server", "NotFetched"),
 )
 # By name, for their packages may not be installed: credentials that are missing, or no longer valid.
@@ -46,7 +47,8 @@ WRONG = (errno.EINVAL, errno.EPERM, getattr(errno, "EREMCHG", errno.EINVAL))
 MISSING = (404, 410)
 NOTHING_THERE = 416  # the status of a range beyond the end of a file
 VERSIONS = ("ETag", "etag", "generation", "blob_id")  # of a file, as stores name it
-TRY_AGAIN = (408, 429)  # of the statuses that say that the request is wrong
+# Of the statuses that say that the request is wrong; the hub answers two commits at once by 412.
+TRY_AGAIN = (408, 409, 412, 429)
 CREDENTIALS = {
     "s3": "check the keys and the region: AWS_PROFILE, or AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and"
     " AWS_DEFAULT_REGION; for stores other than Amazon's AWS_ENDPOINT_URL",
@@ -229,8 +231,9 @@ class Store:
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
         url = self.url_of(name)
-        with contextlib.suppress(FileNotFoundError):
-            self._ask(name, lambda files: files.rm_file(url))
+        if self._info(name) is not None:  # some stores refuse to delete what is not there
+            with contextlib.suppress(FileNotFoundError):
+                self._ask(name, lambda files: files.rm_file(url))
 
     def _ask(self, name: str, request: Callable[[object], T]) -> T:
         """The answer to a request; FileNotFoundError is the caller's."""

@@ -1,5 +1,6 @@
 """A build to a URL: the same bytes as a local build, each tar once, the manifest last, whatever is killed."""
 
+import gc
 import random
 import signal
 import subprocess
@@ -139,6 +140,7 @@ def test_a_kill_at_any_request_lets_the_same_command_end_it(store, tmp_path, mon
             except UserError as error:  # it was killed after the very last step
                 assert "exists already" in str(error)  # noqa: PT017
                 (tmp_path / "finished").touch()
+        gc.collect()  # a process that is killed closes its databases
         assert len(list(builds.rglob("*.tar"))) <= 1
         if (there := objects(store, FOLDER)).keys() >= {"manifest.json"}:
             assert there == expected
@@ -238,6 +240,15 @@ def test_what_a_store_refuses_is_said_before_images_are_checked(store, tmp_path,
     assert not objects(store, FOLDER)
     monkeypatch.setattr("data_prep.store.remote.Store._file_system", refusing)
     assert_mistake(call_here(main, "build", source, "--out", URL), "refused", "AWS_PROFILE")
+
+
+def test_a_repository_on_the_hub(hub, tmp_path):
+    hub.put("me/shards", {"README.md": b"mine"})
+    source = pairs(tmp_path / "images", 12)
+    run(source, tmp_path / "local")
+    run(source, "hf://me/shards")
+    repo = hub.repos["me/shards"]
+    assert repo.commits[repo.head] == contents(tmp_path / "local") | {"README.md": b"mine"}
 
 
 def refusing(self):

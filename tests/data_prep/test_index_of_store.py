@@ -213,6 +213,16 @@ def test_plain_http_and_names_with_a_space(bucket, tars, tmp_path):
     assert sorted(over_http) == sorted(over_s3)
 
 
+def test_a_data_set_on_the_hub_is_pinned_to_its_commit(hub, tars, tmp_path):
+    hub.put("datasets/me/tars", {f"data/{Path(tar).name}": Path(tar).read_bytes() for tar in tars})
+    run(["hf://datasets/me/tars/data/*.tar"], tmp_path / "hub")
+    run(["s3://bucket/tars/*.tar"], tmp_path / "s3")
+    assert samples(tmp_path / "hub") == samples(tmp_path / "s3")
+    commit = hub.repos["datasets/me/tars"].head
+    entry = read_manifest(tmp_path / "hub")["splits"]["train"]["shards"][0]
+    assert entry["file"] == f"hf://datasets/me/tars@{commit}/data/00000.tar"
+
+
 def test_each_damaged_or_missing_tar_is_named(bucket, tars, tmp_path):
     data = Path(tars[0]).read_bytes()
     header = tarfile.TarInfo("a.png")
