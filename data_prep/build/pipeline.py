@@ -51,6 +51,7 @@ from data_prep.masked import masked_url
 from data_prep.report.summary import print_report, summarize, write_rejects, write_report
 from data_prep.report.warnings import ASKED, transparent
 from data_prep.shards import FORMAT, read_manifest
+from data_prep.store.remote import place_of
 from data_prep.strict_json import read_json
 from data_prep.terminal import say
 
@@ -158,11 +159,10 @@ def _run(
     is_index = command == "index"
     checks = Checks(check.rules(), check.skip_decode, in_place=is_index, full_check=full_check)
     inputs = expand([str(source) for source in inputs])
-    unread = is_index and not full_check and any(map(is_url, inputs))
     read = replace(read, images=read.images or images_folder(inputs))
     check_root(read.images)
     if split.keep_splits:
-        read_manifest(Path(split.keep_splits))  # before all images are checked, not after
+        read_manifest(place_of(split.keep_splits))  # before all images are checked, not after
     decisions, decisions_sha256 = read_decisions(Path(read.decisions)) if read.decisions else ({}, "")
     folder = target.work
     read_too = filter(None, [read.decisions, read.feedback])
@@ -177,13 +177,15 @@ def _run(
     inputs = list(sources.values())
     hashes = {"decisions": decisions_sha256, "feedback": marks_sha256}
     recorded = {**asdict(read), "images": masked_url(read.images), **hashes}
+    checking = {name: value for name, value in asdict(check).items() if name != "max_rejects"}
+    if is_index and not full_check and any(map(is_url, inputs)):
+        checking["unread"] = True
     settings = {
         "command": command,
         "format": FORMAT,
         "inputs": {name: digest(source, in_place=is_index) for name, source in sources.items()},
         "read": recorded,
-        "check": {name: value for name, value in asdict(check).items() if name != "max_rejects"}
-        | ({"unread": True} if unread else {}),
+        "check": checking,
         "split": asdict(split),
         "write": writing,
         "num_tasks": parallelism.num_tasks,
@@ -196,10 +198,8 @@ def _run(
     with full_disk_as_oserror(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _check_images(folder, settings, inputs, read, applied, checks, parallelism)
-    say(
-        f"task {parallelism.task} of {parallelism.num_tasks} has finished; after all tasks, run:"
-        f" python -m data_prep merge {target.arguments}"
-    )
+    done = f"task {parallelism.task} of {parallelism.num_tasks} has finished"
+    say(f"{done}; after all tasks, run: python -m data_prep merge {target.arguments}")
     return None
 
 

@@ -355,15 +355,7 @@ def load(
     bar.close()
     if stored:
         stored.close()
-    if problems:
-        more_problems = [f"and {len(problems) - SHOWN_PROBLEMS} more"] * (len(problems) > SHOWN_PROBLEMS)
-        raise UserError("\n".join(problems[:SHOWN_PROBLEMS] + more_problems))
-    if not loader.ordinal:
-        ignored = "".join(f"; ignored: {count} x {why}" for why, count in loader.ignored.items())
-        fix = "an input must have a header and one row per caption, or images with captions"
-        if found := [pattern for source in inputs if os.path.isdir(source) for pattern in inputs_in(source)]:
-            fix = f"these are tars or tables: pass {' '.join(found[:SHOWN_PROBLEMS])}"
-        raise UserError(f"{', '.join(inputs)}: no rows{ignored}; {fix}")
+    _check_loaded(inputs, loader, problems)
     loader.add_captions()
     loader.insert_pending()
     part.db.execute("CREATE INDEX rows_by_key ON rows (key, ordinal)")
@@ -374,6 +366,19 @@ def load(
         nonfinite=loader.nonfinite,
     )
     part.commit()
+
+
+def _check_loaded(inputs: list[str], loader: "_Loader", problems: list[str]) -> None:
+    """Raise a UserError that names the inputs that could not be read, or if there is no row at all."""
+    if problems:
+        more_problems = [f"and {len(problems) - SHOWN_PROBLEMS} more"] * (len(problems) > SHOWN_PROBLEMS)
+        raise UserError("\n".join(problems[:SHOWN_PROBLEMS] + more_problems))
+    if not loader.ordinal:
+        ignored = "".join(f"; ignored: {count} x {why}" for why, count in loader.ignored.items())
+        fix = "an input must have a header and one row per caption, or images with captions"
+        if found := [pattern for source in inputs if os.path.isdir(source) for pattern in inputs_in(source)]:
+            fix = f"these are tars or tables: pass {' '.join(found[:SHOWN_PROBLEMS])}"
+        raise UserError(f"{', '.join(inputs)}: no rows{ignored}; {fix}")
 
 
 class _Loader:
