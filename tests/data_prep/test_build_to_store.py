@@ -99,7 +99,8 @@ class Killed(BaseException):
     pass
 
 
-def test_a_kill_at_any_request_lets_the_same_command_end_it(store, tmp_path, monkeypatch, builds):
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_any_request_lets_the_same_command_end_it(step, store, tmp_path, monkeypatch, builds):
     """Before and after each request that changes something. A tar is written and uploaded twice at most, and
     what an unfinished build has left is deleted.
     """
@@ -137,7 +138,7 @@ def test_a_kill_at_any_request_lets_the_same_command_end_it(store, tmp_path, mon
                 run(source, URL)
                 (tmp_path / "finished").touch()
             except Killed:
-                moment += 1
+                moment += step
             except UserError as error:  # it was killed after the very last step
                 assert "exists already" in str(error)  # noqa: PT017
                 (tmp_path / "finished").touch()
