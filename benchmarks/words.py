@@ -25,9 +25,9 @@ from data_prep.errors import exit_on_user_error
 from data_prep.progress import progress
 from data_prep.tables import markdown_table
 from eval.retrieval.intervals import mean_interval, paired_difference
-from eval.search.index import Index, open_index
+from eval.search.index import Index, filter_rows, open_index
 from eval.search.nearest import Nearest
-from eval.search.query import filter_rows, text_query
+from eval.search.query import text_query
 from eval.search.words import Words, exact_words, tokens, top
 
 DEPTH, RRF_K, LISTED = 10, 60, 100

@@ -27,7 +27,7 @@ OFFSETS = ("image_offset", "image_size", "json_offset", "json_size")
 COLUMNS = ("key", "group", *OFFSETS, "txt_offset", "txt_size", "hash")
 HEADER, HEADER_WITHOUT_HASH = (("\t".join(names) + "\n").encode() for names in (COLUMNS, COLUMNS[:-1]))
 MIN_ROW_BYTES = 31  # a key of 16 digits, seven numbers, and what separates them
-TOGETHER_BYTES = 1 << 24  # of indexes, parsed at once
+TOGETHER_BYTES = 1 << 21  # of indexes, parsed at once
 
 
 def sample_hash(content: bytes, meta: bytes) -> int:
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     Attributes:
         keys: uint64 [n]; a key is 16 hexadecimal digits.
         groups: int64 [n].
-        offsets: int64 [n, 4], OFFSETS.
+        offsets: uint32 [n, 4], OFFSETS; int64 if one is 4 GiB or more.
         hashes: uint64 [n], of sample_hash(); 0 where an index has none.
     """
 
@@ -81,13 +81,15 @@ def read_indexes(indexes: Sequence[tuple[Path, dict]]) -> Rows:
     """
     sizes = [_size(path, entry["samples"]) for path, entry in indexes]
     n, start = sum(entry["samples"] for _, entry in indexes), 0
-    integers = [np.empty(n, np.uint64), np.empty(n, np.int64), np.empty((n, 4), np.int64)]
+    integers = [np.empty(n, np.uint64), np.empty(n, np.int64), np.empty((n, 4), np.uint32)]
     rows = Rows(*integers, np.zeros(n, np.uint64))
     together = (np.cumsum(sizes) // TOGETHER_BYTES).tolist()
     for _, part in groupby(zip(indexes, together, strict=True), itemgetter(1)):
         read = [(path, *_read(path, entry)) for (path, entry), _ in part]
         for has_hashes, alike in groupby(read, itemgetter(1)):
             for parsed in _parse([(path, body) for path, _, body in alike], has_hashes):
+                if parsed.offsets.max(initial=0) >= 1 << 32:
+                    rows = rows._replace(offsets=rows.offsets.astype(np.int64))
                 for column, values in zip(rows, parsed, strict=True):
                     column[start : start + len(values)] = values
                 start += len(parsed.keys)

@@ -226,8 +226,8 @@ class Shards:
         indexes = [(shard_file(self.folder, entry, "index"), entry) for entry in self.entries]
         self._keys, self.groups, self._offsets, self._hashes = read_indexes(indexes)
         self._ends = np.cumsum(self.shard_sizes)
-        # Of older builds, whose samples have no hash; of all samples, whichever are chosen. Not those behind
-        # a URL: every byte would be fetched twice.
+        # Of older builds, whose samples have no hash; of all samples, whichever are chosen. Not of a URL, for
+        # every byte would be fetched twice.
         of_shards = zip(self.entries, self._tars, np.split(self._hashes, self._ends[:-1]), strict=True)
         self._unhashed = [
             entry for entry, tar, hashes in of_shards if isinstance(tar, Path) and not hashes.all()

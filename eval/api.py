@@ -27,9 +27,9 @@ from eval.classify.features import in_rgb
 from eval.embed import batches, embed_texts, load_for_eval, pixel_bytes
 from eval.options import Inference
 from eval.retrieval.ranking import check_finite
-from eval.search.index import open_index
+from eval.search.index import filter_rows, open_index
 from eval.search.nearest import Nearest
-from eval.search.query import described, filter_rows
+from eval.search.query import described
 from eval.search.words import Words, top
 from train.data.loader import loader
 from train.device import own_device

@@ -142,6 +142,7 @@ def proxied(proxy: Proxy) -> Iterator[Proxy]:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # clients are killed
     threading.Thread(target=server.serve_forever, daemon=True).start()
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_port}"
     forget_connections()

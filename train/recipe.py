@@ -149,7 +149,7 @@ class Recipe:
     """
     wise_ft: tuple[float, ...] = ()
     """WiSE-FT: alphas such as 0.5 0.7. (1 - alpha) * initial + alpha * trained weights (the EMA, if there is
-    one) are validated too."""
+    one) are validated too. 0 is the initial weights: nothing worse is exported."""
     best_metric: str = "val/mean/R@1"
     """Validation metric that selects the exported weights."""
     retention_set: Shards = ""
@@ -410,8 +410,8 @@ def _check_values(recipe: Recipe) -> None:
         ),
         (
             "wise_ft",
-            all(0 < alpha < 1 for alpha in recipe.wise_ft) and len(alphas) == len(recipe.wise_ft),
-            "alphas must be between 0 and 1, and differ in their second decimal",
+            all(0 <= alpha < 1 for alpha in recipe.wise_ft) and len(alphas) == len(recipe.wise_ft),
+            "alphas must be at least 0 and below 1, and differ in their second decimal",
         ),
         ("data", are_valid(recipe.data), "shares of different folders must be above 0 and sum to 1"),
         (

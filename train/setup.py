@@ -14,7 +14,7 @@ from data_prep.store.cache import choose, chosen
 from train.data.augment import Augmentation
 from train.data.loader import TrainPairs, train_loader
 from train.data.order import WINDOW_SHARDS
-from train.data.sets import DataSets, open_pairs, order_of
+from train.data.sets import DataSets, check_val, open_pairs, order_of
 from train.determinism import compile_first, set_deterministic
 from train.device import use_bf16
 from train.loss import loss_of, train_logit_bias
@@ -126,6 +126,7 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
         replay_pairs = pairs if is_own else Shards(recipe.replay, "train")
         check_replay(recipe, len(replay_pairs), world)
     if run:
+        check_val(pairs)
         check_installed(recipe.log)
         run.check_data(pairs.fingerprint)
         run.check_data(OWN if is_own else replay_pairs and replay_pairs.fingerprint, "replay")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from data_prep.atomic import check_replaceable, local_paths, write_json
 from data_prep.cli import (
     Index,
     Model,
@@ -83,7 +84,8 @@ def search(
         text: A sentence to search with.
         image: An image to search with.
         queries_csv: CSV of many queries with a column text, or image (paths relative to the CSV), or both.
-        out: CSV to write the results of --queries-csv to.
+        out: CSV to write the results of --queries-csv to. A query that fails has a row with its `problem`,
+            and does not change the exit code, 0.
         k: Number of images to find.
         filter: Search only images with this value in this column; several filters must all match.
         all_variants: List all images of a group, not only the best one.
@@ -102,13 +104,20 @@ def search(
         )
     if k < 1:
         raise UserError(f"--k {k}: must be at least 1")
-    from data_prep.atomic import write_json
+    from eval.search.index import filter_rows, open_index
+
+    opened = open_index(index)
+    rows = filter_rows(opened, filter)
+    # With torch: what cannot work has been refused before.
     from eval.classify.features import read_file
     from eval.search import query
+    from eval.search.nearest import Nearest
+    from eval.search.words import Words
 
     data = read_file(image, "--image") if image else b""
     queries = list(query.read_queries(queries_csv)) if queries_csv else []
-    searcher = query.open_searcher(index, model, filter, k, not all_variants, approximate, vectors_only)
+    nearest, words = Nearest(opened, approximate), None if vectors_only else Words(opened)
+    searcher = query.Searcher(opened, opened.model(model), nearest, k, rows, not all_variants, words)
     if approximate:
         say(f"approximate index: recall@10 {searcher.nearest.recall():.3f} against exact search")
     if queries_csv:
@@ -157,6 +166,9 @@ def serve(
     """
     from data_prep import web
     from data_prep.marks import MarkLog
+    from eval.search.index import check_indexes
+
+    check_indexes(indexes, model)
     from eval.search.serve import app, open_columns
 
     marks = MarkLog(feedback) if feedback else None  # before the models are loaded
@@ -188,9 +200,13 @@ def site(
         packages: Folder with the npm packages that the page needs (.tgz); else npm fetches them.
         overwrite: Replace a site at --out.
     """
+    from eval.search.index import check_indexes
+
+    check_replaceable(out, "site", overwrite, local_paths(*indexes, *model, packages))
+    check_indexes(indexes, model)
     from eval.search.site import write_site
 
-    write_site(indexes, out, model, with_images, packages, overwrite)
+    write_site(indexes, out, model, with_images, packages)
 
 
 def compress(
@@ -219,9 +235,13 @@ def compress(
     """
     if not 0 <= max_loss <= 1:
         raise UserError(f"--max-loss {max_loss:g}: must be a share from 0 to 1; 0.005 is half a point")
+    from eval.search.index import read_manifest
+
+    check_replaceable(out, "index", overwrite, local_paths(index, model))
+    read_manifest(index)
     from eval.search.compress import compress_index
 
-    compress_index(index, out, dims, max_loss, model, overwrite)
+    compress_index(index, out, dims, max_loss, model)
 
 
 def export(index: OneIndex, out: OutputFile, table: str = "images") -> None:

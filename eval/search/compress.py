@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data_prep.atomic import atomic_folder, check_replaceable, local_paths, write_json
+from data_prep.atomic import atomic_folder, write_json
 from data_prep.below import file_below
 from data_prep.errors import UserError
 from data_prep.progress import progress
@@ -78,15 +78,12 @@ class Questions(NamedTuple):
         return {name: values[name.rpartition("/")[2]] for name in METRICS}
 
 
-def compress_index(
-    folder: Path, out: Path, dims: int | None, max_loss: float, model: str, overwrite: bool
-) -> None:
+def compress_index(folder: Path, out: Path, dims: int | None, max_loss: float, model: str) -> None:
     """Measure the ladder and write a rung of it; see eval.search.command.compress.
 
     Raises:
         UserError: There is no index, it is compressed, it has no val split, or no rung is within `max_loss`.
     """
-    check_replaceable(out, "index", overwrite, local_paths(folder, model))
     index = open_index(folder)
     check(index, dims)
     rows = val_rows(index)

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.below import file_below
@@ -30,10 +31,9 @@ from data_prep.errors import UserError
 from data_prep.inputs.parquet import read_table
 from data_prep.strict_json import load_json
 from eval.arrays import map_array
-from eval.embed import load_for_eval
-from eval.options import INFERENCE
-from train.model.clip import Clip
-from train.world import World
+
+if TYPE_CHECKING:  # torch is imported when a model is opened, so that mistakes do not wait for it
+    from train.model.clip import Clip
 
 FORMAT, COMPRESSED = 2, 3  # of what embed and what compress writes
 FORMATS = (1, FORMAT, COMPRESSED)  # format 1 has no paths: there, a column "path" is one of the data
@@ -48,6 +48,7 @@ SCHEMA = {
 OWN_COLUMNS = tuple(SCHEMA)
 MAKE = "python -m eval embed MODEL --data SHARDS --out INDEX"
 COMPRESS = "python -m eval compress LARGER --out INDEX"
+NO_IMAGES, SHOWN_VALUES = "This index holds no images.", 12
 
 
 class Projection(NamedTuple):
@@ -254,7 +255,7 @@ class Index:
             file.seek(start)
             return file.read(end - start)
 
-    def model(self, name: str = "") -> Clip:
+    def model(self, name: str = "") -> "Clip":
         """The model that made the index, in fp32 on the CPU, for evaluation.
 
         Args:
@@ -264,6 +265,10 @@ class Index:
         Raises:
             UserError: There is no such model, or its image tower differs.
         """
+        from eval.embed import load_for_eval
+        from eval.options import INFERENCE
+        from train.world import World
+
         made_by = self.made_by
         clip = load_for_eval(name or made_by, INFERENCE, World())
         if clip.fingerprint() != self.manifest["model_sha256"] and not (name and self._has_tower_of(clip)):
@@ -281,7 +286,7 @@ class Index:
             )
         return clip
 
-    def _has_tower_of(self, clip: Clip) -> bool:
+    def _has_tower_of(self, clip: "Clip") -> bool:
         """Whether a model has the image tower that made the features, by its weights. An index of an earlier
         version knows the whole model's alone, which is opened then.
         """
@@ -296,13 +301,21 @@ class Index:
         if not isinstance(place, dict) or not all(isinstance(place.get(name), str) for name in names):
             return self.manifest["model"]  # without a path, or of an earlier version
         for path in (os.path.normpath(self.folder.resolve() / place["relative"]), place["absolute"]):
-            if "\0" not in path and path != str(self.folder.resolve()) and os.path.exists(path):
+            if "\0" not in path and path != str(self.folder.resolve()) and may_be_model(path):
                 return f"{place['before']}{path}{place['after']}"
         return self.manifest["model"]
 
     def same_corpus(self, other: "Index") -> bool:
         """Whether both hold the same images in the same order, so that models can be shown side by side."""
         return len(self) == len(other) and self._table["key"].equals(other._table["key"])
+
+
+def may_be_model(path: str) -> bool:
+    """Whether this is a file, a folder of a model or a run. Of an index in its run (RUN/index) that was moved
+    alone, the relative place is "..", which always exists.
+    """
+    names = ("open_clip_config.json", "config.json", "checkpoints")
+    return os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in names)
 
 
 def is_array(array: np.ndarray, shape: tuple[int, ...], dtype: type) -> bool:
@@ -357,3 +370,60 @@ def open_index(folder: Path) -> Index:
     if not len(index):
         raise UserError(f"{folder}: holds no images; make it again from data that has some: {MAKE}")
     return index
+
+
+def check_indexes(folders: Sequence[Path], models: Sequence[str] = ()) -> None:
+    """What can be said before the indexes are opened.
+
+    Raises:
+        UserError: A folder holds no index, none is given, or there are not as many models.
+    """
+    if not folders:
+        raise UserError("no INDEX given; make one: python -m eval embed MODEL --data SHARDS --out INDEX")
+    if models and len(models) != len(folders):
+        raise UserError(
+            f"--model: {len(models)} models for {len(folders)} indexes; pass one for each, in their order"
+        )
+    for folder in folders:
+        read_manifest(folder)
+
+
+def open_indexes(folders: Sequence[Path], models: Sequence[str] = ()) -> list[Index]:
+    """Indexes of one corpus.
+
+    Raises:
+        UserError: There is no index, one is of another corpus, or there are not as many models.
+    """
+    check_indexes(folders, models)
+    indexes = [Index(folder) for folder in folders]
+    for index in indexes[1:]:
+        if not index.same_corpus(indexes[0]):
+            raise UserError(
+                f"{index.folder}: holds other images than {indexes[0].folder} ({len(index)} and"
+                f" {len(indexes[0])}), so their results cannot be shown side by side; embed the same --data"
+                " with both models, or serve each index on its own --port"
+            )
+    return indexes
+
+
+def filter_rows(index: Index, filters: Sequence[str]) -> np.ndarray | None:
+    """bool [n], the images that match all of "column=value"; None without filters.
+
+    Raises:
+        UserError: No such column, or no image matches all filters.
+    """
+    rows = np.ones(len(index), bool)
+    for condition in filters:
+        column, equals, value = condition.partition("=")
+        if not equals:
+            raise UserError(
+                f"filter {condition!r}: must be COLUMN=VALUE; the columns are"
+                f" {', '.join(index.columns) or 'none'}"
+            )
+        rows &= pc.fill_null(pc.equal(index.values(column), value), False).to_numpy()
+        if not rows.any():
+            values = [name for name, _ in index.choices().get(column, [])]
+            more = f" and {len(values) - SHOWN_VALUES} more" if len(values) > SHOWN_VALUES else ""
+            listed = f"; {column} can be {', '.join(values[:SHOWN_VALUES])}{more}" if values else ""
+            raise UserError(f"filter {condition!r}: no image of {index.name} matches{listed}")
+    return rows if filters else None

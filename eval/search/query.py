@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 
 from data_prep.errors import UserError
@@ -17,14 +16,14 @@ from data_prep.tables import markdown_table
 from eval.classify.features import open_image
 from eval.embed import embed_texts
 from eval.options import INFERENCE
-from eval.search.index import Index, open_index
+from eval.search.index import Index
 from eval.search.nearest import Hit, Nearest
 from eval.search.words import Words, top
 from train.model.clip import Clip
 from train.world import World
 
 CSV_COLUMNS = ["query", "rank", "score", "number", "key", "path", "caption", "variants", "words", "problem"]
-QUERIES_AT_ONCE, SHOWN_CHARACTERS, SHOWN_VALUES = 256, 90, 12
+QUERIES_AT_ONCE, SHOWN_CHARACTERS = 256, 90
 
 
 class TextOrImage(NamedTuple):
@@ -62,22 +61,6 @@ class Searcher(NamedTuple):
         return [described(self.index, of_query) for of_query in hits]
 
 
-def open_searcher(
-    folder: Path,
-    model: str,
-    filters: Sequence[str],
-    k: int,
-    grouped: bool,
-    approximate: bool,
-    vectors_only: bool = False,
-) -> Searcher:
-    """Options of the command, checked before the model is loaded; see eval.search.command.search."""
-    index = open_index(folder)
-    rows, nearest = filter_rows(index, filters), Nearest(index, approximate)
-    words = None if vectors_only else Words(index)
-    return Searcher(index, index.model(model), nearest, k, rows, grouped, words)
-
-
 def text_query(clip: Clip, texts: Sequence[str]) -> torch.Tensor:
     """text_features fp32 [q, d], L2-normed, on the CPU."""
     return embed_texts(clip, list(texts), World(device=clip.towers.mean.device), INFERENCE).cpu()
@@ -99,29 +82,6 @@ def pixels_query(clip: Clip, pixels: torch.Tensor) -> torch.Tensor:
     """image_features fp32 [1, d] of a preprocessed image, uint8 [3, H, W]; L2-normed, on the CPU."""
     with torch.inference_mode():
         return clip.towers.image_features(pixels[None].to(clip.towers.mean.device)).cpu()
-
-
-def filter_rows(index: Index, filters: Sequence[str]) -> np.ndarray | None:
-    """bool [n], the images that match all of "column=value"; None without filters.
-
-    Raises:
-        UserError: No such column, or no image matches all filters.
-    """
-    rows = np.ones(len(index), bool)
-    for condition in filters:
-        column, equals, value = condition.partition("=")
-        if not equals:
-            raise UserError(
-                f"filter {condition!r}: must be COLUMN=VALUE; the columns are"
-                f" {', '.join(index.columns) or 'none'}"
-            )
-        rows &= pc.fill_null(pc.equal(index.values(column), value), False).to_numpy()
-        if not rows.any():
-            values = [name for name, _ in index.choices().get(column, [])]
-            more = f" and {len(values) - SHOWN_VALUES} more" if len(values) > SHOWN_VALUES else ""
-            listed = f"; {column} can be {', '.join(values[:SHOWN_VALUES])}{more}" if values else ""
-            raise UserError(f"filter {condition!r}: no image of {index.name} matches{listed}")
-    return rows if filters else None
 
 
 def described(index: Index, hits: Sequence[Hit]) -> list[dict]:

@@ -33,9 +33,9 @@ from data_prep.images import BadImage, child_decoder, rgb
 from data_prep.marks import MAX_TEXT, NONE, RIGHT, WRONG, Mark, MarkLog
 from data_prep.web import Refused
 from eval.classify.features import RULES
-from eval.search.index import Index
+from eval.search.index import NO_IMAGES, Index, filter_rows, open_indexes
 from eval.search.nearest import Nearest
-from eval.search.query import filter_rows, pixels_query, text_query
+from eval.search.query import pixels_query, text_query
 from eval.search.words import Words, top
 from train.model.clip import Clip, public_name
 
@@ -43,7 +43,6 @@ PAGE = Path(__file__).with_name("serve.html")
 MAX_K, MAX_FILTERS, MAX_JSON_BYTES = 100, 20, 1 << 20
 TEXTS_KEPT, SEARCHES_AT_ONCE, EXAMPLES, SAMPLES = 4096, 32, 4, 32
 UPLOADS_AT_ONCE, UPLOAD_SECONDS = 2, 10  # images that are decoded at once; CPU time for each
-NO_IMAGES = "This index holds no images."
 
 
 class Column:
@@ -152,29 +151,6 @@ def open_columns(
     return [
         Column(index, clip, forward, words, approximate) for index, clip in zip(indexes, clips, strict=True)
     ]
-
-
-def open_indexes(folders: Sequence[Path], models: Sequence[str] = ()) -> list[Index]:
-    """Indexes of one corpus.
-
-    Raises:
-        UserError: There is no index, one is of another corpus, or there are not as many models.
-    """
-    if not folders:
-        raise UserError("no INDEX given; make one: python -m eval embed MODEL --data SHARDS --out INDEX")
-    if models and len(models) != len(folders):
-        raise UserError(
-            f"--model: {len(models)} models for {len(folders)} indexes; pass one for each, in their order"
-        )
-    indexes = [Index(folder) for folder in folders]
-    for index in indexes[1:]:
-        if not index.same_corpus(indexes[0]):
-            raise UserError(
-                f"{index.folder}: holds other images than {indexes[0].folder} ({len(index)} and"
-                f" {len(indexes[0])}), so their results cannot be shown side by side; embed the same --data"
-                " with both models, or serve each index on its own --port"
-            )
-    return indexes
 
 
 @dataclass(frozen=True)

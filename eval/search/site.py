@@ -25,7 +25,7 @@ from ftfy.chardata import HTML_ENTITIES
 from open_clip.tokenizer import SimpleTokenizer
 
 from data_prep import npm
-from data_prep.atomic import atomic_folder, check_replaceable, local_paths
+from data_prep.atomic import atomic_folder
 from data_prep.errors import UserError
 from data_prep.progress import progress
 from data_prep.strict_json import strict_json
@@ -33,8 +33,8 @@ from data_prep.tables import counted, markdown_table
 from data_prep.terminal import say
 from data_prep.web import SECURITY_HEADERS
 from eval.search.compress import parts, principal_axes, projection, quantized
-from eval.search.index import Index
-from eval.search.serve import NO_IMAGES, PAGE, about, open_indexes
+from eval.search.index import NO_IMAGES, Index, open_indexes
+from eval.search.serve import PAGE, about
 from eval.search.tower import LEAST_OVERLAP, Tower, write_image_tower, write_text_tower
 from train.export.folder import ONNX, require
 from train.model.clip import Clip
@@ -81,19 +81,13 @@ POLICY = (
 
 
 def write_site(
-    folders: Sequence[Path],
-    out: Path,
-    models: Sequence[str],
-    with_images: bool,
-    packages: Path | None,
-    overwrite: bool,
+    folders: Sequence[Path], out: Path, models: Sequence[str], with_images: bool, packages: Path | None
 ) -> None:
     """Write the folder; see eval.search.command.site.
 
     Raises:
         UserError: There is no index, it is empty, its tokenizer is not CLIP's, or a package is missing.
     """
-    check_replaceable(out, "site", overwrite, local_paths(*folders, *models, packages))
     require(*ONNX)
     indexes = open_indexes(folders, models)
     first = indexes[0]

@@ -1,6 +1,6 @@
 // Exact words of a query, and the images that have them, as eval/search/words.py finds them.
 
-const WEIGHT = 2, LEAST_CHARACTERS = 4, MAX_CHARACTERS = 8192, MAX_TOKENS = 512;
+const WEIGHT = 2, END = " ", PART = /[\p{L}\p{N}]+/gu, LEAST_CHARACTERS = 4, MAX_CHARACTERS = 8192, MAX_TOKENS = 512;
 const SURROUNDING = /^["'“”‘’`.,;:!?()[\]{}<>]+|["'“”‘’`.,;:!?()[\]{}<>]+$/g;
 
 // Between Python's white space, of which JavaScript's \s is another set.
@@ -8,8 +8,17 @@ const WHOLE = /[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u20
 
 export function tokens(text) {
   return (text.toLowerCase().match(WHOLE) ?? []).flatMap((word) => {
-    const whole = word.replace(SURROUNDING, ""), parts = whole.match(/[\p{L}\p{N}]+/gu) ?? [];
+    const whole = word.replace(SURROUNDING, ""), parts = whole.match(PART) ?? [];
     return parts.length && !(parts.length === 1 && parts[0] === whole) ? [whole, ...parts] : parts;
+  });
+}
+
+// What an image with this text is found by, as indexed() of words.py: END follows a whole word.
+export function indexed(text) {
+  return tokens(text).flatMap((token) => {
+    const ends = [...token.matchAll(PART)].map((part) => part.index + part[0].length);
+    if (!ends.length || (ends.length === 1 && ends[0] === token.length)) return [token];
+    return [token, token + END, ...ends.slice(1).filter((end) => end < token.length).map((end) => token.slice(0, end))];
   });
 }
 
@@ -33,7 +42,7 @@ export function wordIndex({ key, path, captions, columns }) {
     const values = Object.values(columns).map((column) => column[image]).filter(Boolean);
     let left = MAX_CHARACTERS, count = 0;
     for (const text of [stem(path[image] || key[image]), ...values, ...captions[image]]) {
-      for (const token of tokens(text.slice(0, left)).slice(0, MAX_TOKENS - count)) {
+      for (const token of indexed(text.slice(0, left)).slice(0, MAX_TOKENS - count)) {
         if (!index.has(token)) index.set(token, new Set());
         index.get(token).add(image);
         count++;
@@ -47,7 +56,7 @@ export function wordIndex({ key, path, captions, columns }) {
 // What the known words of a query add to the score of each image of n: BM25 with k1 0 and b 0, its maximum WEIGHT.
 export function bonus(known, index, n) {
   const scores = new Float32Array(n);
-  for (const word of known) {
+  for (const word of [...known, ...known.map((word) => word + END).filter((word) => index.has(word))]) {
     const having = index.get(word), idf = Math.log(1 + (n - having.size + 0.5) / (having.size + 0.5));
     for (const image of having) scores[image] += idf;
   }

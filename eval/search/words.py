@@ -6,7 +6,7 @@
 
 Exact words are those of four or more characters with a digit, and all words in quotation marks. A text
 without one that the index knows is ranked by its features alone. Fusing all words of sentences made their
-ranking worse (benchmarks/search.md).
+ranking worse (benchmarks/search.md). AX-4711 finds AX-4711/2 as well, after AX-4711 itself.
 """
 
 import logging
@@ -38,6 +38,7 @@ MAX_CHARACTERS, MAX_TOKENS = 8192, 512  # of an image: what exceeds them is not 
 ROWS_AT_ONCE = 4096
 WHOLE, PART, QUOTED = re.compile(r"\S+"), re.compile(r"[^\W_]+"), re.compile(r'"([^"]*)"|“([^”]*)”')
 SURROUNDING = "\"'“”‘’`.,;:!?()[]{}<>"
+END = " "  # after a whole word that ends here, not in a longer one; a word has no white space
 
 
 def tokens(text: str) -> Iterator[str]:
@@ -51,6 +52,19 @@ def tokens(text: str) -> Iterator[str]:
         if parts and parts != [whole]:
             yield whole
         yield from parts
+
+
+def indexed(text: str) -> Iterator[str]:
+    """What an image with this text is found by: the tokens, and what words of several parts begin with.
+
+    "AX-4711/2" is ax-4711/2, ax, 4711, 2, and also ax-4711, and ax-4711/2 with END.
+    """
+    for token in tokens(text):
+        yield token
+        if not token.isalnum():  # has several parts, or other signs
+            yield token + END
+            ends = [part.end() for part in PART.finditer(token)]
+            yield from (token[:end] for end in ends[1:] if end < len(token))
 
 
 def exact_words(text: str) -> list[str]:
@@ -93,11 +107,13 @@ class Words:
         return [word for word in exact_words(text) if word not in known]
 
     def scores(self, known: Sequence[str]) -> np.ndarray:
-        """BM25 of each image, fp32 [n]; 0 where it has none of the words."""
-        return self._bm25.get_scores(list(known))
+        """BM25 of each image, fp32 [n]; 0 where it has none of the words. A word that only begins one of the
+        image scores less than the word itself.
+        """
+        return self._bm25.get_scores([*known, *(word + END for word in known if word + END in self._ids)])
 
     def having(self, word: str) -> np.ndarray:
-        """int32, the numbers of the images that have a known word."""
+        """int32, the numbers of the images that have a known word, or one that begins with it."""
         at, matrix = self._ids[word], self._bm25.scores
         return matrix["indices"][matrix["indptr"][at] : matrix["indptr"][at + 1]]
 
@@ -127,7 +143,7 @@ class Words:
     def _numbered(self, texts: Sequence[str]) -> list[int]:
         numbers, left = [], MAX_CHARACTERS
         for text in texts:
-            for token in tokens(text[:left]):
+            for token in indexed(text[:left]):
                 numbers.append(self._ids.setdefault(token, len(self._ids)))
                 if len(numbers) == MAX_TOKENS:
                     return numbers

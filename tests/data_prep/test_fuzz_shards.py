@@ -7,12 +7,13 @@ from pathlib import Path
 import fuzz
 import pytest
 from conftest import noise_images
+from damage import as_an_older_build
 
 from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build
 from data_prep.build.resume import check_ours, read_settings
 from data_prep.review.gallery import Gallery
 from data_prep.review.server import Review, app
-from data_prep.shards import Shards, read_manifest
+from data_prep.shards import Shards, read_manifest, sha256_of
 from data_prep.verify import verify
 
 
@@ -74,28 +75,33 @@ def test_manifest(count, copy):
 def test_index(count, copy):
     file = next(copy.glob("train/*.index.tsv"))
     whole = file.read_bytes()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    older = b"".join(line.rpartition(b"\t")[0] + b"\n" for line in whole.splitlines())
 
     def act(data: bytes) -> None:
         file.write_bytes(data)
+        manifest["splits"]["train"]["shards"][0]["index_sha256"] = sha256_of(file)  # its maker writes both
+        (copy / "manifest.json").write_text(json.dumps(manifest))
         read_all(copy, with_review=len(data) % 4 == 0)  # which takes most of the time
 
     def changed(choices: fuzz.Choices) -> bytes:
+        some = choices.of([whole, older])
         if choices.number() % 2:
-            return fuzz.edited(whole, choices)
-        lines = [line.split(b"\t") for line in whole.split(b"\n")]
+            return fuzz.edited(some, choices)
+        lines = [line.split(b"\t") for line in some.split(b"\n")]
         row = choices.of(lines[1:-1])
         row[choices.number() % len(row)] = str(
             choices.of([10**20, -1, 1 << 62, 1 << 40, "x", "", 0, 1.5])
         ).encode()
         return b"\n".join(map(b"\t".join, lines))
 
-    fuzz.check(count, fuzz.made_by(changed), act, valid=[whole])
+    fuzz.check(count, fuzz.made_by(changed), act, valid=[whole, older])
 
 
 @pytest.mark.parametrize("count", fuzz.COUNTS)
 def test_json_of_a_sample(count, copy):
-    """KEY.json, in the place that the index says."""
-    opened = Shards(copy, "train")
+    """KEY.json, in the place that the index says; the index has no hash of it."""
+    opened = Shards(as_an_older_build(copy), "train")
     file, (offset, size) = opened._jsons[0], opened._offsets[0, 2:].tolist()
     tar = file.read_bytes()
     meta = json.loads(tar[offset : offset + size])

@@ -91,6 +91,25 @@ def test_many_indexes_parsed_at_once_are_those_parsed_alone(icon_shards, monkeyp
     assert [f"{each:016x}" for each in alone[0].hashes.tolist()] == [row[8] for row in rows]
 
 
+def test_a_tar_may_be_larger_than_4_gib(shards_copy, icon_shards):
+    number, before = 0, Shards(icon_shards, "train")
+
+    def change(data: bytes) -> bytes:
+        nonlocal number
+        number += 1
+        return data.replace(b"\t512\t", b"\t%d\t" % (5 << 32), 1) if number == 2 else data
+
+    reindex(shards_copy, change)
+    shards, first = Shards(shards_copy, "train"), int(before.shard_sizes[0])
+    expected = before._offsets.astype(np.int64)
+    assert expected[first, 0] == 512
+    expected[first, 0] = 5 << 32
+    assert np.array_equal(shards._offsets, expected)
+    assert shards.read(first - 1) == before.read(first - 1)
+    with pytest.raises(Damaged, match=rf"ends before byte {(5 << 32) + expected[first, 1]}"):
+        shards.read(first)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

@@ -14,8 +14,7 @@ from PIL import Image
 
 import cliptune
 from eval.options import Inference
-from eval.search.command import embed
-from eval.search.query import open_searcher, text_query
+from eval.search.command import embed, search
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +112,11 @@ def test_texts_and_ranks(model, files):
     assert model.logit_scale == pytest.approx(model.clip.towers.model.logit_scale.exp().item())
 
 
-def test_a_search_gives_what_the_command_finds(icon_index, icon_folder):
+def test_a_search_gives_what_the_command_finds(icon_index, icon_folder, tmp_path):
     index = cliptune.Index(icon_index)
     assert "images)" in repr(index)
-    searcher = open_searcher(icon_index, "", ["split=train"], 7, True, False)
-    [expected] = searcher.find(text_query(searcher.clip, ["a bell"]), ["a bell"])
+    search(icon_index, text="a bell", filter=("split=train",), k=7, json=tmp_path / "found.json")
+    expected = json.loads((tmp_path / "found.json").read_text())["results"]
     assert index.search("a bell", k=7, filters=["split=train"]) == expected
     path = next(icon_folder.rglob("*.png"))
     by_path = index.search(path, k=3, all_variants=True)

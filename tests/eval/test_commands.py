@@ -44,6 +44,43 @@ print(json.dumps([pages, [name for name in {HEAVY} if name in sys.modules]]))
         assert page.startswith(f"usage: python -m eval {name} "), name
 
 
+def test_a_wrong_index_filter_or_folder_is_refused_without_torch(icon_index, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "of mine").touch()
+    index, nowhere, full = str(icon_index), str(tmp_path / "nowhere"), str(tmp_path / "full")
+    cases = [
+        (["search", nowhere, "--text", "a"], "no index there"),
+        (["search", index, "--text", "a", "--filter", "split"], "must be COLUMN=VALUE"),
+        (["search", index, "--text", "a", "--filter", "split=none"], "split can be train"),
+        (["serve"], "no INDEX given"),
+        (["serve", index, nowhere], "no index there"),
+        (["serve", index, index, "--model", "a"], "1 models for 2 indexes"),
+        (["site", nowhere, "--out", nowhere], "no index there"),
+        (["site", index, "--out", full, "--overwrite"], "has no .made.json"),
+        (["compress", nowhere, "--out", f"{nowhere}-small"], "no index there"),
+        (["compress", index, "--out", full], "exists already"),
+    ]
+    code = f"""
+import json, sys
+from data_prep.errors import UserError
+from eval.__main__ import main
+for arguments, _ in {cases!r}:
+    sys.argv = ["eval", *arguments]
+    try:
+        main()
+    except UserError as error:
+        print(json.dumps([str(error), "torch" in sys.modules]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for line, (arguments, words) in zip(done.stdout.splitlines(), cases, strict=True):
+        said, has_torch = json.loads(line)
+        assert words in said, arguments
+        assert not has_torch, arguments
+
+
 def test_an_unknown_command_is_a_mistake():
     result = call_here(main, "retrieve")
     assert "no such command; it can be retrieval, " in result.stderr

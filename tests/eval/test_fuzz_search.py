@@ -14,10 +14,10 @@ import pytest
 from conftest import noise_image, png
 
 from eval.search.command import compress
-from eval.search.index import SCHEMA, Index
+from eval.search.index import SCHEMA, Index, filter_rows
 from eval.search.indexing import start
 from eval.search.nearest import Nearest
-from eval.search.query import filter_rows, read_queries
+from eval.search.query import read_queries
 from eval.search.serve import Column, Search, about, app, results_of
 from eval.search.words import Words
 

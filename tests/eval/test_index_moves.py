@@ -75,6 +75,15 @@ def test_an_index_is_searched_from_another_folder(kind, project, tmp_path, monke
     assert "| 1 " in capsys.readouterr().out
 
 
+def test_an_index_in_its_run_is_moved_alone(project, tmp_path, monkeypatch, capsys):
+    run = as_run(project)
+    embed(run, Path("photos"), Path(run, "index"), inference=HERE)
+    shutil.copytree(project / run / "index", tmp_path / "alone" / "index")
+    monkeypatch.chdir(tmp_path)
+    search(Path("alone/index"), text="a bell")
+    assert "| 1 " in capsys.readouterr().out
+
+
 def test_the_model_is_still_the_one_that_made_the_index(project, tmp_path, monkeypatch):
     embed("local-dir:models/tiny", Path("photos"), Path("a"), inference=HERE)
     weights = {name: 2 * tensor for name, tensor in load_file(project / "models" / "tiny" / WEIGHTS).items()}

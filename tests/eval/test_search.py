@@ -21,9 +21,9 @@ from data_prep.shards import Shards
 from eval.__main__ import main
 from eval.search import nearest as nearest_module
 from eval.search.command import export, search
-from eval.search.index import Index
+from eval.search.index import Index, filter_rows
 from eval.search.nearest import Nearest
-from eval.search.query import filter_rows, image_query, read_queries, text_query
+from eval.search.query import image_query, read_queries, text_query
 
 HAS_FAISS = nearest_module.faiss is not None
 

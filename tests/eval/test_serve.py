@@ -23,9 +23,9 @@ from test_indexing import empty_index
 import eval.__main__
 from benchmarks.serve import load, started, table
 from data_prep.web import MAX_BODY_BYTES
-from eval.search.index import Index
+from eval.search.index import Index, filter_rows
 from eval.search.nearest import Nearest
-from eval.search.query import filter_rows, image_query, text_query
+from eval.search.query import image_query, text_query
 from eval.search.serve import MAX_TEXT, SEARCHES_AT_ONCE, app, open_columns
 
 JSON = {"content-type": "application/json"}

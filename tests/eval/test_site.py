@@ -26,7 +26,7 @@ from eval.search.index import Index
 from eval.search.nearest import Nearest
 from eval.search.query import image_query, text_query
 from eval.search.serve import Column, Search, results_of
-from eval.search.words import Words, exact_words, tokens, top
+from eval.search.words import Words, exact_words, indexed, tokens, top
 
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 ODD_TEXTS = [
@@ -115,12 +115,12 @@ def test_exact_words_come_first_as_in_search(browser, url, indexes):
     with opened(browser, url) as page:
         found = page.evaluate(
             """async (texts) => {
-              const { tokens, exactWords } = await import("./words.js");
-              return texts.map((text) => [tokens(text), exactWords(text)]);
+              const { tokens, indexed, exactWords } = await import("./words.js");
+              return texts.map((text) => [tokens(text), indexed(text), exactWords(text)]);
             }""",
             names,
         )
-        assert found == [[list(tokens(text)), exact_words(text)] for text in names]
+        assert found == [[list(tokens(text)), list(indexed(text)), exact_words(text)] for text in names]
         for text in texts:
             for options in ({}, {"grouped": False, "vectors_only": True}, {"grouped": False, "k": 24}):
                 answered = answer(page, {"text": text}, **options)

@@ -17,11 +17,21 @@ from eval.__main__ import main
 from eval.api import Index as ApiIndex
 from eval.search import words as words_module
 from eval.search.command import compress, search
-from eval.search.index import Index
+from eval.search.index import Index, filter_rows
 from eval.search.nearest import Nearest
-from eval.search.query import filter_rows, text_query
+from eval.search.query import text_query
 from eval.search.serve import app, open_columns
-from eval.search.words import MAX_CHARACTERS, MAX_TOKENS, WEIGHT, Words, exact_words, tokens, top
+from eval.search.words import (
+    END,
+    MAX_CHARACTERS,
+    MAX_TOKENS,
+    WEIGHT,
+    Words,
+    exact_words,
+    indexed,
+    tokens,
+    top,
+)
 
 
 def with_metadata(source: Path, folder: Path, columns: dict[str, list]) -> Path:
@@ -72,12 +82,12 @@ def test_tokens_keep_part_numbers_whole_and_split_them():
 def test_scores_are_those_of_the_formula(index):
     words = Words(index)
     assert words.known('"bell" AX-4003/7 unknown-99') == ["bell", "ax-4003/7", "4003"]
-    documents = [[token for text in of_image for token in tokens(text)] for of_image in words.texts()]
+    documents = [[token for text in of_image for token in indexed(text)] for of_image in words.texts()]
     for known in (["bell"], ["ax-4003/7", "4003", "7"], ["arrow", "up", "fill"]):
         expected = []
         for document in documents:
             score = 0.0
-            for word in known:
+            for word in [*known, *(word + END for word in known if word + END in words._ids)]:
                 having = sum(word in other for other in documents)
                 idf = math.log(1 + (len(documents) - having + 0.5) / (having + 0.5))
                 score += idf * (word in document)
@@ -131,6 +141,26 @@ def test_ranking_is_brute_force_over_all_images(request, clip, name, filters, gr
             ]
             for hit in hits:
                 assert hit.words == tuple(word for word in known if hit.number in words.having(word))
+
+
+def test_a_part_number_finds_itself_first_and_then_what_begins_with_it(icon_index, clip, tmp_path):
+    numbers = ["AX-4711", "AX-4711/2", "AX-4711-C/9", "BX-4711", "XAX-4711", "AX-47110", "AX-4712"]
+    n = len(Index(icon_index))
+    columns = {"part number": [numbers[at // 2] if at // 2 < len(numbers) else None for at in range(n)]}
+    index = Index(with_metadata(icon_index, tmp_path / "icons", columns))
+    words = Words(index)
+    for text, begins in (
+        ("AX-4711", [{0, 1}, {2, 3, 4, 5}, {6, 7, 8, 9}]),  # the last by the part 4711
+        ("ax-4711/2", [{2, 3}, {0, 1, 4, 5, 6, 7, 8, 9}]),
+        ("AX-4711-C", [{4, 5}, {0, 1, 2, 3, 6, 7, 8, 9}]),
+        ('"AX"', [set(range(6)) | {10, 11, 12, 13}]),
+    ):
+        (hits,) = top(Nearest(index), words, text_query(clip, [text]), [text], n, grouped=False)
+        ranked = [hit.number for hit in hits]
+        for expected in begins:
+            assert set(ranked[: len(expected)]) == expected, text
+            del ranked[: len(expected)]
+    assert words.unknown("AX-4711 AX-471 AX-4711/2") == ["ax-471"]
 
 
 def test_without_known_words_it_is_the_ranking_of_vectors(index, clip):

@@ -33,7 +33,6 @@ from runs import (
 from safetensors.torch import load_file
 
 from data_prep.errors import UserError
-from eval.validation import validator
 from train.loop import fit
 from train.model.clip import load
 from train.recipe import Augment, Captions, Recipe
@@ -258,7 +257,8 @@ def test_a_group_on_both_sides_of_the_split_is_an_error(tiny_model, icon_shards,
     manifest["splits"]["val"] = manifest["splits"]["train"]
     (shards / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"\d+ groups are in train and in val"):
-        validator(recipe(tiny_model, shards, tmp_path / "run"), World())
+        fit(recipe(tiny_model, shards, tmp_path / "run"), World(), no_validation)
+    assert not (tmp_path / "run").exists()
 
 
 def test_mistakes_exit_2_also_under_torchrun(tiny_model, icon_shards, tmp_path):

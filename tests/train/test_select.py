@@ -186,6 +186,16 @@ def test_the_end_says_what_went_wrong_and_what_can_be_copied(
     assert "--split" not in printed
 
 
+def test_with_alpha_0_nothing_worse_than_the_initial_weights_is_exported(tiny_model, icon_shards, tmp_path):
+    plan = recipe(tiny_model, icon_shards, tmp_path / "run", epochs=2, workers=0, wise_ft=(0.0,))
+    run = trained(plan, returning(0.5, *(0.4, 0.5), *(0.3, 0.5)))  # initial; trained and mixture, twice
+    best = run.folder / "checkpoints" / "best"
+    assert state_of(best)["weights"] == "wise_ft 0.00"
+    assert_equal_weights(exported(best), load(tiny_model).towers.model.state_dict())
+    assert not torch.equal(in_training(best)["visual.proj"], exported(best)["visual.proj"])
+    assert "worse than before" not in summary(run)
+
+
 def test_a_run_has_the_metrics_that_were_logged_for_its_weights(tiny_model, icon_shards, tmp_path):
     """Of a WiSE-FT mixture; it is selected because the trained weights are given a score of -1."""
     options = {"epochs": 1, "workers": 0, "micro_batch_size": 24, "save_every_minutes": 9}
@@ -282,7 +292,8 @@ def test_an_unknown_metric_or_no_validation_is_an_error_before_training(tiny_mod
 
 
 @pytest.mark.parametrize(
-    "option", ["--ema 1", "--wise-ft 0.5 1.0", "--wise-ft 0.501 0.502", "--max-retention-drop 0.005"]
+    "option",
+    ["--ema 1", "--wise-ft 0.5 1.0", "--wise-ft -0.1", "--wise-ft 0.501 0.502", "--max-retention-drop 0.005"],
 )
 def test_a_value_out_of_range_is_an_error(option):
     with pytest.raises(UserError, match=option.split()[0]):

@@ -5,6 +5,7 @@ rank r of W, step k:  positions k*B + r*B/W ...  ->  Order  ->  Shards.read  -> 
 """
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import math
@@ -361,7 +362,9 @@ def _received(loaded: DataLoader) -> Iterator:
     """The batches; a worker that died while it sent one is named as torch names it elsewhere. When this ends,
     by an exception too, so do the workers.
     """
+    gc.freeze()  # a worker that collects garbage would write to, and so copy, all objects of this process
     iterator = iter(loaded)
+    gc.unfreeze()
     workers = getattr(iterator, "_workers", ())
     try:
         yield from iterator

@@ -99,7 +99,7 @@ class Order:
         """The sample numbers at many positions of the stream: int64 [n].
 
         Args:
-            positions: int64 [n], in any order; ascending ones compute each window once.
+            positions: int64 [n], in any order.
         """
         numbers = np.empty(len(positions), np.int64)
         epochs, offsets = np.divmod(positions, self.samples_per_epoch)
@@ -107,7 +107,9 @@ class Order:
             ends = self._epoch(epoch).ends
             of_epoch = np.flatnonzero(epochs == epoch)
             windows = np.searchsorted(ends, offsets[of_epoch], side="right")
-            for window in np.unique(windows).tolist():
-                places = of_epoch[windows == window]
-                numbers[places] = self._window(epoch, window)[offsets[places] - ends[window]]
+            in_turn = np.argsort(windows, kind="stable")
+            starts = np.flatnonzero(np.diff(windows[in_turn], prepend=-1))
+            for window, part in zip(windows[in_turn[starts]], np.split(in_turn, starts[1:]), strict=True):
+                places = of_epoch[part]
+                numbers[places] = self._window(epoch, int(window))[offsets[places] - ends[window]]
         return numbers

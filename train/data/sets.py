@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.shards import Joined, Sample, Shards
-from data_prep.tables import counted
+from data_prep.tables import are, counted
 from train.data.order import Order, part_of_groups, random_bits
 from train.data.shares import pairs_of, shares_of
 from train.recipe import Recipe
@@ -139,6 +139,23 @@ def train_split(recipe: Recipe, folder: str) -> Shards:
     if recipe.groups_fraction == 1:
         return pairs
     return pairs.only(part_of_groups(pairs.groups, recipe.groups_fraction, recipe.seed))
+
+
+def check_val(pairs: Shards | DataSets) -> None:
+    """Check that validation asks for nothing that is trained on; of several sets, the first is validated.
+
+    Raises:
+        UserError: a group of images is in train and in val.
+    """
+    first = pairs if isinstance(pairs, Shards) else pairs.parts[0]
+    if not first.manifest["splits"].get("val", {}).get("samples"):
+        return
+    in_val = np.isin(first.groups, Shards(first.folder, "val").groups)
+    if shared := len(np.unique(first.groups[in_val])):
+        raise UserError(
+            f"{first.folder}: {counted(shared, 'group')} {are(shared)} in train and in val, which inflates"
+            " validation; build the shards again"
+        )
 
 
 def order_of(recipe: Recipe, pairs: Shards | DataSets) -> Order:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from data_prep.errors import UserError
 from data_prep.store.remote import absolute_place
 
 TOLERANCE = 1e-6  # of the shares' sum
@@ -22,7 +23,7 @@ def from_words(words: list[str]) -> Sets:
     """The value of --data. One word is a folder, whatever characters it has.
 
     Raises:
-        ValueError: several words are not all FOLDER=SHARE.
+        UserError: several words are not all FOLDER=SHARE. tyro would print a ValueError in a box of help.
     """
     if len(words) == 1:
         return words[0]
@@ -34,12 +35,14 @@ def from_words(words: list[str]) -> Sets:
         except ValueError:
             number = None
         if not folder or number is None:
-            raise ValueError(f"{word}: several data sets have a share each, as icons=0.7 general=0.3")
+            raise UserError(
+                f"--data {word}: has no share, and of several data sets each must: icons=0.7 general=0.3"
+            )
         if folder in shares:
-            raise ValueError(f"{folder}: is named twice")
+            raise UserError(f"--data {folder}: is named twice; name each folder once, with its share")
         shares[folder] = number
     if not shares:
-        raise ValueError("must be a folder of shards, or several with shares: icons=0.7 general=0.3")
+        raise UserError("--data: must be a folder of shards, or several with shares: icons=0.7 general=0.3")
     return shares
 
 
