@@ -46,7 +46,7 @@ from data_prep.errors import UserError
 from data_prep.images import installed_version
 from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root, forget_open_files
-from data_prep.inputs.storage import digest, expand, is_url
+from data_prep.inputs.storage import digests, expand, is_url
 from data_prep.masked import masked_url
 from data_prep.report.summary import print_report, summarize, write_rejects, write_report
 from data_prep.report.warnings import ASKED, transparent
@@ -183,7 +183,7 @@ def _run(
     settings = {
         "command": command,
         "format": FORMAT,
-        "inputs": {name: digest(source, in_place=is_index) for name, source in sources.items()},
+        "inputs": dict(zip(sources, digests(inputs, in_place=is_index), strict=True)),
         "read": recorded,
         "check": checking,
         "split": asdict(split),

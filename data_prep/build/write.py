@@ -17,10 +17,11 @@ from data_prep.build.target import LocalTarget, StoreTarget, is_written
 from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.inputs.locations import ImageLocation, read_local
+from data_prep.inputs.storage import sizes_of
 from data_prep.progress import progress
 from data_prep.shard_index import sample_hash, write_index
 from data_prep.shards import Member, as_json, sha256_of, shard_entry, write_shard
-from data_prep.store.remote import Store, file_at, is_url
+from data_prep.store.remote import Store, is_url
 
 
 class Changed(UserError):
@@ -175,6 +176,7 @@ def index_in_place(folder: Path, out: Path, plan: Plan, settings: dict) -> dict:
     for split in SPLITS:
         (folder / split).mkdir(exist_ok=True)
     tars = list(settings["inputs"])
+    sizes = sizes_of(tars)
     for number, tar in enumerate(progress(tars, desc="writing indexes", unit="tar", delay=2)):
         rows, metas = {split: [] for split in SPLITS}, {split: bytearray() for split in SPLITS}
         for image in plan.images(container=number):
@@ -190,7 +192,7 @@ def index_in_place(folder: Path, out: Path, plan: Plan, settings: dict) -> dict:
             if rows[split]:
                 path = folder / split / f"{number:06d}-{Path(tar).stem}"
                 entry = _write_index(path, rows[split], metas[split])
-                entry |= _tar_entry(tar, out, settings["inputs"][tar])
+                entry |= _tar_entry(tar, out, settings["inputs"][tar]) | {"bytes": sizes[tar]}
                 entries[split].append(entry)
     return {
         split: {"samples": plan.n_images[split], **totals[split].entry(), "shards": entries[split]}
@@ -203,9 +205,8 @@ def _tar_entry(tar: str, out: Path, digest: str) -> dict:
     its store says of it, see Store.version.
     """
     if not is_url(tar):
-        return {"file": os.path.relpath(tar, out), "bytes": os.path.getsize(tar), "sha256": digest}
-    store, name = file_at(tar)
-    return {"file": tar, "bytes": store.size(name), "sha256": "", "version": digest}
+        return {"file": os.path.relpath(tar, out), "sha256": digest}
+    return {"file": tar, "sha256": "", "version": digest}
 
 
 def _write_index(path: Path, rows: list[list], metas: bytes) -> dict:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -38,6 +39,7 @@ SIDE_EXTENSIONS |= {".cls", ".npy", ".npz", ".pt", ".pth", ".safetensors"}
 SYSTEM_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 SYSTEM_FILE, FOLDER_LINK = "hidden or system file", "link to a folder, not followed"
 SMALL_BYTES = 1 << 20
+REQUESTS = 16  # at once, for what servers say of files
 # Tables in folders of images, as the library `datasets` reads them; see imagefolder.py.
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -112,6 +114,25 @@ def expand(sources: list[str]) -> list[str]:
     if not expanded:
         raise UserError(f"{', '.join(sources)}: no file matches this pattern")
     return expanded
+
+
+def digests(sources: list[str], in_place: bool = False) -> list[str]:
+    """digest() of each; several servers are asked at once, but one file is read at a time."""
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        asked = {url: pool.submit(digest, url, in_place) for url in sources if is_url(url)}
+        return [asked[source].result() if source in asked else digest(source) for source in sources]
+
+
+def sizes_of(tars: list[str]) -> dict[str, int]:
+    """Bytes of each local tar, and of each behind a URL."""
+
+    def ask(url: str) -> int:
+        store, name = file_at(url)
+        return store.size(name)
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        asked = {url: pool.submit(ask, url) for url in tars if is_url(url)}
+        return {tar: asked[tar].result() if tar in asked else os.path.getsize(tar) for tar in tars}
 
 
 def digest(source: str, in_place: bool = False) -> str:

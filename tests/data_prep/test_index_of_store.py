@@ -17,6 +17,7 @@ from test_index import write_tars
 import data_prep.__main__
 from data_prep.build.pipeline import Checking, Parallelism, index
 from data_prep.build.split import SPLITS
+from data_prep.errors import UserError
 from data_prep.inputs.rows import Input
 from data_prep.inputs.tars import read_tar
 from data_prep.shards import Shards, altered, read_manifest
@@ -221,6 +222,13 @@ def test_a_data_set_on_the_hub_is_pinned_to_its_commit(hub, tars, tmp_path):
     commit = hub.repos["datasets/me/tars"].head
     entry = read_manifest(tmp_path / "hub")["splits"]["train"]["shards"][0]
     assert entry["file"] == f"hf://datasets/me/tars@{commit}/data/00000.tar"
+
+
+def test_an_index_behind_a_url_names_no_other_url(bucket, tars, tmp_path):
+    run(["s3://bucket/tars/*.tar"], tmp_path / "out")
+    bucket.put(f"{tmp_path / 'out'}/", "bucket/stranger/", recursive=True)
+    with pytest.raises(UserError, match="is no name of a file below it"):
+        Shards("s3://bucket/stranger", "train")
 
 
 def test_each_damaged_or_missing_tar_is_named(bucket, tars, tmp_path):
