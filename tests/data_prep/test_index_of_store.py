@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import assert_mistake, call_here, png
 from PIL import Image
-from stores import s3
+from runs import assert_bit_equal, no_validation, recipe, trained
+from stores import s3, upload
 from test_index import write_tars
 
 import data_prep.__main__
@@ -271,3 +272,18 @@ def test_several_tars_are_read_at_once_and_in_order(bucket, tmp_path, capsys):
     index(["s3://bucket/many/*.tar"], tmp_path / "stored", **check)
     assert "20 tars behind URLs: 20 requests, 0.4 MB read" in capsys.readouterr().out
     assert samples(tmp_path / "stored") == samples(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_a_run_on_tars_behind_urls_is_that_on_local_ones(
+    bucket, tiny_model, icon_shards, tmp_path, one_thread
+):
+    """Icons of equal pixels are in one group already, so no image must be read to find the same groups."""
+    url = upload(bucket, icon_shards, "icons")
+    tars = sorted(map(str, icon_shards.glob("*/*.tar")))
+    urls = [f"{url}/{Path(tar).parent.name}/{Path(tar).name}" for tar in tars]
+    for name, sources in {"local": tars, "stored": urls}.items():
+        run(sources, tmp_path / name)
+        more = {"cache_dir": str(tmp_path / "cache"), "epochs": 1}
+        trained(recipe(tiny_model, tmp_path / name, tmp_path / f"{name}-run", **more), no_validation)
+    assert_bit_equal(tmp_path / "local-run", tmp_path / "stored-run")
