@@ -21,6 +21,7 @@ from data_prep.build.split import SPLITS
 from data_prep.errors import UserError
 from data_prep.inputs.rows import Input
 from data_prep.inputs.tars import read_tar
+from data_prep.review.gallery import Gallery
 from data_prep.shards import Shards, altered, read_manifest
 from data_prep.store import cache
 from data_prep.store.reader import FAR, MAX_BLOCK, MIN_BLOCK, StoreReader
@@ -102,6 +103,8 @@ def test_the_index_and_what_training_reads_are_those_of_local_tars(tars, tmp_pat
     assert len(by_key["unread"]) == unread["images"]
     assert any("--full-check reads them" in warning for warning in unread["warnings"])
     here, there = Shards(tmp_path / "local", "train"), Shards(tmp_path / "checked", "train")
+    gallery = Gallery(tmp_path / "checked", "train", there.entries)
+    assert [gallery.image(n) for n in range(len(here))] == [here.read(n).image for n in range(len(here))]
     there.verify()
     order = Order(here.shard_sizes, 4, 0)
     pairs = [TrainPairs(each, order, (16, 16), Augment(), Captions()) for each in (here, there)]
