@@ -18,6 +18,8 @@ def test_the_hint_fits_the_machine(monkeypatch):
         data_wait_hint(0.071, workers=4, cores=16)
         == "data wait is 7 % of the step time; pass --workers 8 (16 cores per rank, --workers is 4)"
     )
+    of_store = data_wait_hint(0.3, workers=2, cores=8, urls=["s3://bucket/icons"])
+    assert "shards come from s3://bucket/icons: with --cache-gb for all of them" in of_store
     assert "pass --workers 1 " in data_wait_hint(0.3, workers=0, cores=2)
     assert "pass --workers 6 " in data_wait_hint(0.3, workers=4, cores=6)
     assert "all 4 cores per rank have a worker" in data_wait_hint(0.3, workers=4, cores=4)

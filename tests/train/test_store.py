@@ -272,7 +272,7 @@ def test_twenty_kills_in_mid_fetch_change_nothing(tiny_model, local_run, url, tm
             process = context.Process(target=in_process_group, args=(plan, dict(os.environ), ready))
             process.start()
             assert ready.wait(120)
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 2
             while sent_tars(proxy) == before and process.is_alive() and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(random.uniform(0, 0.4))

@@ -8,17 +8,20 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from data_prep.atomic import atomic_file
 from data_prep.cores import cores_per_rank
+from data_prep.masked import masked_url
 from data_prep.progress import progress
+from data_prep.store.remote import is_url
 from data_prep.tables import counted
 from data_prep.terminal import safe
 from train.data.loader import Batch, Skipped
 from train.data.sets import described
+from train.data.shares import shares_of
 from train.metrics import CROP_GAIN, CROP_GAIN_LOW
 from train.model.activation_memory import should_compile
 from train.model.towers import batch_dependent_layers
@@ -112,7 +115,9 @@ class Logger:
         self.lines += 1
         if data_wait > MAX_DATA_WAIT and self.lines > 1 and not self.hinted:
             self.hinted = True
-            self.say(data_wait_hint(data_wait, self.run.recipe.workers, cores_per_rank()))
+            recipe = self.run.recipe
+            urls = [folder for folder in shares_of(recipe.data) if is_url(folder)]
+            self.say(data_wait_hint(data_wait, recipe.workers, cores_per_rank(), urls))
 
     @property
     def is_due(self) -> bool:
@@ -252,13 +257,19 @@ def reopened(path: Path, samples: int) -> TextIO:
     return open(path, "a")
 
 
-def data_wait_hint(share: float, workers: int, cores: int) -> str:
+def data_wait_hint(share: float, workers: int, cores: int, urls: Sequence[str] = ()) -> str:
     """A sentence on steps that wait for images for `share` of their time, with the fix.
 
     Args:
         cores: per rank.
+        urls: where data sets are fetched from.
     """
     waits = f"data wait is {100 * share:.0f} % of the step time; "
+    if urls:
+        return (
+            f"{waits}shards come from {masked_url(urls[0])}: with --cache-gb for all of them only the first"
+            f" epoch waits; if it is not the store, pass more than --workers {workers}"
+        )
     if workers < cores:
         more = min(cores, max(1, 2 * workers))
         return f"{waits}pass --workers {more} ({cores} cores per rank, --workers is {workers})"
