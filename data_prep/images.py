@@ -198,23 +198,31 @@ def child_decoder(seconds: int, rules: Rules = Rules()) -> Child:
     return Child(f"{__name__}:_answer", seconds, MEMORY + MEMORY_PER_PIXEL * rules.max_pixels)
 
 
+def signature_of(data: bytes, why: str) -> str:
+    """The extension of an image, by its first bytes.
+
+    Args:
+        why: no other format is accepted.
+
+    Raises:
+        BadImage: it does not begin like a file that training reads.
+    """
+    if data.startswith(PNG_SIGNATURE):
+        return "png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "webp"
+    raise BadImage("not PNG, JPEG or WebP" if data else "empty file", why if data else "")
+
+
 def check_signature(data: bytes) -> CheckedImage:
     """Accept `data` by its first bytes, without decoding it.
 
     Raises:
         BadImage: it does not begin like a file that training reads.
     """
-    if data.startswith(PNG_SIGNATURE):
-        extension = "png"
-    elif data.startswith(b"\xff\xd8\xff"):
-        extension = "jpg"
-    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        extension = "webp"
-    else:
-        raise BadImage(
-            "not PNG, JPEG or WebP" if data else "empty file",
-            "--skip-decode does not convert images" if data else "",
-        )
+    extension = signature_of(data, "--skip-decode does not convert images")
     content = xxhash.xxh3_128_digest(data)
     return CheckedImage(extension, 0, 0, content, pixels=content, phash=b"", fixes=(), data=None)
 

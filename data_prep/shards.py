@@ -34,7 +34,7 @@ from data_prep.images import WHITE, BadImage, hex_color
 from data_prep.progress import progress
 from data_prep.shard_index import key_text, read_indexes, sample_hash, write_index
 from data_prep.store.cache import CachedFile, cached_file, is_only_node, whole_files
-from data_prep.store.remote import Short, is_url, place_of, store_of
+from data_prep.store.remote import Short, file_at, is_url, place_of, store_of
 from data_prep.strict_json import MAX_BYTES, load_json, parse_json, problem_of, read_bytes
 
 FORMAT = 2
@@ -66,7 +66,7 @@ MANIFEST = {
                     "samples": _is_count,
                     "bytes": _is_count,
                     **dict.fromkeys(("file", "index", "sha256", "index_sha256"), str),
-                    **dict.fromkeys(("json?", "json_sha256?"), str),
+                    **dict.fromkeys(("json?", "json_sha256?", "version?"), str),
                 }
             ],
         }
@@ -310,11 +310,14 @@ class Shards:
             yield
         except BadImage as bad:
             path = self.meta(number).get("image", "")
+            again = "build the shards again without --skip-decode"
+            if self.manifest.get("check", {}).get("unread"):
+                again = "index the tars again with --full-check"
             compare = f" (python -m data_prep verify {quote(str(self.folder))} says whether they are altered)"
+            compare = "" if self._hashes[number] else compare
             raise UserError(
                 f"{self.folder}, {self.split}: sample {self.key(number)} ({path or 'no path'}): {bad};"
-                " build the shards again without --skip-decode, which leaves such images out, or drop it by"
-                f" a decision{'' if self._hashes[number] else compare}"
+                f" {again}, which leaves such images out, or drop it by a decision{compare}"
             ) from None
 
     def meta(self, number: int) -> dict:
@@ -480,7 +483,10 @@ def altered(folder: str | Path, entry: dict) -> Iterator[str]:
         if kind not in entry:
             continue
         path = shard_file(folder, entry, kind)
-        if isinstance(path, CachedFile):
+        if isinstance(path, CachedFile) and not entry[expected]:
+            if path.store.version(path.name) != entry.get("version"):
+                yield f"{path}: replaced since it was indexed, as its store says; index it again"
+        elif isinstance(path, CachedFile):
             if path.sha256() != entry[expected]:
                 yield f"{path}: altered since it was built (its sha256 differs); upload it, or build, again"
         elif not path.is_file():
@@ -512,8 +518,9 @@ def shard_file(folder: str | Path, entry: dict, kind: str = "file") -> Path | Ca
 
 def _remote_file(folder: str | Path, entry: dict, kind: str) -> Path | CachedFile:
     if not is_url(folder):
-        folder, _, name = entry["file"].rpartition("/")
-        return cached_file(store_of(folder), name, entry["bytes"], entry["sha256"])
+        # a tar that was not read whole is known by what its store says of it
+        digest = entry["sha256"] or entry.get("version", "")
+        return cached_file(*file_at(entry["file"]), entry["bytes"], digest)
     store, digest = store_of(folder), entry["sha256" if kind == "file" else f"{kind}_sha256"]
     if kind == "file":
         return cached_file(store, entry["file"], entry["bytes"], digest)

@@ -22,6 +22,7 @@ from data_prep.inputs.names import key_of
 from data_prep.marks import NONE, RIGHT, read_marks
 from data_prep.progress import progress
 from data_prep.shards import Shards, read_manifest
+from data_prep.store.remote import place_of
 from data_prep.terminal import say
 
 TRAIN, FEEDBACK = SPLITS[0], "feedback:"  # how the note of a decision begins
@@ -69,7 +70,7 @@ def read_feedback(path: Path, keep_splits: str, decided: Mapping[Subject, Decisi
         if mark.mark != NONE
     ]
     texts = {normal_caption(decision.new_caption) for decision in asked} - {""}
-    splits, held_out = _of_shards(Path(keep_splits), {decision.key for decision in asked}, texts)
+    splits, held_out = _of_shards(place_of(keep_splits), {decision.key for decision in asked}, texts)
     decisions, unused, reasons = [], [], Counter()
     for decision in asked:
         if why := _refusal(decision, splits, held_out, decided):
@@ -100,7 +101,7 @@ def _refusal(
     return "" if is_visible(text) else INVISIBLE
 
 
-def _of_shards(folder: Path, keys: set[str], texts: set[str]) -> tuple[dict[str, str], set[str]]:
+def _of_shards(folder: Path | str, keys: set[str], texts: set[str]) -> tuple[dict[str, str], set[str]]:
     """The splits of the images with these keys; and those of `texts` that val or test has."""
     splits, held_out = {}, set()
     for split in SPLITS:

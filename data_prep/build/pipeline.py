@@ -4,7 +4,8 @@ OUT.partial/settings.json    what this build is of: inputs by hash, options, ver
 OUT.partial/part-*.sqlite    rows and checked images (records.py, scan.py), one per task
 OUT.partial/plan.sqlite      groups, splits and leaks over all parts (plan.py)
 OUT.partial/train/*.tar      shards, each complete or absent (write.py)
-OUT/                         the same folder at the end, with manifest.json and the report, without work files
+OUT/                         the same folder at the end, with manifest.json and the report, without work
+                             files; or a URL, see target.py
 """
 
 import json
@@ -13,23 +14,13 @@ import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from shlex import quote
 from typing import Annotated
 
 import PIL
 import simplejpeg
 import tyro
 
-from data_prep.atomic import (
-    LOCK,
-    check_named,
-    check_replaceable,
-    full_disk_as_oserror,
-    locked,
-    mark,
-    replace_folder,
-    write_json,
-)
+from data_prep.atomic import LOCK, full_disk_as_oserror, locked, write_json
 from data_prep.build.decisions import AppliedDecisions, read_decisions
 from data_prep.build.feedback import read_feedback
 from data_prep.build.options import Checking, Parallelism, Reading, Splitting
@@ -46,18 +37,21 @@ from data_prep.build.resume import (
 )
 from data_prep.build.scan import Checks, scan
 from data_prep.build.split import SPLITS
+from data_prep.build.stored import Stored
+from data_prep.build.target import JOURNAL, LocalTarget, StoreTarget, target_of
 from data_prep.build.write import Changed, index_in_place, write_shards
-from data_prep.cli import Folder
+from data_prep.cli import FolderOrUrl, OptionalFolder
 from data_prep.cores import cores
 from data_prep.errors import UserError
 from data_prep.images import installed_version
 from data_prep.inputs.formats import images_folder
-from data_prep.inputs.locations import check_root
-from data_prep.inputs.storage import digest, expand, is_url
+from data_prep.inputs.locations import check_root, forget_open_files
+from data_prep.inputs.storage import digests, expand, is_url
 from data_prep.masked import masked_url
 from data_prep.report.summary import print_report, summarize, write_rejects, write_report
 from data_prep.report.warnings import ASKED, transparent
 from data_prep.shards import FORMAT, read_manifest
+from data_prep.store.remote import place_of
 from data_prep.strict_json import read_json
 from data_prep.terminal import say
 
@@ -66,13 +60,14 @@ def build(
     inputs: Annotated[
         list[str], tyro.conf.arg(metavar="INPUT...", help_behavior_hint="(required)"), tyro.conf.Positional
     ],
-    out: Folder,
+    out: FolderOrUrl,
     read: Reading = Reading(),  # noqa: B008 frozen
     check: Checking = Checking(),  # noqa: B008
     split: Splitting = Splitting(),  # noqa: B008
     parallelism: Parallelism = Parallelism(),  # noqa: B008
     images_per_shard: int = 1000,
     min_shards: int = 8,
+    work: OptionalFolder = None,
     overwrite: bool = False,
 ) -> dict | None:
     """Check every image of the inputs and write train, val and test shards, with a manifest and a report.
@@ -84,9 +79,11 @@ def build(
         inputs: CSV, TSV, JSONL or Parquet files, tars, or folders of images with .txt files beside them, each
             line of which is a caption; local, or URLs such as hf://datasets/USER/NAME. One row per caption;
             rows with the same image are captions of one image.
-        out: Folder to write; it appears under this name when it is complete.
+        out: Folder to write; it appears under this name when it is complete. Or a URL such as
+            s3://bucket/shards, to which each tar is uploaded as it is written; the manifest comes last.
         images_per_shard: Images per tar, approximately.
         min_shards: Minimum number of tars per split, for readers that need one per process.
+        work: Folder of an unfinished build to a URL, one for all tasks; by default in ~/.cache/cliptune.
         overwrite: Replace OUT, if this command made it.
 
     Returns:
@@ -97,18 +94,19 @@ def build(
             f"--images-per-shard {images_per_shard}, --min-shards {min_shards}: both must be at least 1"
         )
     writing = {"images_per_shard": images_per_shard, "min_shards": min_shards}
-    return _run("build", inputs, out, read, check, split, parallelism, writing, overwrite)
+    return _run("build", inputs, target_of(out, work), read, check, split, parallelism, writing, overwrite)
 
 
 def index(
     tars: Annotated[
         list[str], tyro.conf.arg(metavar="TAR...", help_behavior_hint="(required)"), tyro.conf.Positional
     ],
-    out: Folder,
+    out: FolderOrUrl,
     read: Reading = Reading(),  # noqa: B008 frozen
     check: Checking = Checking(),  # noqa: B008
     split: Splitting = Splitting(),  # noqa: B008
     parallelism: Parallelism = Parallelism(),  # noqa: B008
+    full_check: bool = False,
     overwrite: bool = False,
 ) -> dict | None:
     """Check existing WebDataset tars, and index them for training in place.
@@ -118,45 +116,58 @@ def index(
 
     Args:
         tars: Tars of img2dataset, webdataset, open_clip or others: an image is followed by a .txt or .json of
-            the same name.
+            the same name. Local, or URLs such as s3://bucket/tars/*.tar.
         out: Folder for the index and the report; it appears under this name when it is complete.
+        full_check: Read and check the images in tars behind URLs, too; else only their first bytes are read.
         overwrite: Replace OUT, if this command made it.
 
     Returns:
         The content of report.json; None if other tasks have to finish first.
     """
+    if is_url(str(out)):
+        raise UserError(f"--out {masked_url(str(out))}: index writes a folder of this machine; pass its path")
     for tar in tars:
-        if is_url(tar) or not tar.endswith(".tar"):
+        if not tar.endswith(".tar"):
             raise UserError(
-                f"{tar}: index reads local, uncompressed .tar files only; use build, which copies the images"
+                f"{tar}: index reads uncompressed .tar files only; use build, which copies the images"
             )
-    paths = [os.path.abspath(tar) for tar in tars]
-    return _run("index", paths, out, read, check, split, parallelism, {}, overwrite)
+        if masked_url(tar) != tar:
+            raise UserError(
+                f"{masked_url(tar)}: has a password or signature, which the index would hold; give it to the"
+                " store's client instead, in its files or environment variables"
+            )
+    paths = [tar if is_url(tar) else os.path.abspath(tar) for tar in tars]
+    target = LocalTarget(Path(out))
+    return _run("index", paths, target, read, check, split, parallelism, {}, overwrite, full_check)
 
 
 def _run(
     command: str,
     inputs: list[str],
-    out: Path,
+    target: LocalTarget | StoreTarget,
     read: Reading,
     check: Checking,
     split: Splitting,
     parallelism: Parallelism,
     writing: dict,
     overwrite: bool,
+    full_check: bool = False,
 ) -> dict | None:
     split.check()
+    forget_open_files()
     parallelism = parallelism.resolved()
-    checks = Checks(check.rules(), check.skip_decode, in_place=command == "index")
+    is_index = command == "index"
+    checks = Checks(check.rules(), check.skip_decode, in_place=is_index, full_check=full_check)
     inputs = expand([str(source) for source in inputs])
     read = replace(read, images=read.images or images_folder(inputs))
     check_root(read.images)
     if split.keep_splits:
-        read_manifest(Path(split.keep_splits))  # before all images are checked, not after
+        read_manifest(place_of(split.keep_splits))  # before all images are checked, not after
     decisions, decisions_sha256 = read_decisions(Path(read.decisions)) if read.decisions else ({}, "")
-    folder = partial_of(out)
+    folder = target.work
     read_too = filter(None, [read.decisions, read.feedback])
-    check_replaceable(out, "shards", overwrite, [*inputs, read.images, *read_too])
+    check_ours(folder)
+    target.check(overwrite, [*inputs, read.images, *read_too])
     marks, unused, marks_sha256 = [], [], ""
     if read.feedback:
         marks, unused, marks_sha256 = read_feedback(Path(read.feedback), split.keep_splits, decisions)
@@ -166,29 +177,29 @@ def _run(
     inputs = list(sources.values())
     hashes = {"decisions": decisions_sha256, "feedback": marks_sha256}
     recorded = {**asdict(read), "images": masked_url(read.images), **hashes}
+    checking = {name: value for name, value in asdict(check).items() if name != "max_rejects"}
+    if is_index and not full_check and any(map(is_url, inputs)):
+        checking["unread"] = True
     settings = {
         "command": command,
         "format": FORMAT,
-        "inputs": {name: digest(source) for name, source in sources.items()},
+        "inputs": dict(zip(sources, digests(inputs, in_place=is_index), strict=True)),
         "read": recorded,
-        "check": {name: value for name, value in asdict(check).items() if name != "max_rejects"},
+        "check": checking,
         "split": asdict(split),
         "write": writing,
         "num_tasks": parallelism.num_tasks,
         "versions": library_versions(),
     }
-    check_ours(folder)
     if parallelism.num_tasks == 1:
-        with full_disk_as_oserror(out), locked(folder, "building in"):
+        with full_disk_as_oserror(folder), locked(folder, "building in"):
             _check_images(folder, settings, inputs, read, applied, checks, parallelism)
-            return _merge(out, check.max_rejects, parallelism.processes)
-    with full_disk_as_oserror(out):
+            return _merge(target, check.max_rejects, parallelism.processes)
+    with full_disk_as_oserror(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _check_images(folder, settings, inputs, read, applied, checks, parallelism)
-    say(
-        f"task {parallelism.task} of {parallelism.num_tasks} has finished; after all tasks, run:"
-        f" python -m data_prep merge {quote(str(out))}"
-    )
+    done = f"task {parallelism.task} of {parallelism.num_tasks} has finished"
+    say(f"{done}; after all tasks, run: python -m data_prep merge {target.arguments}")
     return None
 
 
@@ -214,7 +225,7 @@ def _check_images(
     part = Part(folder, parallelism.task, parallelism.num_tasks)
     try:
         adopt(part, settings)
-        load(part, inputs, read, decisions)
+        load(part, inputs, read, decisions, Stored(checks.full_check) if checks.in_place else None)
         if not (folder / SPLITS[0]).exists():  # shards are of the images that were accepted before
             retry_rejected(part)
         scan(part, inputs, read.images, checks, parallelism.processes)
@@ -226,67 +237,59 @@ def _check_images(
 
 
 def merge(
-    out: Annotated[Folder, tyro.conf.Positional],
+    out: Annotated[FolderOrUrl, tyro.conf.Positional],
     max_rejects: float = Checking.max_rejects,
     processes: int = 0,
+    work: OptionalFolder = None,
     overwrite: bool = False,
 ) -> dict:
     """Write the shards, manifest and report of a build that was divided into tasks.
 
     Args:
-        out: The folder that was passed to the tasks as --out.
+        out: The folder or URL that was passed to the tasks as --out.
         max_rejects: Stop if more than this fraction of rows is rejected.
         processes: Worker processes; 0 is one per core.
+        work: The folder that was passed to the tasks as --work.
         overwrite: Replace FOLDER if it exists.
 
     Returns:
         The content of report.json.
     """
-    folder = partial_of(out)
+    target = target_of(out, work)
+    folder = target.work
     if not (folder / SETTINGS).is_file():
         raise UserError(
             f"{folder}: no unfinished build; start one with: python -m data_prep build ... --out"
-            f" {quote(str(out))} --num-tasks N --task I"
+            f" {target.arguments} --num-tasks N --task I"
         )
     settings = read_settings(folder)
-    check_replaceable(out, "shards", overwrite, [*settings["inputs"], settings["read"]["images"]])
+    target.check(overwrite, [*settings["inputs"], settings["read"]["images"]])
     Checking(max_rejects=max_rejects).rules()  # raises for an invalid one
-    with full_disk_as_oserror(out), locked(folder, "building in"):
-        return _merge(out, max_rejects, processes or cores())
+    with full_disk_as_oserror(folder), locked(folder, "building in"):
+        return _merge(target, max_rejects, processes or cores())
 
 
-def _merge(out: Path, max_rejects: float, processes: int) -> dict:
-    folder = partial_of(out)
+def _merge(target: LocalTarget | StoreTarget, max_rejects: float, processes: int) -> dict:
+    folder = target.work
     if not (folder / "manifest.json").exists():  # else it was killed after the last step but one
-        _write_all(folder, out, max_rejects, processes)
-    for file in [
+        _write_all(target, max_rejects, processes)
+    summary = read_json(folder / "report.json", dict, f"delete {folder}, and run the build again")
+    work_files = [
         *folder.glob("part-*"),
         *folder.glob("plan.sqlite*"),
         *folder.rglob(".*.partial"),
         folder / "phash.bin",
         folder / SETTINGS,
         folder / LOCK,
-    ]:
-        file.unlink(missing_ok=True)
-    mark(folder, "shards")
-    replace_folder(folder, out)
-    summary = read_json(out / "report.json", dict, "build the shards again")
-    print_report(out, summary)
+    ]
+    target.finish(work_files)
+    print_report(str(target), summary)
     return summary
 
 
-def partial_of(out: Path) -> Path:
-    """The folder of an unfinished build.
-
-    Raises:
-        UserError: `out` does not end in a name.
-    """
-    check_named(out)
-    return out.with_name(f"{out.name}.partial")
-
-
-def _write_all(folder: Path, out: Path, max_rejects: float, processes: int) -> None:
+def _write_all(target: LocalTarget | StoreTarget, max_rejects: float, processes: int) -> None:
     """Write everything from the checked parts; the manifest comes last, as the mark of a complete folder."""
+    folder = target.work
     settings = read_settings(folder)
     inputs, n_parts = list(settings["inputs"]), settings["num_tasks"]
     check_parts(folder, n_parts, settings)
@@ -295,10 +298,10 @@ def _write_all(folder: Path, out: Path, max_rejects: float, processes: int) -> N
     summary, changed = summarize(plan), ""
     _check_rejects(folder, settings, plan, summary, max_rejects)
     if settings["command"] == "index":
-        splits = index_in_place(folder, out, plan, settings)
+        splits = index_in_place(folder, target.out, plan, settings)
     else:
         try:
-            splits = write_shards(folder, plan, settings, processes)
+            splits = write_shards(target, plan, settings, processes)
         except Changed as error:
             changed = str(error)  # the error itself would keep the parts' tables open
         if changed:
@@ -316,6 +319,7 @@ def _write_all(folder: Path, out: Path, max_rejects: float, processes: int) -> N
 
 def _start_over(folder: Path, n_parts: int) -> None:
     """Let the next command look for changed images; shards may hold other images than it finds."""
+    (folder / JOURNAL).unlink(missing_ok=True)
     for split in SPLITS:
         shutil.rmtree(folder / split, ignore_errors=True)
     for number in range(n_parts):

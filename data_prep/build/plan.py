@@ -23,6 +23,7 @@ from data_prep.inputs.locations import ImageLocation, read_local
 from data_prep.inputs.names import Problem
 from data_prep.progress import progress
 from data_prep.shards import Shards, read_manifest
+from data_prep.store.remote import place_of
 
 SCHEMA = """
 CREATE TABLE links (link INTEGER, ordinal INTEGER);
@@ -172,7 +173,7 @@ class Plan:
     def _read_kept_splits(self) -> None:
         if not self.splitting.keep_splits:
             return
-        folder = Path(self.splitting.keep_splits)
+        folder = place_of(self.splitting.keep_splits)
         for code, split in enumerate(SPLITS, 1):
             if read_manifest(folder)["splits"][split]["samples"]:
                 shards = Shards(folder, split)

@@ -28,6 +28,7 @@ from typing import NamedTuple
 from data_prep.build.database import Count, insert, select, select_one
 from data_prep.build.decisions import AppliedDecisions
 from data_prep.build.options import Reading
+from data_prep.build.stored import Stored
 from data_prep.errors import UserError
 from data_prep.inputs.formats import inputs_in, read
 from data_prep.inputs.names import Names, Problem, key_of
@@ -306,8 +307,17 @@ class Part:
         self.db.close()
 
 
-def load(part: Part, inputs: list[str], reading: Reading, decisions: AppliedDecisions | None = None) -> None:
+def load(
+    part: Part,
+    inputs: list[str],
+    reading: Reading,
+    decisions: AppliedDecisions | None = None,
+    stored: Stored | None = None,
+) -> None:
     """Read all inputs and store the rows of this part, in one transaction: after a kill it starts again.
+
+    Args:
+        stored: for tars behind URLs whose images stay there; None to read all that an input contains.
 
     Raises:
         UserError: an input cannot be read; see data_prep.inputs.formats.read.
@@ -321,13 +331,18 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: AppliedDeci
     names = [os.path.basename(source.rstrip("/")) for source in inputs]
     if len(set(names)) < len(names):
         names = [f"{number}/{name}" for number, name in enumerate(names)]
-    loader, problems = _Loader(part, reading, decisions or AppliedDecisions([])), []
-    for number, source in enumerate(inputs):
+    loader, problems = _Loader(part, reading, decisions or AppliedDecisions([]), stored), []
+
+    def rows_of(number: int, **more) -> Iterator[Row]:
         options = (reading.columns, reading.delimiter, reading.encoding, names[number])
-        more = {"image_ext": reading.image_ext, "caption_ext": reading.caption_ext}
+        more |= {"image_ext": reading.image_ext, "caption_ext": reading.caption_ext}
+        return read(inputs[number], *options, reading.captions_per_txt, **more)
+
+    ahead = stored.read_ahead(inputs, rows_of) if stored else {}
+    for number, source in enumerate(inputs):
         ignore = partial(loader.ignore, number)
         try:
-            for row in read(source, *options, reading.captions_per_txt, **more, ignore=ignore):
+            for row in ahead[number](ignore) if number in ahead else rows_of(number, ignore=ignore):
                 loader.add(number, source, row)
                 if loader.ordinal % INSERT_ROWS == 0:
                     bar.update(INSERT_ROWS)
@@ -338,15 +353,9 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: AppliedDeci
         ) as error:  # the other inputs are read all the same: all damaged ones are named at once
             problems.append(str(error))
     bar.close()
-    if problems:
-        more_problems = [f"and {len(problems) - SHOWN_PROBLEMS} more"] * (len(problems) > SHOWN_PROBLEMS)
-        raise UserError("\n".join(problems[:SHOWN_PROBLEMS] + more_problems))
-    if not loader.ordinal:
-        ignored = "".join(f"; ignored: {count} x {why}" for why, count in loader.ignored.items())
-        fix = "an input must have a header and one row per caption, or images with captions"
-        if found := [pattern for source in inputs if os.path.isdir(source) for pattern in inputs_in(source)]:
-            fix = f"these are tars or tables: pass {' '.join(found[:SHOWN_PROBLEMS])}"
-        raise UserError(f"{', '.join(inputs)}: no rows{ignored}; {fix}")
+    if stored:
+        stored.close()
+    _check_loaded(inputs, loader, problems)
     loader.add_captions()
     loader.insert_pending()
     part.db.execute("CREATE INDEX rows_by_key ON rows (key, ordinal)")
@@ -359,11 +368,26 @@ def load(part: Part, inputs: list[str], reading: Reading, decisions: AppliedDeci
     part.commit()
 
 
+def _check_loaded(inputs: list[str], loader: "_Loader", problems: list[str]) -> None:
+    """Raise a UserError that names the inputs that could not be read, or if there is no row at all."""
+    if problems:
+        more_problems = [f"and {len(problems) - SHOWN_PROBLEMS} more"] * (len(problems) > SHOWN_PROBLEMS)
+        raise UserError("\n".join(problems[:SHOWN_PROBLEMS] + more_problems))
+    if not loader.ordinal:
+        ignored = "".join(f"; ignored: {count} x {why}" for why, count in loader.ignored.items())
+        fix = "an input must have a header and one row per caption, or images with captions"
+        if found := [pattern for source in inputs if os.path.isdir(source) for pattern in inputs_in(source)]:
+            fix = f"these are tars or tables: pass {' '.join(found[:SHOWN_PROBLEMS])}"
+        raise UserError(f"{', '.join(inputs)}: no rows{ignored}; {fix}")
+
+
 class _Loader:
     """Validates rows one by one, applies decisions, and stores those of one part."""
 
-    def __init__(self, part: Part, reading: Reading, decisions: AppliedDecisions):
-        self.part, self.decisions = part, decisions
+    def __init__(
+        self, part: Part, reading: Reading, decisions: AppliedDecisions, stored: Stored | None = None
+    ):
+        self.part, self.decisions, self.stored = part, decisions, stored
         self.ordinal, self.nonfinite, self.ignored = 0, 0, Counter()
         self._names, self._token_limit = Names(reading.images), _TokenLimit(reading.context_length)
         self._pending: list[StoredRow] = []
@@ -377,6 +401,8 @@ class _Loader:
         name, problem = row.image, row.problem
         if not problem and row.data is None:
             name, problem = self._names.resolve(row.image)
+        if not problem and row.length is not None:
+            problem = self.stored.problem_of(row)
         caption = " ".join(row.caption.split())
         if not problem and not is_visible(caption):
             detail = f"only {', '.join(f'U+{ord(sign):04X}' for sign in caption[:5])}" if caption else ""
@@ -426,7 +452,8 @@ class _Loader:
             return Place()
         if self._last_key != key:  # the rows of one image follow each other: spool it once
             in_place = is_in_place(source, row)
-            place = Place(number, row.offset, len(row.data)) if in_place else self.part.spool(row.data)
+            length = row.length or len(row.data)
+            place = Place(number, row.offset, length) if in_place else self.part.spool(row.data)
             self._last_key, self._last_place = key, place
         return self._last_place
 

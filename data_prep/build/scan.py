@@ -30,6 +30,7 @@ from data_prep.build.records import (
     join_rows,
     unchecked_images,
 )
+from data_prep.build.stored import UNREAD
 from data_prep.child import exit_with_parent
 from data_prep.images import DECODER_DIED, BadImage, CheckedImage, Rules, check, check_signature
 from data_prep.inputs.locations import ImageLocation, read_all
@@ -76,17 +77,23 @@ class Checks:
     Attributes:
         skip_decode: accept images by their first bytes.
         in_place: tars are only indexed, so an image that would have to be changed is rejected.
+        full_check: read the images in tars behind URLs as well.
     """
 
     rules: Rules
     skip_decode: bool = False
     in_place: bool = False
+    full_check: bool = False
 
     def __call__(self, images: list[Unchecked]) -> list[Checked]:
         """What each image is; of many bytes, only the first images, see in_order()."""
-        read = read_all([image.location for image in images if not image.is_trusted], CHUNK_BYTES)
-        found, held = [], 0
+        unread = {image for image in images if image.location.is_stored and not self.full_check}
+        wanted = [image.location for image in images if not image.is_trusted and image not in unread]
+        read, found, held = read_all(wanted, CHUNK_BYTES), [], 0
         for image in images:
+            if image in unread:
+                found.append(Checked(UNREAD))
+                continue
             data = b"" if image.is_trusted else next(read, None)
             if data is None or held > CHUNK_BYTES:
                 break

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -12,12 +13,15 @@ from data_prep.atomic import atomic_file, write_json
 from data_prep.build.plan import Plan, PlannedImage
 from data_prep.build.scan import in_order
 from data_prep.build.split import SPLITS
+from data_prep.build.target import LocalTarget, StoreTarget, is_written
 from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.inputs.locations import ImageLocation, read_local
+from data_prep.inputs.storage import sizes_of
 from data_prep.progress import progress
 from data_prep.shard_index import sample_hash, write_index
 from data_prep.shards import Member, as_json, sha256_of, shard_entry, write_shard
+from data_prep.store.remote import Store, is_url
 
 
 class Changed(UserError):
@@ -42,8 +46,8 @@ class Totals:
         return {"captions": self.captions, **weights}
 
 
-def write_shards(folder: Path, plan: Plan, settings: dict, processes: int) -> dict:
-    """Write every shard that does not exist yet.
+def write_shards(target: LocalTarget | StoreTarget, plan: Plan, settings: dict, processes: int) -> dict:
+    """Write, and upload to a store, every shard that is not there yet.
 
     Args:
         settings: see pipeline.SETTINGS.
@@ -51,13 +55,18 @@ def write_shards(folder: Path, plan: Plan, settings: dict, processes: int) -> di
     Returns:
         The `splits` of the manifest.
     """
+    folder = target.work
     shards = _shard_paths(folder, plan, settings["write"])
     totals = {split: Totals() for split in SPLITS}
     paths = [path for split in SPLITS for path in shards[split]]
-    missing = sum(not _is_written(path) for path in paths)
-    written = in_order(_write_all, _shard_jobs(plan, shards, totals), processes, None)
-    entries = dict(progress(written, total=missing, desc="writing shards", unit="shard"))
-    entries = {path: entries[path][0] if path in entries else shard_entry(path) for path in paths}
+    target.begin(paths)
+    entries = {path: entry for path in paths if (entry := target.entry(path))}
+    jobs = _shard_jobs(plan, shards, totals, entries.keys())
+    written = in_order(_Writer(target.store), jobs, processes, None)
+    missing = len(paths) - len(entries)
+    for path, [entry] in progress(written, total=missing, desc="writing shards", unit="shard"):
+        target.add(path, entry)
+        entries[path] = entry
     splits = {}
     for split in SPLITS:
         of_split = [entries[path] for path in shards[split]]
@@ -84,13 +93,11 @@ def _shard_paths(folder: Path, plan: Plan, writing: dict) -> dict[str, list[Path
     return shards
 
 
-def _is_written(path: Path) -> bool:
-    return path.exists() and path.with_suffix(".index.tsv").exists()
-
-
-def _shard_jobs(plan: Plan, shards: dict[str, list[Path]], totals: dict[str, "Totals"]) -> Iterator[tuple]:
-    """(path, [(path, its samples)]) of each shard that is not written yet. Shards of a split differ by one
-    image at most.
+def _shard_jobs(
+    plan: Plan, shards: dict[str, list[Path]], totals: dict[str, "Totals"], done: Collection[Path]
+) -> Iterator[tuple]:
+    """(path, [(path, its samples)]) of each shard that is not done. Shards of a split differ by one image at
+    most.
 
     Args:
         totals: of each split; they are counted here.
@@ -105,7 +112,7 @@ def _shard_jobs(plan: Plan, shards: dict[str, list[Path]], totals: dict[str, "To
         pending[split].append((location, image.content, _member(image)))
         if seen[split] * len(shards[split]) >= plan.n_images[split] * (finished[split] + 1):
             path = shards[split][finished[split]]
-            if not _is_written(path):
+            if path not in done:
                 yield path, [(path, pending[split])]
             pending[split], finished[split] = [], finished[split] + 1
     assert not any(pending.values()), {split: len(samples) for split, samples in pending.items()}
@@ -128,8 +135,22 @@ def _member(image: PlannedImage) -> Member:
     return Member(image.key, b"", image.extension, image.captions, meta, image.group)
 
 
-def _write_all(jobs: list[tuple[Path, list]]) -> list[dict]:
-    return [write_shard(path, (_complete(*sample) for sample in samples)) for path, samples in jobs]
+class _Writer(NamedTuple):
+    """What a worker does with each shard; the store is None for a local folder."""
+
+    store: Store | None
+
+    def __call__(self, jobs: list[tuple[Path, list]]) -> list[dict]:
+        return [self._written(path, samples) for path, samples in jobs]
+
+    def _written(self, path: Path, samples: list) -> dict:
+        if is_written(path):  # a kill came before it was uploaded
+            entry = shard_entry(path)
+        else:
+            entry = write_shard(path, (_complete(*sample) for sample in samples))
+        for kind in ("index", "file") if self.store else ():
+            self.store.put(path.parent.parent / entry[kind], entry[kind])
+        return entry
 
 
 def _complete(location: ImageLocation, content: bytes, member: Member) -> Member:
@@ -155,29 +176,37 @@ def index_in_place(folder: Path, out: Path, plan: Plan, settings: dict) -> dict:
     for split in SPLITS:
         (folder / split).mkdir(exist_ok=True)
     tars = list(settings["inputs"])
+    sizes = sizes_of(tars)
     for number, tar in enumerate(progress(tars, desc="writing indexes", unit="tar", delay=2)):
         rows, metas = {split: [] for split in SPLITS}, {split: bytearray() for split in SPLITS}
         for image in plan.images(container=number):
             meta = as_json(_member(image).meta).encode()
             json_offset = len(metas[image.split])
             where = [image.offset, image.length, json_offset, len(meta), 0, 0]
-            rows[image.split].append([image.key, image.group, *where, sample_hash(image.content, meta)])
+            # an image that was not read has no hash, and so has its sample
+            digest = sample_hash(image.content, meta) if image.content else 0
+            rows[image.split].append([image.key, image.group, *where, digest])
             metas[image.split] += meta + b"\n"
             totals[image.split].add(image)
         for split in SPLITS:
             if rows[split]:
                 path = folder / split / f"{number:06d}-{Path(tar).stem}"
                 entry = _write_index(path, rows[split], metas[split])
-                entry |= {
-                    "file": os.path.relpath(tar, out),
-                    "bytes": os.path.getsize(tar),
-                    "sha256": settings["inputs"][tar],
-                }
+                entry |= _tar_entry(tar, out, settings["inputs"][tar]) | {"bytes": sizes[tar]}
                 entries[split].append(entry)
     return {
         split: {"samples": plan.n_images[split], **totals[split].entry(), "shards": entries[split]}
         for split in SPLITS
     }
+
+
+def _tar_entry(tar: str, out: Path, digest: str) -> dict:
+    """What the manifest says about a tar. The content of one behind a URL has no sha256: `version` is of what
+    its store says of it, see Store.version.
+    """
+    if not is_url(tar):
+        return {"file": os.path.relpath(tar, out), "sha256": digest}
+    return {"file": tar, "sha256": "", "version": digest}
 
 
 def _write_index(path: Path, rows: list[list], metas: bytes) -> dict:

@@ -14,7 +14,7 @@ def parquet_files(source: str) -> list[str]:
     """URLs of the Parquet files of a data set, with `@COMMIT`, so that a later build reads the same files.
 
     Args:
-        source: the data set, a file in it, or a pattern.
+        source: the data set, a file in it (of Parquet, or a tar), or a pattern.
 
     Raises:
         UserError: no such data set, or it has no Parquet files.
@@ -29,7 +29,7 @@ def parquet_files(source: str) -> list[str]:
         root = f"datasets/{path.repo_id}@{commit}/{path.path_in_repo}".rstrip("/")
         paths = (
             [root]
-            if root.endswith(".parquet")
+            if root.endswith((".parquet", ".tar")) and "*" not in root
             else sorted(files.glob(root if "*" in root else f"{root}/**/*.parquet"))
         )
     except (FileNotFoundError, HfHubHTTPError) as error:

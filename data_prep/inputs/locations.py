@@ -6,7 +6,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from data_prep.images import BadImage
 from data_prep.inputs.names import OUTSIDE, missing_hint
 from data_prep.inputs.storage import is_http, is_url, remote
 from data_prep.masked import masked_url
+from data_prep.store.remote import file_at
 
 MAX_BYTES = 1 << 30
 PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
@@ -42,6 +43,11 @@ class ImageLocation(NamedTuple):
     @property
     def is_remote(self) -> bool:
         return self.offset is None and is_url(self.root)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is a piece of a file behind a URL."""
+        return self.offset is not None and is_url(self.root)
 
     @property
     def url(self) -> str:
@@ -113,14 +119,45 @@ def read_all(locations: list[ImageLocation], max_bytes: int = 0) -> Iterator[byt
         if location.is_remote:
             by_root.setdefault(location.root, []).append(location.url)
     fetched = {root: _fetch(root, list(dict.fromkeys(urls)), piece) for root, urls in by_root.items()}
-    return _until_left_out(locations, fetched)
+    return _until_left_out(locations, fetched, max_bytes)
 
 
-def _until_left_out(locations: list[ImageLocation], fetched: dict[str, dict]) -> Iterator[bytes | BadImage]:
+def _until_left_out(
+    locations: list[ImageLocation], fetched: dict[str, dict], max_bytes: int
+) -> Iterator[bytes | BadImage]:
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        stored = _fetch_stored(pool, locations, max_bytes)
+        for location in locations:
+            if location.is_stored:
+                if location not in stored:
+                    return
+                yield stored.pop(location).result()
+            elif not location.is_remote:
+                yield read_local(location)
+            elif location.url in fetched[location.root]:
+                yield fetched[location.root][location.url]
+            else:
+                return
+
+
+def _fetch_stored(
+    pool: ThreadPoolExecutor, locations: list[ImageLocation], max_bytes: int
+) -> dict[ImageLocation, Future]:
+    """Pieces of files behind URLs, on their way: as many as have `max_bytes`, and at least one."""
+    started, total = {}, 0
     for location in locations:
-        if location.is_remote and location.url not in fetched[location.root]:
-            return
-        yield fetched[location.root][location.url] if location.is_remote else read_local(location)
+        if location.is_stored:
+            if started and max_bytes and total + location.length > max_bytes:
+                break
+            total += location.length
+            started[location] = pool.submit(read_stored, location)
+    return started
+
+
+def read_stored(location: ImageLocation) -> bytes:
+    """A piece of a file behind a URL."""
+    store, name = file_at(location.root)
+    return store.read(name, location.offset, location.length)
 
 
 def _fetch(root: str, urls: list[str], piece: _Piece) -> dict[str, bytes | BadImage]:
@@ -208,7 +245,11 @@ def any_host(root: str) -> str:
 
 
 def read_local(location: ImageLocation) -> bytes | BadImage:
-    """The bytes at a local location; refused if a symbolic link leads out of the root."""
+    """The bytes at a local location; refused if a symbolic link leads out of the root. Also a piece of a file
+    behind a URL.
+    """
+    if location.is_stored:
+        return read_stored(location)
     if "\0" in location.name and location.offset is None:
         return BadImage("missing file", "its path contains a NUL character, which no file system has")
     try:
@@ -237,6 +278,11 @@ def read_local(location: ImageLocation) -> bytes | BadImage:
 @lru_cache(16)
 def _open_cached(path: str) -> int:
     return os.open(path, os.O_RDONLY)
+
+
+def forget_open_files() -> None:
+    """A later build in this process may have other files of the same names."""
+    _open_cached.cache_clear()
 
 
 def check_root(root: str) -> None:

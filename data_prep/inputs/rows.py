@@ -1,6 +1,7 @@
 """A row: an image, one caption or label, and what else the input says about it. All formats produce rows."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -32,6 +33,7 @@ class Row(NamedTuple):
         columns: all other columns, as JSON.
         data: the image, if the input contains it.
         offset: the byte of the input at which `data` begins, if it is stored there unchanged.
+        length: of the image, if `data` is only its first bytes; else None.
         problem: why the row cannot be used.
         weight: in the training loss; None if the input has none.
     """
@@ -47,6 +49,7 @@ class Row(NamedTuple):
     offset: int | None = None
     problem: Problem | None = None
     weight: float | None = None
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Input:
         image_ext: of the image of a sample in a tar, without a dot; "" for what is an image.
         caption_ext: of the captions beside images and in tars, without a dot; "" for txt and json.
         ignore: is called with the reason and name of each file that is neither an image nor belongs to one.
+        fetched: of a tar behind a URL whose images stay there: counts of "requests" and "bytes" that were
+            needed are added; None to read the images.
     """
 
     source: str
@@ -116,6 +121,7 @@ class Input:
     image_ext: str = ""
     caption_ext: str = ""
     ignore: Ignore = ignore_nothing
+    fetched: Counter | None = None
 
     @property
     def label(self) -> str:
@@ -240,7 +246,8 @@ def _bad_utf8(cell: str) -> str:
 
 def is_in_place(source: str, row: Row) -> bool:
     """Whether the row's image can be read again from the input itself, by its offset."""
-    return row.offset is not None and not is_url(source) and not source.endswith(COMPRESSED)
+    is_local = row.offset is not None and not is_url(source) and not source.endswith(COMPRESSED)
+    return is_local or row.length is not None
 
 
 def check_header(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -11,7 +12,7 @@ import fsspec
 from data_prep.below import leads_out
 from data_prep.errors import UserError
 from data_prep.inputs import hub
-from data_prep.store.remote import is_url
+from data_prep.store.remote import Store, file_at, is_url
 
 # Names of images. Files without such a name are images if they begin like one, see data_prep.signatures.
 IMAGE_EXTENSIONS = {
@@ -38,6 +39,7 @@ SIDE_EXTENSIONS |= {".cls", ".npy", ".npz", ".pt", ".pth", ".safetensors"}
 SYSTEM_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 SYSTEM_FILE, FOLDER_LINK = "hidden or system file", "link to a folder, not followed"
 SMALL_BYTES = 1 << 20
+REQUESTS = 16  # at once, for what servers say of files
 # Tables in folders of images, as the library `datasets` reads them; see imagefolder.py.
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -105,9 +107,8 @@ def expand(sources: list[str]) -> list[str]:
         if source.startswith(hub.PREFIX):
             expanded += hub.parquet_files(source)
         elif is_url(source) and "*" in source:
-            protocol = source.split("://")[0]
-            paths = sorted(remote(source).glob(source))
-            expanded += [f"{protocol}://{path.split('://')[-1]}" for path in paths]
+            folder = source[: source.index("*")].rpartition("/")[0]
+            expanded += Store(folder).matching(source[len(folder) + 1 :])
         else:
             expanded.append(source)
     if not expanded:
@@ -115,15 +116,40 @@ def expand(sources: list[str]) -> list[str]:
     return expanded
 
 
-def digest(source: str) -> str:
+def digests(sources: list[str], in_place: bool = False) -> list[str]:
+    """digest() of each; several servers are asked at once, but one file is read at a time."""
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        asked = {url: pool.submit(digest, url, in_place) for url in sources if is_url(url)}
+        return [asked[source].result() if source in asked else digest(source) for source in sources]
+
+
+def sizes_of(tars: list[str]) -> dict[str, int]:
+    """Bytes of each local tar, and of each behind a URL."""
+
+    def ask(url: str) -> int:
+        store, name = file_at(url)
+        return store.size(name)
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        asked = {url: pool.submit(ask, url) for url in tars if is_url(url)}
+        return {tar: asked[tar].result() if tar in asked else os.path.getsize(tar) for tar in tars}
+
+
+def digest(source: str, in_place: bool = False) -> str:
     """sha256 of a file; of a URL, the metadata that its server reports; of a folder, its listing and the
     small files that may be captions.
+
+    Args:
+        in_place: a URL will be read in pieces, see Store.
 
     Raises:
         UserError: it cannot be read.
     """
     sha = hashlib.sha256()
     try:
+        if is_url(source) and in_place:
+            store, name = file_at(source)
+            return store.version(name)
         if is_url(source):
             info = remote(source).info(source)
             sha.update(json.dumps({name: info[name] for name in sorted(info)}, default=str).encode())

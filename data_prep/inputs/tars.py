@@ -5,6 +5,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -19,9 +20,12 @@ from data_prep.inputs.rows import Ignore, Input, Row, captions_of, check_text, i
 from data_prep.inputs.storage import IMAGE_EXTENSIONS, SIDE_EXTENSIONS, SYSTEM_FILE, is_system_file
 from data_prep.inputs.texts import rows_of_txt
 from data_prep.signatures import HEAD_BYTES, kind_of
+from data_prep.store.reader import StoreReader
+from data_prep.store.remote import file_at
 from data_prep.strict_json import parse_json, strict_json
 
 MAX_PENDING = 64  # samples of one name up to the first dot that are held in memory
+SIGNATURE_BYTES = 16  # for images.signature_of
 MAX_EMPTY_READS = 100  # at the end of a tar
 # Members that hold what the next member's header has no room for: names, and attributes (POSIX pax, GNU tar).
 EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -39,15 +43,27 @@ def read_tar(tar: Input) -> Iterator[Row]:
         UserError: it cannot be read, or not to its end.
     """
     number, sample = 0, None
+    extensions = (tar.image_ext, tar.caption_ext)
     try:
-        with open_bytes(tar.source) as file:
-            for number, sample in enumerate(tar_samples(file, tar.image_ext, tar.caption_ext, tar.ignore), 1):
+        with open_bytes(tar.source) if tar.fetched is None else _stored(tar) as file:
+            samples = tar_samples(file, *extensions, tar.ignore, heads_only=tar.fetched is not None)
+            for number, sample in enumerate(samples, 1):
                 yield from _rows_of_sample(tar, number, sample)
     except (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         after = f", after {number} samples, the last of them {sample.key}" if sample else ""
         raise UserError(
             f"{tar.source}: cannot be read ({str(error).strip()}{after}); get or write it again, or omit it"
         ) from None
+
+
+@contextmanager
+def _stored(tar: Input) -> Iterator[StoreReader]:
+    store, name = file_at(tar.source)
+    if (size := store.size(name)) is None:
+        raise UserError(f"{tar.source}: no such file; check the URL")
+    reader = StoreReader(store, name, size)
+    yield reader
+    tar.fetched.update(requests=reader.requests, bytes=reader.fetched_bytes)
 
 
 def _rows_of_sample(tar: Input, number: int, sample: "TarSample") -> Iterator[Row]:
@@ -67,8 +83,9 @@ def _rows_of_sample(tar: Input, number: int, sample: "TarSample") -> Iterator[Ro
         group=group,
         label=sample.label(tar.columns.label) if tar.columns.label else "",
         columns=sample.columns(),
-        data=sample.image.data,
+        data=sample.image.data if tar.fetched is None else sample.image.data[:SIGNATURE_BYTES],
         offset=sample.image.offset,
+        length=None if tar.fetched is None else sample.image.size,
     )
     if tar.columns.weight:
         row = with_weight(row, sample.cell(tar.columns.weight))
@@ -110,8 +127,9 @@ class TarCaption(NamedTuple):
 
 
 class TarMember(NamedTuple):
-    data: bytes
+    data: bytes  # or its first HEAD_BYTES
     offset: int  # of the data in the tar
+    size: int
 
 
 @dataclass
@@ -285,20 +303,26 @@ class _Ending:
 
 
 def tar_samples(
-    file, image_ext: str = "", caption_ext: str = "", ignore: Ignore = ignore_nothing
+    file,
+    image_ext: str = "",
+    caption_ext: str = "",
+    ignore: Ignore = ignore_nothing,
+    heads_only: bool = False,
 ) -> Iterator[TarSample]:
     """The samples of an open tar, in order; one that cannot be used has a problem.
 
     Args:
         image_ext, caption_ext, ignore: see Input.
+        heads_only: seek in `file`, and read no more than the first bytes of what is no text.
 
     Raises:
         tarfile.TarError: the tar is damaged.
     """
     seen: set[str] = set()
     texts = TEXTS | ({caption_ext} - {""})
-    with tarfile.open(fileobj=_Ending(file), mode="r|", tarinfo=_Header) as archive:
-        for sample in _grouped(archive, image_ext, texts, ignore):
+    opened = {"fileobj": file, "mode": "r:"} if heads_only else {"fileobj": _Ending(file), "mode": "r|"}
+    with tarfile.open(**opened, tarinfo=_Header) as archive:
+        for sample in _grouped(archive, image_ext, texts, ignore, heads_only):
             if sample.problem or _choose_image(sample, image_ext, texts, sample.key in seen):
                 yield sample
             else:
@@ -309,7 +333,7 @@ def tar_samples(
 
 
 def _grouped(
-    archive: tarfile.TarFile, image_ext: str, texts: set[str], ignore: Ignore
+    archive: tarfile.TarFile, image_ext: str, texts: set[str], ignore: Ignore, heads_only: bool
 ) -> Iterator[TarSample]:
     """Adjacent members as samples."""
     extensions = sorted({*texts, image_ext} - {""}, key=len, reverse=True)
@@ -332,7 +356,7 @@ def _grouped(
                 pending = []
             sample = TarSample(key)
             pending.append(sample)
-        _add(archive, sample, member, extension)
+        _add(archive, sample, member, extension, heads_only and extension not in texts)
     yield from _merged(pending, texts)
 
 
@@ -350,8 +374,10 @@ def _first_dot(key: str) -> str:
     return folder + slash + name.partition(".")[0]
 
 
-def _add(archive: tarfile.TarFile, sample: TarSample, member: tarfile.TarInfo, extension: str) -> None:
-    """Read a member into its sample, or set the sample's problem."""
+def _add(
+    archive: tarfile.TarFile, sample: TarSample, member: tarfile.TarInfo, extension: str, head_only: bool
+) -> None:
+    """Read a member, or its head, into its sample; or set the sample's problem."""
     if member.name.startswith("/") or ".." in member.name.replace("\\", "/").split("/"):
         sample.problem = Problem("path outside of the tar", member.name)
     elif not member.isfile() or member.issparse():
@@ -362,10 +388,10 @@ def _add(archive: tarfile.TarFile, sample: TarSample, member: tarfile.TarInfo, e
         sample.problem = Problem("repeated member", member.name)
     else:
         try:
-            data = archive.extractfile(member).read()
+            data = archive.extractfile(member).read(HEAD_BYTES if head_only else -1)
         except tarfile.ReadError as error:
             raise tarfile.ReadError(f"byte {member.offset}: {error} of {member.name}") from None
-        sample.members[extension] = TarMember(data, member.offset_data)
+        sample.members[extension] = TarMember(data, member.offset_data, member.size)
 
 
 def _merged(samples: list[TarSample], texts: set[str]) -> Iterator[TarSample]:

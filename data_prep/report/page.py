@@ -253,7 +253,7 @@ def _of_rejects(summary: dict) -> list[str]:
 
 
 def _leaks_note(settings: dict, shown: int) -> str:
-    if settings["check"]["skip_decode"]:
+    if settings["check"]["skip_decode"] or settings["check"].get("unread"):
         return "Not searched: the images were not decoded."
     if not shown:
         return "None."

@@ -143,14 +143,18 @@ def write_rejects(path: Path, plan: Plan, inputs: list[str]) -> None:
     write_csv(path, ["line", "path", "reason", "detail", "input"], rows)
 
 
-def print_report(out: Path, report: dict) -> None:
-    """Print the report in a few lines, what deserves attention, and which file to open next."""
+def print_report(out: str, report: dict) -> None:
+    """Print the report in a few lines, what deserves attention, and which file to open next.
+
+    Args:
+        out: folder or URL of the build.
+    """
     asked = f", {report['asked']} of them as asked" if report["asked"] else ""
     say(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects{asked}")
     for reason, count in report["reasons"].items():
         say(f"  {'left out' if reason in ASKED else 'rejected'}: {count} x {reason}")
     for reason, count in report["ignored"].items():
-        say(f"  ignored: {count} x {reason}; see {out / IGNORED}")
+        say(f"  ignored: {count} x {reason}; see {out}/{IGNORED}")
     for fix, count in report["fixes"].items():
         say(f"  fixed: {count} x {fix}")
     if report["nonfinite"]:
@@ -161,7 +165,7 @@ def print_report(out: Path, report: dict) -> None:
         known = f"; {counted(present, 'caption')} to add {are(present)} there already" if present else ""
         say(f"  decisions applied: {applied}{known}")
     if marks := report["decisions"]["unused_marks"]:
-        say(f"  {counted(marks, 'mark')} of --feedback changed nothing; {out / UNUSED} lists them")
+        say(f"  {counted(marks, 'mark')} of --feedback changed nothing; {out}/{UNUSED} lists them")
     for split, counts in report["splits"].items():
         say(
             f"  {split:5} {counted(counts['images'], 'image')}, {counted(counts['captions'], 'caption')},"
@@ -171,4 +175,4 @@ def print_report(out: Path, report: dict) -> None:
         say(f"warning: {warning}")
     lists = {"rejects.csv": report["rejects"], "leaks.csv": report["leaks"]}
     listed = "".join(f"; {name} lists {count}" for name, count in lists.items() if count)
-    say(f"open {quote(str(out / 'report.html'))}{listed}")
+    say(f"open {quote(f'{out}/report.html')}{listed}")

@@ -32,6 +32,11 @@ def warnings(summary: dict, settings: dict) -> list[str]:
             "Images were not decoded (--skip-decode): damaged and near-identical images, and sizes, are not"
             " known."
         )
+    if settings["check"].get("unread"):
+        messages.append(
+            "Images behind URLs were not read (--full-check reads them): damaged, equal and near-identical"
+            " images, and sizes, are not known."
+        )
     messages += _of_groups(summary, settings)
     messages += _of_splits(summary, settings)
     if summary["leaks"] and not settings["split"]["drop_leaks"]:

@@ -17,6 +17,7 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.shard_index import MIN_ROW_BYTES, Rows, key_text, read_indexes
 from data_prep.shards import json_file, parse_meta, read_piece, shard_file
+from data_prep.store.cache import CachedFile
 
 CLOCK_EVERY = 256  # images between two readings of the clock
 
@@ -204,6 +205,8 @@ class _OpenFile:
         return read_piece(self._file, self.path, offset, size)
 
 
-def _read_piece(path: Path, offset: int, size: int) -> bytes:
+def _read_piece(path: Path | CachedFile, offset: int, size: int) -> bytes:
+    if isinstance(path, CachedFile):  # of a tar that was indexed behind a URL
+        return path.read(offset, size, tuple)
     with _OpenFile(path) as file:
         return file.read(offset, size)

@@ -3,7 +3,10 @@
 What a store refuses is one sentence at once; what it fails to answer is asked for again, with back-off.
 """
 
+import contextlib
 import errno
+import hashlib
+import json
 import os
 import random
 import sys
@@ -12,7 +15,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from data_prep.errors import Fault, UserError
 from data_prep.masked import masked_url, one_line
@@ -30,6 +33,7 @@ CLIENT_ERRORS = (
     ("google.auth.exceptions", "GoogleAuthError"),
     ("azure.core.exceptions", "AzureError"),
     ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
     ("data_prep.inputs.image_server", "NotFetched"),
 )
 # By name, for their packages may not be installed: credentials that are missing, or no longer valid.
@@ -40,8 +44,11 @@ REFUSALS = {
 }
 # Wrong arguments, such as the region's; not allowed; a bucket that is in another region.
 WRONG = (errno.EINVAL, errno.EPERM, getattr(errno, "EREMCHG", errno.EINVAL))
+MISSING = (404, 410)
 NOTHING_THERE = 416  # the status of a range beyond the end of a file
-TRY_AGAIN = (408, 429)  # of the statuses that say that the request is wrong
+VERSIONS = ("ETag", "etag", "generation", "blob_id")  # of a file, as stores name it
+# Of the statuses that say that the request is wrong; the hub answers two commits at once by 412.
+TRY_AGAIN = (408, 409, 412, 429)
 CREDENTIALS = {
     "s3": "check the keys and the region: AWS_PROFILE, or AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and"
     " AWS_DEFAULT_REGION; for stores other than Amazon's AWS_ENDPOINT_URL",
@@ -151,16 +158,44 @@ class Store:
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None if there is none."""
+        return (self._info(name) or {"size": None})["size"]
+
+    def version(self, name: str) -> str:
+        """A sha256 of what the store says of a file: it is another one if the file is replaced.
+
+        Raises:
+            UserError: there is no such file, or its size is not known.
+        """
+        info = self._info(name)
+        if info is None or not isinstance(info.get("size"), int):
+            found = "no such file" if info is None else "the server does not say how large it is"
+            raise UserError(f"{self.shown}/{name}: {found}; check the URL")
+        # A listing says more than a question for one file, but both say these.
+        known = {key: info[key] for key in VERSIONS if info.get(key)}
+        told = {"url": self.url_of(name), "size": info["size"], **(known or info)}
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _info(self, name: str) -> dict | None:
         url = self.url_of(name)
 
-        def ask(files) -> int:
+        def ask(files) -> dict:
             files.invalidate_cache()
-            return files.info(url)["size"]
+            try:
+                return files.info(url)
+            except FileNotFoundError as error:  # fsspec says so of any answer of a web server but success
+                if _status(error) in (None, *MISSING):
+                    raise
+                raise error.__cause__ from None
 
         try:
             return self._ask(name, ask)
         except FileNotFoundError:
             return None
+
+    def matching(self, pattern: str) -> list[str]:
+        """URLs of the files whose names match a pattern with `*`, in sorted order."""
+        found = self._ask(pattern, lambda files: files.glob(f"{self.url}/{pattern}"))
+        return [f"{self.protocol}://{path.split('://')[-1]}" for path in sorted(found)]
 
     def put(self, file: Path, name: str) -> None:
         """Upload a file; it is there as a whole, or not at all.
@@ -171,7 +206,34 @@ class Store:
         url = self.url_of(name)
         if self.is_http:
             raise UserError(f"{self.shown}: files cannot be uploaded over HTTP; pass s3://, gs:// or hf://")
-        self._ask(name, lambda files: files.put_file(str(file), url))
+        try:
+            self._ask(name, lambda files: files.put_file(str(file), url))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.shown}: files cannot be put there ({one_line(error, 300)}); make the bucket or"
+                " repository first, or check its name"
+            ) from None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below the URL, by name; nothing where there is no such folder."""
+
+        def ask(files) -> dict[str, int]:
+            files.invalidate_cache()
+            root = files._strip_protocol(self.url).rstrip("/") + "/"
+            found = files.find(root, detail=True)
+            return {name.removeprefix(root): info["size"] for name, info in found.items() if name != root}
+
+        try:
+            return self._ask("", ask)
+        except FileNotFoundError:
+            return {}
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        url = self.url_of(name)
+        if self._info(name) is not None:  # some stores refuse to delete what is not there
+            with contextlib.suppress(FileNotFoundError):
+                self._ask(name, lambda files: files.rm_file(url))
 
     def _ask(self, name: str, request: Callable[[object], T]) -> T:
         """The answer to a request; FileNotFoundError is the caller's."""
@@ -249,6 +311,13 @@ def _status(error: BaseException) -> int | None:
                 if isinstance(value := getattr(holder, name, None), int):
                     return int(value)
     return None
+
+
+def file_at(url: str) -> tuple[Store, str]:
+    """The store of a file, and its name there."""
+    folder, _, name = url.rpartition("/")
+    store = store_of(folder)
+    return store, unquote(name) if store.is_http else name
 
 
 @lru_cache

@@ -95,7 +95,7 @@ def test_tars_are_indexed_in_place(tmp_path):
 
 def test_what_cannot_be_indexed_is_explained(tmp_path):
     (tmp_path / "a.csv").touch()
-    with pytest.raises(UserError, match=r"a\.csv: index reads local, uncompressed"):
+    with pytest.raises(UserError, match=r"a\.csv: index reads uncompressed"):
         index([str(tmp_path / "a.csv")], tmp_path / "out")
     assert_mistake(
         call_here(data_prep.__main__.main, "index", "none.tar", "--out", tmp_path / "out"),
