@@ -1,6 +1,7 @@
 """Pairs per second of the training loader on shards behind a URL, to those on the same shards here.
 
     python -m benchmarks.store --out OUT
+    python -m benchmarks.store --shares    what a node of several fetches of a shard, computed
 
 OUT gets icons and photo-like JPEGs (those of benchmarks.loader). A server of range requests on the loopback
 sends at most 100 MB/s together, each answer 20 ms late; the first epoch fetches, the second one finds all in
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import open_clip
 import torch
 
@@ -25,7 +27,8 @@ from benchmarks.data_prep import draw_icon, draw_photo, make
 from benchmarks.loader import BATCH, MODEL, SIZE_PX, build
 from data_prep.cli import run_command
 from data_prep.shards import Shards
-from data_prep.store.cache import choose
+from data_prep.store.cache import Cache, CachedFile, choose, runs
+from data_prep.store.remote import Store
 from train.data.loader import TrainPairs, train_loader
 from train.data.order import Order
 from train.recipe import Augment, Captions
@@ -90,12 +93,41 @@ def epochs(place: Path | str, tokenizer) -> list[float]:
     return seconds
 
 
-def main(out: Path, turns: int = 3, icons: int = 6000, photos: int = 3000) -> None:
+def print_shares() -> None:
+    """What one of several nodes fetches of a shard of 1,000 images, when each reads its share of them."""
+    print("| bytes of an image | nodes | of the shard | requests | requests per image of its own |")
+    print("|---|---|---|---|---|")
+    random = np.random.default_rng(0)
+    for n_bytes in (5_000, 30_000, 100_000, 300_000):
+        # three members in a tar, each after a header and filled up to 512 bytes
+        sizes = random.lognormal(np.log(n_bytes), 0.5, 1000).astype(np.int64)
+        ends = np.cumsum((sizes + 511) // 512 * 512 + 3 * 512 + 2 * 512)
+        file = CachedFile(
+            Store("s3://none"), "shard.tar", int(ends[-1]) + 1024, "0" * 64, Cache(Path("none"))
+        )
+        for nodes in (2, 8):
+            own = random.random(1000) < 1 / nodes
+            pieces = np.stack([ends - sizes - 2048, sizes + 1024], axis=1)[own]
+            requests = list(runs(file._blocks_of(pieces)))
+            share = file.bytes_of(pieces) / file.size
+            print(
+                f"| {n_bytes:,} | {nodes} | {min(1, share):.0%} | {len(requests)} |"
+                f" {len(requests) / own.sum():.2f} |"
+            )
+
+
+def main(
+    out: Path | None = None, turns: int = 3, icons: int = 6000, photos: int = 3000, shares: bool = False
+) -> None:
     """Print a row for each kind of images.
 
     Args:
         out: folder for the images, the shards and the cache.
+        shares: print the other table.
     """
+    if shares:
+        return print_shares()
+    assert out is not None, "pass --out"
     torch.set_num_threads(1)
     tokenizer = open_clip.get_tokenizer(MODEL)
     port = multiprocessing.Value("i", 0)
@@ -118,6 +150,7 @@ def main(out: Path, turns: int = 3, icons: int = 6000, photos: int = 3000) -> No
         first, second = (median(each[epoch] / local for each in there) for epoch in range(EPOCHS))
         print(f"| {name} | {size / 1e6:.0f} | {local:.0f} | {first:.2f} | {second:.2f} |", flush=True)
     server.kill()
+    return None
 
 
 if __name__ == "__main__":
