@@ -363,8 +363,10 @@ def _received(loaded: DataLoader) -> Iterator:
     by an exception too, so do the workers.
     """
     gc.freeze()  # a worker that collects garbage would write to, and so copy, all objects of this process
-    iterator = iter(loaded)
-    gc.unfreeze()
+    try:
+        iterator = iter(loaded)
+    finally:
+        gc.unfreeze()
     workers = getattr(iterator, "_workers", ())
     try:
         yield from iterator

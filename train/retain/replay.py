@@ -102,7 +102,7 @@ class Replay:
         world: World,
         samples: int,
         end: int,
-        skipped: list[Skipped],
+        skipped: list[Skipped] | None = None,
     ):
         """Args:
         texts: in the place of the pairs' captions; none where they stay.
