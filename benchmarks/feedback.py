@@ -31,7 +31,7 @@ from data_prep.cli import CONFIG
 from data_prep.errors import exit_on_user_error
 from data_prep.marks import RIGHT, WRONG
 from data_prep.progress import progress
-from data_prep.shards import Shards, read_manifest
+from data_prep.shards import Shards
 from data_prep.sheets import write_csv
 from data_prep.tables import markdown_table
 from eval.retrieval.intervals import Difference, paired_difference
@@ -257,7 +257,7 @@ def marked(found: dict[tuple[str, int], Path], arms: dict[str, float]) -> str:
             continue
         place = found[name, number]
         counts = json.loads((place / "marks.json").read_text())
-        decisions = read_manifest(place / "shards")["decisions"]
+        decisions = json.loads((place / "shards" / "report.json").read_text())["decisions"]
         n_true, n_false = captions_of(place / "shards", place.parent.parent / "all.csv")
         lines.append(
             [
@@ -276,11 +276,13 @@ def marked(found: dict[tuple[str, int], Path], arms: dict[str, float]) -> str:
 def unasked(truth: dict[str, str], models: dict[str, Path], out: Path, asked: int, seed: int) -> str:
     """R@1 and R@10 in the training images, of the sentences that no round asked."""
     scores = {name: found_of_unasked(truth, model, out, asked, seed) for name, model in models.items()}
-    lines, control = [], scores[CONTROL]
+    lines, control, groups = [], scores[CONTROL], groups_of_texts(out)
+    names = [min(groups[text]) for text in drawn(groups, seed)[asked:]]
+    clusters = np.unique(names, return_inverse=True)[1]
     for name, own in scores.items():
         cells = [f"{100 * own[:, 0].mean():.1f}", f"{100 * own[:, 1].mean():.1f}"]
         for metric in (0, 1):
-            change = paired_difference(control[:, metric], own[:, metric], np.arange(len(own)))
+            change = paired_difference(control[:, metric], own[:, metric], clusters)
             cells.append("" if name == CONTROL else points(change))
         lines.append([name, *cells])
     columns = ["marks", "R@1", "R@10", "R@1, from no marks", "R@10, from no marks"]
