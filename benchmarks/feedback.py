@@ -56,7 +56,6 @@ def main(
     sentences: int = 2000,
     epochs: int = 2,
     lr: float = 3e-4,
-    flags: tuple[str, ...] = (),
     seed: int = 0,
 ) -> None:
     """Print the tables.
@@ -67,13 +66,12 @@ def main(
         noise: Shares of marks that are swapped.
         sentences: Of each round.
         epochs, lr: Of the training of each round.
-        flags: More flags of that training, such as "--wise-ft 0.5"; pass another --out.
         seed: Of what is hidden, of sentences and of noise.
     """
     data, out = data.absolute(), out.absolute()
     truth = make(data, out, seed)
     kept = ["--keep-splits", out / "shards"]
-    training = ["--epochs", epochs, "--optim.lr", lr, *" ".join(flags).split()]
+    training = ["--epochs", epochs, "--optim.lr", lr]
     arms = {f"{share:.0%} of marks are wrong": share for share in noise}
     found = {}
     for name in (CONTROL, *arms):
