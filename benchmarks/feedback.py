@@ -18,6 +18,7 @@ import csv
 import http.client
 import importlib
 import json
+import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -31,7 +32,7 @@ from data_prep.cli import CONFIG
 from data_prep.errors import exit_on_user_error
 from data_prep.marks import RIGHT, WRONG
 from data_prep.progress import progress
-from data_prep.shards import Shards, read_manifest
+from data_prep.shards import Shards
 from data_prep.sheets import write_csv
 from data_prep.tables import markdown_table
 from eval.retrieval.intervals import Difference, paired_difference
@@ -43,6 +44,7 @@ from eval.search.query import text_query
 RECIPE, BASE_EPOCHS = "train/recipes/demo.yaml", 8
 VAL, TEST, HIDDEN = 0.1, 0.4, 0.5  # of all groups, and of the others
 K = 24  # results that the page shows
+GUARD = "with --wise-ft 0"
 CONTROL, QUERIES = "no marks", "text_to_image"
 COLUMNS = ["file_path", "caption", "group", "split", "weight"]
 READ = ["--image-column", "file_path", "--caption-column", "caption", "--group-column", "group"]
@@ -52,11 +54,11 @@ def main(
     data: Path,
     out: Path,
     noise: tuple[float, ...] = (0.0, 0.1, 1.0),
+    guarded: tuple[float, ...] = (1.0,),
     rounds: int = 3,
     sentences: int = 2000,
     epochs: int = 2,
     lr: float = 3e-4,
-    flags: tuple[str, ...] = (),
     seed: int = 0,
 ) -> None:
     """Print the tables.
@@ -65,19 +67,21 @@ def main(
         data: Folder of `python -m data_prep icons`.
         out: Folder to write.
         noise: Shares of marks that are swapped.
+        guarded: Shares that are tried once more, with `--wise-ft 0`: what is worse on val is not taken.
         sentences: Of each round.
         epochs, lr: Of the training of each round.
-        flags: More flags of that training, such as "--wise-ft 0.5"; pass another --out.
         seed: Of what is hidden, of sentences and of noise.
     """
     data, out = data.absolute(), out.absolute()
     truth = make(data, out, seed)
     kept = ["--keep-splits", out / "shards"]
-    training = ["--epochs", epochs, "--optim.lr", lr, *" ".join(flags).split()]
+    training = ["--epochs", epochs, "--optim.lr", lr]
     arms = {f"{share:.0%} of marks are wrong": share for share in noise}
+    arms |= {f"{share:.0%}, {GUARD}": share for share in guarded}
     found = {}
     for name in (CONTROL, *arms):
-        model, folder = out / "base", out / name.replace(" ", "-").replace("%", "")
+        model, folder = out / "base", out / re.sub(r"\W+", "-", name)
+        guard = ["--wise-ft", 0] if name.endswith(GUARD) else []
         for number in range(rounds):
             place = folder / str(number)
             if not (place / "test.json").is_file():
@@ -87,11 +91,11 @@ def main(
                 build = [out / "pairs.csv", "--out", place / "shards", "--images", data, *READ, "--overwrite"]
                 call("data_prep", "build", *build, "--weight-column", "weight", *feedback, *kept)
                 run = ["--model", model, "--data", place / "shards", "--run", place / "run", "--seed", number]
-                call("train", RECIPE, *run, "--replay", "own", "--workers", 1, *training)
+                call("train", RECIPE, *run, "--replay", "own", "--workers", 1, *training, *guard)
                 measure(place / "run", out, place / "test.json")
             model = place / "run"
             found[name, number] = place
-        print(results(out, found, rounds), flush=True)
+    print(results(out, found, rounds))
     print(f"\n{marked(found, arms)}")
     models = {"before": out / "base", **{name: found[name, rounds - 1] / "run" for name in (CONTROL, *arms)}}
     print(f"\n{unasked(truth, models, out, sentences * rounds, seed)}")
@@ -206,23 +210,18 @@ def drawn(groups: dict[str, set[str]], seed: int) -> list[str]:
 
 
 def found_of_unasked(truth: dict[str, str], model: Path, out: Path, asked: int, seed: int) -> np.ndarray:
-    """Whether an image of the group is first, and among the first ten, bool [sentences, 2], of the sentences
-    that no round asked, in the training images.
+    """Of the sentences that no round asked, in the training images: whether an image of the group is first,
+    and among the first ten; float [sentences, 2].
     """
     embed(model, out)
     index, groups = open_index(model / "index"), groups_of_texts(out)
     texts = drawn(groups, seed)[asked:]
-    features = text_query(index.model(), texts)
-    paths = index.paths
-    return (
-        np.array(
-            [
-                [truth[paths[hit.number]] in groups[text] for hit in hits]
-                for text, hits in zip(texts, Nearest(index).top(features, 10), strict=True)
-            ]
-        ).cumsum(1)[:, [0, -1]]
-        > 0
-    )
+    hits = Nearest(index).top(text_query(index.model(), texts), 10)
+    is_right = [
+        [truth[index.paths[hit.number]] in groups[text] for hit in of_text]
+        for text, of_text in zip(texts, hits, strict=True)
+    ]
+    return np.maximum.accumulate(np.array(is_right, float), axis=1)[:, [0, -1]]
 
 
 def ask(connection: http.client.HTTPConnection, path: str, **fields) -> dict:
@@ -257,7 +256,7 @@ def marked(found: dict[tuple[str, int], Path], arms: dict[str, float]) -> str:
             continue
         place = found[name, number]
         counts = json.loads((place / "marks.json").read_text())
-        decisions = read_manifest(place / "shards")["decisions"]
+        decisions = json.loads((place / "shards" / "report.json").read_text())["decisions"]
         n_true, n_false = captions_of(place / "shards", place.parent.parent / "all.csv")
         lines.append(
             [
@@ -276,11 +275,13 @@ def marked(found: dict[tuple[str, int], Path], arms: dict[str, float]) -> str:
 def unasked(truth: dict[str, str], models: dict[str, Path], out: Path, asked: int, seed: int) -> str:
     """R@1 and R@10 in the training images, of the sentences that no round asked."""
     scores = {name: found_of_unasked(truth, model, out, asked, seed) for name, model in models.items()}
-    lines, control = [], scores[CONTROL]
+    lines, control, groups = [], scores[CONTROL], groups_of_texts(out)
+    names = [min(groups[text]) for text in drawn(groups, seed)[asked:]]
+    clusters = np.unique(names, return_inverse=True)[1]
     for name, own in scores.items():
         cells = [f"{100 * own[:, 0].mean():.1f}", f"{100 * own[:, 1].mean():.1f}"]
         for metric in (0, 1):
-            change = paired_difference(control[:, metric], own[:, metric], np.arange(len(own)))
+            change = paired_difference(control[:, metric], own[:, metric], clusters)
             cells.append("" if name == CONTROL else points(change))
         lines.append([name, *cells])
     columns = ["marks", "R@1", "R@10", "R@1, from no marks", "R@10, from no marks"]
