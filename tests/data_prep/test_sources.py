@@ -70,11 +70,11 @@ def test_remote_images_and_inputs(served, tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match=r"nothing\.csv: cannot be read"):
         build([f"{url}/nothing.csv"], tmp_path / "nothing", parallelism=Parallelism(1))
-    with pytest.raises(UserError, match=r"s3fs"):
+    with pytest.raises(UserError, match=r"adlfs"):
         build(
             [str(tmp_path / "any.csv")],
             tmp_path / "s3",
-            Reading(images="s3://bucket/folder"),
+            Reading(images="abfs://container/folder"),
             parallelism=Parallelism(1),
         )
 
