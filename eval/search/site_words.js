@@ -16,8 +16,8 @@ export function tokens(text) {
 // What an image with this text is found by, as indexed() of words.py: END follows a whole word.
 export function indexed(text) {
   return tokens(text).flatMap((token) => {
+    if (token.match(PART)[0] === token) return [token];
     const ends = [...token.matchAll(PART)].map((part) => part.index + part[0].length);
-    if (!ends.length || (ends.length === 1 && ends[0] === token.length)) return [token];
     return [token, token + END, ...ends.slice(1).filter((end) => end < token.length).map((end) => token.slice(0, end))];
   });
 }
