@@ -224,11 +224,12 @@ class CachedFile:
         return np.frombuffer(os.pread(descriptor, self.n_blocks, 0), bool)
 
     def _blocks_of(self, pieces: Pieces) -> np.ndarray:
-        """bool [n_blocks]."""
+        """bool [n_blocks]; pieces end where the file does, whatever an index says."""
         offsets, sizes = np.asarray(pieces, np.int64).reshape(-1, 2).T
+        starts = np.minimum(offsets, self.size)
         change = np.zeros(self.n_blocks + 1, np.int64)
-        np.add.at(change, offsets // BLOCK, 1)
-        np.add.at(change, -(-np.minimum(offsets + sizes, self.size) // BLOCK), -1)
+        np.add.at(change, starts // BLOCK, 1)
+        np.add.at(change, -(-(starts + np.minimum(sizes, self.size - starts)) // BLOCK), -1)
         return np.cumsum(change[:-1]) > 0
 
     def bytes_of(self, pieces: Pieces) -> int:

@@ -1,5 +1,6 @@
 """Shards behind a URL: a run is the run on local shards, bit for bit, whatever the store and the cache do."""
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -294,3 +295,21 @@ def in_process_group(plan, environment, ready):
     os.environ.update(environment)
     torch.set_num_threads(1)
     trained(plan, no_validation)
+
+
+def test_an_index_that_points_beyond_its_tar_is_named(store, many_shards, tmp_path):
+    """No block beyond the end is asked for, and none is counted."""
+    evil, name = upload(store, many_shards, "beyond"), "train/train-000000.index.tsv"
+    lines = (many_shards / name).read_text().splitlines()
+    values = lines[1].split("\t")
+    values[2] = str((1 << 62) + 5)  # the image's offset
+    data = "\n".join([lines[0], "\t".join(values), *lines[2:], ""]).encode()
+    store.pipe_file(f"bucket/beyond/{name}", data)
+    manifest = json.loads((many_shards / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["index_sha256"] = hashlib.sha256(data).hexdigest()
+    store.pipe_file("bucket/beyond/manifest.json", json.dumps(manifest).encode())
+    choose(str(tmp_path / "cache"), 0)
+    shards = Shards(evil, "train")
+    with pytest.raises(UserError, match="ends before byte"):
+        shards.read(0)
+    assert shards.read(1) == Shards(many_shards, "train").read(1)
