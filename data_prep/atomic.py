@@ -35,6 +35,7 @@ PARTIAL = re.compile(r"\..+\.([0-9a-f]{8})-([0-9]+)\.partial", re.DOTALL)
 LEFT_S = 24 * 3600  # no command is silent for so long while it writes a file
 MARK = ".made.json"
 LOCK = ".lock"
+MANGLED_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # s3:/bucket
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
 
 
@@ -290,6 +291,8 @@ def check_output(option: str, path: Path, is_folder: bool = False) -> None:
     Raises:
         UserError: what is there is of another kind, or no file can be made there.
     """
+    if MANGLED_URL.match(str(path)):  # a path lost one of its slashes
+        raise UserError(f"{option} {path}: must be on this machine, not behind a URL; pass another path")
     wanted, exists = ("a folder", path.is_dir()) if is_folder else ("a file", path.is_file())
     if path.exists() and not exists:  # a device would be replaced by a file
         found = "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or pipe"

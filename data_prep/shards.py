@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from data_prep.atomic import atomic_file
+from data_prep.atomic import MANGLED_URL, atomic_file
 from data_prep.below import file_below, regular
 from data_prep.errors import UserError
 from data_prep.images import WHITE, BadImage, hex_color
@@ -550,8 +550,8 @@ def _remote_manifest(url: str) -> dict:
         return read_bytes(store.read_whole("manifest.json", MAX_BYTES), dict)
     except FileNotFoundError as error:
         raise UserError(
-            f"{store.shown}: no manifest.json ({error}), so not a folder of shards; make one with: python -m"
-            " data_prep build"
+            f"{store.shown}: no manifest.json ({error}), so not a folder of shards; check the name, or make"
+            " one with: python -m data_prep build"
         ) from None
 
 
@@ -570,6 +570,8 @@ def read_manifest(folder: str | Path) -> dict:
     except (FileNotFoundError, NotADirectoryError):
         is_part = (folder.parent / "manifest.json").is_file()
         fix = f"pass {folder.parent}" if is_part else "make one with: python -m data_prep build"
+        if MANGLED_URL.match(str(folder)):
+            fix = "a URL has two slashes: s3://BUCKET/FOLDER"
         raise UserError(f"{folder}: no manifest.json, so not a folder of shards; {fix}") from None
     except ValueError as error:
         raise UserError(f"{folder}/manifest.json: damaged ({error}); build the shards again") from None

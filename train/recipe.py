@@ -19,6 +19,7 @@ import yaml
 
 from data_prep.cli import CONFIG
 from data_prep.errors import UserError
+from data_prep.store.remote import is_url
 from data_prep.terminal import safe
 from train.data.shares import Data, Sets, are_valid, shares_of, to_words
 
@@ -413,6 +414,8 @@ def _check_values(recipe: Recipe) -> None:
             all(0 <= alpha < 1 for alpha in recipe.wise_ft) and len(alphas) == len(recipe.wise_ft),
             "alphas must be at least 0 and below 1, and differ in their second decimal",
         ),
+        ("run", not is_url(recipe.run), "must be a folder of this machine, not a URL"),
+        ("cache_dir", not is_url(recipe.cache_dir), "must be a folder of this machine, not a URL"),
         ("data", are_valid(recipe.data), "shares of different folders must be above 0 and sum to 1"),
         (
             "replay",

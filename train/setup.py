@@ -160,7 +160,7 @@ def check_cache(pairs: Shards | DataSets) -> None:
     if needed > (limit := cache.limit()):
         raise UserError(
             f"--cache-gb {limit / 1e9:.3g}: batches read {WINDOW_SHARDS} shards of each data set at once,"
-            f" here {needed / 1e9:.3g} GB; pass at least --cache-gb {2.2 * needed / 1e9:.2g}, or"
+            f" here {needed / 1e9:.3g} GB; pass at least that, or twice it to fetch ahead, or"
             " --cache-dir on a larger disk"
         )
 

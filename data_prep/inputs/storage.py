@@ -12,6 +12,7 @@ import fsspec
 from data_prep.below import leads_out
 from data_prep.errors import UserError
 from data_prep.inputs import hub
+from data_prep.masked import masked_url
 from data_prep.store.remote import Store, file_at, is_url
 
 # Names of images. Files without such a name are images if they begin like one, see data_prep.signatures.
@@ -58,7 +59,8 @@ def remote(url: str) -> fsspec.AbstractFileSystem:
     try:
         return fsspec.core.url_to_fs(url)[0]
     except (ImportError, ValueError) as error:
-        raise UserError(f"{url}: {error}") from None
+        known = "" if "install" in str(error).lower() else "; URLs begin with s3://, gs://, hf:// or https://"
+        raise UserError(f"{masked_url(url)}: {error}{known}") from None
 
 
 def is_system_file(name: str) -> bool:

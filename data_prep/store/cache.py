@@ -27,7 +27,7 @@ from data_prep.atomic import NO_LOCKS, atomic_file
 from data_prep.cores import ranks_here
 from data_prep.errors import Fault, UserError
 from data_prep.progress import progress
-from data_prep.store.remote import Short, Store
+from data_prep.store.remote import Short, Store, is_url
 
 BLOCK = 1 << 14
 MERGED_BLOCKS = 4  # 64 KiB that nobody asked for take less time than another request
@@ -107,8 +107,13 @@ def choose(folder: str, gb: float) -> None:
     Args:
         folder: "" for the one in the user's cache folder.
         gb: 10^9 bytes; 0 for half of what is free.
+
+    Raises:
+        UserError: the folder is a URL.
     """
     global _chosen
+    if is_url(folder):
+        raise UserError(f"--cache-dir {folder}: must be a folder of this machine")
     _chosen = Cache(Path(folder) if folder else _chosen.folder, int(gb * 1e9))
 
 
@@ -192,7 +197,8 @@ class CachedFile:
             fix = (
                 "pass a smaller --cache-gb, or another --cache-dir" if is_full else "pass another --cache-dir"
             )
-            raise Fault(f"{self.path}: cannot be written ({error.strerror}); {fix}") from None
+            kind = Fault if is_full else UserError
+            raise kind(f"{self.path}: cannot be written ({error.strerror}); {fix}") from None
         return 0
 
     @contextlib.contextmanager
@@ -300,7 +306,8 @@ def whole_files(store: Store, files: Sequence[tuple[str, str]], label: str) -> l
                     for _ in progress(fetched, total=len(missing), desc=label, unit="file", delay=2):
                         pass
         except OSError as error:
-            raise Fault(f"{folder}: cannot be written ({error.strerror}); pass another --cache-dir") from None
+            kind = Fault if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+            raise kind(f"{folder}: cannot be written ({error.strerror}); pass another --cache-dir") from None
     return paths
 
 

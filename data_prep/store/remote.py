@@ -64,7 +64,10 @@ def is_url(place: object) -> bool:
 
 def place_of(folder: str | Path) -> str | Path:
     """A folder as a path, or its URL as a text: a path would lose one of its slashes."""
-    return folder.rstrip("/") if is_url(folder) else Path(folder)
+    if not is_url(folder):
+        return Path(folder)
+    stripped = folder.rstrip("/")
+    return stripped if is_url(stripped) else folder
 
 
 def absolute_place(folder: str | Path) -> str:
@@ -97,6 +100,8 @@ class Store:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
+        if not is_url(self.url):
+            raise UserError(f"{url}: names no bucket or host; pass a URL such as s3://BUCKET/FOLDER")
         self.shown = masked_url(self.url)
         self._files: tuple[int, object] = (0, None)
 
@@ -249,8 +254,9 @@ class Store:
                     return b""
                 said = one_line(error, 300) or type(error).__name__
                 if is_refusal(error):
-                    hint = CREDENTIALS.get(self.protocol, "check the address and the password")
-                    raise UserError(f"{self.shown}/{name}: refused ({said}); {hint}") from None
+                    hint = "; " + CREDENTIALS.get(self.protocol, "check the address and the password")
+                    hint = "" if type(error).__name__ == "NotFetched" else hint
+                    raise UserError(f"{self.shown}/{name}: refused ({said}){hint}") from None
                 if attempt == ATTEMPTS:
                     raise Fault(
                         f"{self.shown}/{name}: no answer in {attempt} attempts over"
@@ -284,7 +290,7 @@ def _file_system(url: str):
 
 def client_errors() -> tuple[type[Exception], ...]:
     """What a request to a store may raise."""
-    known = [OSError]
+    known = [OSError, ValueError]  # that of an endpoint which is no URL
     for module, name in CLIENT_ERRORS:
         known += filter(None, [getattr(sys.modules.get(module), name, None)])
     return tuple(known)
@@ -292,7 +298,7 @@ def client_errors() -> tuple[type[Exception], ...]:
 
 def is_refusal(error: Exception) -> bool:
     """Whether another attempt would end in the same way."""
-    if isinstance(error, PermissionError) or type(error).__name__ in REFUSALS:
+    if isinstance(error, (PermissionError, ValueError)) or type(error).__name__ in REFUSALS:
         return True
     if isinstance(error, OSError) and error.errno in WRONG:
         return True

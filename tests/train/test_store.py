@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from runs import assert_bit_equal, flags, newest, no_validation, recipe, trained
 from stores import Proxy, forget_connections, proxied, s3, upload
 
 import data_prep.store.remote
+from data_prep.atomic import check_output
 from data_prep.cli import run_place
 from data_prep.errors import UserError
 from data_prep.shards import Shards
@@ -27,6 +29,8 @@ from eval.retrieval.score import evaluate
 from eval.search.command import embed as embed_corpus
 from eval.search.index import Index
 from slurm.submit import common_settings
+from train.export.reference import samples
+from train.recipe import parse
 from train.world import World
 
 OPTIONS = {"epochs": 2, "save_every_minutes": 9.0}
@@ -168,7 +172,14 @@ def test_a_sample_is_read_without_a_loader(many_shards, url, tmp_path):
         ("s3://bucket/nothing", {}, "no manifest.json so not a folder of shards"),
         ("s3://no-such-bucket/x", {}, "s3://no-such-bucket/x bucket does not exist"),
         ("s3://bucket/many", {"AWS_ACCESS_KEY_ID": None}, "refused credentials AWS_PROFILE"),
-        ("zz://bucket/many", {}, "zz://bucket/many Protocol not known"),
+        ("zz://bucket/many", {}, "zz://bucket/many Protocol not known URLs begin with s3://"),
+        ("s3://", {}, "s3:// names no bucket"),
+        ("s3:/bucket/many", {}, "a URL has two slashes"),
+        (
+            "s3://bucket/many",
+            {"AWS_ENDPOINT_URL": "127.0.0.1:1"},
+            "refused Invalid endpoint AWS_ENDPOINT_URL",
+        ),
         ("http://127.0.0.1:9/x", {}, "http://127.0.0.1:9/x/manifest.json no answer in attempts"),
     ],
 )
@@ -178,12 +189,29 @@ def test_what_a_store_refuses_is_said_at_start(
     monkeypatch.setattr(data_prep.store.remote, "FIRST_WAIT_S", 0.01)
     for name, value in environment.items():
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     forget_connections()
     with pytest.raises(UserError) as error:
         trained(recipe(tiny_model, place, tmp_path / "run", cache_dir=str(tmp_path)), no_validation)
     assert all(word in str(error.value) for word in words.split()), error.value
     assert "\n" not in str(error.value)
+
+
+def test_outputs_are_on_this_machine(tmp_path):
+    """Their paths have lost a slash where commands see them."""
+    with pytest.raises(UserError, match=r"--json s3:/bucket/r.json: must be on this machine"):
+        check_output("--json", Path("s3://bucket/r.json"))
+    for key in ("run", "cache_dir"):
+        with pytest.raises(UserError, match="must be a folder of this machine"):
+            parse(["--model", "m", "--data", "d", "--run", "r", f"--{key}", "s3://bucket/r"])
+
+
+def test_an_export_is_compared_on_shards_of_a_url(tiny_model, url, many_shards, tmp_path):
+    choose(str(tmp_path / "cache"), 0)
+    here, there = (samples(place, (255, 255, 255)) for place in (many_shards, url))
+    assert [image.tobytes() for image in here.images] == [image.tobytes() for image in there.images]
+    assert here.captions == there.captions
+    assert "of the val split of many (" in there.source
 
 
 def test_a_shard_that_is_gone_or_shorter_is_named(store, tiny_model, many_shards, tmp_path):

@@ -6,7 +6,6 @@ Compared are features, of images and captions of the user's, and what the snippe
 for the user's own files, transparent and rotated ones among them.
 """
 
-import contextlib
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from data_prep.below import file_below
 from data_prep.errors import UserError
 from data_prep.images import WHITE
 from data_prep.shards import Shards, sha256_of
+from data_prep.store.remote import is_url
 from data_prep.strict_json import read_json
 from data_prep.tables import markdown_table
 from data_prep.terminal import say
@@ -198,7 +198,7 @@ def is_installed(package: str) -> bool:
     return bool(installed) and requirement.specifier.contains(installed, prereleases=True)
 
 
-def shards_of(run: Path | None, number: int = 0) -> Path | None:
+def shards_of(run: Path | None, number: int = 0) -> Path | str | None:
     """The shards that a run was trained on; None if `run` is no run, or they are gone or have changed.
 
     A relative path is looked for in the working folder, and in the folders that the run is in.
@@ -213,11 +213,20 @@ def shards_of(run: Path | None, number: int = 0) -> Path | None:
     if len(names) != len(fingerprints):
         return None
     name, fingerprint = names[number], fingerprints[number]
+    if is_url(name):
+        return name if _has(name, fingerprint) else None
     for data in (folder / name for folder in (Path(), *run.resolve().parents)):
-        with contextlib.suppress(UserError):  # something else that has the name
-            if (data / "manifest.json").is_file() and Shards(data, "train").fingerprint == fingerprint:
-                return data
+        if (data / "manifest.json").is_file() and _has(data, fingerprint):
+            return data
     return None
+
+
+def _has(data: Path | str, fingerprint: str) -> bool:
+    """Whether the shards in a place are those of a run."""
+    try:
+        return Shards(data, "train").fingerprint == fingerprint
+    except UserError:  # something else that has the name, or a store that refuses
+        return False
 
 
 def table(record: dict) -> str:

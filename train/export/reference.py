@@ -93,9 +93,9 @@ def samples(data: Path | None, background: tuple[int, int, int]) -> Samples:
     read = [shards.read(number) for number in numbers]
     images = list(decoded_samples(shards, numbers))
     captions = [sample.captions[0] for sample in read] + FIXED_CAPTIONS
+    name = Path(str(data)).name if is_url(data) else data.resolve().name
     source = (
-        f"{len(images)} images and captions of the {shards.split} split of {data.resolve().name}"
-        f" ({shards.fingerprint[:12]})"
+        f"{len(images)} images and captions of the {shards.split} split of {name} ({shards.fingerprint[:12]})"
     )
     files = original_files(shards) + made_files(images, background)
     return Samples(images, captions, files, f"{source} and {len(FIXED_CAPTIONS)} fixed captions")
@@ -148,7 +148,8 @@ def _root_of(shards: Shards) -> str | None:
     name = shards.manifest.get("read", {}).get("images", "")
     if not name or is_url(name):
         return None
-    folders = (folder / name for folder in (Path(), *shards.folder.resolve().parents))
+    near = () if is_url(shards.folder) else shards.folder.resolve().parents
+    folders = (folder / name for folder in (Path(), *near))
     return next((str(folder) for folder in folders if folder.is_dir()), None)
 
 
