@@ -86,8 +86,16 @@ def nearest(
     print(f"{what}\n\n{markdown_table(columns, rows)}")
 
 
-def random_index(folder: Path, n: int, d: int) -> Path:
-    """An index without images, of random features in clusters, four images in a group."""
+def random_index(folder: Path, n: int, d: int = 0, model: str = "none") -> Path:
+    """An index without images, of random features in clusters, four images in a group.
+
+    Args:
+        d: dimensions; those of the model where it is one that opens.
+    """
+    sha256 = ""
+    if model != "none":
+        clip = load_for_eval(model, INFERENCE, World())
+        d, sha256 = clip.config["model_cfg"]["embed_dim"], clip.fingerprint()
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(max(1, n // 500), d, generator=generator)
     features = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (n, d))
@@ -104,7 +112,7 @@ def random_index(folder: Path, n: int, d: int) -> Path:
         "path": numbers.astype(str),
         "split": np.full(n, "train"),
         "group": numbers // 4,
-        "captions": [[]] * n,
+        "captions": [[f"image {number}"] for number in range(n)],
     }
     pq.write_table(
         pa.table({name: pa.array(column, SCHEMA[name]) for name, column in known.items()}),
@@ -112,7 +120,14 @@ def random_index(folder: Path, n: int, d: int) -> Path:
     )
     np.save(folder / "thumbnails.npy", np.zeros(n + 1, np.int64))
     (folder / "thumbnails.bin").write_bytes(b"")
-    manifest = {"index_format": FORMAT, "model": "none", "model_sha256": "", "data": "random", "n": n, "d": d}
+    manifest = {
+        "index_format": FORMAT,
+        "model": model,
+        "model_sha256": sha256,
+        "data": "random",
+        "n": n,
+        "d": d,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

@@ -1,6 +1,7 @@
 """Load test of the search page's server: many clients search with sentences and images.
 
     python -m benchmarks.serve INDEX
+    python -m benchmarks.serve MODEL --made-up 1000000 --clients 1    random features, sentences only
 
 Each client sends a search, waits for the answer, and sends the next. Sentences differ, so the server's cache
 of texts does not help. The server is a separate process on the machine of the clients.
@@ -12,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,15 +22,18 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import psutil
 import tyro
 
+from benchmarks.search import random_index
 from data_prep.errors import UserError, exit_on_user_error
 from data_prep.tables import markdown_table
 from eval.search.index import Index, open_index
 
 
 def bench(
-    indexes: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    indexes: Annotated[tuple[str, ...], tyro.conf.Positional],
+    made_up: int = 0,
     clients: int = 50,
     seconds: float = 60,
     images: float = 0.1,
@@ -37,16 +42,25 @@ def bench(
     """Search a server of these indexes for a while; counts and latencies, and a title.
 
     Args:
-        indexes: As for `python -m eval serve`.
+        indexes: As for `python -m eval serve`; the model of an index that is made up.
+        made_up: Images of that index, without thumbnails.
         clients: Number of concurrent clients.
         seconds: Duration.
         images: Share of the searches that send an image.
         k: Results of each search.
     """
-    index = open_index(indexes[0])
-    with started(*indexes) as (_, host):
-        result = load(host, index, clients, seconds, images, k)
-    return result, f"{clients} clients, {seconds:g} s, {len(index):,} images, {len(indexes)} models"
+    with tempfile.TemporaryDirectory() as folder:
+        if made_up:
+            indexes, images = (str(random_index(Path(folder), made_up, model=indexes[0])),), 0.0
+        index = open_index(Path(indexes[0]))
+        with started(*indexes) as (server, host):
+            result = load(host, index, clients, seconds, images, k)
+            memory = psutil.Process(server.pid).memory_full_info()
+    title = f"{clients} clients, {seconds:g} s, {len(index):,} images, {len(indexes)} models"
+    return (
+        result,
+        f"{title}; the server has {memory.rss / 1e6:,.0f} MB, {memory.uss / 1e6:,.0f} of them its own",
+    )
 
 
 @contextmanager
