@@ -148,6 +148,7 @@ def open_columns(
         for index, name in zip(indexes, models or [""] * len(indexes), strict=True)
     ]
     words = Words(indexes[0])
+    words.prepare()
     return [
         Column(index, clip, forward, words, approximate) for index, clip in zip(indexes, clips, strict=True)
     ]

@@ -90,6 +90,13 @@ class Words:
         self.index = index
         self._lock, self._ids, self._bm25 = Lock(), {}, None
 
+    def prepare(self) -> None:
+        """Make it now, where bm25s is installed: for a million images it takes 20 seconds, which no
+        visitor should wait for.
+        """
+        if bm25s is not None:
+            self._make()
+
     def known(self, text: str) -> list[str]:
         """The exact words of a query that an image of the index has.
 
