@@ -24,11 +24,12 @@ from data_prep.build.split import SPLITS
 from data_prep.errors import UserError
 from data_prep.inputs.storage import is_url
 from data_prep.shards import sha256_of, shard_entry
+from data_prep.store.cache import CACHES
 from data_prep.store.remote import Store
 from data_prep.strict_json import parse_json, problem_of
 
 MANIFEST, JOURNAL = "manifest.json", "uploaded.jsonl"
-BUILDS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cliptune" / "builds"
+BUILDS = CACHES / "builds"
 MAX_BYTES = 1 << 30  # of a manifest or mark
 UPLOADED = {"name": str, "bytes": int, "sha256": str, "entry?": dict}  # a line of JOURNAL
 

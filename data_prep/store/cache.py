@@ -98,7 +98,8 @@ class Cache:
                 total -= held[path][0]
 
 
-_chosen = Cache(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cliptune" / "shards")
+CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cliptune"
+_chosen = Cache(CACHES / "shards")
 
 
 def choose(folder: str, gb: float) -> None:
