@@ -22,13 +22,15 @@ from data_prep.atomic import check_output
 from data_prep.cli import run_place
 from data_prep.errors import UserError
 from data_prep.shards import Shards
-from data_prep.store.cache import BLOCK, PAGE, CachedFile, choose
+from data_prep.store.cache import BLOCK, PAGE, Cache, CachedFile, choose
 from eval.embed import load_for_eval
 from eval.options import Inference
 from eval.retrieval.score import evaluate
 from eval.search.command import embed as embed_corpus
 from eval.search.index import Index
 from slurm.submit import common_settings
+from train.data.ahead import Fetched, plan
+from train.data.order import WINDOW_SHARDS, Order
 from train.export.reference import samples
 from train.recipe import parse
 from train.world import World
@@ -341,3 +343,30 @@ def test_an_index_that_points_beyond_its_tar_is_named(store, many_shards, tmp_pa
     with pytest.raises(UserError, match="ends before byte"):
         shards.read(0)
     assert shards.read(1) == Shards(many_shards, "train").read(1)
+
+
+def test_files_are_held_for_one_epoch_at_a_time(many_shards, url, tmp_path):
+    """With room for two windows, every file is on its way before a batch reads it, for all of several epochs:
+    what is done with one makes room for the next.
+    """
+    choose(str(tmp_path / "cache"), 0)
+    shards, batch = Shards(url, "train"), 4
+    order = Order(shards.shard_sizes, batch, seed=0)
+    n_steps = 3 * order.steps_per_epoch
+    positions, batches = np.arange(n_steps * batch), np.repeat(np.arange(n_steps), batch)
+    chunk = order.numbers(positions), batches, order.epochs(positions)
+    wanted = list(plan(shards, [chunk]))
+    assert [each.first for each in wanted] == sorted(each.first for each in wanted)
+    read = {(number, batch) for number, batch in zip(shards.shards_of(chunk[0]), batches, strict=True)}
+    files = {file.name: number for number, file in enumerate(shards.remote_files())}
+    for number, at in read:
+        assert any(files[each.file.name] == number and each.first <= at <= each.last for each in wanted)
+
+    fetched, coming, n_files = Fetched(Cache(tmp_path / "none", 2 * WINDOW_SHARDS * BLOCK)), iter(wanted), 0
+    following = next(coming)
+    for at in range(n_steps):
+        while following and fetched.has_room(following, at):
+            fetched.hold(following)
+            n_files, following = n_files + 1, next(coming, None)
+        assert following is None or following.first > at, at
+    assert n_files == len(wanted) > 2 * len(files)

@@ -25,6 +25,10 @@ FILES_AT_ONCE = 8  # each one request after the other
 POLL_S = 0.05
 
 
+# Of samples: int64 [n], their numbers, the batch that each is in, and its epoch.
+Chunk = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 class Wanted(NamedTuple):
     """What batches read of a file.
 
@@ -39,18 +43,15 @@ class Wanted(NamedTuple):
     pieces: np.ndarray
 
 
-def plan(shards: Shards | Joined, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[Wanted]:
-    """What is read of each file behind a URL, in the order in which batches need it.
-
-    Args:
-        chunks: of the batches: sample numbers, int64 [n], and the number of the batch that each is in.
-    """
-    for numbers, batches in chunks:
+def plan(shards: Shards | Joined, chunks: Iterable[Chunk]) -> Iterator[Wanted]:
+    """What is read of each file behind a URL in an epoch, in the order in which batches need it."""
+    for numbers, batches, epochs in chunks:
         wanted = []
         for part, here, own in shards.located(numbers):
             files, of_shard = part.remote_files(), part.shards_of(own)
-            in_turn = np.argsort(of_shard, kind="stable")
-            for members in np.split(in_turn, np.flatnonzero(np.diff(of_shard[in_turn])) + 1):
+            stretch = epochs[here] * len(files) + of_shard
+            in_turn = np.argsort(stretch, kind="stable")
+            for members in np.split(in_turn, np.flatnonzero(np.diff(stretch[in_turn])) + 1):
                 if (file := files[of_shard[members[0]]]) is not None:
                     of_file = batches[here[members]]
                     pieces = part.pieces(np.sort(own[members]))
@@ -65,14 +66,10 @@ def is_remote(shards: Shards | Joined | None) -> bool:
 
 
 class Fetched:
-    """The files that are fetched, and let go when all batches that read them have been.
+    """The files that are fetched, and let go when all batches that read them have been."""
 
-    Args:
-        turn, turns: this rank fetches every `turns`-th file of the plan, which is the same for `turns` ranks.
-    """
-
-    def __init__(self, cache: Cache, turn: int, turns: int):
-        self.cache, self.limit, self.turn, self.turns = cache, cache.limit(), turn, turns
+    def __init__(self, cache: Cache):
+        self.cache, self.limit = cache, cache.limit()
         self.held: list[Wanted] = []
         self.held_bytes: dict[Path, int] = {}
         self.used: list[Path] = []
@@ -90,16 +87,14 @@ class Fetched:
         others = sum(n for path, n in self.held_bytes.items() if path != wanted.file.path)
         return not self.held or others + wanted.file.bytes_of(wanted.pieces) <= self.limit
 
-    def take(self, number: int, wanted: Wanted, pool: ThreadPoolExecutor) -> None:
-        """Fetch a file, if it is this rank's, and make room for it."""
+    def hold(self, wanted: Wanted) -> None:
+        """Make room for a file, and keep it until it has been read."""
         path, n_bytes = wanted.file.path, wanted.file.bytes_of(wanted.pieces)
         self.held.append(wanted)
         self.held_bytes[path] = max(n_bytes, self.held_bytes.get(path, 0))
         if path in self.used:
             self.used.remove(path)
         self.cache.make_room(set(self.held_bytes), sum(self.held_bytes.values()), self.used)
-        if number % self.turns == self.turn:
-            pool.submit(_fetch, wanted)
 
 
 def _fetch(wanted: Wanted) -> None:
@@ -109,17 +104,14 @@ def _fetch(wanted: Wanted) -> None:
 
 @contextmanager
 def ahead(
-    shards: Shards | Joined | None,
-    chunks: Iterable[tuple[np.ndarray, np.ndarray]],
-    turn: int = 0,
-    turns: int = 1,
+    shards: Shards | Joined | None, chunks: Iterable[Chunk], turn: int = 0, turns: int = 1
 ) -> Iterator[Callable[[int], None]]:
     """Fetch what batches will read; nothing is done where all shards are on this machine.
 
     Args:
         shards: None for images that are in none.
         chunks: as of plan(); they are computed in the other process.
-        turn, turns: as of Fetched.
+        turn, turns: this rank fetches every `turns`-th file of the plan, which is the same for `turns` ranks.
 
     Returns:
         To be called with the number of batches that have been read.
@@ -128,7 +120,7 @@ def ahead(
         yield lambda n_read: None
         return
     n_read = multiprocessing.Value("q", 0, lock=False)
-    arguments = shards, chunks, Fetched(chosen(), turn, turns), n_read
+    arguments = shards, chunks, Fetched(chosen()), n_read, turn, turns
     process = multiprocessing.Process(target=_run, args=arguments, daemon=True, name="fetch ahead")
     process.start()
     try:
@@ -139,7 +131,7 @@ def ahead(
 
 
 def _run(
-    shards: Shards | Joined, chunks: Iterable[tuple[np.ndarray, np.ndarray]], fetched: Fetched, n_read
+    shards: Shards | Joined, chunks: Iterable[Chunk], fetched: Fetched, n_read, turn: int, turns: int
 ) -> None:
     exit_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the workers: stops are for the main process
@@ -148,4 +140,6 @@ def _run(
         for number, wanted in enumerate(plan(shards, chunks)):
             while not fetched.has_room(wanted, n_read.value):
                 time.sleep(POLL_S)
-            fetched.take(number, wanted, pool)
+            fetched.hold(wanted)
+            if number % turns == turn:
+                pool.submit(_fetch, wanted)

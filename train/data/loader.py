@@ -32,7 +32,7 @@ from data_prep.cores import local_rank, ranks_here
 from data_prep.errors import Fault, UserError
 from data_prep.shards import Damaged, Sample, Shards
 from data_prep.terminal import say
-from train.data.ahead import ahead
+from train.data.ahead import Chunk, ahead
 from train.data.augment import N_UNIFORMS, Augmentation, crop
 from train.data.captions import caption, draw
 from train.data.decode import decode
@@ -305,19 +305,20 @@ def _turns(batches: Iterable[list[int]]) -> tuple[int, int]:
 
 
 class _Chunks:
-    """The sample numbers of batches, and the batch of each, for train.data.ahead: computed where it runs."""
+    """Samples of batches, the batch and the epoch of each, for train.data.ahead: computed where it runs."""
 
     def __init__(self, dataset: Dataset, batches: Iterable[list[int]]):
         self.dataset, self.batches = dataset, batches
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def __iter__(self) -> Iterator[Chunk]:
         if isinstance(self.batches, RankPositions):
+            order = self.dataset.order
             for positions, of_batch in self.batches.chunks_of_node():
-                yield self.dataset.order.numbers(positions), of_batch
+                yield order.numbers(positions), of_batch, order.epochs(positions)
         else:
             sizes = [len(batch) for batch in self.batches]
             numbers = np.fromiter(itertools.chain.from_iterable(self.batches), np.int64, sum(sizes))
-            yield numbers, np.repeat(np.arange(len(sizes)), sizes)
+            yield numbers, np.repeat(np.arange(len(sizes)), sizes), np.zeros(len(numbers), np.int64)
 
 
 def read_ahead(workers: int, batch_bytes: int, free: float, warn: bool) -> tuple[int, int]:

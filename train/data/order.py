@@ -95,6 +95,14 @@ class Order:
         window = int(np.searchsorted(ends, offset, side="right"))
         return int(self._window(epoch, window)[offset - int(ends[window])])  # from its end
 
+    def epochs(self, positions: np.ndarray) -> np.ndarray:
+        """The epoch that each of many positions is in: int64 [n]. In it, a shard is read in one stretch.
+
+        Args:
+            positions: int64 [n].
+        """
+        return positions // self.samples_per_epoch
+
     def numbers(self, positions: np.ndarray) -> np.ndarray:
         """The sample numbers at many positions of the stream: int64 [n].
 

@@ -99,14 +99,26 @@ class MixedOrder(Order):
         offset = int(self._offset_at[place])
         return int(self._starts[number]) + order.sample_at(batch * order.global_batch_size + offset)
 
+    def epochs(self, positions: np.ndarray) -> np.ndarray:
+        """Each set has its own."""
+        epochs = np.empty(len(positions), np.int64)
+        for _, order, here, own in self._of_sets(positions):
+            epochs[here] = order.epochs(own)
+        return epochs
+
     def numbers(self, positions: np.ndarray) -> np.ndarray:
-        batches, places = np.divmod(positions, self.global_batch_size)
-        sets, offsets = self._set_at[places], self._offset_at[places]
-        numbers = self._starts[sets]
-        for number, order in enumerate(self.orders):
-            here = sets == number
-            numbers[here] += order.numbers(batches[here] * order.global_batch_size + offsets[here])
+        numbers = np.empty(len(positions), np.int64)
+        for number, order, here, own in self._of_sets(positions):
+            numbers[here] = self._starts[number] + order.numbers(own)
         return numbers
+
+    def _of_sets(self, positions: np.ndarray) -> Iterator[tuple[int, Order, np.ndarray, np.ndarray]]:
+        """Each set's number and order, which of the positions it has, and their positions in its order."""
+        batches, places = np.divmod(positions, self.global_batch_size)
+        sets = self._set_at[places]
+        for number, order in enumerate(self.orders):
+            here = np.flatnonzero(sets == number)
+            yield number, order, here, batches[here] * order.global_batch_size + self._offset_at[places[here]]
 
 
 def open_pairs(recipe: Recipe) -> Shards | DataSets:
