@@ -2,6 +2,8 @@
 say why.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -114,7 +116,6 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     choose(recipe.cache_dir, recipe.cache_gb)
     pairs = open_pairs(recipe)
     check_batch(recipe, len(pairs), world)
-    check_cache(pairs)
     if not pairs.weight_range[1]:
         raise UserError(
             f"{pairs.folder}, {pairs.split}: all weights are 0, so there is nothing to learn; build with"
@@ -125,6 +126,7 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     if recipe.replay:
         replay_pairs = pairs if is_own else Shards(recipe.replay, "train")
         check_replay(recipe, len(replay_pairs), world)
+    check_cache([pairs, *filter(None, [replay_pairs])])
     if run:
         check_val(pairs)
         check_installed(recipe.log)
@@ -146,20 +148,23 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     return Inputs(pairs, replay_pairs, texts, clip)
 
 
-def check_cache(pairs: Shards | DataSets) -> None:
+def check_cache(streams: Sequence[Shards | DataSets]) -> None:
     """Check that the cache holds what batches read at once, where shards are behind a URL.
+
+    Args:
+        streams: each has an order, and so a window, of its own.
 
     Raises:
         UserError: it does not.
     """
     needed = 0
-    for part in pairs.parts if isinstance(pairs, DataSets) else [pairs]:
+    for part in itertools.chain(*(each.parts if isinstance(each, DataSets) else [each] for each in streams)):
         sizes = sorted((file.size for file in part.remote_files() if file), reverse=True)
         needed += sum(sizes[:WINDOW_SHARDS])
     cache = chosen()
     if needed > (limit := cache.limit()):
         raise UserError(
-            f"--cache-gb {limit / 1e9:.3g}: batches read {WINDOW_SHARDS} shards of each data set at once,"
+            f"--cache-gb {limit / 1e9:.3g}: batches read {WINDOW_SHARDS} shards of each data set, and of replay's, at once,"
             f" here {needed / 1e9:.3g} GB; pass at least that, or twice it to fetch ahead, or"
             " --cache-dir on a larger disk"
         )
