@@ -164,9 +164,9 @@ def check_cache(streams: Sequence[Shards | DataSets]) -> None:
     cache = chosen()
     if needed > (limit := cache.limit()):
         raise UserError(
-            f"--cache-gb {limit / 1e9:.3g}: batches read {WINDOW_SHARDS} shards of each data set, and of replay's, at once,"
-            f" here {needed / 1e9:.3g} GB; pass at least that, or twice it to fetch ahead, or"
-            " --cache-dir on a larger disk"
+            f"--cache-gb {limit / 1e9:.3g}: batches read {WINDOW_SHARDS} shards of each data set at once,"
+            f" and of replay's, here {needed / 1e9:.3g} GB; pass at least that, or twice it to fetch ahead,"
+            " or --cache-dir on a larger disk"
         )
 
 
