@@ -7,7 +7,6 @@ import tyro
 
 from data_prep.cores import cores_per_rank
 from data_prep.errors import UserError
-from data_prep.store.cache import choose
 
 MOST_READERS = 16  # read 3,500 images a second, more than one GPU embeds with ViT-L/14
 
@@ -41,6 +40,8 @@ class Inference:
         if self.cache_gb < 0:
             raise UserError(f"--cache-gb {self.cache_gb:g}: must be at least 0")
         if self.cache_dir or self.cache_gb:
+            from data_prep.store.cache import choose  # imports numpy, which is slow
+
             choose(self.cache_dir, self.cache_gb)  # for all that this process opens
 
     @property

@@ -15,7 +15,6 @@ import tyro
 from data_prep.cli import File, Folder, RecipeFile, Rest, Run, Shards
 from data_prep.errors import UserError
 from data_prep.rooms import ROOMS, importable
-from data_prep.shards import has_manifest
 from data_prep.store.remote import absolute_place
 from data_prep.terminal import say
 from slurm.queue import record_job
@@ -134,6 +133,8 @@ def pipeline(
     ) -> None:
         number = submit_command(words, name, run, needs, site, numbers[-1:], dry_run=dry_run, **options)
         numbers.append(number)
+
+    from data_prep.shards import has_manifest  # imports numpy, which is slow
 
     if has_manifest(data):
         say(f"# {data}: exists, not built again")

@@ -14,7 +14,6 @@ import tyro
 from data_prep.cli import File, RecipeFile, Rest, Run, Runs
 from data_prep.errors import UserError
 from data_prep.rooms import importable
-from data_prep.shards import has_manifest
 from data_prep.store.remote import is_url
 from data_prep.tables import counted
 from data_prep.terminal import say
@@ -191,6 +190,8 @@ def check_training(
             f"--global-batch-size {parsed.global_batch_size}: must be a multiple of the {ranks} ranks"
             f" ({resources.nodes} nodes x {resources.ranks_per_node})"
         )
+    from data_prep.shards import has_manifest  # imports numpy, which is slow
+
     missing = [] if data_may_be_missing else [each for each in shares_of(data) if not has_manifest(each)]
     if missing:
         raise UserError(
