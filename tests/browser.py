@@ -25,7 +25,7 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--disable-component-update",
 ]
-expect.set_options(timeout=15_000)  # for a busy machine
+expect.set_options(timeout=60_000)  # for a busy machine
 
 
 _running: list[Browser] = []
