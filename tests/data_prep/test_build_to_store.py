@@ -1,15 +1,15 @@
 """A build to a URL: the same bytes as a local build, each tar once, the manifest last, whatever is killed."""
 
 import gc
-import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_mistake, call_here, environment, noise_images
-from stores import objects, s3
+from stores import Proxy, objects, proxied, s3
 
 import data_prep.__main__
 from data_prep.build import target
@@ -167,23 +167,24 @@ build([sys.argv[1]], sys.argv[2], Reading(group_column="group"), **options)
 def test_kill_9_while_two_processes_upload(store, tmp_path):
     source = pairs(tmp_path / "images", 120)
     run(source, tmp_path / "local")
-    rng, kills, code = random.Random(0), 0, None
-    while code != 0:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, source, URL],
-            cwd=ROOT,
-            env=environment(XDG_CACHE_HOME=str(tmp_path / "cache")),
-            stdout=-1,
-            stderr=-1,
-        )
-        try:
-            _, errors = process.communicate(timeout=rng.uniform(1.2, 2.5) + kills / 4)
-            code = process.returncode
-            assert code == 0, errors.decode()
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
+    kills = 0
+    with proxied(Proxy(latency_s=0.05)):  # so that a build takes a second, on any machine
+        for n_files in (2, 6, 12, sys.maxsize):  # in the store when it is killed
+            process = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, source, URL],
+                cwd=ROOT,
+                env=environment(XDG_CACHE_HOME=str(tmp_path / "cache")),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            while process.poll() is None and len(store.find(FOLDER)) < n_files:
+                time.sleep(0.01)
+            if process.poll() is None:
+                process.kill()
+                kills += 1
+            errors = process.communicate()[1].decode()
+            assert process.returncode in (0, -signal.SIGKILL), errors
+    assert process.returncode == 0
     assert kills >= 2
     assert objects(store, FOLDER) == contents(tmp_path / "local")
 
