@@ -59,7 +59,7 @@ RecipeFile = Annotated[Path, tyro.conf.arg(metavar="RECIPE")]
 File = Annotated[Path, tyro.conf.arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-FolderOrUrl = Annotated[str | Path, tyro.conf.arg(metavar="FOLDER|URL")]  # a path would lose a slash of a URL
+FolderOrUrl = Annotated[Path | str, _place("FOLDER|URL")]
 OptionalFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 OutputFile = Annotated[Path, tyro.conf.arg(metavar="FILE"), Output()]
 OptionalOutputFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE"), Output()]

@@ -180,8 +180,8 @@ class Recipe:
     """Consecutive steps with a non-finite loss or gradient after which the run rolls back to its last
     checkpoint, once."""
     on_damage: Literal["stop", "skip"] = "stop"
-    """What a training sample does that is not what was built (its hash differs from the index's). stop: it
-    ends the run. skip: another one takes its place, and RUN/damaged.jsonl lists it."""
+    """What happens when a training sample is damaged (its hash differs from the index's). stop: the run ends.
+    skip: another sample takes its place, and RUN/damaged.jsonl lists it."""
     timeout_minutes: float = 10.0
     """A rank that is silent for longer ends the run; the same command resumes from the last checkpoint."""
 

@@ -270,7 +270,7 @@ class StoreTarget:
 
 
 def _is_in_the_way(name: str) -> bool:
-    """Whether a build may write a file of this name: a README.md there is nobody's business."""
+    """Whether a build may write a file of this name: others, such as a README.md, stay as they are."""
     folder, slash, _ = name.partition("/")
     return folder in SPLITS if slash else name.endswith((".json", ".csv", ".html"))
 

@@ -17,9 +17,9 @@ from data_prep.below import open_below
 from data_prep.errors import UserError
 from data_prep.images import BadImage
 from data_prep.inputs.names import OUTSIDE, missing_hint
-from data_prep.inputs.storage import is_http, is_url, remote
+from data_prep.inputs.storage import is_http, is_url
 from data_prep.masked import masked_url
-from data_prep.store.remote import file_at
+from data_prep.store.remote import file_at, remote
 
 MAX_BYTES = 1 << 30
 PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")

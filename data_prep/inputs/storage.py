@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
-
 from data_prep.below import leads_out
 from data_prep.errors import UserError
 from data_prep.inputs import hub
-from data_prep.masked import masked_url
-from data_prep.store.remote import Store, file_at, is_url
+from data_prep.store.remote import Store, file_at, is_url, remote
 
 # Names of images. Files without such a name are images if they begin like one, see data_prep.signatures.
 IMAGE_EXTENSIONS = {
@@ -48,19 +45,6 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 def is_http(path: str) -> bool:
     return path.startswith(("http://", "https://"))
-
-
-def remote(url: str) -> fsspec.AbstractFileSystem:
-    """The file system of a URL.
-
-    Raises:
-        UserError: its protocol is unknown, or needs a package that is not installed.
-    """
-    try:
-        return fsspec.core.url_to_fs(url)[0]
-    except (ImportError, ValueError) as error:
-        known = "" if "install" in str(error).lower() else "; URLs begin with s3://, gs://, hf:// or https://"
-        raise UserError(f"{masked_url(url)}: {error}{known}") from None
 
 
 def is_system_file(name: str) -> bool:

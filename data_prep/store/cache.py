@@ -30,7 +30,7 @@ from data_prep.progress import progress
 from data_prep.store.remote import Short, Store, is_url
 
 BLOCK = 1 << 14
-MERGED_BLOCKS = 4  # 64 KiB that nobody asked for take less time than another request
+MERGED_BLOCKS = 4  # a gap of 64 KiB is fetched too: that takes less time than another request
 REQUEST_BYTES, FLUSHED_BYTES = 1 << 24, 1 << 26
 MAX_FILE, MAX_WHOLE = 1 << 40, 1 << 30
 PAGE = 4096  # the file begins at a multiple of it

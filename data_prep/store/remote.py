@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, unquote
 
 from data_prep.errors import Fault, UserError
 from data_prep.masked import masked_url, one_line
 from data_prep.terminal import say
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 T = TypeVar("T")
 ATTEMPTS, FIRST_WAIT_S = 6, 0.5  # waits of 0.5, 1, 2, 4 and 8 s: a store that restarts, or asks for less
@@ -283,9 +286,22 @@ def _file_system(url: str):
         from data_prep.inputs.image_server import ImageServer  # imports aiohttp, which is slow
 
         return ImageServer(url, skip_instance_cache=True)
-    from data_prep.inputs.storage import remote
-
     return remote(url)
+
+
+def remote(url: str) -> "AbstractFileSystem":
+    """The file system of a URL.
+
+    Raises:
+        UserError: its protocol is unknown, or needs a package that is not installed.
+    """
+    import fsspec  # slow to import
+
+    try:
+        return fsspec.core.url_to_fs(url)[0]
+    except (ImportError, ValueError) as error:
+        known = "" if "install" in str(error).lower() else "; URLs begin with s3://, gs://, hf:// or https://"
+        raise UserError(f"{masked_url(url)}: {error}{known}") from None
 
 
 def client_errors() -> tuple[type[Exception], ...]:

@@ -7,7 +7,6 @@ rank r of W, step k:  positions k*B + r*B/W ...  ->  Order  ->  Shards.read  -> 
 import contextlib
 import gc
 import hashlib
-import itertools
 import math
 import multiprocessing.util
 import os
@@ -317,7 +316,7 @@ class _Chunks:
                 yield order.numbers(positions), of_batch, order.epochs(positions)
         else:
             sizes = [len(batch) for batch in self.batches]
-            numbers = np.fromiter(itertools.chain.from_iterable(self.batches), np.int64, sum(sizes))
+            numbers = np.fromiter(chain.from_iterable(self.batches), np.int64, sum(sizes))
             yield numbers, np.repeat(np.arange(len(sizes)), sizes), np.zeros(len(numbers), np.int64)
 
 
