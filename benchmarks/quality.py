@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import quality_data
+from benchmarks import quality_data, quality_wrong
 from benchmarks.quality_data import call, captions_of, is_held_out
 from benchmarks.quality_table import SHOWN, page
 from data_prep.atomic import atomic_file, write_json
@@ -77,7 +77,7 @@ BASE += ["--augment.scale", 0.7, 1, "--captions.tag-dropout", 0.5]
 # "=", are replaced by files in OUT.
 A, SENTENCES = "A", "A's sentences"
 PLACES = {A: "{}/A", "B": "{}/B", SENTENCES: "{}/A.txt"}
-PLACES[quality_data.WEIGHTED] = "{}/" + quality_data.WEIGHTED
+PLACES |= {name: "{}/" + name for name in (quality_data.WEIGHTED, *quality_wrong.PLACES)}
 OURS = {
     "mates are positives": ["--same-group", "positive"],
     "all captions": ["--captions.sample", "random"],
@@ -100,6 +100,9 @@ MORE = {
     "replay of its own images and A's sentences": ["--replay", "own", "--replay-texts", SENTENCES],
     "groups of equal weight": ["--data", quality_data.WEIGHTED],
 }
+for share in quality_wrong.SHARES:
+    MORE[f"{share} % of wrong captions"] = ["--data", quality_wrong.WRONG.format(share)]
+    MORE[f"{share} % of wrong captions, reviewed"] = ["--data", quality_wrong.REVIEWED.format(share)]
 # open_clip_train sees the name alone too
 SEED = ["--same-group", "negative", "--captions.sample", "first"]
 PEER, PEER_WARM = "open_clip_train", "open_clip_train, warm-up 5 %"
@@ -171,8 +174,11 @@ def main(
     trained = dict.fromkeys(arm.removeprefix(SOUP) for arm in arms)
     folders = {arm: [folder_of(out, arm, seed) for seed in seeds] for arm in trained}
     base(out, 1 if smoke else BASE_EPOCHS)
-    if any(quality_data.WEIGHTED in (ARMS[arm.partition("@")[0]] or ()) for arm in trained):
+    words = {word for arm in trained for word in ARMS[arm.partition("@")[0]] or ()}
+    if quality_data.WEIGHTED in words:
         quality_data.weigh(out, ground)
+    if words.intersection(quality_wrong.PLACES):
+        quality_wrong.make(out, ground)
     os.environ["OMP_NUM_THREADS"] = "1"  # two arms at once, with a thread each, are faster than one with two
     with concurrent.futures.ProcessPoolExecutor(
         jobs or cores(), multiprocessing.get_context("spawn")

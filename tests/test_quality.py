@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import quality_data, quality_icons
+from benchmarks import quality_data, quality_icons, quality_wrong
 from benchmarks.quality import ARMS, OURS, RATES, SEED_RECIPE, words_of
 from benchmarks.quality_clipart import colour_images
 from benchmarks.quality_data import DOMAIN_B, captioned, concept, is_held_out, questions
@@ -240,10 +240,35 @@ def test_arms_with_pairs_of_a_have_them_in_their_batches_or_replay_them(tmp_path
         f"{fifth} instead of replay",
     }
     folders = {plan.data for plan in arms.values() if isinstance(plan.data, str)}
-    assert folders == {str(tmp_path / "B"), str(tmp_path / quality_data.WEIGHTED)}
+    names = ("B", quality_data.WEIGHTED, *quality_wrong.PLACES)
+    assert folders == {str(tmp_path / name) for name in names}
     replayed = {name: plan.replay for name, plan in arms.items()}
     assert replayed[fifth] == replayed["ours"] == str(tmp_path / "A")
     assert replayed[f"{fifth} instead of replay"] == replayed["ours without replay"] == ""
+
+
+def test_exchanged_captions_are_of_another_group_and_all_others_stay():
+    rows = [
+        {
+            "file": f"{group}-{style}",
+            "name": f"name {group} {style} {which}",
+            "synonyms": "",
+            "group": str(group),
+        }
+        for group in range(20)
+        for style in range(2)
+        for which in range(1 + group % 2)
+    ]
+    rows = [row | {"split": "test" if row["group"] == "7" else "train"} for row in rows]
+    changed, wrong = quality_wrong.exchanged(rows, 0.2)
+    assert len(wrong) == 8  # of 38 images
+    assert sorted(row["name"] for row in changed) == sorted(row["name"] for row in rows)
+    for row in changed:
+        group, style = row["name"].split()[1:3]
+        assert row["file"].startswith(f"{row['group']}-")
+        assert (row["group"] != group) == (row["file"] in wrong)
+        assert row["file"] in wrong or row["file"] == f"{group}-{style}"
+        assert row["split"] == ("test" if row["group"] == "7" else "train")
 
 
 def scored(seed: int) -> QueryScores:
