@@ -2,19 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-if TYPE_CHECKING:
-    from benchmarks.gpu.step import Apart
+from benchmarks.gpu.apart import Apart
 
 KERNELS = (None, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
-def attention(apart: "Apart") -> Iterator[tuple[str, Callable[[], dict]]]:
+def attention(apart: Apart) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Forward and backward of all blocks of the image tower, by each kernel."""
     visual = apart.state.clip.towers.model.visual
     width, tokens = visual.conv1.out_channels, len(visual.positional_embedding)
@@ -39,7 +37,7 @@ def attention(apart: "Apart") -> Iterator[tuple[str, Callable[[], dict]]]:
         yield name, lambda kernel=kernel: measure(kernel)
 
 
-def patch_embedding(apart: "Apart") -> Iterator[tuple[str, Callable[[], dict]]]:
+def patch_embedding(apart: Apart) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Forward and backward of the patch embedding, as a convolution and as a product."""
     convolution = apart.state.clip.towers.model.visual.conv1
     side, stride = apart.state.clip.image_size[0], convolution.kernel_size[0]

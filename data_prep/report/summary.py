@@ -14,6 +14,7 @@ from data_prep.build.decisions import ACTIONS, Decision, write_decisions
 from data_prep.build.feedback import FEEDBACK
 from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
+from data_prep.inputs.storage import is_url
 from data_prep.report.warnings import ASKED, warnings
 from data_prep.sheets import write_csv
 from data_prep.tables import are, counted
@@ -175,4 +176,6 @@ def print_report(out: str, report: dict) -> None:
         say(f"warning: {warning}")
     lists = {"rejects.csv": report["rejects"], "leaks.csv": report["leaks"]}
     listed = "".join(f"; {name} lists {count}" for name, count in lists.items() if count)
-    say(f"open {quote(f'{out}/report.html')}{listed}")
+    page = f"{out}/report.html"
+    said = f"the report is {page}" if is_url(page) else f"open {quote(page)}"
+    say(f"{said}{listed}")
