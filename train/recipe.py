@@ -335,7 +335,11 @@ def _flatten(values: dict, schema: type, path: Path, prefix: str) -> list[str]:
     for key, value in values.items():
         if key not in types:
             near = difflib.get_close_matches(str(key), types, n=1)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"valid keys: {', '.join(types)}"
+            hint = (
+                f"did you mean '{prefix}{near[0]}'?"
+                if near
+                else f"valid keys: {', '.join(types)}; remove it if an older version wrote this file"
+            )
             raise UserError(f"{path}: unknown key '{prefix}{key}'; {hint}")
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
