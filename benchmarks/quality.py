@@ -99,6 +99,7 @@ MORE = {
     "replay of its own images": ["--replay", "own"],
     "replay of its own images and A's sentences": ["--replay", "own", "--replay-texts", SENTENCES],
     "groups of equal weight": ["--data", quality_data.WEIGHTED],
+    "half of the patches": ["--patch-dropout", 0.5],
 }
 for share in quality_wrong.SHARES:
     MORE[f"{share} % of wrong captions"] = ["--data", quality_wrong.WRONG.format(share)]
