@@ -101,9 +101,11 @@ MORE = {
     "groups of equal weight": ["--data", quality_data.WEIGHTED],
     "half of the patches": ["--patch-dropout", 0.5],
 }
-for share in quality_wrong.SHARES:
-    MORE[f"{share} % of wrong captions"] = ["--data", quality_wrong.WRONG.format(share)]
-    MORE[f"{share} % of wrong captions, reviewed"] = ["--data", quality_wrong.REVIEWED.format(share)]
+MORE |= {
+    f"{share} % of wrong captions{reviewed}": ["--data", shards.format(share)]
+    for share in quality_wrong.SHARES
+    for reviewed, shards in (("", quality_wrong.WRONG), (", reviewed", quality_wrong.REVIEWED))
+}
 # open_clip_train sees the name alone too
 SEED = ["--same-group", "negative", "--captions.sample", "first"]
 PEER, PEER_WARM = "open_clip_train", "open_clip_train, warm-up 5 %"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.quality_clipart import colour_images, unpack
-from benchmarks.quality_icons import Synonyms, drawn, fetch, synonyms, table
+from benchmarks.quality_icons import Synonyms, drawn, fetch, synonyms, table, write_table
 from data_prep.atomic import atomic_file
 from data_prep.build.split import split_of
 from data_prep.errors import Fault
@@ -100,10 +100,8 @@ def weigh(out: Path, ground: Ground) -> None:
         return
     rows = table(out / "B.csv")
     images = Counter(group for _, group in {(row["file"], row["group"]) for row in rows})
-    with open(out / f"{WEIGHTED}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, "weight"])
-        writer.writeheader()
-        writer.writerows(row | {"weight": 1 / images[row["group"]]} for row in rows)
+    weighted = (row | {"weight": 1 / images[row["group"]]} for row in rows)
+    write_table(out / f"{WEIGHTED}.csv", [*COLUMNS, "weight"], weighted)
     build(out, WEIGHTED, ground, "--weight-column", "weight")
 
 

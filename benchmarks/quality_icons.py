@@ -5,6 +5,7 @@ without running any of them.
 import csv
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep import npm
@@ -165,6 +166,13 @@ def fonts(folder: Path, out: Path) -> list[tuple[str, str, dict[str, int], Path]
 def table(file: Path) -> list[dict]:
     with open(file, newline="") as opened:
         return list(csv.DictReader(opened))
+
+
+def write_table(file: Path, columns: list[str], rows: Iterable[dict]) -> None:
+    with open(file, "w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def spaced(name: str) -> str:

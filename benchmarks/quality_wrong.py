@@ -2,14 +2,13 @@
 of what `eval suspects` lists.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import quality_data
 from benchmarks.quality_data import COLUMNS, call
-from benchmarks.quality_icons import table
+from benchmarks.quality_icons import table, write_table
 
 SHARES = (5, 20)  # percent of the training images
 LOOKED_AT = 2  # images that are reviewed, for each wrong one
@@ -21,14 +20,14 @@ def make(out: Path, ground: quality_data.Ground) -> None:
     """Make the shards of PLACES, where they are missing.
 
     OUT/B-wrong-5: 5 % of the training images of B have each other's captions, drawn with a fixed seed.
-    OUT/B-reviewed-5: the same without the images that a person found wrong, who saw the first of the list
-    that the base made of B-wrong-5, twice as many as are wrong, and errs never.
+    OUT/B-reviewed-5: the same without the wrong images among the first of the list of suspects that the base
+    makes of B-wrong-5, of which twice as many are looked at as are wrong.
     """
     for share in SHARES:
         wrong_name, reviewed_name = WRONG.format(share), REVIEWED.format(share)
         rows, wrong = exchanged(table(out / "B.csv"), share / 100)
         if not (out / wrong_name).is_dir():
-            write(out / f"{wrong_name}.csv", rows)
+            write_table(out / f"{wrong_name}.csv", COLUMNS, rows)
             quality_data.build(out, wrong_name, ground)
         if not (out / reviewed_name).is_dir():
             listed = out / f"suspects-{share}.csv"
@@ -40,7 +39,8 @@ def make(out: Path, ground: quality_data.Ground) -> None:
             seen = list(dict.fromkeys(row["image"] for row in rows_listed))[: LOOKED_AT * len(wrong)]
             found = wrong.intersection(seen)
             print(f"{share} %: {len(wrong)} wrong, {len(seen)} looked at, {len(found)} found", flush=True)
-            write(out / f"{reviewed_name}.csv", [row for row in rows if row["file"] not in found])
+            kept = [row for row in rows if row["file"] not in found]
+            write_table(out / f"{reviewed_name}.csv", COLUMNS, kept)
             quality_data.build(out, reviewed_name, ground)
 
 
@@ -60,10 +60,3 @@ def exchanged(rows: list[dict], share: float) -> tuple[list[dict], set[str]]:
         own = {column: captions[file][0][column] for column in ("file", "group", "split")}
         changed += [row | own for row in captions[other]]
     return changed, set(drawn)
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -14,9 +14,9 @@ from data_prep.build.decisions import ACTIONS, Decision, write_decisions
 from data_prep.build.feedback import FEEDBACK
 from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
-from data_prep.inputs.storage import is_url
 from data_prep.report.warnings import ASKED, warnings
 from data_prep.sheets import write_csv
+from data_prep.store.remote import is_url
 from data_prep.tables import are, counted
 from data_prep.terminal import say
 
