@@ -204,4 +204,8 @@ def test_the_verdict_names_what_is_clearly_short():
     images, captions, epochs = of(0.05, 0.03, 0.07), of(0.01, -0.01, 0.02), of(0.04, 0.01, 0.06)
     assert verdict({"images": images, "captions": captions}).startswith("Short of images:")
     assert verdict({"epochs": epochs, "images": images}).startswith("Short of images or epochs:")
-    assert verdict({"captions": captions}).startswith("Short of nothing")
+    unclear = verdict({"captions": captions, "images": of(0.03, -0.01, 0.07)})
+    assert unclear.startswith("Perhaps short of images:")
+    assert "+3.0 points" in unclear
+    assert "(-1.0 to +7.0)" in unclear
+    assert verdict({"captions": of(-0.01, -0.03, 0.01)}).startswith("Short of nothing")

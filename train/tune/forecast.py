@@ -303,14 +303,23 @@ def warning(found: dict) -> str:
 
 
 def verdict(gains: dict[str, dict]) -> str:
-    """What the run is short of: the largest gain that is clear, and others that may be as large."""
+    """What the run is short of: the largest gain that is clear, and others that may be as large; where none
+    is clear, the largest and its interval.
+    """
+    largest = max(gains, key=lambda name: gains[name]["value"])
+    if gains[largest]["value"] <= 0:
+        return "Short of nothing: no doubling promises a gain."
     clear = {name: each for name, each in gains.items() if each["low"] > 0}
     if not clear:
-        return "Short of nothing: no doubling promises a gain that is clearly above zero."
+        value, low, high = (f"{100 * gains[largest][key]:+.1f}" for key in ("value", "low", "high"))
+        return (
+            f"Perhaps short of {largest}: there twice as many promise most, {value} points, but it may be"
+            f" nothing ({low} to {high})."
+        )
     most = max(each["value"] for each in clear.values())
     names = [name for name in clear if clear[name]["high"] >= most]
     names.sort(key=lambda name: -clear[name]["value"])
-    return f"Short of {' or '.join(names)}: there twice as many bring most."
+    return f"Short of {' or '.join(names)}: there twice as many promise most."
 
 
 def plot(found: dict) -> "Figure":
