@@ -94,24 +94,30 @@ def _is_left(entry: os.DirEntry, place: str, pid: str) -> bool:
     return False
 
 
+# How libraries say it; the last two are SQLite's, of which the second is all that it says of EFBIG.
+FULL = {os.strerror(number): number for number in (errno.ENOSPC, errno.EFBIG)}
+FULL |= {"disk is full": errno.ENOSPC, "disk I/O error": errno.EIO}
+
+
 @contextmanager
 def full_disk_as_oserror(path: Path) -> Iterator[None]:
-    """SQLite, safetensors and tokenizers have error types of their own for a full disk, and Python's names no
-    file that is open already: they become Python's, of `path`.
+    """SQLite, safetensors and tokenizers have error types of their own for a full disk and for a file that
+    may not grow (ulimit -f), and Python's names no file that is open already: they become Python's, of
+    `path`.
     """
-    full = os.strerror(errno.ENOSPC)
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC or error.filename is not None:
+        if error.errno not in FULL.values() or error.filename is not None:
             raise
-        raise OSError(errno.ENOSPC, full, str(path)) from None
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
     except (UserError, RuntimeError):  # torch reports a full /dev/shm as RuntimeError
         raise
     except Exception as error:
-        if full not in str(error) and "disk is full" not in str(error):
+        number = next((number for sign, number in FULL.items() if sign in str(error)), None)
+        if number is None:
             raise
-        raise OSError(errno.ENOSPC, full, str(path)) from None
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -281,8 +287,13 @@ def _read_mark(folder: Path) -> dict | None:
         return None
 
 
+# What files of these options begin with: another one is not replaced.
+BEGINS = {"--page": b"<!doctype html", "--json": b"{"}
+
+
 def check_output(option: str, path: Path, is_folder: bool = False) -> None:
-    """Refuse a place that cannot be written to, before the work that would be lost.
+    """Refuse a place that cannot be written to, before the work that would be lost, or that holds a file of
+    another kind.
 
     Args:
         option: that was passed, for the message: "--json".
@@ -297,11 +308,35 @@ def check_output(option: str, path: Path, is_folder: bool = False) -> None:
     if path.exists() and not exists:  # a device would be replaced by a file
         found = "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or pipe"
         raise UserError(f"{option} {path}: is {found}; pass the path of {wanted}")
+    if not is_folder and exists:
+        check_begins(option, path, BEGINS.get(option, b""))
     parent = path if is_folder and exists else next(each for each in path.absolute().parents if each.exists())
     if not parent.is_dir():
         raise UserError(f"{option} {path}: {parent} is a file, not a folder; pass another path")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{option} {path}: no permission to write in {parent}; pass another path")
+
+
+def check_begins(option: str, path: Path, begins: bytes) -> None:
+    """Refuse to replace a file that does not begin as what would be written, an empty one excepted.
+
+    Args:
+        option: that was passed, for the message.
+
+    Raises:
+        UserError: it begins with something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = file.read(max(80, len(begins)))
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror}); pass another path") from None
+    if found and not found.lower().startswith(begins.lower()):
+        start = found[:40].decode("utf-8", "replace").splitlines()[0]
+        raise UserError(
+            f"{option} {path}: is a file that this command did not write (it begins with {start!r}), and is"
+            " not replaced; pass another path, or delete it"
+        )
 
 
 def check_named(path: Path) -> None:

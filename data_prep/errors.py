@@ -4,14 +4,15 @@ traceback.
 
 import errno
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Callable
 
 from data_prep.terminal import say
 
-# A full disk, or a place that cannot be written to: not a bug of this program.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# A full disk, a limit on files (ulimit -f), or a place that cannot be written to: not a bug of this program.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 DISK_ERRORS += (errno.ENOTDIR, errno.EISDIR)  # a folder was typed where a file is, or the other way round
 
 # In what torch says where shared memory is full.
@@ -61,8 +62,8 @@ def end_of_reader(error: BaseException) -> str:
     # torch passes batches through files there; a write beyond what is free is a bus error
     if signal_name.startswith("Bus error") or any(sign in text for sign in SHARED_MEMORY):
         return (
-            f"{worker} found no room in /dev/shm ({_free('/dev/shm')} free); lower --workers, or give the"
-            " machine or container more shared memory"
+            f"{worker} found no room in /dev/shm ({_free('/dev/shm')} free{file_limit()}); lower --workers,"
+            " or give the machine or container more shared memory"
         )
     if signal_name.startswith("Killed") or "exited unexpectedly" in first:
         return (
@@ -72,6 +73,14 @@ def end_of_reader(error: BaseException) -> str:
     if signal_name:
         return f"{worker} was ended by a signal from outside, or crashed ({first})"
     return ""  # an error in our own code, which keeps its traceback
+
+
+def file_limit() -> str:
+    """The limit that ulimit -f sets, for a message, or nothing: SQLite and torch do not say that it was
+    reached.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return "" if limit == resource.RLIM_INFINITY else f", and ulimit -f allows files of {limit // 1024:,} KiB"
 
 
 def _free(folder: str) -> str:
@@ -85,7 +94,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; print a UserError and exit with its code. An error that all ranks share is printed once."""
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:  # None where it was closed, as by `>&-`
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader closed the pipe, as in `... | head`
         # Without this, Python flushes stdout again at exit and prints a second BrokenPipeError.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,7 +118,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         say(
-            f"error: {error}; complete files are not affected: fix this, then run the same command again",
+            f"error: {error}{file_limit()}; complete files are not affected: fix this, then run the same"
+            " command again",
             file=sys.stderr,
         )
         sys.exit(Fault.exit_code)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from data_prep.atomic import atomic_file
+from data_prep.atomic import atomic_file, check_begins
 from data_prep.terminal import safe
 
 # Full-width signs count in spreadsheets of some languages.
@@ -37,6 +37,20 @@ def read_cell(text: str) -> str:
 def shown_cell(value: object) -> object:
     """A value as it is written where no command reads it again; see terminal.safe()."""
     return cell(safe(value) if isinstance(value, str) else value)
+
+
+def check_csv(option: str, path: Path | None, header: Sequence[str]) -> None:
+    """Refuse to replace a file that is no CSV with this header.
+
+    Args:
+        option: that was passed, for the message: "--csv".
+        path: None where it was not passed.
+
+    Raises:
+        UserError: a file is there, and is another table.
+    """
+    if path and path.is_file():
+        check_begins(option, path, ",".join(header).encode())
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence], is_input: bool = False) -> None:

@@ -5,7 +5,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, command, environment
+from conftest import ROOT, command, environment, noise_images
 
 
 @pytest.mark.parametrize("after_s", [0.15, 0.4, 1.0])
@@ -31,6 +31,24 @@ def test_ctrl_c_while_a_command_starts_prints_one_line(words, after_s, icon_shar
     assert "Traceback" not in errors
     if process.returncode != -signal.SIGINT or errors:  # before Python itself is up, nothing is printed
         assert errors.strip().startswith("stopped")
+
+
+def test_a_command_without_an_output_does_its_work(tmp_path):
+    shell = f"{' '.join(command('data_prep', 'icons', '--out', tmp_path / 'icons', '--limit', 2))} >&-"
+    result = subprocess.run(shell, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "icons" / "icons.csv").is_file()
+
+
+def test_a_limit_on_files_is_one_sentence(tmp_path):
+    """ulimit -f, which batch systems set: SQLite says "disk I/O error" when it is reached."""
+    line = " ".join(command("data_prep", "build", noise_images(tmp_path, 40), "--out", tmp_path / "shards"))
+    shell = ["bash", "-c", f"ulimit -f 16; {line} --processes 1"]
+    result = subprocess.run(shell, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "ulimit -f allows files of 16 KiB" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("words", [("data_prep",), ("eval",), ("train", "--help"), ("slurm", "--help")])

@@ -36,7 +36,12 @@ def bases(
         inference: How models are run.
     """
     if not models:
-        raise UserError("bases: no MODEL given; name two or more")
+        raise UserError("bases: no MODEL given; name those that you consider")
+    if split == "train":
+        raise UserError(
+            "--split train: the matrices are fitted to that split, so it would rank models by what they"
+            " memorize; pass val or test"
+        )
     if max_images < 1:
         raise UserError(f"--max-images {max_images}: must be at least 1")
     from data_prep.atomic import write_json
@@ -44,12 +49,15 @@ def bases(
     from data_prep.terminal import say
     from eval.bases.rank import evaluate_base, parts, rank_bases
     from eval.embed import open_shards
+    from train.model.source import check_models
     from train.world import joined_world
 
+    def prepare() -> tuple:
+        check_models(models)
+        return open_shards(data, "train", world), open_shards(data, split, world)
+
     with joined_world() as world:
-        train, val = world.all_or_raise(
-            lambda: (open_shards(data, "train", world), open_shards(data, split, world))
-        )
+        train, val = world.all_or_raise(prepare)
         found = [evaluate_base(model, train, val, max_images, inference, world) for model in models]
         result = {"data": f"{data}, {split}", "data_sha256": val.fingerprint} | rank_bases(
             *map(list, zip(*found, strict=True))

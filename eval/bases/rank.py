@@ -125,6 +125,8 @@ def parts(result: dict) -> list[str | Table]:
 def verdict(bases: list[dict]) -> str:
     """Which base to take: the best, and those that cannot be told from it and are faster."""
     first, *others = bases
+    if not others:
+        return "One model cannot be ranked: name the others that you consider."
     near = [base for base in others if base["from_best"][2] >= 0]
     text = f"Start with {first['model']}."
     faster = [base for base in near if base["embed_images_per_s"] > FASTER * first["embed_images_per_s"]]
@@ -133,7 +135,7 @@ def verdict(bases: list[dict]) -> str:
         ratio = base["embed_images_per_s"] / first["embed_images_per_s"]
         text += f" {base['model']} cannot be told from it on this data, and is {ratio:.1f} times as fast."
     elif near:
-        text += f" Not told apart on this data: {', '.join(base['model'] for base in near)}."
+        text += f" On this data it cannot be told from {', '.join(base['model'] for base in near)}."
     return text
 
 

@@ -43,15 +43,17 @@ def cluster(
     if not -1 <= threshold <= 1:
         raise UserError(f"--threshold {threshold}: must be a cosine, at most 1, such as 0.97")
     from data_prep.atomic import write_json
-    from data_prep.sheets import write_csv
+    from data_prep.sheets import check_csv, write_csv
     from eval.cluster.near_duplicates import PAIR_COLUMNS
-    from eval.cluster.summary import analyze, report
+    from eval.cluster.summary import CLUSTER_COLUMNS, analyze, report
 
+    check_csv("--csv", csv, CLUSTER_COLUMNS)
+    check_csv("--pairs", pairs, PAIR_COLUMNS)
     analysis = analyze(index, None if k == "auto" else k, label_column, threshold)
     result = analysis.write_page(page)
     say(report(result))
     if csv:
-        write_csv(csv, ["key", "path", "cluster", "name"], analysis.cluster_rows())
+        write_csv(csv, CLUSTER_COLUMNS, analysis.cluster_rows())
     if pairs:
         write_csv(pairs, PAIR_COLUMNS, analysis.pairs.rows(analysis.index))
     if json:

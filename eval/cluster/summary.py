@@ -14,6 +14,8 @@ from eval.cluster.near_duplicates import Pairs, near_duplicates
 from eval.cluster.page import write_page
 from eval.search.index import Index, open_index
 
+CLUSTER_COLUMNS = ["key", "path", "cluster", "name"]
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -37,7 +39,7 @@ class Analysis:
         return {**result, "map": drawn}
 
     def cluster_rows(self) -> Iterator[list]:
-        """Key, path, cluster from 1, and name of the cluster, of each image."""
+        """CLUSTER_COLUMNS of each image; clusters are counted from 1."""
         index, cluster_of = self.index, self.clusters.cluster_of.tolist()
         for key, path, number in zip(index.keys, index.paths, cluster_of, strict=True):
             yield [key, path, number + 1, self.clusters.names[number]]

@@ -1,5 +1,6 @@
 """The commands `python -m eval compare` and `confusion`; light at the top, so that --help answers at once."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -58,8 +59,9 @@ def compare(
         raise UserError(
             "compare: expected two models or more, the base first; one model alone: python -m eval retrieval"
         )
-    if any(not 0 <= alpha <= 1 for alpha in (*wise_ft, 0 if save is None else save)):
-        raise UserError("--wise-ft and --save: an alpha must be from 0 to 1")
+    for option, alphas in (("--wise-ft", wise_ft), ("--save", () if save is None else (save,))):
+        if wrong := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
+            raise UserError(f"{option} {wrong[0]:g}: must be from 0, the first model, to 1, the last")
     from data_prep.atomic import check_replaceable, local_paths
     from eval.classify.templates import read_templates
     from eval.compare.compare import (
@@ -70,9 +72,11 @@ def compare(
         result_of,
         write_comparison,
     )
+    from train.model.source import check_models
     from train.world import joined_world
 
     def prepare() -> Inputs:
+        check_models(models)
         if save is not None:
             check_replaceable(out / "wise_ft", "model", overwrite=True, inputs=local_paths(*models))
         shards = (data, split), (retention_set, retention_split)
@@ -87,6 +91,8 @@ def compare(
             add_wise_ft(result, (models[0], models[-1]), wise_ft, save, folder, inputs, inference, world)
         if world.is_first:
             say(write_comparison(out, result, evaluated, inputs.shards))
+            if save is None and (out / "wise_ft").is_dir():
+                say(f"warning: {out / 'wise_ft'} is the mixture of an earlier comparison", file=sys.stderr)
             say(f"page: {out / 'compare.html'}")
 
 
@@ -124,11 +130,13 @@ def confusion(
     from eval.compare.confusion import Questions, ask, questions, read_columns, result_of
     from eval.compare.confusion_page import confusion_parts, write_confusion_page
     from eval.embed import open_shards
+    from train.model.source import check_models
     from train.world import joined_world
 
     def prepare() -> Questions:
         if not models:
             raise UserError("confusion: no MODEL given; name one or more")
+        check_models(models)
         shards = open_shards(data, split, world)
         return questions(shards, read_columns(shards, columns), k, seed)
 

@@ -231,6 +231,7 @@ def add_wise_ft(
         result["wise_ft"] = points
     if save_alpha is not None:
         result["saved"] = f"local-dir:{folder}"
+        result["saved_alpha"] = save_alpha
         if world.is_first:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with atomic_folder(folder, "model") as partial:

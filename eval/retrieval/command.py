@@ -100,10 +100,13 @@ def leaks(
         inference: How models are run.
     """
     from data_prep.shards import read_manifest
+    from data_prep.sheets import check_csv
     from eval.embed import embed_images, load_for_eval, open_shards
+    from eval.retrieval.leaks import HEADER, nearest, write_leaks
     from eval.retrieval.leaks import leaks as leaks_of
-    from eval.retrieval.leaks import nearest, write_leaks
     from train.world import joined_world
+
+    check_csv("--csv", csv, HEADER)
 
     def prepare() -> tuple:
         return open_shards(data, "train", world), load_for_eval(model, inference, world)

@@ -109,11 +109,13 @@ def search(
     opened = open_index(index)
     rows = filter_rows(opened, filter)
     # With torch: what cannot work has been refused before.
+    from data_prep.sheets import check_csv
     from eval.classify.features import read_file
     from eval.search import query
     from eval.search.nearest import Nearest
     from eval.search.words import Words
 
+    check_csv("--out", out, query.CSV_COLUMNS)
     data = read_file(image, "--image") if image else b""
     queries = list(query.read_queries(queries_csv)) if queries_csv else []
     nearest, words = Nearest(opened, approximate), None if vectors_only else Words(opened)

@@ -37,17 +37,21 @@ def suspects(
         max_images: Images that are compared, drawn without regard to their order; time grows with the square.
         inference: How models are run.
     """
-    if min(most, max_images) < 1:
-        raise UserError(f"--most {most} and --max-images {max_images} must be at least 1")
-    from data_prep.sheets import write_csv
+    if most < 1:
+        raise UserError(f"--most {most}: must be at least 1")
+    if max_images < 2:
+        raise UserError(f"--max-images {max_images}: must be at least 2, as images are compared")
+    from data_prep.sheets import check_csv, write_csv
     from data_prep.suspects import COLUMNS
     from data_prep.tables import Table, counted, text_of
     from data_prep.terminal import say
     from eval.bases.rank import features_of_pairs
     from eval.embed import load_for_eval, open_shards
-    from eval.suspects.find import REASONS, find
+    from eval.suspects.find import REASONS, find, remarks
     from train.run.records import run_trained_on
     from train.world import joined_world
+
+    check_csv("--csv", csv, COLUMNS)
 
     def prepare() -> tuple:
         return open_shards(data, split, world), load_for_eval(model, inference, world)
@@ -62,18 +66,12 @@ def suspects(
                     " out; pass the model that it began with",
                     file=sys.stderr,
                 )
-            rows = find(pairs, shards, chosen, most)
+            rows, n_pairs, known = find(pairs, shards, chosen, most)
             write_csv(csv, COLUMNS, ([row[name] for name in COLUMNS] for row in rows), is_input=True)
             counts = [
-                [reason, str(sum(row["reason"] == reason for row in rows)), why]
+                [reason, f"{sum(row['reason'] == reason for row in rows):,}", why]
                 for reason, why in REASONS.items()
             ]
-            say(
-                text_of(
-                    [
-                        Table(["reason", "listed", "what it means"], counts),
-                        f"{counted(len(rows), 'row')} of {counted(len(chosen), 'image')}: {csv}",
-                    ]
-                )
-            )
+            say(text_of([Table(["reason", "listed", "what it means"], counts), *remarks(n_pairs, known)]))
+            say(f"\n{counted(len(rows), 'row')} of {counted(len(chosen), 'image')}: {csv}")
             say(f"look at them: python -m data_prep review {data} --suspects {csv}")

@@ -3,8 +3,17 @@
 import numpy as np
 
 from data_prep.shards import Shards
+from data_prep.tables import counted, percent
 from eval.bases.projections import Pairs
-from eval.suspects.score import distances_of, features_of, hub_counts, lemon, numbers_of, same_things
+from eval.suspects.score import (
+    distances_of,
+    features_of,
+    hub_counts,
+    knowledge,
+    lemon,
+    numbers_of,
+    same_things,
+)
 
 REASONS = {
     "does not fit": "this caption does not fit this image, or its neighbours have others",
@@ -12,10 +21,12 @@ REASONS = {
     "same thing": "two groups with images and captions that are nearest to each other: one thing?",
 }
 LEAST_HUB = 5  # groups
+LEAST_KNOWLEDGE = 0.55  # of knowledge(); random weights have 0.49 and 0.51, see benchmarks/suspects.md
 
 
-def find(pairs: Pairs, shards: Shards, chosen: np.ndarray, most: int) -> list[dict]:
-    """Rows of data_prep.suspects.COLUMNS, up to `most` for each of REASONS, the worst first.
+def find(pairs: Pairs, shards: Shards, chosen: np.ndarray, most: int) -> tuple[list[dict], int, float | None]:
+    """Rows of data_prep.suspects.COLUMNS, up to `most` for each of REASONS, the worst first; the number of
+    pairs that were judged; and knowledge() of the model that judged.
 
     Args:
         chosen: int64 [n_images], the sample numbers of the images of `pairs`.
@@ -47,4 +58,27 @@ def find(pairs: Pairs, shards: Shards, chosen: np.ndarray, most: int) -> list[di
             rows.append(row(image, "fits many", float(hubs[text]), caption(image, text)))
     for image, other, cosine in same_things(pairs, numbers)[:most]:
         rows.append(row(image, "same thing", cosine, shards.captions(int(chosen[image]))[0], other))
-    return rows
+    return rows, len(scores), knowledge(features, numbers)
+
+
+def remarks(n_pairs: int, known: float | None) -> list[str]:
+    """How to read the list.
+
+    Args:
+        n_pairs, known: of find().
+    """
+    said = [
+        f"The {counted(n_pairs, 'caption')} are sorted by how badly they fit, and the worst are listed,"
+        " however many are wrong: look from the top, and stop where captions fit."
+    ]
+    if known is not None:
+        said.append(
+            f"This model has an image's own caption nearer than another one's in {percent(known)} % of the"
+            " pairs (50 % is chance)."
+        )
+    if known is not None and known < LEAST_KNOWLEDGE:
+        said.append(
+            "warning: it hardly knows such images, so the list is little better than chance; pass a model"
+            " that knows them, pretrained or fine-tuned on similar ones"
+        )
+    return said

@@ -54,6 +54,17 @@ def distances_of(features: PairFeatures) -> torch.Tensor:
     return 1 - (features.images * features.texts).sum(1)
 
 
+def knowledge(pairs: PairFeatures, numbers: Numbers) -> float | None:
+    """How often an image's own caption is nearer to it than that of a pair drawn from another group: 0.5 by
+    chance; None where all pairs are of one group.
+    """
+    drawn = np.random.default_rng(0).permutation(len(numbers.image))
+    others = PairFeatures(pairs.images, pairs.texts[torch.from_numpy(drawn)])
+    is_nearer = (distances_of(pairs) < distances_of(others)).cpu().numpy()
+    is_other = numbers.group != numbers.group[drawn]
+    return float(is_nearer[is_other].mean()) if is_other.any() else None
+
+
 def lemon(features: PairFeatures, image: np.ndarray, distances: torch.Tensor) -> torch.Tensor:
     """How badly each pair fits its neighbours and itself, fp32 [p]; higher is worse.
 

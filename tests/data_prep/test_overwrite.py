@@ -8,10 +8,11 @@ import pytest
 from conftest import build_icons, noise_images, tars
 
 from data_prep import atomic
-from data_prep.atomic import MARK, check_replaceable, replace_folder
+from data_prep.atomic import MARK, check_output, check_replaceable, replace_folder
 from data_prep.build.pipeline import Parallelism, Reading, build, merge
 from data_prep.errors import UserError
 from data_prep.icons import icons
+from data_prep.sheets import check_csv
 from eval.compare.command import compare
 from eval.options import Inference
 from eval.search.command import embed
@@ -207,3 +208,20 @@ def test_a_strangers_mark_deletes_nothing_elsewhere(tmp_path):
         (tmp_path / "out" / MARK).write_text(text)
         with pytest.raises(UserError, match=f"has no {MARK}"):
             check_replaceable(tmp_path / "out", "icons", overwrite=True)
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path):
+    table = tmp_path / "pairs.csv"
+    table.write_text("Bild;Text\n")
+    for option in ("--page", "--json"):
+        with pytest.raises(UserError, match=f"{option} .*it begins with 'Bild;Text'"):
+            check_output(option, table)
+    with pytest.raises(UserError, match=r"--csv .*did not write"):
+        check_csv("--csv", table, ["key", "path"])
+    for option, text in (("--page", "<!doctype html>\n<html>"), ("--json", '{"a": 1}'), ("--page", "")):
+        table.write_text(text)
+        check_output(option, table)
+    table.write_text("key,path\r\n1,a.png\r\n")
+    check_csv("--csv", table, ["key", "path"])
+    check_csv("--csv", None, ["key", "path"])
+    check_csv("--csv", tmp_path / "new.csv", ["key", "path"])

@@ -104,3 +104,11 @@ def test_mistakes(tiny_model, icon_shards):
     assert_mistake(
         call_here(main, "bases", tiny_model, "--data", icon_shards, "--max-images", 0), "--max-images 0"
     )
+    on_train = call_here(main, "bases", tiny_model, "--data", icon_shards, "--split", "train")
+    assert_mistake(on_train, "--split train: the matrices are fitted to that split")
+
+
+def test_one_model_is_not_ranked():
+    assert verdict([{"model": "only", "fitted_R@1": [0.5, 0.4, 0.6]}]).startswith(
+        "One model cannot be ranked"
+    )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
 from data_prep.shards import Shards
+from eval.bases.command import bases
 from eval.classify.labelled import read_labelled
 from eval.classify.templates import read_templates
 from eval.classify.zeroshot import evaluate
@@ -130,5 +131,27 @@ def test_the_command_writes_a_page_a_table_and_a_mixture(pair, icon_folder, icon
 def test_mistakes_are_sentences(pair, icon_shards):
     with pytest.raises(UserError, match="two models or more"):
         compare(pair[:1], icon_shards)
-    with pytest.raises(UserError, match="from 0 to 1"):
+    with pytest.raises(UserError, match="--wise-ft 2: must be from 0"):
         compare(pair, icon_shards, wise_ft=(0.5, 2))
+    with pytest.raises(UserError, match=r"--save 1\.5: must be from 0"):
+        compare(pair, icon_shards, save=1.5)
+
+
+def test_names_are_checked_before_models_are_evaluated(pair, icon_shards, tmp_path, monkeypatch):
+    def evaluated(*_):
+        raise AssertionError("a model was evaluated")
+
+    monkeypatch.setattr("eval.compare.compare.evaluate_all", evaluated)
+    monkeypatch.setattr("eval.compare.confusion.ask", evaluated)
+    monkeypatch.setattr("eval.bases.rank.evaluate_base", evaluated)
+    for name, found in (("ViT-B-23:none", "did you mean"), (f"local-dir:{tmp_path / 'x'}", "no folder")):
+        for command in (compare, confusion, bases):
+            with pytest.raises(UserError, match=found):
+                command((pair[0], name), icon_shards, "val")
+
+
+def test_a_mixture_of_an_earlier_comparison_is_said(pair, icon_shards, tmp_path, capsys):
+    for save, is_said in ((0.5, False), (None, True)):
+        compare(pair, icon_shards, "val", out=tmp_path, save=save, inference=Inference(workers=0))
+        assert ("mixture of an earlier comparison" in capsys.readouterr().err) == is_said
+        assert json.loads((tmp_path / "compare.json").read_text()).get("saved_alpha") == save

@@ -5,19 +5,23 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
+from data_prep.errors import UserError
 from data_prep.shards import Shards
 from data_prep.suspects import COLUMNS, read_suspects
 from eval.bases.projections import Pairs
 from eval.options import Inference
 from eval.suspects.command import suspects
+from eval.suspects.find import remarks
 from eval.suspects.score import (
     PairFeatures,
     distances_of,
     features_of,
     hub_counts,
+    knowledge,
     lemon,
     neighbours,
     numbers_of,
@@ -116,6 +120,35 @@ def test_the_list_names_samples_of_the_shards(tiny_model, icon_shards, tmp_path,
     scores = [float(row["score"]) for row in rows if row["reason"] == "does not fit"]
     assert scores == sorted(scores, reverse=True)
     assert str(out) in capsys.readouterr().out
+
+
+def test_what_the_model_knows_is_said(tiny_model, icon_shards, tmp_path, capsys):
+    pairs = data_set()
+    numbers = numbers_of(pairs)
+    assert knowledge(features_of(pairs, numbers), numbers) > 0.99
+    shuffled = np.random.default_rng(0).permutation(len(pairs.texts))
+    by_chance = pairs._replace(texts=[pairs.texts[number] for number in shuffled])
+    assert abs(knowledge(features_of(by_chance, numbers_of(by_chance)), numbers) - 0.5) < 0.15
+    alone = pairs._replace(groups=np.zeros_like(pairs.groups))
+    assert knowledge(features_of(alone, numbers_of(alone)), numbers_of(alone)) is None
+    assert not any("%" in line for line in remarks(5, None))
+    suspects(tiny_model, icon_shards, tmp_path / "list.csv", most=1, inference=Inference(workers=0))
+    printed = capsys.readouterr().out
+    assert "another one's in" in printed
+    assert "it hardly knows such images" in printed  # its weights are random
+
+
+def test_a_file_of_the_user_is_not_replaced(tiny_model, icon_shards, tmp_path):
+    table = tmp_path / "pairs.csv"
+    table.write_text("file,caption\na.png,bell\n")
+    with pytest.raises(UserError, match="did not write"):
+        suspects(tiny_model, icon_shards, table)
+    assert table.read_text().startswith("file,caption")
+    (tmp_path / "list.csv").touch()  # an empty one loses nothing, and a list is written anew
+    for _ in range(2):
+        suspects(tiny_model, icon_shards, tmp_path / "list.csv", most=1, inference=Inference(workers=0))
+    with pytest.raises(UserError, match="--max-images 1: must be at least 2"):
+        suspects(tiny_model, icon_shards, tmp_path / "list.csv", max_images=1)
 
 
 def test_a_model_that_has_learned_the_errors_is_named(tiny_model, icon_shards, tmp_path, capsys):

@@ -5,8 +5,10 @@ All that knows open_clip's insides is here.
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from torchvision.transforms import Compose, Normalize, PILToTensor
 from data_prep.errors import UserError
 from data_prep.images import WHITE
 from data_prep.masked import one_line
+from data_prep.terminal import say
 from train.model.foreign import check_tower, no_remote_code
 from train.model.hub import wants_network, without_retries
 from train.model.preprocessing import CONFIG_FILE, KEYS
@@ -157,6 +160,8 @@ def load(name: str, *, weights: bool = True, seed: int = 0) -> Clip:
             activation, or that are not finite; a file whose preprocessing is not known.
     """
     source = source_of(name)
+    if source.note and os.environ.get("RANK", "0") == "0":
+        say(source.note, file=sys.stderr)
     offline = constants.HF_HUB_OFFLINE
     with torch.random.fork_rng(devices=[]), without_retries(asks_hub(source, weights)):
         torch.manual_seed(seed)

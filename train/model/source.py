@@ -1,9 +1,8 @@
 """What the name of a MODEL means: an architecture with a tag or file, a repository, a folder or a run."""
 
 import difflib
-import os
 import re
-import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -14,7 +13,6 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from data_prep.errors import UserError
 from data_prep.images import WHITE
-from data_prep.terminal import say
 from train.model.foreign import check_folder, check_model_cfg, check_preprocessing, read_object
 from train.model.preprocessing import CONFIG_FILE, KEYS, other_activation, preprocessing_of, split_name
 from train.model.transformers_clip import FILES as TRANSFORMERS_FILES
@@ -43,6 +41,7 @@ class Source:
         file: of weights, of the architecture `identifier`.
         preprocess: that of the tag or file; None where a folder has its own.
         folder: of transformers' CLIPModel.
+        note: what was concluded about a file, to be said when it is loaded.
     """
 
     identifier: str
@@ -50,6 +49,7 @@ class Source:
     file: Path | None = None
     preprocess: dict | None = None
     folder: Path | None = None
+    note: str = ""
 
     @property
     def has_weights(self) -> bool:
@@ -71,6 +71,19 @@ def source_of(name: str) -> Source:
     if scheme in ("local-dir", "hf-hub"):
         return Source(name)
     return _parse_name(name)
+
+
+def check_models(names: Iterable[str]) -> None:
+    """Refuse what is the name of no model, before the first of several is evaluated. Whether the hub has one,
+    and whether its files are whole, is seen when it is loaded.
+
+    Raises:
+        UserError: see source_of(); or a folder is missing.
+    """
+    for name in names:
+        scheme, _, place = source_of(name).identifier.partition(":")
+        if scheme == "local-dir" and not Path(place).is_dir():
+            raise UserError(f"{name}: there is no folder {place}; {advice(name)}")
 
 
 def path_in(name: str) -> tuple[str, str, str] | None:
@@ -102,14 +115,9 @@ def _parse_name(name: str) -> Source:
         return Source(architecture)
     if found := split_name(pretrained):
         preprocessing = preprocessing_of(architecture, *found)
-        if os.environ.get("RANK", "0") == "0":
-            activation = "QuickGELU" if open_clip.get_model_config(architecture).get("quick_gelu") else "GELU"
-            say(
-                f"{name}: {preprocessing} ({preprocessing.source}); activation of {architecture}:"
-                f" {activation}",
-                file=sys.stderr,
-            )
-        return Source(architecture, file=found[0], preprocess=preprocessing.config)
+        activation = "QuickGELU" if open_clip.get_model_config(architecture).get("quick_gelu") else "GELU"
+        note = f"{name}: {preprocessing} ({preprocessing.source}); activation of {architecture}: {activation}"
+        return Source(architecture, file=found[0], preprocess=preprocessing.config, note=note)
     if pretrained not in tags:
         path = pretrained.rpartition("@")[0] or pretrained  # FILE@NAME
         file = f" and there is no file {path}" if "/" in path or "." in path else ""
