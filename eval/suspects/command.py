@@ -69,9 +69,10 @@ def suspects(
             rows, n_pairs, known = find(pairs, shards, chosen, most)
             write_csv(csv, COLUMNS, ([row[name] for name in COLUMNS] for row in rows), is_input=True)
             counts = [
-                [reason, f"{sum(row['reason'] == reason for row in rows):,}", why]
+                [reason, why, f"{sum(row['reason'] == reason for row in rows):,}"]
                 for reason, why in REASONS.items()
             ]
-            say(text_of([Table(["reason", "listed", "what it means"], counts), *remarks(n_pairs, known)]))
+            table = Table(["reason", "what it means", "listed"], counts, left=2)
+            say(text_of([table, *remarks(n_pairs, known)]))
             say(f"\n{counted(len(rows), 'row')} of {counted(len(chosen), 'image')}: {csv}")
             say(f"look at them: python -m data_prep review {data} --suspects {csv}")

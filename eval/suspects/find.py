@@ -68,8 +68,8 @@ def remarks(n_pairs: int, known: float | None) -> list[str]:
         n_pairs, known: of find().
     """
     said = [
-        f"The {counted(n_pairs, 'caption')} are sorted by how badly they fit, and the worst are listed,"
-        " however many are wrong: look from the top, and stop where captions fit."
+        f"The {counted(n_pairs, 'pair')} are sorted by how badly they fit, and the worst are listed, however"
+        " many are wrong: look from the top, and stop where captions fit."
     ]
     if known is not None:
         said.append(
