@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from data_prep.shards import Shards
-from data_prep.tables import Table, counted
+from data_prep.tables import Table, counted, percent
 from eval.bases.projections import Pairs, fit
 from eval.embed import embed, embed_images, embed_texts, load_for_eval
 from eval.options import Inference
 from eval.retrieval.intervals import mean_interval, paired_difference
 from eval.retrieval.score import QueryScores, evaluate_full, pooled
-from train.metrics import DIRECTIONS
+from train.metrics import CHANCE, DIRECTIONS
 from train.model.clip import Clip
 from train.world import World
 
@@ -114,9 +114,11 @@ def parts(result: dict) -> list[str | Table]:
     titles = ["base", "R@1 %", "R@1 % fitted", "from the best", "million parameters", "images/s"]
     titles += ["peak GB"] * with_memory
     first = bases[0]
+    by_chance = np.mean([first["zero_shot"]["metrics"][f"{CHANCE}{name}/R@1"] for name in DIRECTIONS])
     return [
-        f"R@1 on {result['data']}, the mean of both directions, with 95 % intervals: as it is, and with two"
-        f" matrices fitted to the features of {counted(first['n_train_images'], 'training image')}.",
+        f"R@1 on {result['data']}, the mean of both directions, with 95 % intervals (chance:"
+        f" {percent(by_chance)} %): as it is, and with two matrices fitted to the features of"
+        f" {counted(first['n_train_images'], 'training image')}.",
         Table(titles, rows),
         verdict(bases),
     ]
