@@ -150,6 +150,8 @@ def test_mistakes_come_with_the_fix(words, tmp_path):
     def mistake(*changes):
         return call_here(train.forecast.main, *words, *changes)
 
+    for nproc in (0, -1):
+        assert_mistake(mistake("--nproc", nproc), f"--nproc {nproc}: must be at least 1")
     assert_mistake(mistake("--epochs", 1), "--epochs 1: must be at least 2")
     assert_mistake(mistake("--global-batch-size", 64), "24 images", "one batch of 64", "--global-batch-size")
     assert_mistake(mistake("--groups-fraction", 0), "--groups-fraction 0.0: must be above 0")

@@ -23,7 +23,7 @@ from train.data.sets import open_pairs
 from train.recipe import Recipe
 from train.run.records import read_metrics
 from train.tune.extrapolate import LEVEL, effective_data, gain, line_through, score_at
-from train.tune.sweep import plan, report_rest, train_all
+from train.tune.sweep import check_runs, plan, report_rest, train_all
 from train.tune.table import SCORE, results
 
 if TYPE_CHECKING:
@@ -136,8 +136,9 @@ def forecast(folder: Path, recipe: Recipe, short: dict[str, Recipe], nproc: int,
         UserError: a run cannot start; none was started.
         Fault: runs failed.
     """
+    finished = check_runs(folder, short, nproc)
     announce(recipe, short, folder, nproc)
-    failed, stopped = train_all(folder, short, nproc)
+    failed, stopped = train_all(folder, short, finished, nproc)
     rows = {row["run"]: row for row in results(folder, short, failed)}
     if stopped or failed:
         say("The forecast is unfinished. The same command resumes it.")

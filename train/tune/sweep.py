@@ -47,7 +47,7 @@ def train_grid(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
         UserError: a run cannot start; none was started.
         Fault: runs failed; the table lists them.
     """
-    failed, stopped = train_all(folder, recipes, nproc)
+    failed, stopped = train_all(folder, recipes, check_runs(folder, recipes, nproc), nproc)
     rows = results(folder, recipes_in(folder) | recipes, failed)
     say(text := markdown(rows))
     write(folder, rows, text)
@@ -88,11 +88,14 @@ def plan(
     }
 
 
-def train_all(folder: Path, recipes: dict[str, Recipe], nproc: int) -> tuple[dict[str, int], bool]:
-    """Train each run in a separate process, because training sets process-wide state.
+def check_runs(folder: Path, recipes: dict[str, Recipe], nproc: int) -> set[str]:
+    """Check that each run can start or resume, before the first one starts and anything is said about them.
 
     Returns:
-        Exit codes of the runs that failed, and whether a stop was requested.
+        Names of the runs that are finished.
+
+    Raises:
+        UserError: it cannot.
     """
     if "WORLD_SIZE" in os.environ:
         raise UserError(
@@ -100,7 +103,20 @@ def train_all(folder: Path, recipes: dict[str, Recipe], nproc: int) -> tuple[dic
         )
     if nproc < 1:
         raise UserError(f"--nproc {nproc}: must be at least 1")
-    finished = {name for name, recipe in recipes.items() if is_finished(recipe, nproc)}
+    return {name for name, recipe in recipes.items() if is_finished(recipe, nproc)}
+
+
+def train_all(
+    folder: Path, recipes: dict[str, Recipe], finished: set[str], nproc: int
+) -> tuple[dict[str, int], bool]:
+    """Train each run in a separate process, because training sets process-wide state.
+
+    Args:
+        finished: of check_runs(); these are left out.
+
+    Returns:
+        Exit codes of the runs that failed, and whether a stop was requested.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     failed = {}
     with Stop(folder / "stop") as stop:
