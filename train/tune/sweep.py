@@ -10,20 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 
-from data_prep.atomic import atomic_file
+from data_prep.atomic import atomic_file, check_parents
 from data_prep.errors import Fault, UserError
 from data_prep.rooms import environment, importable
 from data_prep.tables import counted
 from data_prep.terminal import say
 from train.data.sets import open_pairs
 from train.recipe import Recipe, to_yaml
-from train.run.folder import Run
+from train.run.folder import Run, may_precede
 from train.run.stop import Stop
 from train.setup import check_batch
 from train.tune.grid import expand_grid
 from train.tune.table import markdown, recipes_in, results, write
 from train.world import World
 
+RECIPE_BEGINS = b"model: "  # as to_yaml() writes it
 POLL_S = 0.5  # between two checks for a stop request
 
 
@@ -103,7 +104,36 @@ def check_runs(folder: Path, recipes: dict[str, Recipe], nproc: int) -> set[str]
         )
     if nproc < 1:
         raise UserError(f"--nproc {nproc}: must be at least 1")
+    check_folder(folder)
     return {name for name, recipe in recipes.items() if is_finished(recipe, nproc)}
+
+
+def check_folder(folder: Path) -> None:
+    """Check that `folder` is new, empty, or holds runs or what belongs to them.
+
+    Raises:
+        UserError: it is something else: a run, shards, a file.
+    """
+    check_parents(folder, "--runs")
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder; pass another --runs")
+    if (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: is a run; pass another --runs, of a folder for several runs")
+    found = list(folder.iterdir())
+    if found and not any(map(_belongs_to_runs, found)):
+        raise UserError(f"{folder}: holds {found[0].name} and no runs; pass another --runs")
+
+
+def _belongs_to_runs(path: Path) -> bool:
+    if path.is_dir():
+        found = list(path.iterdir())
+        return (path / "recipe.yaml").is_file() or (bool(found) and all(map(may_precede, found)))
+    if path.suffix != ".yaml":
+        return path.name in ("stop", "sweep.json")
+    with open(path, "rb") as file:  # the recipe of a run that has not begun
+        return file.read(len(RECIPE_BEGINS)) == RECIPE_BEGINS
 
 
 def train_all(
@@ -142,7 +172,7 @@ def is_finished(recipe: Recipe, nproc: int) -> bool:
         UserError: it can neither start nor resume: its folder holds a run of another recipe or of other data,
             another process trains it, or the batch is too large.
     """
-    pairs, run = open_pairs(recipe), Run(recipe, World())
+    pairs, run = open_pairs(recipe), Run(recipe, World(), "--runs")
     try:
         check_batch(recipe, len(pairs), World(world_size=nproc))
         run.check_data(pairs.fingerprint)
