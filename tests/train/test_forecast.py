@@ -16,11 +16,12 @@ from sweeps import SMALL, call_main, lines_of, train_here
 import train.forecast
 from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build
 from data_prep.shards import Shards
+from data_prep.tables import text_of
 from train.data.order import part_of_groups
 from train.data.sets import open_pairs
 from train.recipe import parse
 from train.tune.extrapolate import bootstrap, gain, line_through, score_at
-from train.tune.forecast import verdict, warning
+from train.tune.forecast import parts_of, verdict, warning
 from train.tune.table import SCORE
 
 
@@ -194,8 +195,25 @@ def test_groups_are_resampled_together():
     assert scores[:, 0].std() == pytest.approx(means.std() / np.sqrt(40), rel=0.05)
 
 
+def test_no_verdict_stands_under_the_warning():
+    figures = {"groups": 8, "images": 9, "epochs": 2, "value": 0.1, "low": 0.0, "high": 0.2}
+    found = {
+        "level": 0.8,
+        "best_epoch": 1,
+        "gains": {"images": figures},
+        "forecast": [{**figures, "times": 1}],
+    }
+    found["short_runs"] = [{**figures, "captions": "random"}]
+    for before, named in ((0.05, "short of images"), (0.3, "the forecast means little")):
+        text = text_of(parts_of({**found, "before": before}))
+        assert named in text
+        assert ("short of" in text) == (named == "short of images")
+
+
 def test_runs_that_do_not_learn_are_named():
-    assert "train.lr" in warning({"before": 0.3, "short_runs": [{"value": 0.1}, {"value": 0.3}]})
+    text = warning({"before": 0.3, "short_runs": [{"value": 0.1}, {"value": 0.3}]})
+    assert "train.lr" in text
+    assert "more --epochs" in text, "which is what random weights lack"
     assert not warning({"before": 0.3, "short_runs": [{"value": 0.1}, {"value": 0.31}]})
 
 

@@ -283,8 +283,7 @@ def parts_of(found: dict) -> list[str | Table]:
     return [
         Table(["", "groups", "images", "epochs", "R@1 on val, %", percents], rows),
         Table(["instead of the full run", "R@1, points", percents], gains),
-        warning(found),
-        verdict(found["gains"]),
+        warning(found) or verdict(found["gains"]),
         NOTE,
     ]
 
@@ -298,8 +297,9 @@ def warning(found: dict) -> str:
     if max(run["value"] for run in found["short_runs"]) > found["before"]:
         return ""
     return (
-        "No short run is better than the weights before training, so the forecast means little; search for a"
-        " learning rate first: python -m train.lr"
+        "No short run is better than the weights before training, so the forecast means little. From random"
+        " weights, or with few steps, more --epochs may be what is missing; else search for a learning rate"
+        " first: python -m train.lr"
     )
 
 
