@@ -92,7 +92,10 @@ def test_a_part_reads_what_the_whole_reads(pairs):
 def test_a_forecast(words, pairs, tmp_path, capfd):
     call_main(train.forecast.main, *words)
     printed, runs = capfd.readouterr().out, tmp_path / "forecast"
-    assert "4 short runs see 416 pairs, 43 % of the full run's 960; about " in printed
+    assert "4 short runs see 416 pairs, 43 % of the full run's 960; training alone takes about " in printed
+    assert "each run also starts a process and validates 3 times" in printed
+    for run in runs.glob("*/metrics.jsonl"):
+        assert sum(SCORE in line for line in lines_of(run.parent)) == 3
     found = json.loads((runs / "forecast.json").read_text())
     assert (runs / "forecast.md").read_text() in printed
     assert Image.open(runs / "forecast.png").size > (600, 400)

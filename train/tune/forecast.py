@@ -169,7 +169,10 @@ def announce(recipe: Recipe, short: dict[str, Recipe], folder: Path, nproc: int)
             if speeds
             else nproc * in_fresh_process(measure_step, recipe, TIMED_STEPS)["pairs_per_s"]
         )
-        time = f"; about {minutes(left / speed)} at {speed:,.0f} pairs/s, and the validations"
+        time = (
+            f"; training alone takes about {minutes(left / speed)} at {speed:,.0f} pairs/s, and each run also"
+            f" starts a process and validates {n_validations(next(iter(short.values())))} times"
+        )
     say(
         f"{len(short)} short runs see {sum(map(run_pairs, short.values())):,} pairs,"
         f" {100 * cost_of(recipe, short):.0f} % of the full run's {run_pairs(recipe):,}{time}"
@@ -179,6 +182,11 @@ def announce(recipe: Recipe, short: dict[str, Recipe], folder: Path, nproc: int)
 def run_pairs(recipe: Recipe) -> int:
     """The pairs that a run sees."""
     return recipe.epochs * pairs_per_epoch(recipe)
+
+
+def n_validations(recipe: Recipe) -> int:
+    """Of a run: of the initial weights, and of each candidate after each epoch."""
+    return 1 + recipe.epochs * (1 + len(recipe.wise_ft) + bool(recipe.ema))
 
 
 def cost_of(recipe: Recipe, short: dict[str, Recipe]) -> float:
