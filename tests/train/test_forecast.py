@@ -122,6 +122,20 @@ def test_a_forecast(words, pairs, tmp_path, capfd):
     assert [file.stat().st_mtime_ns for file in sorted(runs.glob("*/metrics.jsonl"))] == stamps
     assert json.loads((runs / "forecast.json").read_text()) == found
 
+    # What would mix runs, or replace the forecast, is refused before the plan is printed.
+    before = (runs / "forecast.md").read_bytes()
+    for changes, *message in (
+        (("--seed", 1), "run of another recipe", "seed: 0 before, 1 now", "another --runs"),
+        (("--epochs", 6), "--epochs 6", "run of 5 epochs", "another --runs"),
+        (("--epochs", 20), "--epochs 20", "run of 5 epochs", "another --runs"),
+    ):
+        assert_mistake(call_here(train.forecast.main, *words, *changes), *message)
+    (runs / "forecast.json").unlink()  # it is unfinished
+    result = call_here(train.forecast.main, *words, "--epochs", 20)
+    assert_mistake(result, "is a run of another forecast", "epochs: 2 before, 11 now", "another --runs")
+    assert capfd.readouterr().out == ""
+    assert (runs / "forecast.md").read_bytes() == before
+
 
 def test_an_unfinished_forecast_says_nothing_and_is_resumed(words, tmp_path, monkeypatch, capfd):
     trained = []

@@ -15,16 +15,17 @@ from data_prep.atomic import atomic_file, write_json
 from data_prep.errors import UserError
 from data_prep.shards import Shards, read_manifest
 from data_prep.store.remote import place_of
+from data_prep.strict_json import read_json
 from data_prep.tables import Table, counted, percent, text_of
 from data_prep.terminal import say
 from train.bench.rows import in_fresh_process
 from train.bench.timing import measure_step
 from train.data.sets import open_pairs
-from train.recipe import Recipe
+from train.recipe import Recipe, differences
 from train.run.records import read_metrics
 from train.tune.extrapolate import LEVEL, effective_data, gain, line_through, score_at
 from train.tune.sweep import check_runs, plan, report_rest, train_all
-from train.tune.table import SCORE, results
+from train.tune.table import SCORE, recipes_in, results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,10 +134,11 @@ def forecast(folder: Path, recipe: Recipe, short: dict[str, Recipe], nproc: int,
         hits: see eval.validation.val_hits.
 
     Raises:
-        UserError: a run cannot start; none was started.
+        UserError: a run cannot start, or the folder holds another forecast; none was started.
         Fault: runs failed.
     """
     finished = check_runs(folder, short, nproc)
+    check_same(folder, recipe, short)
     announce(recipe, short, folder, nproc)
     failed, stopped = train_all(folder, short, finished, nproc)
     rows = {row["run"]: row for row in results(folder, short, failed)}
@@ -155,6 +157,30 @@ def forecast(folder: Path, recipe: Recipe, short: dict[str, Recipe], nproc: int,
     with atomic_file(folder / "forecast.png") as partial:
         plot(found).savefig(partial, format="png", dpi=150)
     write_json(folder / "forecast.json", found)
+
+
+def check_same(folder: Path, recipe: Recipe, short: dict[str, Recipe]) -> None:
+    """Check that the folder holds no forecast of another recipe, which this one would replace.
+
+    Raises:
+        UserError: it does; names the keys that differ.
+    """
+    if (file := folder / "forecast.json").is_file():
+        fix = "pass another --runs, or remove it"
+        before = read_json(file, {"forecast": [{"epochs": int}]}, fix)["forecast"]
+        if before and before[0]["epochs"] != recipe.epochs:
+            raise UserError(
+                f"--epochs {recipe.epochs}: {file} is the forecast of a run of"
+                f" {counted(before[0]['epochs'], 'epoch')}; pass another --runs"
+            )
+    for name, old in recipes_in(folder).items():
+        if old is None or name in short:
+            continue
+        if changed := min((differences(old, one) for one in short.values()), key=len):
+            raise UserError(
+                f"{folder / name}: is a run of another forecast ({'; '.join(changed)}, in the short runs);"
+                " pass another --runs"
+            )
 
 
 def announce(recipe: Recipe, short: dict[str, Recipe], folder: Path, nproc: int) -> None:

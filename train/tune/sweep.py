@@ -131,7 +131,7 @@ def _belongs_to_runs(path: Path) -> bool:
         found = list(path.iterdir())
         return (path / "recipe.yaml").is_file() or (bool(found) and all(map(may_precede, found)))
     if path.suffix != ".yaml":
-        return path.name in ("stop", "sweep.json")
+        return path.name in ("stop", "sweep.json", "forecast.json")
     with open(path, "rb") as file:  # the recipe of a run that has not begun
         return file.read(len(RECIPE_BEGINS)) == RECIPE_BEGINS
 
