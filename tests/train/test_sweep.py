@@ -27,6 +27,10 @@ def test_a_sweep_resumes_and_its_table_equals_the_logs(tiny_model, icon_shards, 
     printed = capfd.readouterr()
     assert "== 1 of 2: run-lr=1e-3\n" in printed.out
     assert "training: " in printed.err, "the progress bar of a run is visible"
+    assert f"{runs / names[1]} is finished: 256 pairs\n" in printed.out
+    assert "stopped after 64 pairs\n" in printed.out
+    for advice in ("--run)", "resume with", "evaluate: ", "tensorboard", "lower --optim.lr"):
+        assert advice not in printed.out, "which is of a run by hand"
     assert states_of(runs) == {names[0]: "stopped", names[1]: "finished"}
     other = (runs / names[1] / "metrics.jsonl").read_bytes()
 

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 # What a folder may hold before it is a run: of a submission, and of a start that was killed.
 BEFORE = ("slurm", "attempt", "stop", "lock", "checkpoints", "environment.json")
+# Environment variable of a run that train.lr, forecast or sweep starts: they say themselves what to do next.
+PART_OF_RUNS = "CLIPTUNE_PART_OF_RUNS"
 KINDS = {"model": "weights", "replay_texts": "sentences"}  # else shards
 OTHER_WEIGHTS = "weights will differ from an uninterrupted run's, by rounding at least"
 STATUS_EVERY_S = 10

@@ -17,7 +17,7 @@ from data_prep.tables import counted
 from data_prep.terminal import say
 from train.data.sets import open_pairs
 from train.recipe import Recipe, to_yaml
-from train.run.folder import Run, may_precede
+from train.run.folder import PART_OF_RUNS, Run, may_precede
 from train.run.stop import Stop
 from train.setup import check_batch
 from train.tune.grid import expand_grid
@@ -196,7 +196,7 @@ def train_one(file: Path, recipe: Recipe, nproc: int, stop: Stop) -> int:
     )
     run_stop = Path(recipe.run) / "stop"
     words = [sys.executable, *launcher, importable("train"), str(file)]
-    with subprocess.Popen(words, env=environment()) as process:
+    with subprocess.Popen(words, env=environment() | {PART_OF_RUNS: "1"}) as process:
         while process.poll() is None:
             if stop.requested() and not run_stop.exists():
                 run_stop.parent.mkdir(exist_ok=True)
