@@ -4,6 +4,7 @@ after each epoch   candidates -> each validated -> the best one -> open_clip_mod
                    training.safetensors, ema.safetensors, where these differ: what training resumes from
 """
 
+import difflib
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -192,9 +193,9 @@ def check_best_metric(recipe: Recipe, metrics: Iterable[str]) -> None:
     if recipe.best_metric in metrics:
         return
     if names := ", ".join(metrics):
-        raise UserError(
-            f"--best-metric {recipe.best_metric}: not a metric of this run's validation; valid: {names}"
-        )
+        near = difflib.get_close_matches(recipe.best_metric, metrics, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"valid: {names}"
+        raise UserError(f"--best-metric {recipe.best_metric}: not a metric of this run's validation; {hint}")
     if recipe.ema or recipe.wise_ft or recipe.retention_set or recipe.best_metric != Recipe.best_metric:
         raise UserError(
             f"{first_of(recipe.data)}: has no val split, which --ema, --wise-ft, --retention-set and"
