@@ -186,7 +186,9 @@ def test_the_end_says_what_went_wrong_and_what_can_be_copied(
     assert "--split" not in printed
 
 
-def test_with_alpha_0_nothing_worse_than_the_initial_weights_is_exported(tiny_model, icon_shards, tmp_path):
+def test_with_alpha_0_nothing_worse_than_the_initial_weights_is_exported(
+    tiny_model, icon_shards, tmp_path, capfd
+):
     plan = recipe(tiny_model, icon_shards, tmp_path / "run", epochs=2, workers=0, wise_ft=(0.0,))
     run = trained(plan, returning(0.5, *(0.4, 0.5), *(0.3, 0.5)))  # initial; trained and mixture, twice
     best = run.folder / "checkpoints" / "best"
@@ -194,6 +196,10 @@ def test_with_alpha_0_nothing_worse_than_the_initial_weights_is_exported(tiny_mo
     assert_equal_weights(exported(best), load(tiny_model).towers.model.state_dict())
     assert not torch.equal(in_training(best)["visual.proj"], exported(best)["visual.proj"])
     assert "worse than before" not in summary(run)
+    printed = "".join(capfd.readouterr())
+    name = "image_to_text/R@1"
+    assert f"after 1 epoch: val/{name} 40.0 %" in printed, "of the trained weights"
+    assert f"wise_ft-0.00/val/{name} 50.0 %" in printed, "and of the exported ones"
 
 
 def test_a_run_has_the_metrics_that_were_logged_for_its_weights(tiny_model, icon_shards, tmp_path):
