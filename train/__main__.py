@@ -36,10 +36,12 @@ def main() -> None:
     from eval.validation import has_split, validator
     from train.loop import fit
     from train.model.activation_memory import less_memory
+    from train.retain.select import check_retention
     from train.run.folder import PART_OF_RUNS
     from train.world import joined_world
 
     with joined_world(recipe.timeout_minutes, less_memory()) as world:
+        world.all_or_raise(lambda: check_retention(recipe))
         validate = world.all_or_raise(lambda: validator(recipe, world))
         data = first_of(recipe.data)
         if world.is_first and not has_split(data, "val"):

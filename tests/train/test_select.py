@@ -276,14 +276,27 @@ def test_every_metric_is_known_to_be_better_high_or_low(tiny_model, icon_shards,
 
 
 def test_an_unknown_metric_or_no_validation_is_an_error_before_training(tiny_model, icon_shards, tmp_path):
-    plan = recipe(tiny_model, icon_shards, tmp_path / "run", best_metric="val/mean/R@2")
-    assert_mistake(
-        call_here(main, *flags(plan, tmp_path / "recipe.yaml")[1:]),
-        "--best-metric val/mean/R@2: not a metric of this run's validation; valid: val/image_to_text/R@1, ",
-        "val/mean/R@1",
-    )
+    for metric, hint in (
+        ("recall", "valid: val/image_to_text/R@1, "),
+        ("val/mean/R1", "did you mean val/mean/R@1?"),
+    ):
+        plan = recipe(tiny_model, icon_shards, tmp_path / "run", best_metric=metric)
+        assert_mistake(
+            call_here(main, *flags(plan, tmp_path / "recipe.yaml")[1:]),
+            f"--best-metric {metric}: not a metric of this run's validation; {hint}",
+        )
     plan = recipe(tiny_model, icon_shards, tmp_path / "run", retention_set=str(tmp_path))
     assert_mistake(call_here(main, *flags(plan, tmp_path / "recipe.yaml")[1:]), "no manifest.json")
+    train_alone = shutil.copytree(icon_shards, tmp_path / "train_alone")
+    manifest = (train_alone / "manifest.json").read_text()
+    renamed = manifest.replace('"val"', '"other"').replace('"test"', '"another"')
+    (train_alone / "manifest.json").write_text(renamed)
+    plan = recipe(tiny_model, icon_shards, tmp_path / "run", retention_set=str(train_alone))
+    assert_mistake(
+        call_here(main, *flags(plan, tmp_path / "recipe.yaml")[1:]),
+        f"--retention-set {train_alone}: has no images in the splits val and test",
+        "--val 0.1",
+    )
     without_val = shutil.copytree(icon_shards, tmp_path / "without_val")
     manifest = (without_val / "manifest.json").read_text()
     (without_val / "manifest.json").write_text(manifest.replace('"val"', '"other"'))
@@ -292,7 +305,7 @@ def test_an_unknown_metric_or_no_validation_is_an_error_before_training(tiny_mod
     assert validator(recipe(tiny_model, without_val, tmp_path / "run"), World())(None, World()) == {}
     assert not (tmp_path / "run").exists()
     plan = recipe(tiny_model, icon_shards, tmp_path / "run", workers=0, best_metric="val/other")
-    expected = r"--best-metric val/other: not a metric of this run's validation; valid: val/mean/R@1"
+    expected = "--best-metric val/other: not a metric of this run's validation; "
     with pytest.raises(UserError, match=expected):
         trained(plan, returning(0.1))
 

@@ -16,6 +16,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from data_prep.errors import UserError
+from data_prep.shards import read_manifest
+from data_prep.store.remote import place_of
 from train.data.shares import first_of
 from train.metrics import metric_of
 from train.model.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
@@ -201,6 +203,22 @@ def check_best_metric(recipe: Recipe, metrics: Iterable[str]) -> None:
             f"{first_of(recipe.data)}: has no val split, which --ema, --wise-ft, --retention-set and"
             " --best-metric need; leave them out, or build shards with one: python -m data_prep build ..."
             " --val 0.1"
+        )
+
+
+def check_retention(recipe: Recipe) -> None:
+    """Check that the retention set has a split that can be scored: val, or else test.
+
+    Raises:
+        UserError: it has not, or is no folder of shards.
+    """
+    if not recipe.retention_set:
+        return
+    splits = read_manifest(place_of(recipe.retention_set))["splits"]
+    if not any(splits.get(split, {}).get("samples") for split in ("val", "test")):
+        raise UserError(
+            f"--retention-set {recipe.retention_set}: has no images in the splits val and test, one of which"
+            " is scored; build the shards with one: python -m data_prep build ... --val 0.1"
         )
 
 
