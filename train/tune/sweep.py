@@ -17,9 +17,10 @@ from data_prep.tables import counted
 from data_prep.terminal import say
 from train.data.sets import open_pairs
 from train.recipe import Recipe, to_yaml
+from train.retain.select import check_retention
 from train.run.folder import PART_OF_RUNS, Run, may_precede
 from train.run.stop import Stop
-from train.setup import check_batch
+from train.setup import check_batch, check_groups
 from train.tune.grid import expand_grid
 from train.tune.table import markdown, recipes_in, results, write
 from train.world import World
@@ -170,11 +171,14 @@ def is_finished(recipe: Recipe, nproc: int) -> bool:
 
     Raises:
         UserError: it can neither start nor resume: its folder holds a run of another recipe or of other data,
-            another process trains it, or the batch is too large.
+            another process trains it, the batch is too large, all images are of one group, or the retention
+            set has no split to score.
     """
     pairs, run = open_pairs(recipe), Run(recipe, World(), "--runs")
     try:
         check_batch(recipe, len(pairs), World(world_size=nproc))
+        check_groups(recipe, pairs)
+        check_retention(recipe)
         run.check_data(pairs.fingerprint)
         return run.is_finished
     finally:
