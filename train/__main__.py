@@ -9,6 +9,12 @@
 Any key of the recipe can be typed as a flag and then wins: --optim.lr 1e-5 --global-batch-size 128. All of
 them: --help. The same command again resumes an unfinished run from its last checkpoint.
 To stop a run cleanly: touch RUN/stop, or Ctrl-C. To watch it: tensorboard --logdir RUN.
+
+Commands of their own, each with --help:
+  python -m train.forecast RECIPE    what a run will reach, and what is short, from three short runs
+  python -m train.lr RECIPE          a search for the learning rate
+  python -m train.sweep RECIPE       a grid of recipe values
+  python -m train.bench RECIPE       speed and memory
 """
 
 import os
@@ -16,21 +22,34 @@ import sys
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from data_prep.errors import exit_on_user_error
+from data_prep.errors import UserError, exit_on_user_error
 from data_prep.tables import counted
 from data_prep.terminal import say
 from train.data.shares import first_of
 from train.metrics import DIRECTIONS, metric_of
-from train.recipe import parse
+from train.recipe import parse, recipe_file
 
 if TYPE_CHECKING:
     from train.run.folder import Run
+
+COMMANDS = {
+    "forecast": "python -m train.forecast",
+    "lr": "python -m train.lr",
+    "sweep": "python -m train.sweep",
+    "bench": "python -m train.bench",
+    "fetch": "python -m train.fetch",
+    "export": "python -m train.export",
+    "publish": "python -m train.publish",
+}
 
 
 def main() -> None:
     if len(sys.argv) == 1:
         say(__doc__.strip())
         return
+    name = sys.argv[1]
+    if name in COMMANDS and not recipe_file(name).is_file():
+        raise UserError(f"{name}: no such recipe; did you mean {COMMANDS[name]}?")
     recipe = parse(sys.argv[1:])
     # Imported here, so that help and mistakes do not wait for torch. The one place where train knows eval.
     from eval.validation import has_split, validator
