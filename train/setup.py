@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -116,6 +117,7 @@ def prepare(recipe: Recipe, run: Run | None, world: World) -> Inputs:
     choose(recipe.cache_dir, recipe.cache_gb)
     pairs = open_pairs(recipe)
     check_batch(recipe, len(pairs), world)
+    check_groups(recipe, pairs)
     if not pairs.weight_range[1]:
         raise UserError(
             f"{pairs.folder}, {pairs.split}: all weights are 0, so there is nothing to learn; build with"
@@ -186,6 +188,20 @@ def check_batch(recipe: Recipe, n_pairs: int, world: World) -> None:
         raise UserError(
             f"--global-batch-size {recipe.global_batch_size}: cannot be divided evenly among"
             f" {world.world_size} ranks; pass --global-batch-size {fitting or world.world_size}"
+        )
+
+
+def check_groups(recipe: Recipe, pairs: Shards | DataSets) -> None:
+    """Check that there are negatives.
+
+    Raises:
+        UserError: all pairs share a group, and pairs of a group are positives.
+    """
+    if recipe.same_group == "positive" and len(np.unique(pairs.groups)) == 1:
+        raise UserError(
+            f"{pairs.folder}: all {len(pairs)} training images are of one group, so with --same-group"
+            " positive every pair of a batch is a positive and nothing can be learned; pass --same-group"
+            " negative, or build the shards with another --group-column"
         )
 
 

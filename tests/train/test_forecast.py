@@ -16,11 +16,12 @@ from sweeps import SMALL, call_main, lines_of, train_here
 import train.forecast
 from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build
 from data_prep.shards import Shards
+from data_prep.tables import text_of
 from train.data.order import part_of_groups
 from train.data.sets import open_pairs
 from train.recipe import parse
 from train.tune.extrapolate import bootstrap, gain, line_through, score_at
-from train.tune.forecast import verdict, warning
+from train.tune.forecast import parts_of, verdict, warning
 from train.tune.table import SCORE
 
 
@@ -91,7 +92,10 @@ def test_a_part_reads_what_the_whole_reads(pairs):
 def test_a_forecast(words, pairs, tmp_path, capfd):
     call_main(train.forecast.main, *words)
     printed, runs = capfd.readouterr().out, tmp_path / "forecast"
-    assert "4 short runs see 416 pairs, 43 % of the full run's 960; about " in printed
+    assert "4 short runs see 416 pairs, 43 % of the full run's 960; training alone takes about " in printed
+    assert "each run also starts a process and validates 3 times" in printed
+    for run in runs.glob("*/metrics.jsonl"):
+        assert sum(SCORE in line for line in lines_of(run.parent)) == 3
     found = json.loads((runs / "forecast.json").read_text())
     assert (runs / "forecast.md").read_text() in printed
     assert Image.open(runs / "forecast.png").size > (600, 400)
@@ -117,6 +121,20 @@ def test_a_forecast(words, pairs, tmp_path, capfd):
     assert "about" not in again.split("\n")[0]
     assert [file.stat().st_mtime_ns for file in sorted(runs.glob("*/metrics.jsonl"))] == stamps
     assert json.loads((runs / "forecast.json").read_text()) == found
+
+    # What would mix runs, or replace the forecast, is refused before the plan is printed.
+    before = (runs / "forecast.md").read_bytes()
+    for changes, *message in (
+        (("--seed", 1), "run of another recipe", "seed: 0 before, 1 now", "another --runs"),
+        (("--epochs", 6), "--epochs 6", "run of 5 epochs", "another --runs"),
+        (("--epochs", 20), "--epochs 20", "run of 5 epochs", "another --runs"),
+    ):
+        assert_mistake(call_here(train.forecast.main, *words, *changes), *message)
+    (runs / "forecast.json").unlink()  # it is unfinished
+    result = call_here(train.forecast.main, *words, "--epochs", 20)
+    assert_mistake(result, "is a run of another forecast", "epochs: 2 before, 11 now", "another --runs")
+    assert capfd.readouterr().out == ""
+    assert (runs / "forecast.md").read_bytes() == before
 
 
 def test_an_unfinished_forecast_says_nothing_and_is_resumed(words, tmp_path, monkeypatch, capfd):
@@ -150,6 +168,8 @@ def test_mistakes_come_with_the_fix(words, tmp_path):
     def mistake(*changes):
         return call_here(train.forecast.main, *words, *changes)
 
+    for nproc in (0, -1):
+        assert_mistake(mistake("--nproc", nproc), f"--nproc {nproc}: must be at least 1")
     assert_mistake(mistake("--epochs", 1), "--epochs 1: must be at least 2")
     assert_mistake(mistake("--global-batch-size", 64), "24 images", "one batch of 64", "--global-batch-size")
     assert_mistake(mistake("--groups-fraction", 0), "--groups-fraction 0.0: must be above 0")
@@ -192,8 +212,25 @@ def test_groups_are_resampled_together():
     assert scores[:, 0].std() == pytest.approx(means.std() / np.sqrt(40), rel=0.05)
 
 
+def test_no_verdict_stands_under_the_warning():
+    figures = {"groups": 8, "images": 9, "epochs": 2, "value": 0.1, "low": 0.0, "high": 0.2}
+    found = {
+        "level": 0.8,
+        "best_epoch": 1,
+        "gains": {"images": figures},
+        "forecast": [{**figures, "times": 1}],
+    }
+    found["short_runs"] = [{**figures, "captions": "random"}]
+    for before, named in ((0.05, "short of images"), (0.3, "the forecast means little")):
+        text = text_of(parts_of({**found, "before": before}))
+        assert named in text
+        assert ("short of" in text) == (named == "short of images")
+
+
 def test_runs_that_do_not_learn_are_named():
-    assert "train.lr" in warning({"before": 0.3, "short_runs": [{"value": 0.1}, {"value": 0.3}]})
+    text = warning({"before": 0.3, "short_runs": [{"value": 0.1}, {"value": 0.3}]})
+    assert "train.lr" in text
+    assert "more --epochs" in text, "which is what random weights lack"
     assert not warning({"before": 0.3, "short_runs": [{"value": 0.1}, {"value": 0.31}]})
 
 

@@ -3,6 +3,7 @@
 Mistakes are found before training.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import TINY, assert_mistake, build_icons, call, save_tiny
+from conftest import TINY, assert_mistake, build_icons, call, noise_images, save_tiny
 from damage import as_an_older_build
 from runs import (
     WEIGHTS,
@@ -32,6 +33,7 @@ from runs import (
 )
 from safetensors.torch import load_file
 
+from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build
 from data_prep.errors import UserError
 from train.loop import fit
 from train.model.clip import load
@@ -259,6 +261,18 @@ def test_a_group_on_both_sides_of_the_split_is_an_error(tiny_model, icon_shards,
     with pytest.raises(UserError, match=r"\d+ groups are in train and in val"):
         fit(recipe(tiny_model, shards, tmp_path / "run"), World(), no_validation)
     assert not (tmp_path / "run").exists()
+
+
+def test_one_group_whose_pairs_are_positives_is_an_error(tiny_model, tmp_path):
+    reading = Reading(image_column="image", caption_column="caption", group_column="group")
+    table, splitting = noise_images(tmp_path, 30, groups=1), Splitting(val=0, test=0)
+    build([str(table)], tmp_path / "shards", reading, Checking(), splitting, Parallelism(1))
+    plan = short(tiny_model, tmp_path / "shards", tmp_path / "run", same_group="positive")
+    expected = "all 30 training images are of one group.* pass --same-group negative"
+    with pytest.raises(UserError, match=expected):
+        fit(plan, World(), no_validation)
+    assert not (tmp_path / "run").exists()
+    trained(dataclasses.replace(plan, same_group="negative", epochs=1), no_validation)
 
 
 def test_mistakes_exit_2_also_under_torchrun(tiny_model, icon_shards, tmp_path):

@@ -1,12 +1,13 @@
 """Recipes are flags in a file: one parser reads both, typed flags win, and a saved recipe loads equal."""
 
+import importlib.util
 import re
 
 import pytest
 from conftest import assert_mistake, call_here
 
 from data_prep.errors import UserError
-from train.__main__ import main
+from train.__main__ import COMMANDS, main
 from train.recipe import RECIPES, Captions, Optim, Recipe, differences, flags_of, parse, to_yaml
 
 REQUIRED = ["--data", "d", "--run", "r"]
@@ -140,6 +141,21 @@ def test_mistakes_on_the_command_line_exit_2():
     assert_mistake(call_here(main, demo, *REQUIRED, "--optim.lrr", "1"), "--optim.lr")
     assert_mistake(call_here(main, demo, *REQUIRED, "--global-batch-size", "many"), "many")
     assert_mistake(call_here(main, demo), "--data", "--run")
+
+
+def test_a_command_of_its_own_is_not_taken_for_a_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train"])
+    main()
+    guide = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        module = command.removeprefix("python -m ")
+        assert importlib.util.find_spec(module), command
+        for more in ([], ["--help"], ["train/recipes/icons.yaml", "--data", "x"]):
+            assert_mistake(call_here(main, name, *more), f"{name}: no such recipe; did you mean {command}?")
+        assert command in guide or name in ("fetch", "export", "publish")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr").write_text("model: m\n")
+    assert_mistake(call_here(main, "lr"), "--data")
 
 
 def test_keys_that_change_no_number_may_differ_when_a_run_is_resumed():

@@ -186,7 +186,9 @@ def test_the_end_says_what_went_wrong_and_what_can_be_copied(
     assert "--split" not in printed
 
 
-def test_with_alpha_0_nothing_worse_than_the_initial_weights_is_exported(tiny_model, icon_shards, tmp_path):
+def test_with_alpha_0_nothing_worse_than_the_initial_weights_is_exported(
+    tiny_model, icon_shards, tmp_path, capfd
+):
     plan = recipe(tiny_model, icon_shards, tmp_path / "run", epochs=2, workers=0, wise_ft=(0.0,))
     run = trained(plan, returning(0.5, *(0.4, 0.5), *(0.3, 0.5)))  # initial; trained and mixture, twice
     best = run.folder / "checkpoints" / "best"
@@ -194,6 +196,10 @@ def test_with_alpha_0_nothing_worse_than_the_initial_weights_is_exported(tiny_mo
     assert_equal_weights(exported(best), load(tiny_model).towers.model.state_dict())
     assert not torch.equal(in_training(best)["visual.proj"], exported(best)["visual.proj"])
     assert "worse than before" not in summary(run)
+    printed = "".join(capfd.readouterr())
+    name = "image_to_text/R@1"
+    assert f"after 1 epoch: val/{name} 40.0 %" in printed, "of the trained weights"
+    assert f"wise_ft-0.00/val/{name} 50.0 %" in printed, "and of the exported ones"
 
 
 def test_a_run_has_the_metrics_that_were_logged_for_its_weights(tiny_model, icon_shards, tmp_path):
@@ -270,14 +276,27 @@ def test_every_metric_is_known_to_be_better_high_or_low(tiny_model, icon_shards,
 
 
 def test_an_unknown_metric_or_no_validation_is_an_error_before_training(tiny_model, icon_shards, tmp_path):
-    plan = recipe(tiny_model, icon_shards, tmp_path / "run", best_metric="val/mean/R@2")
-    assert_mistake(
-        call_here(main, *flags(plan, tmp_path / "recipe.yaml")[1:]),
-        "--best-metric val/mean/R@2: not a metric of this run's validation; valid: val/image_to_text/R@1, ",
-        "val/mean/R@1",
-    )
+    for metric, hint in (
+        ("recall", "valid: val/image_to_text/R@1, "),
+        ("val/mean/R1", "did you mean val/mean/R@1?"),
+    ):
+        plan = recipe(tiny_model, icon_shards, tmp_path / "run", best_metric=metric)
+        assert_mistake(
+            call_here(main, *flags(plan, tmp_path / "recipe.yaml")[1:]),
+            f"--best-metric {metric}: not a metric of this run's validation; {hint}",
+        )
     plan = recipe(tiny_model, icon_shards, tmp_path / "run", retention_set=str(tmp_path))
     assert_mistake(call_here(main, *flags(plan, tmp_path / "recipe.yaml")[1:]), "no manifest.json")
+    train_alone = shutil.copytree(icon_shards, tmp_path / "train_alone")
+    manifest = (train_alone / "manifest.json").read_text()
+    renamed = manifest.replace('"val"', '"other"').replace('"test"', '"another"')
+    (train_alone / "manifest.json").write_text(renamed)
+    plan = recipe(tiny_model, icon_shards, tmp_path / "run", retention_set=str(train_alone))
+    assert_mistake(
+        call_here(main, *flags(plan, tmp_path / "recipe.yaml")[1:]),
+        f"--retention-set {train_alone}: has no images in the splits val and test",
+        "--val 0.1",
+    )
     without_val = shutil.copytree(icon_shards, tmp_path / "without_val")
     manifest = (without_val / "manifest.json").read_text()
     (without_val / "manifest.json").write_text(manifest.replace('"val"', '"other"'))
@@ -286,7 +305,7 @@ def test_an_unknown_metric_or_no_validation_is_an_error_before_training(tiny_mod
     assert validator(recipe(tiny_model, without_val, tmp_path / "run"), World())(None, World()) == {}
     assert not (tmp_path / "run").exists()
     plan = recipe(tiny_model, icon_shards, tmp_path / "run", workers=0, best_metric="val/other")
-    expected = r"--best-metric val/other: not a metric of this run's validation; valid: val/mean/R@1"
+    expected = "--best-metric val/other: not a metric of this run's validation; "
     with pytest.raises(UserError, match=expected):
         trained(plan, returning(0.1))
 

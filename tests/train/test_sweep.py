@@ -27,6 +27,10 @@ def test_a_sweep_resumes_and_its_table_equals_the_logs(tiny_model, icon_shards, 
     printed = capfd.readouterr()
     assert "== 1 of 2: run-lr=1e-3\n" in printed.out
     assert "training: " in printed.err, "the progress bar of a run is visible"
+    assert f"{runs / names[1]} is finished: 256 pairs\n" in printed.out
+    assert "stopped after 64 pairs\n" in printed.out
+    for advice in ("--run)", "resume with", "evaluate: ", "tensorboard", "lower --optim.lr"):
+        assert advice not in printed.out, "which is of a run by hand"
     assert states_of(runs) == {names[0]: "stopped", names[1]: "finished"}
     other = (runs / names[1] / "metrics.jsonl").read_bytes()
 
@@ -112,7 +116,35 @@ def test_a_run_of_another_recipe_in_the_folder_is_refused(tiny_model, icon_shard
     recipe = parse([*words, "--run", str(tmp_path), "--epochs", "3"])
     (tmp_path / "run-seed=0" / "recipe.yaml").write_text(to_yaml(recipe))
     result = call_here(train.sweep.main, *words, "--runs", tmp_path, "--vary", "seed=0")
-    assert_mistake(result, "run of another recipe", "epochs: 3 before, 2 now")
+    assert_mistake(
+        result, "run of another recipe", "epochs: 3 before, 2 now", "another --runs, or the old values"
+    )
+    assert "resume" not in result.stderr
+
+
+def test_a_folder_of_something_else_is_refused(tiny_model, icon_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.tune.sweep.train_one", lambda *_: 1)
+    words = ["--model", tiny_model, "--data", str(icon_shards), *SMALL]
+    for name in ("run", "started", "new"):
+        (tmp_path / name).mkdir()
+    recipe = to_yaml(parse([*words, "--run", "x"]))
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(icon_shards.iterdir())
+    for folder, found in (
+        (icon_shards, "and no runs"),
+        (tmp_path / "run", "is a run"),
+        (tmp_path / "file", "is not a folder"),
+        (tmp_path / "file" / "runs", "is a file, not a folder"),
+    ):
+        result = call_here(train.sweep.main, *words, "--runs", folder, "--vary", "seed=0")
+        assert_mistake(result, f"{folder}: ", found, "pass another --runs")
+    assert sorted(icon_shards.iterdir()) == before
+    (tmp_path / "started" / "run-seed=1.yaml").write_text(recipe)  # of a sweep that was killed at its start
+    for folder in (tmp_path / "started", tmp_path / "new", tmp_path / "a" / "b"):
+        result = call_here(train.sweep.main, *words, "--runs", folder, "--vary", "seed=0", expect=1)
+        assert_mistake(result, "1 run failed (run-seed=0)")
 
 
 def test_help_lists_the_own_options_alone(monkeypatch, capsys):

@@ -4,6 +4,7 @@ after each epoch   candidates -> each validated -> the best one -> open_clip_mod
                    training.safetensors, ema.safetensors, where these differ: what training resumes from
 """
 
+import difflib
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from data_prep.errors import UserError
+from data_prep.shards import read_manifest
+from data_prep.store.remote import place_of
 from train.data.shares import first_of
 from train.metrics import metric_of
 from train.model.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
@@ -192,14 +195,30 @@ def check_best_metric(recipe: Recipe, metrics: Iterable[str]) -> None:
     if recipe.best_metric in metrics:
         return
     if names := ", ".join(metrics):
-        raise UserError(
-            f"--best-metric {recipe.best_metric}: not a metric of this run's validation; valid: {names}"
-        )
+        near = difflib.get_close_matches(recipe.best_metric, metrics, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"valid: {names}"
+        raise UserError(f"--best-metric {recipe.best_metric}: not a metric of this run's validation; {hint}")
     if recipe.ema or recipe.wise_ft or recipe.retention_set or recipe.best_metric != Recipe.best_metric:
         raise UserError(
             f"{first_of(recipe.data)}: has no val split, which --ema, --wise-ft, --retention-set and"
             " --best-metric need; leave them out, or build shards with one: python -m data_prep build ..."
             " --val 0.1"
+        )
+
+
+def check_retention(recipe: Recipe) -> None:
+    """Check that the retention set has a split that can be scored: val, or else test.
+
+    Raises:
+        UserError: it has not, or is no folder of shards.
+    """
+    if not recipe.retention_set:
+        return
+    splits = read_manifest(place_of(recipe.retention_set))["splits"]
+    if not any(splits.get(split, {}).get("samples") for split in ("val", "test")):
+        raise UserError(
+            f"--retention-set {recipe.retention_set}: has no images in the splits val and test, one of which"
+            " is scored; build the shards with one: python -m data_prep build ... --val 0.1"
         )
 
 

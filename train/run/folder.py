@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 # What a folder may hold before it is a run: of a submission, and of a start that was killed.
 BEFORE = ("slurm", "attempt", "stop", "lock", "checkpoints", "environment.json")
+# Environment variable of a run that train.lr, forecast or sweep starts: they say themselves what to do next.
+PART_OF_RUNS = "CLIPTUNE_PART_OF_RUNS"
 KINDS = {"model": "weights", "replay_texts": "sentences"}  # else shards
 OTHER_WEIGHTS = "weights will differ from an uninterrupted run's, by rounding at least"
 STATUS_EVERY_S = 10
@@ -70,13 +72,16 @@ class Run:
         pending: one that is being written; wait() makes it `checkpoint`.
     """
 
-    def __init__(self, recipe: Recipe, world: World):
+    def __init__(self, recipe: Recipe, world: World, flag: str = "--run"):
         """Open the run of `recipe`: new, unfinished or finished.
+
+        Args:
+            flag: that was passed, for messages: "--runs" for one of a command's runs.
 
         Raises:
             UserError: the folder holds a run of another recipe, or something else.
         """
-        self.recipe, self.world, self.folder = recipe, world, Path(recipe.run)
+        self.recipe, self.world, self.folder, self.flag = recipe, world, Path(recipe.run), flag
         self.samples, self.best, self.best_checkpoint = 0, NO_SCORE, ""
         self.checkpoint, self.pending = None, None
         self.rolled_back, self.status_written_at, self.lock = False, 0.0, RunLock(self.folder)
@@ -84,21 +89,23 @@ class Run:
         self.writer = AsyncWriter()
         self._write_error: Fault | None = None  # kept until all ranks can hear of it
         self.fingerprints: dict[str, str | None] = {}  # of what check_data() has seen
-        check_parents(self.folder, "--run")
+        check_parents(self.folder, flag)
         if (self.folder / "recipe.yaml").is_file():
             old = parse([*flags_of(self.folder / "recipe.yaml"), "--run", recipe.run])
             if changed := differences(old, recipe):
+                resumed = f"python -m train {quote(str(self.folder / 'recipe.yaml'))}"
+                other = f"resume that one: {resumed}" if flag == "--run" else "the old values"
                 raise UserError(
                     f"{self.folder}: holds a run of another recipe ({'; '.join(changed)}); pass another"
-                    f" --run, or resume that one: python -m train {quote(str(self.folder / 'recipe.yaml'))}"
+                    f" {flag}, or {other}"
                 )
             if world.is_first and not self.is_finished:
                 self.lock.acquire()
             self._find_checkpoint()
         elif self.folder.exists() and not (
-            self.folder.is_dir() and all(map(_may_precede, self.folder.iterdir()))
+            self.folder.is_dir() and all(map(may_precede, self.folder.iterdir()))
         ):
-            raise UserError(f"{self.folder}: exists and is not a run; pass another --run")
+            raise UserError(f"{self.folder}: exists and is not a run; pass another {flag}")
 
     @property
     def is_finished(self) -> bool:
@@ -131,8 +138,8 @@ class Run:
                 pairs = zip(value, fingerprint.split(), str(before).split(), strict=False)
                 value = ", ".join([folder for folder, now, old in pairs if now != old] or value)
             raise UserError(
-                f"{value}: not the {kind} that {self.folder} was started with; pass another --run, or the old"
-                f" {flag}"
+                f"{value}: not the {kind} that {self.folder} was started with; pass another {self.flag}, or"
+                f" the old {flag}"
             )
 
     def with_fitted(self, recipe: Recipe) -> Recipe:
@@ -384,7 +391,7 @@ class Run:
 FITTED = ("activation_checkpointing", "micro_batch_size")  # keys of the recipe that can be "auto"
 
 
-def _may_precede(path: Path) -> bool:
+def may_precede(path: Path) -> bool:
     """Whether a folder that holds this, and no recipe.yaml, may still become a run."""
     return path.name in BEFORE or path.name.endswith(".partial")
 

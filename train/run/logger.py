@@ -160,18 +160,16 @@ class Logger:
             )
 
     def validation(self, values: dict[str, float], selected: str = "") -> None:
-        """Write the metrics of a validation, if there was one, and print two of them.
+        """Write the metrics of a validation, if there was one; print two of the trained weights, and of those
+        that are exported where they are others.
 
         Args:
             selected: prefix of the metrics of the exported weights.
         """
         if values:
             self.write(values)
-            recalls = ", ".join(
-                f"{selected}{name} {100 * values[selected + name]:.1f} %"
-                for name in PRINTED
-                if selected + name in values
-            )
+            names = [each + name for each in dict.fromkeys(("", selected)) for name in PRINTED]
+            recalls = ", ".join(f"{name} {100 * values[name]:.1f} %" for name in names if name in values)
             epochs = round(self.state.samples / self.state.order.samples_per_epoch)
             self.say(f"after {counted(epochs, 'epoch')}: {recalls}")
             if values.get(f"val/{CROP_GAIN_LOW}", 0) > 0 and not self.crop_hinted:

@@ -15,16 +15,17 @@ from data_prep.atomic import atomic_file, write_json
 from data_prep.errors import UserError
 from data_prep.shards import Shards, read_manifest
 from data_prep.store.remote import place_of
+from data_prep.strict_json import read_json
 from data_prep.tables import Table, counted, percent, text_of
 from data_prep.terminal import say
 from train.bench.rows import in_fresh_process
 from train.bench.timing import measure_step
 from train.data.sets import open_pairs
-from train.recipe import Recipe
+from train.recipe import Recipe, differences
 from train.run.records import read_metrics
 from train.tune.extrapolate import LEVEL, effective_data, gain, line_through, score_at
-from train.tune.sweep import plan, report_rest, train_all
-from train.tune.table import SCORE, results
+from train.tune.sweep import check_runs, plan, report_rest, train_all
+from train.tune.table import SCORE, recipes_in, results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,11 +134,13 @@ def forecast(folder: Path, recipe: Recipe, short: dict[str, Recipe], nproc: int,
         hits: see eval.validation.val_hits.
 
     Raises:
-        UserError: a run cannot start; none was started.
+        UserError: a run cannot start, or the folder holds another forecast; none was started.
         Fault: runs failed.
     """
+    finished = check_runs(folder, short, nproc)
+    check_same(folder, recipe, short)
     announce(recipe, short, folder, nproc)
-    failed, stopped = train_all(folder, short, nproc)
+    failed, stopped = train_all(folder, short, finished, nproc)
     rows = {row["run"]: row for row in results(folder, short, failed)}
     if stopped or failed:
         say("The forecast is unfinished. The same command resumes it.")
@@ -156,6 +159,30 @@ def forecast(folder: Path, recipe: Recipe, short: dict[str, Recipe], nproc: int,
     write_json(folder / "forecast.json", found)
 
 
+def check_same(folder: Path, recipe: Recipe, short: dict[str, Recipe]) -> None:
+    """Check that the folder holds no forecast of another recipe, which this one would replace.
+
+    Raises:
+        UserError: it does; names the keys that differ.
+    """
+    if (file := folder / "forecast.json").is_file():
+        fix = "pass another --runs, or remove it"
+        before = read_json(file, {"forecast": [{"epochs": int}]}, fix)["forecast"]
+        if before and before[0]["epochs"] != recipe.epochs:
+            raise UserError(
+                f"--epochs {recipe.epochs}: {file} is the forecast of a run of"
+                f" {counted(before[0]['epochs'], 'epoch')}; pass another --runs"
+            )
+    for name, old in recipes_in(folder).items():
+        if old is None or name in short:
+            continue
+        if changed := min((differences(old, one) for one in short.values()), key=len):
+            raise UserError(
+                f"{folder / name}: is a run of another forecast ({'; '.join(changed)}, in the short runs);"
+                " pass another --runs"
+            )
+
+
 def announce(recipe: Recipe, short: dict[str, Recipe], folder: Path, nproc: int) -> None:
     """Say what the short runs cost, before they start."""
     rows = results(folder, short)
@@ -168,7 +195,10 @@ def announce(recipe: Recipe, short: dict[str, Recipe], folder: Path, nproc: int)
             if speeds
             else nproc * in_fresh_process(measure_step, recipe, TIMED_STEPS)["pairs_per_s"]
         )
-        time = f"; about {minutes(left / speed)} at {speed:,.0f} pairs/s, and the validations"
+        time = (
+            f"; training alone takes about {minutes(left / speed)} at {speed:,.0f} pairs/s, and each run also"
+            f" starts a process and validates {n_validations(next(iter(short.values())))} times"
+        )
     say(
         f"{len(short)} short runs see {sum(map(run_pairs, short.values())):,} pairs,"
         f" {100 * cost_of(recipe, short):.0f} % of the full run's {run_pairs(recipe):,}{time}"
@@ -178,6 +208,11 @@ def announce(recipe: Recipe, short: dict[str, Recipe], folder: Path, nproc: int)
 def run_pairs(recipe: Recipe) -> int:
     """The pairs that a run sees."""
     return recipe.epochs * pairs_per_epoch(recipe)
+
+
+def n_validations(recipe: Recipe) -> int:
+    """Of a run: of the initial weights, and of each candidate after each epoch."""
+    return 1 + recipe.epochs * (1 + len(recipe.wise_ft) + bool(recipe.ema))
 
 
 def cost_of(recipe: Recipe, short: dict[str, Recipe]) -> float:
@@ -282,8 +317,7 @@ def parts_of(found: dict) -> list[str | Table]:
     return [
         Table(["", "groups", "images", "epochs", "R@1 on val, %", percents], rows),
         Table(["instead of the full run", "R@1, points", percents], gains),
-        warning(found),
-        verdict(found["gains"]),
+        warning(found) or verdict(found["gains"]),
         NOTE,
     ]
 
@@ -297,8 +331,9 @@ def warning(found: dict) -> str:
     if max(run["value"] for run in found["short_runs"]) > found["before"]:
         return ""
     return (
-        "No short run is better than the weights before training, so the forecast means little; search for a"
-        " learning rate first: python -m train.lr"
+        "No short run is better than the weights before training, so the forecast means little. From random"
+        " weights, or with few steps, more --epochs may be what is missing; else search for a learning rate"
+        " first: python -m train.lr"
     )
 
 

@@ -14,7 +14,7 @@ from data_prep.terminal import say
 from train.data.shares import first_of
 from train.recipe import Recipe, differences
 from train.retain.select import RETENTION
-from train.tune.sweep import report_rest, train_all
+from train.tune.sweep import check_runs, report_rest, train_all
 from train.tune.table import SCORE, markdown, recipes_in, results, write
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def find_rate(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
     """
     first = next(iter(recipes.values()))
     n_groups = len(np.unique(Shards(first_of(first.data), "val").groups))
-    failed, stopped = train_all(folder, recipes, nproc)
+    failed, stopped = train_all(folder, recipes, check_runs(folder, recipes, nproc), nproc)
     known = {
         name: recipe
         for name, recipe in recipes_in(folder).items()

@@ -10,20 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 
-from data_prep.atomic import atomic_file
+from data_prep.atomic import atomic_file, check_parents
 from data_prep.errors import Fault, UserError
 from data_prep.rooms import environment, importable
 from data_prep.tables import counted
 from data_prep.terminal import say
 from train.data.sets import open_pairs
 from train.recipe import Recipe, to_yaml
-from train.run.folder import Run
+from train.retain.select import check_retention
+from train.run.folder import PART_OF_RUNS, Run, may_precede
 from train.run.stop import Stop
-from train.setup import check_batch
+from train.setup import check_batch, check_groups
 from train.tune.grid import expand_grid
 from train.tune.table import markdown, recipes_in, results, write
 from train.world import World
 
+RECIPE_BEGINS = b"model: "  # as to_yaml() writes it
 POLL_S = 0.5  # between two checks for a stop request
 
 
@@ -47,7 +49,7 @@ def train_grid(folder: Path, recipes: dict[str, Recipe], nproc: int) -> None:
         UserError: a run cannot start; none was started.
         Fault: runs failed; the table lists them.
     """
-    failed, stopped = train_all(folder, recipes, nproc)
+    failed, stopped = train_all(folder, recipes, check_runs(folder, recipes, nproc), nproc)
     rows = results(folder, recipes_in(folder) | recipes, failed)
     say(text := markdown(rows))
     write(folder, rows, text)
@@ -88,11 +90,14 @@ def plan(
     }
 
 
-def train_all(folder: Path, recipes: dict[str, Recipe], nproc: int) -> tuple[dict[str, int], bool]:
-    """Train each run in a separate process, because training sets process-wide state.
+def check_runs(folder: Path, recipes: dict[str, Recipe], nproc: int) -> set[str]:
+    """Check that each run can start or resume, before the first one starts and anything is said about them.
 
     Returns:
-        Exit codes of the runs that failed, and whether a stop was requested.
+        Names of the runs that are finished.
+
+    Raises:
+        UserError: it cannot.
     """
     if "WORLD_SIZE" in os.environ:
         raise UserError(
@@ -100,7 +105,49 @@ def train_all(folder: Path, recipes: dict[str, Recipe], nproc: int) -> tuple[dic
         )
     if nproc < 1:
         raise UserError(f"--nproc {nproc}: must be at least 1")
-    finished = {name for name, recipe in recipes.items() if is_finished(recipe, nproc)}
+    check_folder(folder)
+    return {name for name, recipe in recipes.items() if is_finished(recipe, nproc)}
+
+
+def check_folder(folder: Path) -> None:
+    """Check that `folder` is new, empty, or holds runs or what belongs to them.
+
+    Raises:
+        UserError: it is something else: a run, shards, a file.
+    """
+    check_parents(folder, "--runs")
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder; pass another --runs")
+    if (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: is a run; pass another --runs, of a folder for several runs")
+    found = list(folder.iterdir())
+    if found and not any(map(_belongs_to_runs, found)):
+        raise UserError(f"{folder}: holds {found[0].name} and no runs; pass another --runs")
+
+
+def _belongs_to_runs(path: Path) -> bool:
+    if path.is_dir():
+        found = list(path.iterdir())
+        return (path / "recipe.yaml").is_file() or (bool(found) and all(map(may_precede, found)))
+    if path.suffix != ".yaml":
+        return path.name in ("stop", "sweep.json", "forecast.json")
+    with open(path, "rb") as file:  # the recipe of a run that has not begun
+        return file.read(len(RECIPE_BEGINS)) == RECIPE_BEGINS
+
+
+def train_all(
+    folder: Path, recipes: dict[str, Recipe], finished: set[str], nproc: int
+) -> tuple[dict[str, int], bool]:
+    """Train each run in a separate process, because training sets process-wide state.
+
+    Args:
+        finished: of check_runs(); these are left out.
+
+    Returns:
+        Exit codes of the runs that failed, and whether a stop was requested.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     failed = {}
     with Stop(folder / "stop") as stop:
@@ -124,11 +171,14 @@ def is_finished(recipe: Recipe, nproc: int) -> bool:
 
     Raises:
         UserError: it can neither start nor resume: its folder holds a run of another recipe or of other data,
-            another process trains it, or the batch is too large.
+            another process trains it, the batch is too large, all images are of one group, or the retention
+            set has no split to score.
     """
-    pairs, run = open_pairs(recipe), Run(recipe, World())
+    pairs, run = open_pairs(recipe), Run(recipe, World(), "--runs")
     try:
         check_batch(recipe, len(pairs), World(world_size=nproc))
+        check_groups(recipe, pairs)
+        check_retention(recipe)
         run.check_data(pairs.fingerprint)
         return run.is_finished
     finally:
@@ -150,7 +200,7 @@ def train_one(file: Path, recipe: Recipe, nproc: int, stop: Stop) -> int:
     )
     run_stop = Path(recipe.run) / "stop"
     words = [sys.executable, *launcher, importable("train"), str(file)]
-    with subprocess.Popen(words, env=environment()) as process:
+    with subprocess.Popen(words, env=environment() | {PART_OF_RUNS: "1"}) as process:
         while process.poll() is None:
             if stop.requested() and not run_stop.exists():
                 run_stop.parent.mkdir(exist_ok=True)
