@@ -240,6 +240,14 @@ def test_a_file_of_decisions_is_what_a_spreadsheet_makes_of_it(tmp_path):
     assert list(read_decisions(tmp_path / "b.csv")[0].values()) == decided
 
 
+def test_one_unused_decision_is_said_in_the_singular(tmp_path):
+    path = noise_images(tmp_path, 9)
+    decisions = decisions_file(tmp_path / "decisions.csv", UNUSED[:1])
+    report = build([str(path)], tmp_path / "out", Reading(decisions=decisions), parallelism=Parallelism(1))
+    words = "1 decision matches no image or caption of the inputs, and was not applied; see"
+    assert any(words in warning for warning in report["warnings"])
+
+
 def test_the_command_line_takes_them(pairs, tmp_path):
     arguments = ("build", pairs[0], "--out", tmp_path / "out", "--decisions", tmp_path / "none.csv")
     assert_mistake(
