@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.build.database import Record, insert, select, select_one
-from data_prep.build.groups import LEAK_DIFFERENCE, Link, PHashIndex, find_groups, links
+from data_prep.build.groups import LEAK_DIFFERENCE, Link, PHashIndex, base_name, find_groups, links
 from data_prep.build.options import Splitting
 from data_prep.build.records import Ignored, Part, Reject, StoredImage, StoredRow
 from data_prep.build.scan import locate
@@ -140,7 +140,7 @@ class Plan:
         self._excluded: set[int] = set()
         self._link()
         self._read_kept_splits()
-        self.groups, self.too_common = find_groups(self.db, self.rows, self._excluded)
+        self._find_groups()
         self._assign_splits()
         self._find_leaks(folder)
         self.n_images = Counter(
@@ -183,6 +183,20 @@ class Plan:
                     (_KeptSplit(shards.key(number), code) for number in range(len(shards))),
                 )
 
+    def _find_groups(self) -> None:
+        self.groups, self.too_common, self._most_common = find_groups(self.db, self.rows, self._excluded)
+
+    def most_common(self) -> dict[str, tuple[str, int]]:
+        """Of the "captions" and "names" that are too common, the one of the most images, and their number."""
+        found = {}
+        for what, shared in self._most_common.items():
+            part, row = self.row(shared.ordinal)
+            image = select_one(part.db, _Linked, "FROM images WHERE key = :key", key=row.key)
+            captions = image.captions.split("\n")
+            same = (text for text in captions if shared.link in links("", (), [text], b"", False))
+            found[what] = next(same, base_name(image.image)), shared.images
+        return found
+
     def _assigned(self) -> Iterator[tuple[int, int]]:
         """(ordinal, split code) of images whose split is given by an earlier build or by the split column."""
         has_kept = bool(self.splitting.keep_splits)
@@ -206,7 +220,7 @@ class Plan:
                 break
             assert attempt < 2, len(mixed)
             self._reject_mixed(mixed, only_assigned=attempt == 1)
-            self.groups, self.too_common = find_groups(self.db, self.rows, self._excluded)
+            self._find_groups()
         for image in self._each(_Named):
             if self.groups.first(image.ordinal) == image.ordinal and not codes[image.ordinal]:
                 name = _group_name(image.image, image.groups)

@@ -74,6 +74,7 @@ def summarize(plan: Plan) -> dict:
         "nonfinite": int(plan.parts[0].get("nonfinite") or 0),  # values of columns that are text for JSON
         "captions_truncated": _count_long_captions(plan),
         "too_common": plan.too_common,
+        "most_common": plan.most_common(),
         "leaks": len(plan.leaks()),
         "extensions": dict(extensions.most_common()),
         "shorter_side_px": {str(side): sides[side] for side in sorted(sides)},

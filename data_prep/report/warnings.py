@@ -61,9 +61,10 @@ def warnings(summary: dict, settings: dict) -> list[str]:
         )
     for what, number in summary["too_common"].items():
         if number:
+            text, images = summary["most_common"][what]
             messages.append(
                 f"{counted(number, what[:-1])} of more than {MAX_SHARERS} images each: too general to group"
-                " images by."
+                f" images by; “{shorten(text)}” is of the most images, {images:,}."
             )
     return messages
 

@@ -145,6 +145,20 @@ def test_truncated_captions(tmp_path, capsys):
     assert words in capsys.readouterr().out
 
 
+def test_the_most_common_caption_is_named(tmp_path, capsys):
+    """An empty cell that another program wrote as a word is seen so."""
+    path = noise_images(tmp_path, 130)
+    lines = path.read_text().splitlines()
+    for at in range(1, 61):
+        lines[at] = f"{at - 1}.png,NaN,"
+    for at in range(61, 112):
+        lines[at] = f"{at - 1}.png,icon,"
+    path.write_text("\n".join(lines) + "\n")
+    build([str(path)], tmp_path / "out", parallelism=ONE)
+    words = "2 captions of more than 50 images each: too general to group images by; “NaN” is of the most"
+    assert f"{words} images, 60." in capsys.readouterr().out
+
+
 def test_transparent_images_and_the_background_that_shows_them(tmp_path, capsys):
     """White drawings on nothing, and images of nothing at all."""
     path = noise_images(tmp_path, 10)
