@@ -49,7 +49,7 @@ from data_prep.inputs.locations import check_root, forget_open_files
 from data_prep.inputs.storage import digests, expand, is_url
 from data_prep.masked import masked_url
 from data_prep.report.summary import print_report, summarize, write_rejects, write_report
-from data_prep.report.warnings import ASKED, transparent
+from data_prep.report.warnings import HARMLESS, transparent
 from data_prep.shards import FORMAT, read_manifest
 from data_prep.store.remote import place_of
 from data_prep.strict_json import read_json
@@ -329,12 +329,14 @@ def _start_over(folder: Path, n_parts: int) -> None:
 
 
 def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_rejects: float) -> None:
-    """Raise a UserError if too many rows are rejected, or all. What the user asked to drop does not count."""
-    rows, unusable = summary["rows"], summary["rejects"] - summary["asked"]
+    """Raise a UserError if too many rows are rejected, or all. What the user asked to drop does not count, and
+    neither do rows that repeat others.
+    """
+    rows, unusable = summary["rows"], summary["unusable"]
     if unusable <= max_rejects * rows and summary["records"]:
         return
     write_rejects(folder / "rejects.csv", plan, list(settings["inputs"]))
-    counts = {reason: n for reason, n in summary["reasons"].items() if reason not in ASKED or not unusable}
+    counts = {reason: n for reason, n in summary["reasons"].items() if reason not in HARMLESS or not unusable}
     reasons = "".join(f"\n  {n:8} x {reason}" for reason, n in counts.items())
     first = next(reject for reject in plan.rejects() if reject.reason in counts)
     # in a folder, the line is only the number of the image

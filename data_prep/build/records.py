@@ -71,6 +71,7 @@ SPLIT_NAMES = {
     "dev": "val",
 }
 SHOWN_PROBLEMS = 20  # of inputs
+REPEATED = "duplicate row"
 
 
 class Place(NamedTuple):
@@ -539,6 +540,13 @@ class JoinedRows(NamedTuple):
     split: str
 
 
+def _repeated(weight: float | None, before: float | None) -> Problem:
+    """Why a row is left out whose image and caption an earlier row has."""
+    if weight is not None and before is not None and weight != before:
+        return Problem("conflicting weights", f"{weight:g} here, {before:g} before")
+    return Problem(REPEATED, "an earlier row has the same image and caption")
+
+
 def join_rows(part: Part, image: ImageRows) -> JoinedRows:
     """Join the rows of one image; reject rows that repeat or contradict an earlier one."""
     captions, groups, split = {}, {}, ""
@@ -549,8 +557,8 @@ def join_rows(part: Part, image: ImageRows) -> JoinedRows:
             continue
         if split and row.split and split != row.split:
             part.reject(row.reject(Problem("conflicting splits", f"{row.split} here, {split} before")))
-        elif row.caption in captions:
-            part.reject(row.reject(Problem("duplicate row", "an earlier row has the same image and caption")))
+        elif before := captions.get(row.caption):
+            part.reject(row.reject(_repeated(row.weight, before.weight)))
         else:
             captions[row.caption] = row
             split = split or row.split

@@ -244,7 +244,7 @@ def _thumbnail(location: ImageLocation, background: tuple[int, int, int], max_pi
 
 def _of_rejects(summary: dict) -> list[str]:
     """What the terminal lists reason by reason."""
-    unusable = summary["rejects"] - summary["asked"]
+    unusable = summary["unusable"]
     messages = [f"{unusable:,} of {summary['rows']:,} rows were rejected."] if unusable else []
     return messages + [
         f"Ignored: {counted(n, 'file')} ({reason}); see ignored.csv."

@@ -14,7 +14,7 @@ from data_prep.build.decisions import ACTIONS, Decision, write_decisions
 from data_prep.build.feedback import FEEDBACK
 from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
-from data_prep.report.warnings import ASKED, warnings
+from data_prep.report.warnings import ASKED, HARMLESS, warnings
 from data_prep.sheets import write_csv
 from data_prep.store.remote import is_url
 from data_prep.tables import are, counted
@@ -56,6 +56,7 @@ def summarize(plan: Plan) -> dict:
         "records": records,
         "rejects": rejects,
         "asked": sum(reasons[reason] for reason in ASKED),  # of the rejects
+        "unusable": sum(count for reason, count in reasons.items() if reason not in HARMLESS),
         "reasons": dict(reasons.most_common()),
         "ignored": dict(Counter(ignored.reason for ignored in plan.ignored()).most_common()),
         "images": sum(images.values()),
@@ -154,7 +155,7 @@ def print_report(out: str, report: dict) -> None:
     asked = f", {report['asked']} of them as asked" if report["asked"] else ""
     say(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects{asked}")
     for reason, count in report["reasons"].items():
-        say(f"  {'left out' if reason in ASKED else 'rejected'}: {count} x {reason}")
+        say(f"  {'left out' if reason in HARMLESS else 'rejected'}: {count} x {reason}")
     for reason, count in report["ignored"].items():
         say(f"  ignored: {count} x {reason}; see {out}/{IGNORED}")
     for fix, count in report["fixes"].items():

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from data_prep.build.decisions import DROPPED, REMOVED
 from data_prep.build.groups import MAX_SHARERS
 from data_prep.build.plan import NEAR_HELD_OUT
+from data_prep.build.records import REPEATED
 from data_prep.images import UNSEEN, WHOLLY_TRANSPARENT
 from data_prep.tables import are, counted
 
 ASKED = (DROPPED, REMOVED, NEAR_HELD_OUT)  # reasons of rows that are left out because the user asked for it
+HARMLESS = (*ASKED, REPEATED)  # reasons that do not count to --max-rejects
 LARGE_GROUP, LARGE_SHARE, MANY_IMAGES = 20, 1 / 20, 1000
 MIN_IMAGES_FOR_SHARES = 200  # of fewer, a split's share is a matter of chance
 MIN_CHANCE = 0.01  # that a hash leaves a split empty; below it, few groups are not the cause

@@ -93,6 +93,16 @@ def test_what_was_asked_hides_no_defect(tmp_path, capsys):
     assert "  rejected: 2 x missing file" in printed
 
 
+def test_repeated_rows_do_not_count_as_unusable(tmp_path, capsys):
+    path = noise_images(tmp_path, 20)
+    path.write_text(path.read_text() + "0.png,caption 0,\n" * 3)
+    report = build([str(path)], tmp_path / "out", check=Checking(max_rejects=0), parallelism=ONE)
+    assert (report["rows"], report["records"], report["reasons"]) == (23, 20, {"duplicate row": 3})
+    assert "  left out: 3 x duplicate row" in capsys.readouterr().out
+    assert "rows were rejected" not in (tmp_path / "out" / "report.html").read_text()
+    assert len((tmp_path / "out" / "rejects.csv").read_text().splitlines()) == 1 + 3  # they are listed
+
+
 def test_an_empty_split_is_filled_as_advised(tmp_path, monkeypatch, capsys):
     path, out = noise_images(tmp_path, 30, groups=4), tmp_path / "out"
     options = [path, "--out", out, "--group-column", "group"]

@@ -96,6 +96,18 @@ def test_a_bad_weight_is_a_reject_with_its_line(tmp_path):
         built(str(tmp_path / "a.csv"), tmp_path / "strict", check=Checking(), weight_column="weight")
 
 
+def test_a_repeated_row_of_another_weight_is_a_reject_that_counts(tmp_path):
+    rows = [["0.png", "a", "2"], ["0.png", "a", "2.0"], ["0.png", "a", "3"], ["1.png", "b", ""]]
+    source = table(tmp_path, HEADER, *rows)
+    out = built(source, tmp_path / "out", weight_column="weight")
+    assert reasons_of(out) == [
+        ("3", "duplicate row", "an earlier row has the same image and caption"),
+        ("4", "conflicting weights", "3 here, 2 before"),
+    ]
+    with pytest.raises(UserError, match=r"1 of 4 rows cannot be used"):
+        built(source, tmp_path / "strict", check=Checking(), weight_column="weight")
+
+
 def weights_of(source: str) -> list:
     return [
         row.problem.detail.partition(", but")[0].removeprefix("it is ") if row.problem else row.weight
