@@ -25,7 +25,7 @@ from data_prep.build.decisions import AppliedDecisions, read_decisions
 from data_prep.build.feedback import read_feedback
 from data_prep.build.options import Checking, Parallelism, Reading, Splitting
 from data_prep.build.plan import Plan, check_parts
-from data_prep.build.records import Part, load
+from data_prep.build.records import UNKNOWN_SPLIT, Part, load
 from data_prep.build.resume import (
     SETTINGS,
     adopt,
@@ -44,6 +44,7 @@ from data_prep.cli import FolderOrUrl, OptionalFolder
 from data_prep.cores import cores
 from data_prep.errors import UserError
 from data_prep.images import installed_version
+from data_prep.inputs.cells import INVALID_WEIGHT
 from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root, forget_open_files
 from data_prep.inputs.storage import digests, expand, is_url
@@ -346,6 +347,10 @@ def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_
     head = f"{unusable} of {rows} rows cannot be used ({unusable / rows:.1%}), more than"
     head += f" --max-rejects {max_rejects:g} allows"
     fix = "Fix the input"
+    for reason, option in (INVALID_WEIGHT, "weight"), (UNKNOWN_SPLIT, "split"):
+        if 2 * counts.get(reason, 0) > rows:
+            column = settings["read"][f"{option}_column"]
+            fix += f", or pass another --{option}-column, as most cells of {column!r} are no {option}"
     if summary["records"]:
         enough = math.ceil(100 * unusable / rows) / 100
         fix += f", or pass --max-rejects {enough:g} to leave them out"

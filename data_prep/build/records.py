@@ -71,7 +71,7 @@ SPLIT_NAMES = {
     "dev": "val",
 }
 SHOWN_PROBLEMS = 20  # of inputs
-REPEATED = "duplicate row"
+REPEATED, UNKNOWN_SPLIT = "duplicate row", "unknown split"
 
 
 class Place(NamedTuple):
@@ -410,7 +410,7 @@ class _Loader:
             problem = Problem("empty caption", detail)
         split = SPLIT_NAMES.get(row.split.lower()) if row.split else ""
         if split is None and not problem:
-            problem = Problem("unknown split", f"{row.split!r}; must be train, val or test")
+            problem = Problem(UNKNOWN_SPLIT, f"{row.split!r}; must be train, val or test")
         key = key_of(name) if name else f"{self.ordinal:016x}"
         decided = None
         if not problem:

@@ -87,13 +87,28 @@ def test_a_bad_weight_is_a_reject_with_its_line(tmp_path):
         table(tmp_path, HEADER, *rows, ["0.png", "good", 3]), tmp_path / "out", weight_column="weight"
     )
     must = ", but must be a finite number from 0, or empty for 1"
+    hints = {"1,5": "; write 1.5, with a decimal point"}
     expected = [
-        (str(line), "invalid weight", f"it is {weight!r}{must}") for line, weight in enumerate(BAD, start=2)
+        (str(line), "invalid weight", f"it is {weight!r}{must}{hints.get(weight, '')}")
+        for line, weight in enumerate(BAD, start=2)
     ]
     assert reasons_of(out) == expected
     assert {path: sample.weights for path, sample in samples_of(out).items()} == {"0.png": [3.0]}
     with pytest.raises(UserError, match=r"8 of 9 rows cannot be used.*\n +8 x invalid weight"):
         built(str(tmp_path / "a.csv"), tmp_path / "strict", check=Checking(), weight_column="weight")
+
+
+def test_a_wrong_column_is_named_with_its_option(tmp_path):
+    source = table(
+        tmp_path, [*HEADER, "source", "part"], *([f"{n}.png", f"c{n}", 1, "web", "a"] for n in range(4))
+    )
+    for option, column in ("weight", "source"), ("split", "part"):
+        words = f"none of the 4 rows.*pass another --{option}-column, as most cells of '{column}' are no {option}"
+        with pytest.raises(UserError, match=f"(?s){words}"):
+            built(source, tmp_path / "out", **{f"{option}_column": column})
+    with pytest.raises(UserError) as caught:
+        built(source.replace("a.csv", "pairs.csv"), tmp_path / "out", image_column="caption")
+    assert "-column" not in str(caught.value)
 
 
 def test_a_repeated_row_of_another_weight_is_a_reject_that_counts(tmp_path):
