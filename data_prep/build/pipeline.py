@@ -330,8 +330,8 @@ def _start_over(folder: Path, n_parts: int) -> None:
 
 
 def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_rejects: float) -> None:
-    """Raise a UserError if too many rows are rejected, or all. What the user asked to drop does not count, and
-    neither do rows that repeat others.
+    """Raise a UserError if too many rows are rejected, or all. What the user asked to drop does not count,
+    and neither do rows that repeat others.
     """
     rows, unusable = summary["rows"], summary["unusable"]
     if unusable <= max_rejects * rows and summary["records"]:

@@ -58,8 +58,8 @@ def warnings(summary: dict, settings: dict) -> list[str]:
     if unused := summary["decisions"]["unused"]:
         match, were = ("matches", "was") if unused == 1 else ("match", "were")
         messages.append(
-            f"{counted(unused, 'decision')} {match} no image or caption of the inputs, and {were} not applied;"
-            " see unused_decisions.csv."
+            f"{counted(unused, 'decision')} {match} no image or caption of the inputs, and {were} not"
+            " applied; see unused_decisions.csv."
         )
     for what, number in summary["too_common"].items():
         if number:
