@@ -347,10 +347,9 @@ def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_
     head = f"{unusable} of {rows} rows cannot be used ({unusable / rows:.1%}), more than"
     head += f" --max-rejects {max_rejects:g} allows"
     fix = "Fix the input"
-    for reason, option in (INVALID_WEIGHT, "weight"), (UNKNOWN_SPLIT, "split"):
+    for reason, option in (INVALID_WEIGHT, "--weight-column"), (UNKNOWN_SPLIT, "--split-column"):
         if 2 * counts.get(reason, 0) > rows:
-            column = settings["read"][f"{option}_column"]
-            fix += f", or pass another --{option}-column, as most cells of {column!r} are no {option}"
+            fix += f", or pass another {option}: most rows have an {reason} there"
     if summary["records"]:
         enough = math.ceil(100 * unusable / rows) / 100
         fix += f", or pass --max-rejects {enough:g} to leave them out"

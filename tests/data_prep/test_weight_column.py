@@ -102,10 +102,8 @@ def test_a_wrong_column_is_named_with_its_option(tmp_path):
     source = table(
         tmp_path, [*HEADER, "source", "part"], *([f"{n}.png", f"c{n}", 1, "web", "a"] for n in range(4))
     )
-    for option, column in ("weight", "source"), ("split", "part"):
-        words = (
-            f"none of the 4 rows.*pass another --{option}-column, as most cells of '{column}' are no {option}"
-        )
+    for option, column, reason in ("weight", "source", "invalid weight"), ("split", "part", "unknown split"):
+        words = f"none of the 4 rows.*pass another --{option}-column: most rows have an {reason} there"
         with pytest.raises(UserError, match=f"(?s){words}"):
             built(source, tmp_path / "out", **{f"{option}_column": column})
     with pytest.raises(UserError) as caught:
