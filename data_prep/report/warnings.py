@@ -55,6 +55,12 @@ def warnings(summary: dict, settings: dict) -> list[str]:
             f"{counted(cut, 'caption')} ({cut / summary['records']:.1%}) will be truncated: longer than the"
             f" --context-length of {length} tokens."
         )
+    if settings["read"]["decisions"] and not settings["split"]["keep_splits"]:
+        messages.append(
+            "Decisions change groups, so images may be in another split than in the shards that were"
+            f" reviewed, which a model may be trained on: {again} --keep-splits and those shards, and"
+            " --overwrite."
+        )
     if unused := summary["decisions"]["unused"]:
         match, were = ("matches", "was") if unused == 1 else ("match", "were")
         messages.append(

@@ -59,6 +59,10 @@ def test_suspects_come_first(icon_shards, tmp_path, browser):
             page.get_by_role("button", name="home", exact=True).click()
             expect(page.locator("#status")).to_have_text("the image with this key")
             expect(page.locator("#text")).to_have_value(shards.key(third))
+            page.locator("#decisions").evaluate("(button) => button.click()")  # under the open group
+            options = f"--keep-splits {icon_shards} --decisions {tmp_path / 'decisions.csv'}"
+            expect(page.locator("#list code")).to_have_text(f"python -m data_prep build … {options}")
+            assert overflow_px(page) <= 0
 
 
 def test_another_table_is_no_list(tmp_path):
