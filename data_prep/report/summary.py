@@ -33,7 +33,7 @@ def summarize(plan: Plan) -> dict:
     reasons = Counter(reject.reason for reject in plan.rejects())
     fixes, extensions, sides, lengths = Counter(), Counter(), Counter(), Counter()
     images, captions = Counter(), Counter()
-    members = np.zeros(plan.rows + 1, np.int32)
+    members, weights = np.zeros(plan.rows + 1, np.int32), Counter()
     for image in plan.images():
         images[image.split] += 1
         captions[image.split] += len(image.captions)
@@ -44,6 +44,9 @@ def summarize(plan: Plan) -> dict:
         for caption in image.captions:
             lengths[10 * (len(caption) // 10)] += 1
         fixes.update(image.fixes)
+        if image.weights:
+            weights["captions_of_0"] += image.weights.count(0)
+            weights["images_of_0_alone"] += not any(image.weights)
     firsts = np.flatnonzero(members)
     largest = int(members.argmax())
     groups_by_code = np.bincount(plan.codes[members > 0], minlength=1 + len(SPLITS))
@@ -76,6 +79,7 @@ def summarize(plan: Plan) -> dict:
         "captions_truncated": _count_long_captions(plan),
         "too_common": plan.too_common,
         "most_common": plan.most_common(),
+        "weights": dict(weights),
         "leaks": len(plan.leaks()),
         "extensions": dict(extensions.most_common()),
         "shorter_side_px": {str(side): sides[side] for side in sorted(sides)},
@@ -162,6 +166,9 @@ def print_report(out: str, report: dict) -> None:
         say(f"  fixed: {count} x {fix}")
     if report["nonfinite"]:
         say(f"  {report['nonfinite']} values of other columns are NaN or Infinity, stored as text")
+    if weights := report["weights"]:
+        captions, images = counted(weights["captions_of_0"], "caption"), weights["images_of_0_alone"]
+        say(f"  weights: {captions} of 0, which teach nothing; {counted(images, 'image')} with no other")
     if any(report["decisions"].values()):
         applied = ", ".join(f"{report['decisions'][action]} {action}" for action in ACTIONS)
         present = report["decisions"]["present"]

@@ -69,6 +69,16 @@ def test_a_weight_for_each_caption_is_in_the_shards(tmp_path):
         assert (sample["json"]["captions"], sample["json"]["weights"]) == (captions, weights)
 
 
+def test_weights_of_0_are_counted(tmp_path, capsys):
+    rows = [["0.png", "a", 0], ["0.png", "b", 2], ["1.png", "c", 0], ["1.png", "d", "0.0"], ["2.png", "e", 1]]
+    source = table(tmp_path, HEADER, *rows)
+    built(source, tmp_path / "out", weight_column="weight")
+    words = "  weights: 3 captions of 0, which teach nothing; 1 image with no other\n"
+    assert words in capsys.readouterr().out
+    built(source, tmp_path / "without")
+    assert "weights:" not in capsys.readouterr().out
+
+
 def test_without_weights_the_shards_say_nothing_of_them(icon_shards):
     shards = Shards(icon_shards, "train")
     assert shards.weight_range == (1.0, 1.0)
