@@ -28,7 +28,7 @@ from data_prep.store.remote import place_of
 SCHEMA = """
 CREATE TABLE links (link INTEGER, ordinal INTEGER);
 CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, image TEXT, reason TEXT,
-                      detail TEXT);
+                      detail TEXT, caption TEXT);
 CREATE TABLE kept_splits (key TEXT PRIMARY KEY, split INTEGER) WITHOUT ROWID;
 CREATE TABLE leaks (a INTEGER, b INTEGER, difference REAL);
 """
@@ -124,7 +124,8 @@ class Plan:
         root: the folder or URL that image paths are relative to.
 
     Attributes:
-        rows: rows of all inputs.
+        rows: rows of all inputs, each a pair of image and caption.
+        lines: of the inputs, or images of folders and tars, that these pairs are of.
         too_common: how many captions and base names are shared by too many images to join them.
         n_images: images of each split.
     """
@@ -132,7 +133,7 @@ class Plan:
     def __init__(self, folder: Path, parts: list[Part], splitting: Splitting, inputs: list[str], root: str):
         self.parts, self.splitting, self.inputs, self.root = parts, splitting, inputs, root
         self._thumbnail_cached = lru_cache(4096)(self._thumbnail)  # 12 MB
-        self.rows = int(parts[0].get("total_rows"))
+        self.rows, self.lines = (int(parts[0].get(f"total_{what}")) for what in ("rows", "lines"))
         # The plan is made without a journal, so a file that is left from a kill may be damaged.
         (folder / "plan.sqlite").unlink(missing_ok=True)
         self.db = sqlite3.connect(folder / "plan.sqlite", isolation_level=None)

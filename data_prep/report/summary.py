@@ -56,6 +56,7 @@ def summarize(plan: Plan) -> dict:
     is_short = any(not images[split] and getattr(plan.splitting, split, 1) for split in SPLITS)
     return {
         "rows": plan.rows,
+        "lines": plan.lines,
         "records": records,
         "rejects": rejects,
         "asked": sum(reasons[reason] for reason in ASKED),  # of the rejects
@@ -142,12 +143,18 @@ def write_report(folder: Path, plan: Plan, summary: dict, settings: dict) -> Non
 
 
 def write_rejects(path: Path, plan: Plan, inputs: list[str]) -> None:
-    """Write every reject with its line, image path, reason, detail and input."""
+    """Write every reject with its line, image path, reason, detail, input and caption."""
     rows = (
-        [reject.line, reject.image, reject.reason, reject.detail, inputs[reject.input]]
+        [reject.line, reject.image, reject.reason, reject.detail, inputs[reject.input], reject.caption]
         for reject in plan.rejects()
     )
-    write_csv(path, ["line", "path", "reason", "detail", "input"], rows)
+    write_csv(path, ["line", "path", "reason", "detail", "input", "caption"], rows)
+
+
+def rows_of(report: dict) -> str:
+    """What records and rejects add up to: rows, or pairs where a row has several captions."""
+    rows, lines = report["rows"], report["lines"]
+    return f"{rows} rows" if rows == lines else f"{rows} pairs of image and caption (from {lines} rows)"
 
 
 def print_report(out: str, report: dict) -> None:
@@ -157,7 +164,7 @@ def print_report(out: str, report: dict) -> None:
         out: folder or URL of the build.
     """
     asked = f", {report['asked']} of them as asked" if report["asked"] else ""
-    say(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects{asked}")
+    say(f"{rows_of(report)} = {report['records']} records + {report['rejects']} rejects{asked}")
     for reason, count in report["reasons"].items():
         say(f"  {'left out' if reason in HARMLESS else 'rejected'}: {count} x {reason}")
     for reason, count in report["ignored"].items():

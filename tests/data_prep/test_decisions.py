@@ -86,7 +86,7 @@ def test_decisions_give_the_shards_of_a_csv_that_was_edited_by_hand(pairs, tmp_p
     )
     assert tars(tmp_path / "ours") == tars(tmp_path / "theirs")
     assert (tmp_path / "ours" / "leaks.csv").read_text() == (tmp_path / "theirs" / "leaks.csv").read_text()
-    counts = ("rows", "rejects", "asked", "reasons", "decisions", "warnings")
+    counts = ("rows", "lines", "rejects", "asked", "reasons", "decisions", "warnings")
     assert {**ours, **dict.fromkeys(counts)} == {**theirs, **dict.fromkeys(counts)}
     assert ours["asked"] == ours["rejects"] == sum(ours["reasons"].values())
     assert ours["captions_truncated"] == 1

@@ -185,6 +185,25 @@ def test_each_column_of_captions_gives_a_caption(tmp_path):
     ]
 
 
+def test_pairs_are_counted_as_pairs_and_their_rejects_are_told_apart(tmp_path, capsys):
+    source = table(
+        tmp_path, WIDE, *WIDE_ROWS[:4], ["none.png", "x", "y", "", "k"], ["gone.png", "z", "", "", ""]
+    )
+    reading = Reading(caption_column="name,synonyms,sentence")
+    report = build([source], tmp_path / "out", reading, LENIENT, ALL_TRAIN, ONE)
+    assert (report["rows"], report["lines"], report["records"], report["rejects"]) == (10, 6, 7, 3)
+    words = "10 pairs of image and caption (from 6 rows)"
+    assert f"{words} = 7 records + 3 rejects" in capsys.readouterr().out
+    with open(tmp_path / "out" / "rejects.csv", newline="") as file:
+        rejects = [(row["line"], row["path"], row["caption"]) for row in csv.DictReader(file)]
+    assert rejects == [("6", "none.png", "x"), ("6", "none.png", "y"), ("7", "gone.png", "z")]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"3 of {words} were rejected" in page
+    assert [page.count(f"<figcaption>line {line}") for line in (6, 7)] == [1, 1]  # an example of each row
+    with pytest.raises(UserError, match=r"3 of 10 pairs of image and caption \(from 6 rows\) cannot be used"):
+        build([source], tmp_path / "strict", reading, Checking(), ALL_TRAIN, ONE)
+
+
 def test_what_is_no_text_in_one_of_several_columns_is_a_reject(tmp_path):
     lines = [
         {"image": "a", "name": "3", "words": [3, "3", None]},
