@@ -109,29 +109,49 @@ class Groups:
             self._parent[max(a, b)] = min(a, b)
 
 
-def find_groups(db: sqlite3.Connection, rows: int, excluded: set[int]) -> tuple[Groups, dict[str, int]]:
+class Shared(NamedTuple):
+    """A caption or base name that joins nothing, as too many images share it."""
+
+    images: int
+    link: int
+    ordinal: int  # of the first of these images
+
+
+class FoundGroups(NamedTuple):
+    """What find_groups() found.
+
+    Attributes:
+        too_common: how many captions and names are ignored, as more than MAX_SHARERS images share them.
+        most_common: of these, the caption and the name of the most images; only where there is one.
+    """
+
+    groups: Groups
+    too_common: dict[str, int]
+    most_common: dict[str, Shared]
+
+
+def find_groups(db: sqlite3.Connection, rows: int, excluded: set[int]) -> FoundGroups:
     """Groups from the table `links`.
 
     Args:
         excluded: ordinals of images that join no groups.
-
-    Returns:
-        The groups; and how many captions and names are ignored, as more than MAX_SHARERS images share them.
     """
-    groups, too_common = Groups(rows), dict.fromkeys(LIMITED.values(), 0)
+    groups, too_common, most_common = Groups(rows), dict.fromkeys(LIMITED.values(), 0), {}
     all_links = select(db, Link, "FROM links ORDER BY link, ordinal")
     for link, same in groupby(all_links, attrgetter("link")):
         members = (entry.ordinal for entry in same if entry.ordinal not in excluded)
         if link & 3 in LIMITED:
-            members = list(islice(members, MAX_SHARERS + 1))
-            if len(members) > MAX_SHARERS:
-                too_common[LIMITED[link & 3]] += 1
+            few, what = list(islice(members, MAX_SHARERS + 1)), LIMITED[link & 3]
+            if len(few) > MAX_SHARERS:
+                too_common[what] += 1
+                shared = Shared(len(few) + sum(1 for _ in members), link, few[0])
+                most_common[what] = max(most_common.get(what, shared), shared, key=attrgetter("images"))
                 continue
-            members = iter(members)
+            members = iter(few)
         first = next(members, 0)
         for member in members:
             groups.join(first, member)
-    return groups, too_common
+    return FoundGroups(groups, too_common, most_common)
 
 
 class Candidate(NamedTuple):

@@ -80,7 +80,8 @@ class Checking:
     skip_decode: bool = False
     """Do not decode images that were checked before: PNG, JPEG and WebP only; equal files share a group."""
     max_rejects: float = 0.01
-    """Stop the build if more than this fraction of rows is rejected. Rows left out as asked do not count."""
+    """Stop the build if more than this fraction of rows is rejected. Rows that are left out as asked, or
+    repeat another row, do not count."""
 
     def rules(self) -> Rules:
         """The rules of data_prep.images.check.

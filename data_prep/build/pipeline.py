@@ -25,7 +25,7 @@ from data_prep.build.decisions import AppliedDecisions, read_decisions
 from data_prep.build.feedback import read_feedback
 from data_prep.build.options import Checking, Parallelism, Reading, Splitting
 from data_prep.build.plan import Plan, check_parts
-from data_prep.build.records import Part, load
+from data_prep.build.records import UNKNOWN_SPLIT, Part, load
 from data_prep.build.resume import (
     SETTINGS,
     adopt,
@@ -44,12 +44,13 @@ from data_prep.cli import FolderOrUrl, OptionalFolder
 from data_prep.cores import cores
 from data_prep.errors import UserError
 from data_prep.images import installed_version
+from data_prep.inputs.cells import INVALID_WEIGHT
 from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root, forget_open_files
 from data_prep.inputs.storage import digests, expand, is_url
 from data_prep.masked import masked_url
-from data_prep.report.summary import print_report, summarize, write_rejects, write_report
-from data_prep.report.warnings import ASKED, transparent
+from data_prep.report.summary import print_report, rows_of, summarize, write_rejects, write_report
+from data_prep.report.warnings import HARMLESS, transparent
 from data_prep.shards import FORMAT, read_manifest
 from data_prep.store.remote import place_of
 from data_prep.strict_json import read_json
@@ -329,28 +330,33 @@ def _start_over(folder: Path, n_parts: int) -> None:
 
 
 def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_rejects: float) -> None:
-    """Raise a UserError if too many rows are rejected, or all. What the user asked to drop does not count."""
-    rows, unusable = summary["rows"], summary["rejects"] - summary["asked"]
+    """Raise a UserError if too many rows are rejected, or all. What the user asked to drop does not count,
+    and neither do rows that repeat others.
+    """
+    rows, unusable = summary["rows"], summary["unusable"]
     if unusable <= max_rejects * rows and summary["records"]:
         return
     write_rejects(folder / "rejects.csv", plan, list(settings["inputs"]))
-    counts = {reason: n for reason, n in summary["reasons"].items() if reason not in ASKED or not unusable}
+    counts = {reason: n for reason, n in summary["reasons"].items() if reason not in HARMLESS or not unusable}
     reasons = "".join(f"\n  {n:8} x {reason}" for reason, n in counts.items())
     first = next(reject for reject in plan.rejects() if reject.reason in counts)
     # in a folder, the line is only the number of the image
     in_folder = first.image and Path(list(settings["inputs"])[first.input]).is_dir()
     place = repr(first.image) if in_folder else f"line {first.line}, {first.image!r}"
     why = ", ".join(filter(None, (first.reason, first.detail)))
-    head = f"{unusable} of {rows} rows cannot be used ({unusable / rows:.1%}), more than"
+    head = f"{unusable} of {rows_of(summary)} cannot be used ({unusable / rows:.1%}), more than"
     head += f" --max-rejects {max_rejects:g} allows"
     fix = "Fix the input"
+    for reason, option in (INVALID_WEIGHT, "--weight-column"), (UNKNOWN_SPLIT, "--split-column"):
+        if 2 * counts.get(reason, 0) > rows:
+            fix += f", or pass another {option}: most rows have an {reason} there"
     if summary["records"]:
         enough = math.ceil(100 * unusable / rows) / 100
         fix += f", or pass --max-rejects {enough:g} to leave them out"
     elif unusable:
-        head = f"none of the {rows} rows can be used"
+        head = f"none of the {rows_of(summary)} can be used"
     else:
-        head, fix = f"no image is left: all of {rows} rows are left out as asked", "Leave out less"
+        head, fix = f"no image is left: all of {rows_of(summary)} are left out as asked", "Leave out less"
     hints = transparent(summary["reasons"], settings["check"]["background"], "pass another --background")
     hints = "".join(f"\n{hint}" for hint in hints)
     raise UserError(

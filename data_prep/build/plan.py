@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.build.database import Record, insert, select, select_one
-from data_prep.build.groups import LEAK_DIFFERENCE, Link, PHashIndex, find_groups, links
+from data_prep.build.groups import LEAK_DIFFERENCE, Link, PHashIndex, base_name, find_groups, links
 from data_prep.build.options import Splitting
 from data_prep.build.records import Ignored, Part, Reject, StoredImage, StoredRow
 from data_prep.build.scan import locate
@@ -28,7 +28,7 @@ from data_prep.store.remote import place_of
 SCHEMA = """
 CREATE TABLE links (link INTEGER, ordinal INTEGER);
 CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, image TEXT, reason TEXT,
-                      detail TEXT);
+                      detail TEXT, caption TEXT);
 CREATE TABLE kept_splits (key TEXT PRIMARY KEY, split INTEGER) WITHOUT ROWID;
 CREATE TABLE leaks (a INTEGER, b INTEGER, difference REAL);
 """
@@ -124,7 +124,8 @@ class Plan:
         root: the folder or URL that image paths are relative to.
 
     Attributes:
-        rows: rows of all inputs.
+        rows: rows of all inputs, each a pair of image and caption.
+        lines: of the inputs, or images of folders and tars, that these pairs are of.
         too_common: how many captions and base names are shared by too many images to join them.
         n_images: images of each split.
     """
@@ -132,7 +133,7 @@ class Plan:
     def __init__(self, folder: Path, parts: list[Part], splitting: Splitting, inputs: list[str], root: str):
         self.parts, self.splitting, self.inputs, self.root = parts, splitting, inputs, root
         self._thumbnail_cached = lru_cache(4096)(self._thumbnail)  # 12 MB
-        self.rows = int(parts[0].get("total_rows"))
+        self.rows, self.lines = (int(parts[0].get(f"total_{what}")) for what in ("rows", "lines"))
         # The plan is made without a journal, so a file that is left from a kill may be damaged.
         (folder / "plan.sqlite").unlink(missing_ok=True)
         self.db = sqlite3.connect(folder / "plan.sqlite", isolation_level=None)
@@ -140,7 +141,7 @@ class Plan:
         self._excluded: set[int] = set()
         self._link()
         self._read_kept_splits()
-        self.groups, self.too_common = find_groups(self.db, self.rows, self._excluded)
+        self._find_groups()
         self._assign_splits()
         self._find_leaks(folder)
         self.n_images = Counter(
@@ -183,6 +184,20 @@ class Plan:
                     (_KeptSplit(shards.key(number), code) for number in range(len(shards))),
                 )
 
+    def _find_groups(self) -> None:
+        self.groups, self.too_common, self._most_common = find_groups(self.db, self.rows, self._excluded)
+
+    def most_common(self) -> dict[str, tuple[str, int]]:
+        """Of the "captions" and "names" that are too common, the one of the most images, and their number."""
+        found = {}
+        for what, shared in self._most_common.items():
+            part, row = self.row(shared.ordinal)
+            image = select_one(part.db, _Linked, "FROM images WHERE key = :key", key=row.key)
+            captions = image.captions.split("\n")
+            same = (text for text in captions if shared.link in links("", (), [text], b"", False))
+            found[what] = next(same, base_name(image.image)), shared.images
+        return found
+
     def _assigned(self) -> Iterator[tuple[int, int]]:
         """(ordinal, split code) of images whose split is given by an earlier build or by the split column."""
         has_kept = bool(self.splitting.keep_splits)
@@ -206,7 +221,7 @@ class Plan:
                 break
             assert attempt < 2, len(mixed)
             self._reject_mixed(mixed, only_assigned=attempt == 1)
-            self.groups, self.too_common = find_groups(self.db, self.rows, self._excluded)
+            self._find_groups()
         for image in self._each(_Named):
             if self.groups.first(image.ordinal) == image.ordinal and not codes[image.ordinal]:
                 name = _group_name(image.image, image.groups)

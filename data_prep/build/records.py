@@ -30,6 +30,7 @@ from data_prep.build.decisions import AppliedDecisions
 from data_prep.build.options import Reading
 from data_prep.build.stored import Stored
 from data_prep.errors import UserError
+from data_prep.inputs.cells import shortened
 from data_prep.inputs.formats import inputs_in, read
 from data_prep.inputs.names import Names, Problem, key_of
 from data_prep.inputs.rows import Row, is_in_place
@@ -49,13 +50,13 @@ CREATE TABLE earlier (key TEXT PRIMARY KEY, source BLOB, extension TEXT, width I
                       length INTEGER) WITHOUT ROWID;
 CREATE INDEX images_by_container ON images (container, key) WHERE container >= 0;
 CREATE TABLE rejects (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, image TEXT, reason TEXT,
-                      detail TEXT);
+                      detail TEXT, caption TEXT);
 CREATE TABLE long_captions (ordinal INTEGER PRIMARY KEY, input INTEGER, line INTEGER, tokens INTEGER,
                             caption TEXT);
 CREATE TABLE ignored (input INTEGER, name TEXT, reason TEXT);
 CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 """
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # unicodedata's names of control, format and space characters
 SPOOLED = -1  # the container of images in the part's .bytes
 INSERT_ROWS, INSERT_CHARACTERS = 10_000, 1 << 26  # that are held in memory
@@ -71,6 +72,8 @@ SPLIT_NAMES = {
     "dev": "val",
 }
 SHOWN_PROBLEMS = 20  # of inputs
+SHOWN_CHARACTERS = 160  # of the caption of a reject
+REPEATED, UNKNOWN_SPLIT = "duplicate row", "unknown split"
 
 
 class Place(NamedTuple):
@@ -113,7 +116,14 @@ class StoredRow(NamedTuple):
     length: int | None
 
     def reject(self, problem: Problem) -> "Reject":
-        return Reject(self.ordinal, self.input, self.line, self.image, *problem)
+        return Reject(
+            self.ordinal,
+            self.input,
+            self.line,
+            self.image,
+            *problem,
+            shortened(self.caption, SHOWN_CHARACTERS),
+        )
 
 
 class StoredImage(NamedTuple):
@@ -183,6 +193,7 @@ class Reject(NamedTuple):
     image: str
     reason: str
     detail: str = ""
+    caption: str = ""  # its beginning; what tells the rejects of one row apart
 
 
 class LongCaption(NamedTuple):
@@ -362,6 +373,7 @@ def load(
     part.set(
         loaded=1,
         total_rows=loader.ordinal,
+        total_lines=loader.lines,
         decisions=json.dumps(loader.decisions.counts()),
         nonfinite=loader.nonfinite,
     )
@@ -389,6 +401,7 @@ class _Loader:
     ):
         self.part, self.decisions, self.stored = part, decisions, stored
         self.ordinal, self.nonfinite, self.ignored = 0, 0, Counter()
+        self.lines, self._last_line = 0, None
         self._names, self._token_limit = Names(reading.images), _TokenLimit(reading.context_length)
         self._pending: list[StoredRow] = []
         self.pending_characters = 0
@@ -398,6 +411,8 @@ class _Loader:
     def add(self, number: int, source: str, row: Row) -> None:
         """Store a row of input `number`, or reject it."""
         self.ordinal += 1
+        self.lines += self._last_line != (number, row.line)
+        self._last_line = number, row.line
         name, problem = row.image, row.problem
         if not problem and row.data is None:
             name, problem = self._names.resolve(row.image)
@@ -409,7 +424,7 @@ class _Loader:
             problem = Problem("empty caption", detail)
         split = SPLIT_NAMES.get(row.split.lower()) if row.split else ""
         if split is None and not problem:
-            problem = Problem("unknown split", f"{row.split!r}; must be train, val or test")
+            problem = Problem(UNKNOWN_SPLIT, f"{row.split!r}; must be train, val or test")
         key = key_of(name) if name else f"{self.ordinal:016x}"
         decided = None
         if not problem:
@@ -418,7 +433,7 @@ class _Loader:
         if self.part.parts > 1 and int(key, 16) * self.part.parts >> 64 != self.part.number:
             return
         if problem:
-            texts = map(_encodable, (row.image or name, *problem))
+            texts = map(_encodable, (row.image or name, *problem, shortened(caption, SHOWN_CHARACTERS)))
             self.part.reject(Reject(self.ordinal, number, row.line, *texts))
             return
         stored = StoredRow(
@@ -539,6 +554,13 @@ class JoinedRows(NamedTuple):
     split: str
 
 
+def _repeated(weight: float | None, before: float | None) -> Problem:
+    """Why a row is left out whose image and caption an earlier row has."""
+    if weight is not None and before is not None and weight != before:
+        return Problem("conflicting weights", f"{weight:g} here, {before:g} before")
+    return Problem(REPEATED, "an earlier row has the same image and caption")
+
+
 def join_rows(part: Part, image: ImageRows) -> JoinedRows:
     """Join the rows of one image; reject rows that repeat or contradict an earlier one."""
     captions, groups, split = {}, {}, ""
@@ -549,8 +571,8 @@ def join_rows(part: Part, image: ImageRows) -> JoinedRows:
             continue
         if split and row.split and split != row.split:
             part.reject(row.reject(Problem("conflicting splits", f"{row.split} here, {split} before")))
-        elif row.caption in captions:
-            part.reject(row.reject(Problem("duplicate row", "an earlier row has the same image and caption")))
+        elif before := captions.get(row.caption):
+            part.reject(row.reject(_repeated(row.weight, before.weight)))
         else:
             captions[row.caption] = row
             split = split or row.split

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import re
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
@@ -14,6 +15,7 @@ MAX_PATH_CHARACTERS = 4096  # PATH_MAX of Linux
 # without a dot is hardly a path.
 BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A", "AAAA", "PHN2Zy", "PD94bWw")
 MIN_BASE64_CHARACTERS = 64
+INVALID_WEIGHT, DECIMAL_COMMA = "invalid weight", re.compile("[0-9]+,[0-9]+")
 URL_SAFE = str.maketrans("-_", "+/")
 
 
@@ -125,8 +127,10 @@ def weight_of(cell) -> float | Problem:
         weight = math.nan
     if 0 <= weight < math.inf:
         return abs(weight)  # -0 is 0
-    shown = shortened(text or str(cell))
-    return Problem("invalid weight", f"it is {shown!r}, but must be a finite number from 0, or empty for 1")
+    detail = f"it is {shortened(text or str(cell))!r}, but must be a finite number from 0, or empty for 1"
+    if DECIMAL_COMMA.fullmatch(text):
+        detail += f"; write {shortened(text).replace(',', '.')}, with a decimal point"
+    return Problem(INVALID_WEIGHT, detail)
 
 
 def is_nan(value) -> bool:

@@ -26,6 +26,7 @@ from data_prep.build.split import SPLITS
 from data_prep.html import write_page
 from data_prep.images import DAMAGE, DECODER_DIED, BadImage, open_image, parse_color
 from data_prep.inputs.locations import ImageLocation, read_local
+from data_prep.report.summary import rows_of
 from data_prep.tables import counted
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -83,7 +84,8 @@ def write_report_page(path: Path, plan: Plan, summary: dict, settings: dict) -> 
         title=f"Report on {', '.join(inputs[:3])}{more}",
         warnings=[*_of_rejects(summary), *summary["warnings"]],
         counts=[
-            ("rows", summary["rows"]),
+            ("rows", summary["lines"]),
+            *([("pairs", summary["rows"])] if summary["rows"] != summary["lines"] else []),
             ("= records", summary["records"]),
             ("+ rejects", summary["rejects"]),
             ("images", summary["images"]),
@@ -165,13 +167,16 @@ class _Figures:
 
     def of_reject(self, reject: Reject, inputs: list[str]) -> Figure:
         line = f"line {reject.line}" + (f" of {inputs[reject.input]}" if len(inputs) > 1 else "")
-        lines = [text for text in (line, reject.image, reject.detail) if text]
+        lines = [text for text in (line, reject.image, reject.caption, reject.detail) if text]
         return Figure(self._uris.get(reject.ordinal, ""), reject.image, lines, is_wide=True)
 
 
 def _first_rejects(plan: Plan, reasons: Iterable[str]) -> dict[str, list[Reject]]:
-    """A few rejects of each reason, in the order of the input."""
-    query = "FROM rejects WHERE reason = :reason ORDER BY ordinal LIMIT :limit"
+    """A few rejects of each reason, of rows that differ, in the order of the input."""
+    query = (
+        "FROM rejects WHERE ordinal IN (SELECT min(ordinal) FROM rejects WHERE reason = :reason"
+        " GROUP BY input, line) ORDER BY ordinal LIMIT :limit"
+    )
     databases = [plan.db, *(part.db for part in plan.parts)]
     return {
         reason: sorted(
@@ -244,8 +249,8 @@ def _thumbnail(location: ImageLocation, background: tuple[int, int, int], max_pi
 
 def _of_rejects(summary: dict) -> list[str]:
     """What the terminal lists reason by reason."""
-    unusable = summary["rejects"] - summary["asked"]
-    messages = [f"{unusable:,} of {summary['rows']:,} rows were rejected."] if unusable else []
+    unusable = summary["unusable"]
+    messages = [f"{unusable:,} of {rows_of(summary)} were rejected."] if unusable else []
     return messages + [
         f"Ignored: {counted(n, 'file')} ({reason}); see ignored.csv."
         for reason, n in summary["ignored"].items()

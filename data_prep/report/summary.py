@@ -14,7 +14,7 @@ from data_prep.build.decisions import ACTIONS, Decision, write_decisions
 from data_prep.build.feedback import FEEDBACK
 from data_prep.build.plan import Plan
 from data_prep.build.split import SPLITS
-from data_prep.report.warnings import ASKED, warnings
+from data_prep.report.warnings import ASKED, HARMLESS, warnings
 from data_prep.sheets import write_csv
 from data_prep.store.remote import is_url
 from data_prep.tables import are, counted
@@ -33,7 +33,7 @@ def summarize(plan: Plan) -> dict:
     reasons = Counter(reject.reason for reject in plan.rejects())
     fixes, extensions, sides, lengths = Counter(), Counter(), Counter(), Counter()
     images, captions = Counter(), Counter()
-    members = np.zeros(plan.rows + 1, np.int32)
+    members, weights = np.zeros(plan.rows + 1, np.int32), Counter()
     for image in plan.images():
         images[image.split] += 1
         captions[image.split] += len(image.captions)
@@ -44,6 +44,9 @@ def summarize(plan: Plan) -> dict:
         for caption in image.captions:
             lengths[10 * (len(caption) // 10)] += 1
         fixes.update(image.fixes)
+        if image.weights:
+            weights["captions_of_0"] += image.weights.count(0)
+            weights["images_of_0_alone"] += not any(image.weights)
     firsts = np.flatnonzero(members)
     largest = int(members.argmax())
     groups_by_code = np.bincount(plan.codes[members > 0], minlength=1 + len(SPLITS))
@@ -53,9 +56,11 @@ def summarize(plan: Plan) -> dict:
     is_short = any(not images[split] and getattr(plan.splitting, split, 1) for split in SPLITS)
     return {
         "rows": plan.rows,
+        "lines": plan.lines,
         "records": records,
         "rejects": rejects,
         "asked": sum(reasons[reason] for reason in ASKED),  # of the rejects
+        "unusable": sum(count for reason, count in reasons.items() if reason not in HARMLESS),
         "reasons": dict(reasons.most_common()),
         "ignored": dict(Counter(ignored.reason for ignored in plan.ignored()).most_common()),
         "images": sum(images.values()),
@@ -74,6 +79,8 @@ def summarize(plan: Plan) -> dict:
         "nonfinite": int(plan.parts[0].get("nonfinite") or 0),  # values of columns that are text for JSON
         "captions_truncated": _count_long_captions(plan),
         "too_common": plan.too_common,
+        "most_common": plan.most_common(),
+        "weights": dict(weights),
         "leaks": len(plan.leaks()),
         "extensions": dict(extensions.most_common()),
         "shorter_side_px": {str(side): sides[side] for side in sorted(sides)},
@@ -136,12 +143,18 @@ def write_report(folder: Path, plan: Plan, summary: dict, settings: dict) -> Non
 
 
 def write_rejects(path: Path, plan: Plan, inputs: list[str]) -> None:
-    """Write every reject with its line, image path, reason, detail and input."""
+    """Write every reject with its line, image path, reason, detail, input and caption."""
     rows = (
-        [reject.line, reject.image, reject.reason, reject.detail, inputs[reject.input]]
+        [reject.line, reject.image, reject.reason, reject.detail, inputs[reject.input], reject.caption]
         for reject in plan.rejects()
     )
-    write_csv(path, ["line", "path", "reason", "detail", "input"], rows)
+    write_csv(path, ["line", "path", "reason", "detail", "input", "caption"], rows)
+
+
+def rows_of(report: dict) -> str:
+    """What records and rejects add up to: rows, or pairs where a row has several captions."""
+    rows, lines = report["rows"], report["lines"]
+    return f"{rows} rows" if rows == lines else f"{rows} pairs of image and caption (from {lines} rows)"
 
 
 def print_report(out: str, report: dict) -> None:
@@ -151,15 +164,18 @@ def print_report(out: str, report: dict) -> None:
         out: folder or URL of the build.
     """
     asked = f", {report['asked']} of them as asked" if report["asked"] else ""
-    say(f"{report['rows']} rows = {report['records']} records + {report['rejects']} rejects{asked}")
+    say(f"{rows_of(report)} = {report['records']} records + {report['rejects']} rejects{asked}")
     for reason, count in report["reasons"].items():
-        say(f"  {'left out' if reason in ASKED else 'rejected'}: {count} x {reason}")
+        say(f"  {'left out' if reason in HARMLESS else 'rejected'}: {count} x {reason}")
     for reason, count in report["ignored"].items():
         say(f"  ignored: {count} x {reason}; see {out}/{IGNORED}")
     for fix, count in report["fixes"].items():
         say(f"  fixed: {count} x {fix}")
     if report["nonfinite"]:
         say(f"  {report['nonfinite']} values of other columns are NaN or Infinity, stored as text")
+    if weights := report["weights"]:
+        captions, images = counted(weights["captions_of_0"], "caption"), weights["images_of_0_alone"]
+        say(f"  weights: {captions} of 0, which teach nothing; {counted(images, 'image')} with no other")
     if any(report["decisions"].values()):
         applied = ", ".join(f"{report['decisions'][action]} {action}" for action in ACTIONS)
         present = report["decisions"]["present"]

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from data_prep.build.decisions import DROPPED, REMOVED
 from data_prep.build.groups import MAX_SHARERS
 from data_prep.build.plan import NEAR_HELD_OUT
+from data_prep.build.records import REPEATED
 from data_prep.images import UNSEEN, WHOLLY_TRANSPARENT
 from data_prep.tables import are, counted
 
 ASKED = (DROPPED, REMOVED, NEAR_HELD_OUT)  # reasons of rows that are left out because the user asked for it
+HARMLESS = (*ASKED, REPEATED)  # reasons that do not count to --max-rejects
 LARGE_GROUP, LARGE_SHARE, MANY_IMAGES = 20, 1 / 20, 1000
 MIN_IMAGES_FOR_SHARES = 200  # of fewer, a split's share is a matter of chance
 MIN_CHANCE = 0.01  # that a hash leaves a split empty; below it, few groups are not the cause
@@ -53,16 +55,24 @@ def warnings(summary: dict, settings: dict) -> list[str]:
             f"{counted(cut, 'caption')} ({cut / summary['records']:.1%}) will be truncated: longer than the"
             f" --context-length of {length} tokens."
         )
-    if unused := summary["decisions"]["unused"]:
+    if settings["read"]["decisions"] and not settings["split"]["keep_splits"]:
         messages.append(
-            f"{counted(unused, 'decision')} match no image or caption of the inputs, and were not applied;"
-            " see unused_decisions.csv."
+            "Decisions change groups, so images may be in another split than in the shards that were"
+            f" reviewed, which a model may be trained on: {again} --keep-splits and those shards, and"
+            " --overwrite."
+        )
+    if unused := summary["decisions"]["unused"]:
+        match, were = ("matches", "was") if unused == 1 else ("match", "were")
+        messages.append(
+            f"{counted(unused, 'decision')} {match} no image or caption of the inputs, and {were} not"
+            " applied; see unused_decisions.csv."
         )
     for what, number in summary["too_common"].items():
         if number:
+            text, images = summary["most_common"][what]
             messages.append(
                 f"{counted(number, what[:-1])} of more than {MAX_SHARERS} images each: too general to group"
-                " images by."
+                f" images by; “{shorten(text)}” is of the most images, {images:,}."
             )
     return messages
 

@@ -17,7 +17,7 @@ def review(
 ) -> None:
     """Look through a data set in the browser, drop images and edit captions.
 
-    Each decision is saved at once; `build ... --decisions decisions.csv` applies them.
+    Each decision is saved at once; `build ... --keep-splits SHARDS --decisions decisions.csv` applies them.
 
     Args:
         shards: Folder that build or index wrote. Nothing in it is changed.

@@ -83,7 +83,8 @@ class Gallery:
         self._table = lru_cache(64)(lambda shard: self._rows_of(entries[shard]))
         self._keys = np.zeros(len(self), np.uint64)
         self._groups, self._error, self._has_read = Groups(np.zeros(0, np.int64)), None, threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -121,6 +122,16 @@ class Gallery:
         if self._error:
             raise self._error
         return self._groups
+
+    def all_keys(self) -> np.ndarray:
+        """uint64 [n]: the keys of all images, once all indexes have been read.
+
+        Raises:
+            UserError: an index cannot be read.
+        """
+        self._reading.join()
+        self.groups()
+        return self._keys
 
     def key(self, number: int) -> str:
         """The key of an image that has been read."""

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -25,6 +26,8 @@ from data_prep.review.gallery import Gallery
 from data_prep.shards import read_manifest
 from data_prep.signatures import kind_of
 from data_prep.suspects import Suspect
+from data_prep.tables import are, counted
+from data_prep.terminal import say
 from data_prep.web import Refused
 
 PAGE = Path(__file__).with_name("page.html")
@@ -49,8 +52,31 @@ class Review:
         }
         if not self.splits:
             raise UserError(f"{shards}: no samples in any split, so there is nothing to review")
-        self.suspects, self.suspect_keys = suspects, list(suspects)
+        self.suspects = self._known(suspects) if suspects else {}
+        self.suspect_keys = list(self.suspects)
         self.store = DecisionStore(decisions)
+
+    def _known(self, suspects: dict[str, list[Suspect]]) -> dict[str, list[Suspect]]:
+        """Those of images that are in the shards.
+
+        Raises:
+            UserError: none is, or an index cannot be read.
+        """
+        numbers = np.array([int(key, 16) for key in suspects], np.uint64)
+        is_here = np.zeros(len(numbers), bool)
+        for gallery in self.splits.values():
+            is_here |= np.isin(numbers, gallery.all_keys())
+        listed, missing = counted(len(suspects), "image"), int((~is_here).sum())
+        if missing == len(suspects):
+            raise UserError(
+                f"--suspects: none of its {listed} is in {self.shards}, so the list is of other shards;"
+                " review those, or make a list of these: python -m eval suspects MODEL --data"
+                f" {self.shards} --csv FILE"
+            )
+        if missing:
+            left_out = f"{missing:,} {are(missing)} not in {self.shards}, and left out"
+            say(f"--suspects: of its {listed}, {left_out}")
+        return {key: rows for (key, rows), here in zip(suspects.items(), is_here, strict=True) if here}
 
     def routes(self) -> list[Route]:
         get = {"status": self.status, "groups": self.groups, "group": self.group, "decisions": self.decisions}

@@ -10,7 +10,7 @@ from conftest import assert_mistake, call_here, environment, noise_images, tars
 
 import data_prep.__main__
 from data_prep.build.decisions import Decision, read_decisions, write_decisions
-from data_prep.build.pipeline import Checking, Parallelism, Reading, build, index, merge
+from data_prep.build.pipeline import Checking, Parallelism, Reading, Splitting, build, index, merge
 from data_prep.build.split import SPLITS
 from data_prep.errors import UserError
 from data_prep.inputs.names import key_of
@@ -86,7 +86,7 @@ def test_decisions_give_the_shards_of_a_csv_that_was_edited_by_hand(pairs, tmp_p
     )
     assert tars(tmp_path / "ours") == tars(tmp_path / "theirs")
     assert (tmp_path / "ours" / "leaks.csv").read_text() == (tmp_path / "theirs" / "leaks.csv").read_text()
-    counts = ("rows", "rejects", "asked", "reasons", "decisions", "warnings")
+    counts = ("rows", "lines", "rejects", "asked", "reasons", "decisions", "warnings")
     assert {**ours, **dict.fromkeys(counts)} == {**theirs, **dict.fromkeys(counts)}
     assert ours["asked"] == ours["rejects"] == sum(ours["reasons"].values())
     assert ours["captions_truncated"] == 1
@@ -238,6 +238,41 @@ def test_a_file_of_decisions_is_what_a_spreadsheet_makes_of_it(tmp_path):
     )
     (tmp_path / "b.csv").write_text(spread + f"{KEY},again,drop,,,the same twice\n")
     assert list(read_decisions(tmp_path / "b.csv")[0].values()) == decided
+
+
+def split_of_images(folder):
+    return {image: split for image, (_, _, split) in captions(folder).items()}
+
+
+def test_images_keep_their_splits_as_the_warning_advises(tmp_path):
+    """A removed caption lets a group fall apart, whose second half is hashed to a split of its own."""
+    path = noise_images(tmp_path, 80)
+    lines = path.read_text().splitlines()
+    wrong = [f"{number + 40}.png,caption {number}," for number in range(40)]
+    path.write_text("\n".join([*lines, *wrong]) + "\n")
+    decided = [(f"{number + 40}.png", "remove", f"caption {number}", "") for number in range(40)]
+    read = Reading(decisions=decisions_file(tmp_path / "decisions.csv", decided))
+
+    def warned(out, **split) -> bool:
+        splitting = Splitting(0.2, 0.2, **split)
+        report = build([str(path)], tmp_path / out, read, split=splitting, parallelism=Parallelism(1))
+        assert report["decisions"]["remove"] == 40
+        return any("build again with --keep-splits" in warning for warning in report["warnings"])
+
+    build([str(path)], tmp_path / "shards", split=Splitting(0.2, 0.2), parallelism=Parallelism(1))
+    before = split_of_images(tmp_path / "shards")
+    assert warned("moved")
+    assert split_of_images(tmp_path / "moved") != before
+    assert not warned("kept", keep_splits=str(tmp_path / "shards"))
+    assert split_of_images(tmp_path / "kept") == before
+
+
+def test_one_unused_decision_is_said_in_the_singular(tmp_path):
+    path = noise_images(tmp_path, 9)
+    decisions = decisions_file(tmp_path / "decisions.csv", UNUSED[:1])
+    report = build([str(path)], tmp_path / "out", Reading(decisions=decisions), parallelism=Parallelism(1))
+    words = "1 decision matches no image or caption of the inputs, and was not applied; see"
+    assert any(words in warning for warning in report["warnings"])
 
 
 def test_the_command_line_takes_them(pairs, tmp_path):

@@ -49,7 +49,7 @@ def united(images, by_name=False):
         db.executemany(
             "INSERT INTO links VALUES (?, ?)", [(link, ordinal) for link in links(*image, by_name)]
         )
-    groups, too_common = find_groups(db, len(images), set())
+    groups, too_common, _ = find_groups(db, len(images), set())
     found = {}
     for ordinal in range(1, len(images) + 1):
         found.setdefault(groups.first(ordinal), set()).add(ordinal)

@@ -7,8 +7,9 @@ from browser import expect, opened, overflow_px
 from test_review import reviewing, wait_for_indexes
 
 from data_prep.errors import UserError
+from data_prep.review.server import Review
 from data_prep.shards import Shards
-from data_prep.suspects import COLUMNS, read_suspects
+from data_prep.suspects import COLUMNS, Suspect, read_suspects
 
 
 def listed(path, rows: list[dict]):
@@ -58,6 +59,10 @@ def test_suspects_come_first(icon_shards, tmp_path, browser):
             page.get_by_role("button", name="home", exact=True).click()
             expect(page.locator("#status")).to_have_text("the image with this key")
             expect(page.locator("#text")).to_have_value(shards.key(third))
+            page.locator("#decisions").evaluate("(button) => button.click()")  # under the open group
+            options = f"--keep-splits {icon_shards} --decisions {tmp_path / 'decisions.csv'}"
+            expect(page.locator("#list code")).to_have_text(f"python -m data_prep build … {options}")
+            assert overflow_px(page) <= 0
 
 
 def test_another_table_is_no_list(tmp_path):
@@ -68,3 +73,28 @@ def test_another_table_is_no_list(tmp_path):
         read_suspects(tmp_path / "b.csv")
     with pytest.raises(UserError, match="cannot be read"):
         read_suspects(tmp_path / "none.csv")
+
+
+def test_a_list_without_an_image_is_no_list(tmp_path):
+    with pytest.raises(
+        UserError, match=r"a\.csv: has only its header, so no image is listed; review without"
+    ):
+        read_suspects(listed(tmp_path / "a.csv", []))
+    (tmp_path / "b.csv").touch()
+    with pytest.raises(
+        UserError, match=r"b\.csv: is empty, so no image is listed; .* python -m eval suspects"
+    ):
+        read_suspects(tmp_path / "b.csv")
+
+
+def test_a_list_of_other_shards_is_refused_and_what_is_not_in_them_is_counted(icon_shards, tmp_path, capsys):
+    about = [Suspect("does not fit", "bell", "", "")]
+    others = {f"{number:016x}": about for number in range(3)}
+    with pytest.raises(UserError, match=r"none of its 3 images is in .*, so the list is of other shards"):
+        Review(icon_shards, tmp_path / "decisions.csv", others)
+    assert not (tmp_path / "decisions.csv").exists()
+    here = [Shards(icon_shards, split).key(5) for split in ("val", "train")]
+    review = Review(icon_shards, tmp_path / "decisions.csv", others | dict.fromkeys(here, about))
+    review.store.close()
+    assert review.suspect_keys == here
+    assert f"of its 5 images, 3 are not in {icon_shards}, and left out" in capsys.readouterr().out

@@ -93,6 +93,16 @@ def test_what_was_asked_hides_no_defect(tmp_path, capsys):
     assert "  rejected: 2 x missing file" in printed
 
 
+def test_repeated_rows_do_not_count_as_unusable(tmp_path, capsys):
+    path = noise_images(tmp_path, 20)
+    path.write_text(path.read_text() + "0.png,caption 0,\n" * 3)
+    report = build([str(path)], tmp_path / "out", check=Checking(max_rejects=0), parallelism=ONE)
+    assert (report["rows"], report["records"], report["reasons"]) == (23, 20, {"duplicate row": 3})
+    assert "  left out: 3 x duplicate row" in capsys.readouterr().out
+    assert "rows were rejected" not in (tmp_path / "out" / "report.html").read_text()
+    assert len((tmp_path / "out" / "rejects.csv").read_text().splitlines()) == 1 + 3  # they are listed
+
+
 def test_an_empty_split_is_filled_as_advised(tmp_path, monkeypatch, capsys):
     path, out = noise_images(tmp_path, 30, groups=4), tmp_path / "out"
     options = [path, "--out", out, "--group-column", "group"]
@@ -143,6 +153,20 @@ def test_truncated_captions(tmp_path, capsys):
     build([str(path)], tmp_path / "out", parallelism=ONE)
     words = "1 caption (3.3%) will be truncated: longer than the --context-length of 77 tokens"
     assert words in capsys.readouterr().out
+
+
+def test_the_most_common_caption_is_named(tmp_path, capsys):
+    """An empty cell that another program wrote as a word is seen so."""
+    path = noise_images(tmp_path, 130)
+    lines = path.read_text().splitlines()
+    for at in range(1, 61):
+        lines[at] = f"{at - 1}.png,NaN,"
+    for at in range(61, 112):
+        lines[at] = f"{at - 1}.png,icon,"
+    path.write_text("\n".join(lines) + "\n")
+    build([str(path)], tmp_path / "out", parallelism=ONE)
+    words = "2 captions of more than 50 images each: too general to group images by; “NaN” is of the most"
+    assert f"{words} images, 60." in capsys.readouterr().out
 
 
 def test_transparent_images_and_the_background_that_shows_them(tmp_path, capsys):

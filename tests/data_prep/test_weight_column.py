@@ -69,6 +69,16 @@ def test_a_weight_for_each_caption_is_in_the_shards(tmp_path):
         assert (sample["json"]["captions"], sample["json"]["weights"]) == (captions, weights)
 
 
+def test_weights_of_0_are_counted(tmp_path, capsys):
+    rows = [["0.png", "a", 0], ["0.png", "b", 2], ["1.png", "c", 0], ["1.png", "d", "0.0"], ["2.png", "e", 1]]
+    source = table(tmp_path, HEADER, *rows)
+    built(source, tmp_path / "out", weight_column="weight")
+    words = "  weights: 3 captions of 0, which teach nothing; 1 image with no other\n"
+    assert words in capsys.readouterr().out
+    built(source, tmp_path / "without")
+    assert "weights:" not in capsys.readouterr().out
+
+
 def test_without_weights_the_shards_say_nothing_of_them(icon_shards):
     shards = Shards(icon_shards, "train")
     assert shards.weight_range == (1.0, 1.0)
@@ -87,13 +97,40 @@ def test_a_bad_weight_is_a_reject_with_its_line(tmp_path):
         table(tmp_path, HEADER, *rows, ["0.png", "good", 3]), tmp_path / "out", weight_column="weight"
     )
     must = ", but must be a finite number from 0, or empty for 1"
+    hints = {"1,5": "; write 1.5, with a decimal point"}
     expected = [
-        (str(line), "invalid weight", f"it is {weight!r}{must}") for line, weight in enumerate(BAD, start=2)
+        (str(line), "invalid weight", f"it is {weight!r}{must}{hints.get(weight, '')}")
+        for line, weight in enumerate(BAD, start=2)
     ]
     assert reasons_of(out) == expected
     assert {path: sample.weights for path, sample in samples_of(out).items()} == {"0.png": [3.0]}
     with pytest.raises(UserError, match=r"8 of 9 rows cannot be used.*\n +8 x invalid weight"):
         built(str(tmp_path / "a.csv"), tmp_path / "strict", check=Checking(), weight_column="weight")
+
+
+def test_a_wrong_column_is_named_with_its_option(tmp_path):
+    source = table(
+        tmp_path, [*HEADER, "source", "part"], *([f"{n}.png", f"c{n}", 1, "web", "a"] for n in range(4))
+    )
+    for option, column, reason in ("weight", "source", "invalid weight"), ("split", "part", "unknown split"):
+        words = f"none of the 4 rows.*pass another --{option}-column: most rows have an {reason} there"
+        with pytest.raises(UserError, match=f"(?s){words}"):
+            built(source, tmp_path / "out", **{f"{option}_column": column})
+    with pytest.raises(UserError) as caught:
+        built(source.replace("a.csv", "pairs.csv"), tmp_path / "out", image_column="caption")
+    assert "-column" not in str(caught.value)
+
+
+def test_a_repeated_row_of_another_weight_is_a_reject_that_counts(tmp_path):
+    rows = [["0.png", "a", "2"], ["0.png", "a", "2.0"], ["0.png", "a", "3"], ["1.png", "b", ""]]
+    source = table(tmp_path, HEADER, *rows)
+    out = built(source, tmp_path / "out", weight_column="weight")
+    assert reasons_of(out) == [
+        ("3", "duplicate row", "an earlier row has the same image and caption"),
+        ("4", "conflicting weights", "3 here, 2 before"),
+    ]
+    with pytest.raises(UserError, match=r"1 of 4 rows cannot be used"):
+        built(source, tmp_path / "strict", check=Checking(), weight_column="weight")
 
 
 def weights_of(source: str) -> list:
@@ -146,6 +183,25 @@ def test_each_column_of_captions_gives_a_caption(tmp_path):
         ("6", "duplicate row"),
         ("7", "empty caption"),
     ]
+
+
+def test_pairs_are_counted_as_pairs_and_their_rejects_are_told_apart(tmp_path, capsys):
+    source = table(
+        tmp_path, WIDE, *WIDE_ROWS[:4], ["none.png", "x", "y", "", "k"], ["gone.png", "z", "", "", ""]
+    )
+    reading = Reading(caption_column="name,synonyms,sentence")
+    report = build([source], tmp_path / "out", reading, LENIENT, ALL_TRAIN, ONE)
+    assert (report["rows"], report["lines"], report["records"], report["rejects"]) == (10, 6, 7, 3)
+    words = "10 pairs of image and caption (from 6 rows)"
+    assert f"{words} = 7 records + 3 rejects" in capsys.readouterr().out
+    with open(tmp_path / "out" / "rejects.csv", newline="") as file:
+        rejects = [(row["line"], row["path"], row["caption"]) for row in csv.DictReader(file)]
+    assert rejects == [("6", "none.png", "x"), ("6", "none.png", "y"), ("7", "gone.png", "z")]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"3 of {words} were rejected" in page
+    assert [page.count(f"<figcaption>line {line}") for line in (6, 7)] == [1, 1]  # an example of each row
+    with pytest.raises(UserError, match=r"3 of 10 pairs of image and caption \(from 6 rows\) cannot be used"):
+        build([source], tmp_path / "strict", reading, Checking(), ALL_TRAIN, ONE)
 
 
 def test_what_is_no_text_in_one_of_several_columns_is_a_reject(tmp_path):
