@@ -11,7 +11,7 @@ them: --help. The same command again resumes an unfinished run from its last che
 To stop a run cleanly: touch RUN/stop, or Ctrl-C. To watch it: tensorboard --logdir RUN.
 
 Commands of their own, each with --help:
-  python -m train.forecast RECIPE    what a run will reach, and what is short, from three short runs
+  python -m train.forecast RECIPE    what a run will reach, and what is short, from short runs
   python -m train.lr RECIPE          a search for the learning rate
   python -m train.sweep RECIPE       a grid of recipe values
   python -m train.bench RECIPE       speed and memory
