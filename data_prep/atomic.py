@@ -328,11 +328,12 @@ def check_begins(option: str, path: Path, begins: bytes) -> None:
     """
     try:
         with open(path, "rb") as file:
-            found = file.read(max(80, len(begins)))
+            found = file.read(80 + 4 * len(begins))
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be read ({error.strerror}); pass another path") from None
-    if found and not found.lower().startswith(begins.lower()):
-        start = found[:40].decode("utf-8", "replace").splitlines()[0]
+    text = found.decode("utf-8-sig", "replace").strip()  # a spreadsheet adds a mark, and quotes
+    if text and not text.replace('"', "").lower().startswith(begins.decode().lower().replace('"', "")):
+        start = text[:40].splitlines()[0]
         raise UserError(
             f"{option} {path}: is a file that this command did not write (it begins with {start!r}), and is"
             " not replaced; pass another path, or delete it"

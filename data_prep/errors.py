@@ -92,10 +92,12 @@ def _free(folder: str) -> str:
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; print a UserError and exit with its code. An error that all ranks share is printed once."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, as by `>&-`
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     try:
         main()
-        if sys.stdout:  # None where it was closed, as by `>&-`
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader closed the pipe, as in `... | head`
         # Without this, Python flushes stdout again at exit and prints a second BrokenPipeError.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

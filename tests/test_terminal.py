@@ -33,12 +33,30 @@ def test_ctrl_c_while_a_command_starts_prints_one_line(words, after_s, icon_shar
         assert errors.strip().startswith("stopped")
 
 
-def test_a_command_without_an_output_does_its_work(tmp_path):
-    shell = f"{' '.join(command('data_prep', 'icons', '--out', tmp_path / 'icons', '--limit', 2))} >&-"
-    result = subprocess.run(shell, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True)
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_command_without_an_output_does_its_work(closed, tmp_path):
+    line = " ".join(command("data_prep", "icons", "--out", tmp_path / "icons", "--limit", 2))
+    result = subprocess.run(
+        f"{line} {closed}",
+        shell=True,
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0
     assert "Traceback" not in result.stderr
     assert (tmp_path / "icons" / "icons.csv").is_file()
+
+
+def test_help_without_an_output_is_no_traceback():
+    for words in (("train", "--help"), ("eval", "compare")):
+        shell = f"{' '.join(command(*words))} >&-"
+        result = subprocess.run(
+            shell, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert "Traceback" not in result.stderr
 
 
 def test_a_limit_on_files_is_one_sentence(tmp_path):

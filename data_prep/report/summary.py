@@ -154,7 +154,11 @@ def write_rejects(path: Path, plan: Plan, inputs: list[str]) -> None:
 def rows_of(report: dict) -> str:
     """What records and rejects add up to: rows, or pairs where a row has several captions."""
     rows, lines = report["rows"], report["lines"]
-    return f"{rows} rows" if rows == lines else f"{rows} pairs of image and caption (from {lines} rows)"
+    return (
+        f"{rows} rows"
+        if rows == lines
+        else f"{rows} pairs of image and caption (from {counted(lines, 'row')})"
+    )
 
 
 def print_report(out: str, report: dict) -> None:

@@ -218,10 +218,14 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path):
             check_output(option, table)
     with pytest.raises(UserError, match=r"--csv .*did not write"):
         check_csv("--csv", table, ["key", "path"])
-    for option, text in (("--page", "<!doctype html>\n<html>"), ("--json", '{"a": 1}'), ("--page", "")):
+    for option, text in (
+        ("--page", "\ufeff<!doctype html>\n<html>"),
+        ("--json", '{"a": 1}'),
+        ("--page", "\n"),
+    ):
         table.write_text(text)
         check_output(option, table)
-    table.write_text("key,path\r\n1,a.png\r\n")
+    table.write_text('\ufeff"key","path"\r\n1,a.png\r\n')  # as a spreadsheet saves it
     check_csv("--csv", table, ["key", "path"])
     check_csv("--csv", None, ["key", "path"])
     check_csv("--csv", tmp_path / "new.csv", ["key", "path"])

@@ -133,7 +133,7 @@ def test_a_folder_of_something_else_is_refused(tiny_model, icon_shards, tmp_path
     (tmp_path / "file").touch()
     before = sorted(icon_shards.iterdir())
     for folder, found in (
-        (icon_shards, "and no runs"),
+        (icon_shards, "holds manifest.json"),
         (tmp_path / "run", "is a run"),
         (tmp_path / "file", "is not a folder"),
         (tmp_path / "file" / "runs", "is a file, not a folder"),
@@ -142,6 +142,7 @@ def test_a_folder_of_something_else_is_refused(tiny_model, icon_shards, tmp_path
         assert_mistake(result, f"{folder}: ", found, "pass another --runs")
     assert sorted(icon_shards.iterdir()) == before
     (tmp_path / "started" / "run-seed=1.yaml").write_text(recipe)  # of a sweep that was killed at its start
+    (tmp_path / "new" / "log.txt").touch()  # the output of the command itself
     for folder in (tmp_path / "started", tmp_path / "new", tmp_path / "a" / "b"):
         result = call_here(train.sweep.main, *words, "--runs", folder, "--vary", "seed=0", expect=1)
         assert_mistake(result, "1 run failed (run-seed=0)")

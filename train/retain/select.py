@@ -214,7 +214,10 @@ def check_retention(recipe: Recipe) -> None:
     """
     if not recipe.retention_set:
         return
-    splits = read_manifest(place_of(recipe.retention_set))["splits"]
+    try:
+        splits = read_manifest(place_of(recipe.retention_set))["splits"]
+    except UserError as error:
+        raise UserError(f"--retention-set {error}") from None
     if not any(splits.get(split, {}).get("samples") for split in ("val", "test")):
         raise UserError(
             f"--retention-set {recipe.retention_set}: has no images in the splits val and test, one of which"

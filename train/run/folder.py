@@ -103,7 +103,7 @@ class Run:
                 self.lock.acquire()
             self._find_checkpoint()
         elif self.folder.exists() and not (
-            self.folder.is_dir() and all(map(may_precede, self.folder.iterdir()))
+            self.folder.is_dir() and all(map(_may_precede, self.folder.iterdir()))
         ):
             raise UserError(f"{self.folder}: exists and is not a run; pass another {flag}")
 
@@ -391,7 +391,7 @@ class Run:
 FITTED = ("activation_checkpointing", "micro_batch_size")  # keys of the recipe that can be "auto"
 
 
-def may_precede(path: Path) -> bool:
+def _may_precede(path: Path) -> bool:
     """Whether a folder that holds this, and no recipe.yaml, may still become a run."""
     return path.name in BEFORE or path.name.endswith(".partial")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 
-from data_prep.atomic import atomic_file, check_parents
+from data_prep.atomic import MARK, atomic_file, check_parents
 from data_prep.errors import Fault, UserError
 from data_prep.rooms import environment, importable
 from data_prep.tables import counted
@@ -18,14 +18,13 @@ from data_prep.terminal import say
 from train.data.sets import open_pairs
 from train.recipe import Recipe, to_yaml
 from train.retain.select import check_retention
-from train.run.folder import PART_OF_RUNS, Run, may_precede
+from train.run.folder import PART_OF_RUNS, Run
 from train.run.stop import Stop
 from train.setup import check_batch, check_groups
 from train.tune.grid import expand_grid
 from train.tune.table import markdown, recipes_in, results, write
 from train.world import World
 
-RECIPE_BEGINS = b"model: "  # as to_yaml() writes it
 POLL_S = 0.5  # between two checks for a stop request
 
 
@@ -110,31 +109,20 @@ def check_runs(folder: Path, recipes: dict[str, Recipe], nproc: int) -> set[str]
 
 
 def check_folder(folder: Path) -> None:
-    """Check that `folder` is new, empty, or holds runs or what belongs to them.
+    """Refuse a folder that is of something else than runs: a run, or what another command has made.
 
     Raises:
-        UserError: it is something else: a run, shards, a file.
+        UserError: it is such a folder, or no folder.
     """
     check_parents(folder, "--runs")
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"{folder}: is not a folder; pass another --runs")
     if (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: is a run; pass another --runs, of a folder for several runs")
-    found = list(folder.iterdir())
-    if found and not any(map(_belongs_to_runs, found)):
-        raise UserError(f"{folder}: holds {found[0].name} and no runs; pass another --runs")
-
-
-def _belongs_to_runs(path: Path) -> bool:
-    if path.is_dir():
-        found = list(path.iterdir())
-        return (path / "recipe.yaml").is_file() or (bool(found) and all(map(may_precede, found)))
-    if path.suffix != ".yaml":
-        return path.name in ("stop", "sweep.json", "forecast.json")
-    with open(path, "rb") as file:  # the recipe of a run that has not begun
-        return file.read(len(RECIPE_BEGINS)) == RECIPE_BEGINS
+    if found := [name for name in ("manifest.json", MARK) if (folder / name).is_file()]:
+        raise UserError(
+            f"{folder}: holds {found[0]}, so it is the folder of another command; pass another --runs"
+        )
 
 
 def train_all(
