@@ -217,7 +217,7 @@ def check_retention(recipe: Recipe) -> None:
     try:
         splits = read_manifest(place_of(recipe.retention_set))["splits"]
     except UserError as error:
-        raise UserError(f"--retention-set {error}") from None
+        raise type(error)(f"--retention-set {error}") from None  # a store that is down is a Fault
     if not any(splits.get(split, {}).get("samples") for split in ("val", "test")):
         raise UserError(
             f"--retention-set {recipe.retention_set}: has no images in the splits val and test, one of which"
