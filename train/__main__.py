@@ -32,15 +32,7 @@ from train.recipe import parse, recipe_file
 if TYPE_CHECKING:
     from train.run.folder import Run
 
-COMMANDS = {
-    "forecast": "python -m train.forecast",
-    "lr": "python -m train.lr",
-    "sweep": "python -m train.sweep",
-    "bench": "python -m train.bench",
-    "fetch": "python -m train.fetch",
-    "export": "python -m train.export",
-    "publish": "python -m train.publish",
-}
+COMMANDS = ("forecast", "lr", "sweep", "bench", "fetch", "export", "publish")  # python -m train.NAME
 
 
 def main() -> None:
@@ -49,7 +41,7 @@ def main() -> None:
         return
     name = sys.argv[1]
     if name in COMMANDS and not recipe_file(name).is_file():
-        raise UserError(f"{name}: no such recipe; did you mean {COMMANDS[name]}?")
+        raise UserError(f"{name}: no such recipe; did you mean python -m train.{name}?")
     recipe = parse(sys.argv[1:])
     # Imported here, so that help and mistakes do not wait for torch. The one place where train knows eval.
     from eval.validation import has_split, validator

@@ -49,7 +49,7 @@ from data_prep.inputs.formats import images_folder
 from data_prep.inputs.locations import check_root, forget_open_files
 from data_prep.inputs.storage import digests, expand, is_url
 from data_prep.masked import masked_url
-from data_prep.report.summary import print_report, rows_of, summarize, write_rejects, write_report
+from data_prep.report.summary import counted_rows, print_report, summarize, write_rejects, write_report
 from data_prep.report.warnings import HARMLESS, transparent
 from data_prep.shards import FORMAT, read_manifest
 from data_prep.store.remote import place_of
@@ -344,7 +344,7 @@ def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_
     in_folder = first.image and Path(list(settings["inputs"])[first.input]).is_dir()
     place = repr(first.image) if in_folder else f"line {first.line}, {first.image!r}"
     why = ", ".join(filter(None, (first.reason, first.detail)))
-    head = f"{unusable} of {rows_of(summary)} cannot be used ({unusable / rows:.1%}), more than"
+    head = f"{unusable} of {counted_rows(summary)} cannot be used ({unusable / rows:.1%}), more than"
     head += f" --max-rejects {max_rejects:g} allows"
     fix = "Fix the input"
     for reason, option in (INVALID_WEIGHT, "--weight-column"), (UNKNOWN_SPLIT, "--split-column"):
@@ -354,9 +354,10 @@ def _check_rejects(folder: Path, settings: dict, plan: Plan, summary: dict, max_
         enough = math.ceil(100 * unusable / rows) / 100
         fix += f", or pass --max-rejects {enough:g} to leave them out"
     elif unusable:
-        head = f"none of the {rows_of(summary)} can be used"
+        head = f"none of the {counted_rows(summary)} can be used"
     else:
-        head, fix = f"no image is left: all of {rows_of(summary)} are left out as asked", "Leave out less"
+        head = f"no image is left: all of {counted_rows(summary)} are left out as asked"
+        fix = "Leave out less"
     hints = transparent(summary["reasons"], settings["check"]["background"], "pass another --background")
     hints = "".join(f"\n{hint}" for hint in hints)
     raise UserError(

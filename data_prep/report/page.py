@@ -26,7 +26,7 @@ from data_prep.build.split import SPLITS
 from data_prep.html import write_page
 from data_prep.images import DAMAGE, DECODER_DIED, BadImage, open_image, parse_color
 from data_prep.inputs.locations import ImageLocation, read_local
-from data_prep.report.summary import rows_of
+from data_prep.report.summary import counted_rows
 from data_prep.tables import counted
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -250,7 +250,7 @@ def _thumbnail(location: ImageLocation, background: tuple[int, int, int], max_pi
 def _of_rejects(summary: dict) -> list[str]:
     """What the terminal lists reason by reason."""
     unusable = summary["unusable"]
-    messages = [f"{unusable:,} of {rows_of(summary)} were rejected."] if unusable else []
+    messages = [f"{unusable:,} of {counted_rows(summary)} were rejected."] if unusable else []
     return messages + [
         f"Ignored: {counted(n, 'file')} ({reason}); see ignored.csv."
         for reason, n in summary["ignored"].items()

@@ -151,14 +151,12 @@ def write_rejects(path: Path, plan: Plan, inputs: list[str]) -> None:
     write_csv(path, ["line", "path", "reason", "detail", "input", "caption"], rows)
 
 
-def rows_of(report: dict) -> str:
+def counted_rows(report: dict) -> str:
     """What records and rejects add up to: rows, or pairs where a row has several captions."""
     rows, lines = report["rows"], report["lines"]
-    return (
-        f"{rows} rows"
-        if rows == lines
-        else f"{rows} pairs of image and caption (from {counted(lines, 'row')})"
-    )
+    if rows == lines:
+        return f"{rows} rows"
+    return f"{rows} pairs of image and caption (from {counted(lines, 'row')})"
 
 
 def print_report(out: str, report: dict) -> None:
@@ -168,7 +166,7 @@ def print_report(out: str, report: dict) -> None:
         out: folder or URL of the build.
     """
     asked = f", {report['asked']} of them as asked" if report["asked"] else ""
-    say(f"{rows_of(report)} = {report['records']} records + {report['rejects']} rejects{asked}")
+    say(f"{counted_rows(report)} = {report['records']} records + {report['rejects']} rejects{asked}")
     for reason, count in report["reasons"].items():
         say(f"  {'left out' if reason in HARMLESS else 'rejected'}: {count} x {reason}")
     for reason, count in report["ignored"].items():
